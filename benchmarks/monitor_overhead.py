@@ -1,0 +1,175 @@
+"""What monitoring costs a training step: `python -m benchmarks.monitor_overhead`.
+
+One model, one process. Each round takes one step bare and one step with each preset at every step, in an order that
+turns from round to round, so that whatever else the machine does hits all of them alike. Two figures per preset:
+
+* inside: time in hooks, `step()` and flush, measured around them, as a share of the bare step;
+* A/B: the difference to the bare step of the same round (median, and the middle half of the rounds).
+
+Args: --model vit-tiny|vit-small, --rounds N, --batch N, --threads N, --dtype float32|bfloat16, --device cpu|cuda.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm import StabilityMonitor
+
+FLUSH_EVERY = 10
+WARM_UP = 3
+WIDTHS = {"vit-tiny": (192, 3), "vit-small": (384, 6)}
+
+
+class Block(nn.Module):
+    """A Pre-LN transformer block."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention and MLP, each normalised before and added after."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.proj(mixed)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class ViT(nn.Module):
+    """ViT on 224 x 224 images with patches of 16: 12 layers, 197 tokens, 25 norms."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, 16, 16)
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 197, dim))
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(12)))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of the class token."""
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return logits
+
+
+@dataclass
+class Variant:
+    """One way to take the step, and what it took."""
+
+    name: str
+    monitor: StabilityMonitor | None
+    seconds: list[float] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)  # in hooks, step and flush, of the step
+
+
+def measure(options: argparse.Namespace) -> list[Variant]:
+    """Take the rounds, and return bare first."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    model = ViT(*WIDTHS[options.model]).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images = torch.randn(options.batch, 3, 224, 224, device=device)
+    labels = torch.randint(1000, (options.batch,), device=device)
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def step(monitor: StabilityMonitor | None) -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if monitor is not None:
+            monitor.step(loss=loss)
+
+    variants = [Variant("bare", None)]
+    for preset in ("economy", "standard"):
+        variants.append(Variant(preset, StabilityMonitor(model, preset, flush_every=FLUSH_EVERY)))
+    variants.append(
+        Variant("standard, no gradients", StabilityMonitor(model, flush_every=FLUSH_EVERY, gradients=False))
+    )
+    for number in range(WARM_UP + options.rounds):
+        for turn in range(len(variants)):
+            variant = variants[(number + turn) % len(variants)]
+            before = _inside(variant.monitor)
+            if variant.monitor is not None:
+                variant.monitor.attach()
+            synchronize()
+            start = time.perf_counter()
+            step(variant.monitor)
+            synchronize()
+            took = time.perf_counter() - start
+            if variant.monitor is not None:
+                variant.monitor.detach()
+            if number >= WARM_UP:
+                variant.seconds.append(took)
+                variant.inside.append(_inside(variant.monitor) - before)
+        if sys.stderr.isatty():
+            print(f"\rround {number + 1} of {WARM_UP + options.rounds}", end="", file=sys.stderr)
+    return variants
+
+
+def _inside(monitor: StabilityMonitor | None) -> float:
+    return 0.0 if monitor is None else monitor.seconds
+
+
+def table(variants: Sequence[Variant]) -> str:
+    """The figures as Markdown."""
+    bare = variants[0].seconds
+    usual = statistics.median(bare)
+    lines = [
+        f"bare step: {1e3 * usual:.0f} ms (middle half {1e3 * _quarter(bare, 1):.0f} to {1e3 * _quarter(bare, 3):.0f})",
+        "",
+        "| preset, every step | inside, ms | inside, % of the bare step | A/B difference, % (middle half) |",
+        "|---|---:|---:|---:|",
+    ]
+    for variant in variants[1:]:
+        inside = statistics.fmean(variant.inside)  # the mean: a flush comes every tenth step
+        differences = [100 * (a - b) / b for a, b in zip(variant.seconds, bare, strict=True)]
+        lines.append(
+            f"| {variant.name} | {1e3 * inside:.1f} | {100 * inside / usual:.1f} "
+            f"| {statistics.median(differences):+.1f} "
+            f"({_quarter(differences, 1):+.1f} to {_quarter(differences, 3):+.1f}) |"
+        )
+    return "\n".join(lines)
+
+
+def _quarter(values: Sequence[float], which: int) -> float:
+    return statistics.quantiles(values, n=4)[which - 1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(WIDTHS), default="vit-tiny")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    print(
+        f"{options.model}, batch {options.batch}, {options.dtype}, {options.rounds} rounds on {options.device} "
+        f"({options.threads} threads, {platform.machine()}), torch {torch.__version__}"
+    )
+    print(table(measure(options)))
+
+
+if __name__ == "__main__":
+    main()

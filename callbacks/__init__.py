@@ -1,0 +1,5 @@
+"""The place that knows Lightning: one callback per file, thin hooks over the plain functions of `stabnorm`."""
+
+from stabnorm.callbacks.stability import StabilityCallback
+
+__all__ = ["StabilityCallback"]

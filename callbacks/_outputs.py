@@ -1,0 +1,89 @@
+"""Where a callback's findings go: the loggers' records, headline scalars, images and text. Plain functions.
+
+Loggers are told apart by what they can do: their classes exist twice, once in each Lightning namespace.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stabnorm.dashboard.headline import custom_scalars_layout, headline
+from stabnorm.dashboard.images import log_image
+from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def summary_writer(logger: Any) -> "SummaryWriter | None":
+    """TensorBoard's writer behind a logger; None for other loggers, tensorboardX and the dummies of `fast_dev_run`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    experiment = getattr(logger, "experiment", None)
+    return experiment if isinstance(experiment, SummaryWriter) else None
+
+
+def output_directory(trainer: "Trainer") -> Path:
+    """Where files go: beside the first logger's own that says where; else a new folder under the Trainer's root."""
+    for logger in trainer.loggers:
+        directory = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+        if directory:
+            return Path(directory) / "stabnorm"
+    runs = Path(trainer.default_root_dir) / "stabnorm"
+    taken = (int(p.name[4:]) for p in runs.glob("run_*") if p.name[4:].isdigit())
+    return runs / f"run_{max(taken, default=-1) + 1}"
+
+
+def record_writers(trainer: "Trainer", directory: Path) -> list[RecordWriter]:
+    """A record in TensorBoard's event file where there is one, else as files in ``directory``."""
+    writers = [writer for logger in trainer.loggers if (writer := summary_writer(logger)) is not None]
+    if writers:
+        return [TensorBoardRecord(writer) for writer in writers]
+    return [FileRecord(directory)]
+
+
+def log_picture(trainer: "Trainer", key: str, image: npt.NDArray[np.uint8], step: int, directory: Path) -> None:
+    """A picture to every logger that shows pictures; a file in ``directory`` where none does."""
+    loggers: Sequence[Any] = trainer.loggers or [None]
+    for logger in loggers:
+        log_image(logger, key, image, step, directory)
+
+
+def log_text(trainer: "Trainer", key: str, markdown: str, step: int) -> None:
+    """A text to TensorBoard, which renders it."""
+    for logger in trainer.loggers:
+        if (writer := summary_writer(logger)) is not None:
+            writer.add_text(key, markdown, step)
+
+
+class HeadlineScalars:
+    """A record writer that keeps only a dozen numbers of every flush, as ordinary scalars of every logger.
+
+    Args:
+        loggers: the Trainer's loggers.
+        alerts: how many alerts there were so far.
+        overhead: the monitor's cost so far, in percent of the step.
+    """
+
+    def __init__(self, loggers: Sequence[Any], alerts: Callable[[], int], overhead: Callable[[], float]) -> None:
+        self._loggers, self._alerts, self._overhead = loggers, alerts, overhead
+        for logger in loggers:
+            if (writer := summary_writer(logger)) is not None:
+                writer.add_custom_scalars(custom_scalars_layout())
+
+    def write_block(self, block: Block) -> None:
+        """Log the block's headline at its last step."""
+        for logger in self._loggers:
+            separator = getattr(logger, "group_separator", "/")
+            scalars = headline(block, alerts=self._alerts(), overhead=self._overhead(), separator=separator)
+            logger.log_metrics(scalars, step=block.last_step)
+
+    def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
+        """Events are no scalars."""
+
+    def close(self) -> None:
+        """Nothing to close: the loggers are the Trainer's."""

@@ -1,0 +1,274 @@
+"""`StabilityCallback`: see what every normalization layer sees, on a Lightning Trainer."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from stabnorm.callbacks._lightning import Callback
+from stabnorm.callbacks._outputs import HeadlineScalars, log_picture, log_text, output_directory, record_writers
+from stabnorm.dashboard.heatmap import heatmap
+from stabnorm.dashboard.table import format_table, layers_worth_a_look, markdown_table
+from stabnorm.monitor.monitor import StabilityMonitor
+from stabnorm.monitor.observe import valid_tokens
+from stabnorm.monitor.statistics import CATALOGUE, resolve
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+_PICTURES = ("token_std_mean", "amax", "mean_discrepancy", "var_fluctuation", "affine_residual", "grad_gain")
+
+logger = logging.getLogger("stabnorm")
+
+
+class StabilityCallback(Callback):
+    """Watches every normalization layer of a run at every optimizer step; needs no argument.
+
+    Writes the full record where the logger is TensorBoard (as files beside the logger's own elsewhere), a dozen scalars
+    every ``flush_every`` steps to every logger, alerts as warnings when a layer leaves its own past, and at the end
+    heat maps of layer by step and a table of the layers worth a look. It changes no bit of the training.
+
+    Hooks are put on at the start of `fit`, after checkpoint loading and wrapping; errors that can be known are raised
+    then, before the first batch. They come off at its end, and on an exception. Validation, sanity check and
+    learning-rate searches do not count. With several ranks, what is shown is rank 0's share of the batch.
+
+    Args:
+        preset: "economy", "standard", or a list of statistics by name. Default: "standard".
+        flush_every: optimizer steps between two flushes; every step in between is kept. Default: 50.
+        include: a regular expression, or a list of them, for the names of the layers to watch. Default: all.
+        exclude: the same for layers to leave out. Default: none.
+        gradients: False leaves out the gradient statistics. Default: True.
+        mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple), or
+            a function of the batch; bool tensor, True = valid. A function may return several, one for each length.
+
+    Raises:
+        ValueError: an unknown preset or statistic, a flush interval below 1; at the start of `fit`: no norm to watch;
+            at the first forward: a mask that does not fit a layer.
+
+    >>> from stabnorm.callbacks import StabilityCallback
+    >>> StabilityCallback(preset="standart")
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown preset 'standart': the presets are economy, standard; did you mean 'standard'?
+    """
+
+    def __init__(
+        self,
+        preset: str | list[str] = "standard",
+        flush_every: int = 50,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        gradients: bool = True,
+        mask: str | int | Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
+    ) -> None:
+        super().__init__()
+        resolve(preset)
+        if flush_every < 1:
+            raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
+        self.preset, self.flush_every, self.gradients, self.mask = preset, flush_every, gradients, mask
+        self.include, self.exclude = include, exclude
+        self.monitor: StabilityMonitor | None = None
+        self.directory: Path | None = None
+        self._saved: dict[str, Any] | None = None
+        self._masks: valid_tokens | None = None
+        self._step = _OpenStep()
+        self._fitting = False
+
+    @staticmethod
+    def of(trainer: "Trainer") -> "StabilityCallback | None":
+        """The Trainer's own, wherever it stands in the list: other callbacks of ours share its monitor."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set in the Trainer's constructor
+        return next((callback for callback in callbacks if isinstance(callback, StabilityCallback)), None)
+
+    # -- life: on from the start of fit to its end, off on an exception ------------------------------------------------
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Find the norms and put the hooks on: layers, checkpoint and devices are final by now."""
+        monitor = StabilityMonitor(
+            pl_module,
+            self.preset,
+            flush_every=self.flush_every,
+            include=self.include,
+            exclude=self.exclude,
+            gradients=self.gradients,
+        )
+        if self._saved is not None:
+            monitor.load_state_dict(self._saved)
+        self.monitor, self._step = monitor, _OpenStep()
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            self.directory = output_directory(trainer)
+            monitor.records = [
+                *record_writers(trainer, self.directory),
+                HeadlineScalars(trainer.loggers, lambda: len(monitor.alerts), lambda: monitor.cost.percent),
+            ]
+        monitor.attach()
+        self._fitting = True
+
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Count steps as the loggers' x axis does, also when resuming a run that was not watched before."""
+        if self.monitor is not None:
+            epoch_loop = trainer.fit_loop.epoch_loop
+            self.monitor.steps_done = int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Hooks off, then the pictures and the closing table, while the loggers are still open."""
+        self._release()
+        if self.monitor is not None and self._fitting:
+            self._fitting = False
+            self.monitor.flush()
+            self._saved = self.monitor.state_dict()
+            if trainer.is_global_zero:
+                self._close(trainer)
+
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        """Hooks off; what was seen until then is kept and shown, and never hides the exception itself."""
+        self._release()  # first of all: Lightning calls no teardown after an exception
+        try:
+            self.on_train_end(trainer, pl_module)
+        except Exception:
+            logger.exception("the closing report could not be written after the exception")
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Hooks off, record closed, whatever happened."""
+        self._release()
+        if self.monitor is not None:
+            for record in self.monitor.records:
+                record.close()
+            self.monitor.records = []
+
+    def _release(self) -> None:
+        self._drop_mask()
+        if self.monitor is not None:
+            self.monitor.detach()
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Open a step, or go on with an accumulated one, and say which tokens count."""
+        assert self.monitor is not None
+        if not self._step.open:
+            self.monitor.discard()  # what a learning-rate search or the like ran through the hooks
+            self._step = _OpenStep(open=True)
+        if self.mask is not None:
+            self._masks = valid_tokens(*self._masks_of(batch))
+            self._masks.__enter__()
+
+    def on_before_optimizer_step(
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
+    ) -> None:
+        """Note what will have changed by the end of the batch: learning rate and loss scale."""
+        if not self._step.stepped:
+            self._step.learning_rate = optimizer.param_groups[0]["lr"]
+        scale = getattr(getattr(trainer.precision_plugin, "scaler", None), "_scale", None)  # get_scale() would sync
+        self._step.grad_scale = scale.clone() if isinstance(scale, Tensor) else None
+        self._step.stepped = True
+
+    def on_train_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """End the step when an optimizer stepped in this batch."""
+        self._drop_mask()
+        step = self._step
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            # Automatic optimization has divided it by the number of accumulated batches already.
+            loss = loss.detach().reshape(())
+            step.loss = loss if step.loss is None or not pl_module.automatic_optimization else step.loss + loss
+        if step.stepped and self.monitor is not None:
+            self.monitor.step(loss=step.loss, learning_rate=step.learning_rate, grad_scale=step.grad_scale)
+            self._step = _OpenStep()
+
+    def _masks_of(self, batch: Any) -> Sequence[Tensor]:
+        if callable(self.mask):
+            masks = self.mask(batch)
+        else:
+            try:
+                masks = batch[self.mask]
+            except (KeyError, IndexError, TypeError) as error:
+                keys = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+                raise ValueError(
+                    f"mask={self.mask!r} is no key of the batch, which is {keys}; name the entry that says which "
+                    "tokens are valid, or give a function of the batch"
+                ) from error
+        if not isinstance(masks, Tensor):
+            return masks
+        # A key names what the tokenizer made, often 0 and 1; a function's answer is taken as it is.
+        return (masks if callable(self.mask) else masks.bool(),)
+
+    def _drop_mask(self) -> None:
+        if self._masks is not None:
+            self._masks.__exit__(None, None, None)
+            self._masks = None
+
+    # -- the closing report --------------------------------------------------------------------------------------------
+
+    def _close(self, trainer: "Trainer") -> None:
+        monitor = self.monitor
+        assert monitor is not None
+        steps = monitor.history_steps().numpy()
+        if not steps.size:
+            return
+        history = {name: values.numpy() for name, values in monitor.history().items()}
+        thresholds = {s.name: s.threshold for s in CATALOGUE.values() if s.threshold is not None}
+        alerts = [alert.as_dict() for alert in monitor.alerts]
+        rows = layers_worth_a_look(monitor.layers, history, alerts, steps=steps, thresholds=thresholds)
+        print(format_table(rows, steps=len(steps)))
+        print(f"monitoring cost {monitor.cost}")
+        if self.directory is None:
+            return
+        for name in _PICTURES:
+            if name in history:
+                statistic = CATALOGUE[name]
+                marks = [
+                    (alert.step, alert.layer) for alert in monitor.alerts if alert.statistic in (name, "nonfinite")
+                ]
+                title = f"{name} ({statistic.number}, {statistic.axis})"
+                picture = heatmap(history[name], steps, monitor.layers, title, marks=marks)
+                log_picture(trainer, f"stability/{name}", picture, int(steps[-1]), self.directory)
+        log_text(trainer, "stability/closing_table", markdown_table(rows), int(steps[-1]))
+
+    # -- checkpoints and copies ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Baselines and step counter, as tensors and plain containers: Lightning loads weights only."""
+        saved = self.monitor.state_dict() if self.monitor is not None else self._saved
+        return {} if saved is None else {"version": 1, "monitor": saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what was saved until the layers exist."""
+        self._saved = state_dict.get("monitor")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.update(
+            monitor=None, _fitting=False, _masks=None, _step=_OpenStep(), _saved=self.state_dict().get("monitor")
+        )
+        # The Trainer hangs the module's bound methods on every callback: pickling them would pickle the model.
+        for name in ("log", "log_dict"):
+            state.pop(name, None)
+        return state
+
+
+class _OpenStep:
+    """What is known of the optimizer step under way."""
+
+    def __init__(self, *, open: bool = False) -> None:
+        self.open, self.stepped = open, False
+        self.loss: Tensor | None = None
+        self.learning_rate: float | Tensor | None = None
+        self.grad_scale: Tensor | None = None

@@ -1,0 +1,111 @@
+"""A healthy run and one that is driven unstable, both watched: `make demo`.
+
+Two runs of the same small vision transformer on scikit-learn's digit images, 600 steps each, about a minute together.
+The second one is the first until step 300; from there on a weight decay with its sign turned makes every weight matrix
+grow by one percent a step. Its LayerNorms divide the growth out again, and for some fifty steps the loss goes on as if
+nothing had happened. What the norms read tells within twenty.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from examples.digits import Destabilize, DigitsViT, digits_loaders
+from stabnorm import Alert
+from stabnorm.callbacks import StabilityCallback
+from stabnorm.dashboard.heatmap import heatmap
+from stabnorm.monitor.record import Record, read_record
+
+STEPS = 600
+FAULT_AT = 300
+CALM = 50  # steps before the fault whose mean loss is the usual one
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a run."""
+
+    accuracy: float
+    alerts: list[Alert]
+    record: Record
+    cost: str
+
+    @property
+    def loss_doubled_at(self) -> int | None:
+        """The first step after the fault whose loss, as a mean of five steps, is twice the usual one."""
+        losses = self.record.series["loss"]
+        usual = losses[FAULT_AT - CALM : FAULT_AT].mean()
+        smooth = np.convolve(losses, np.ones(5) / 5)[: len(losses)]
+        late = np.flatnonzero(smooth[FAULT_AT:] > 2 * usual)
+        return FAULT_AT + int(late[0]) if late.size else None
+
+
+def watch(name: str, root: str, *, fault: bool, progress: bool = True, seed: int = 0) -> Run:
+    """Train once with the callback, and say what came of it.
+
+    Args:
+        name: of the run, a folder under ``root``.
+        root: where TensorBoard finds the runs.
+        fault: whether it is driven unstable.
+        progress: False hides the progress bar.
+        seed: of weights, batches and augmentation.
+    """
+    seed_everything(seed, verbose=False)
+    stability = StabilityCallback(flush_every=10)
+    logger = TensorBoardLogger(root, name=name)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        logger=logger,
+        log_every_n_steps=10,
+        callbacks=[stability, *([Destabilize(start=FAULT_AT)] if fault else [])],
+        check_val_every_n_epoch=10,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+    )
+    model, (train, test) = DigitsViT(dim=96), digits_loaders()
+    trainer.fit(model, train, test)
+    trainer.validate(model, test, verbose=False)
+    assert stability.monitor is not None
+    accuracy = float(trainer.callback_metrics["val/accuracy"])
+    return Run(accuracy, stability.monitor.alerts, read_record(logger.log_dir), str(stability.monitor.cost))
+
+
+def draw(run: Run, path: str) -> None:
+    """The scale of what each norm reads, over the run, with its alerts."""
+    marks = [(alert.step, alert.layer) for alert in run.alerts]
+    scale = run.record.series["token_std_mean"]
+    title = "token_std_mean: how large the input of each norm is"
+    Image.fromarray(heatmap(scale, run.record.steps, run.record.layers, title, marks=marks)).save(path, optimize=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run]:
+    """Run both, and print what they show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="runs", help="where the runs are written (default: runs)")
+    parser.add_argument("--picture", help="also write the unstable run's heat map there, the README's")
+    parser.add_argument("--no-progress", action="store_true", help="hide the progress bars")
+    options = parser.parse_args(arguments)
+    print("--- healthy: a small vision transformer on digit images ---")
+    healthy = watch("healthy", options.root, fault=False, progress=not options.no_progress)
+    print(f"--- unstable: the same, with a weight decay whose sign is turned from step {FAULT_AT} on ---")
+    unstable = watch("unstable", options.root, fault=True, progress=not options.no_progress)
+    print("--- what there was to see ---")
+    for name, run in (("healthy", healthy), ("unstable", unstable)):
+        first = f"first alert at step {run.alerts[0].step}" if run.alerts else "no alert"
+        doubled = f"loss doubled at step {run.loss_doubled_at}" if run.loss_doubled_at else "loss never doubled"
+        print(f"{name:9s} accuracy {100 * run.accuracy:5.1f} %   {first}, {doubled}   monitoring {run.cost}")
+    if options.picture:
+        draw(unstable, options.picture)
+    print(f"Look at both:  tensorboard --logdir {options.root}")
+    return healthy, unstable
+
+
+if __name__ == "__main__":
+    main()

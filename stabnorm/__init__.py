@@ -1,0 +1,38 @@
+"""stabnorm: see what every normalization layer sees, switch LayerNorm to BatchNorm while training, ship without norms.
+
+Nothing heavy is imported until a name is used: TensorBoard loads this package for its tab where torch may be missing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stabnorm.errors import StabNormError as StabNormError
+    from stabnorm.monitor.detect import Alert as Alert
+    from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
+    from stabnorm.monitor.observe import valid_tokens as valid_tokens
+    from stabnorm.norms import find_norms as find_norms
+    from stabnorm.norms import register_norm as register_norm
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Alert": "stabnorm.monitor.detect",
+    "StabNormError": "stabnorm.errors",
+    "StabilityMonitor": "stabnorm.monitor.monitor",
+    "find_norms": "stabnorm.norms",
+    "register_norm": "stabnorm.norms",
+    "valid_tokens": "stabnorm.monitor.observe",
+}
+
+__all__ = ["Alert", "StabNormError", "StabilityMonitor", "find_norms", "register_norm", "valid_tokens"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'stabnorm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

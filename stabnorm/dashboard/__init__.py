@@ -1,0 +1,1 @@
+"""Draws what the monitor measured. Imports numpy, Pillow and tensorboard, never torch, which may be missing there."""

@@ -1,0 +1,76 @@
+"""The dozen scalars of a flush that every logger can plot, always the same ones whatever the depth of the model."""
+
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stabnorm.monitor.record import Block
+
+# Statistic -> what is said of it. A logger that meets a new key late may rewrite its whole file (Lightning's CSV does).
+_HEADLINE = {
+    "mean_discrepancy": ("p10", "p50", "p90", "worst", "worst_layer"),
+    "amax": ("p50", "worst", "worst_layer"),
+    "var_fluctuation": ("p50", "worst"),
+}
+
+
+def headline(block: Block, *, alerts: int, overhead: float, separator: str = "/") -> dict[str, float]:
+    """Sum a block up in at most 12 numbers.
+
+    `p10`, `p50` and `p90` are over the layers' means of the block; `worst` is the largest value of any step and layer,
+    `worst_layer` the index of that layer. What a block does not have is NaN.
+
+    Args:
+        block: what a flush added.
+        alerts: how many were raised so far.
+        overhead: of the monitor so far, in percent of the step.
+        separator: between group and name; a Lightning logger's `group_separator`. Default: "/".
+
+    Example:
+        >>> scalars = headline(Block(0, ("a", "b"), {"amax": np.array([[1, 2], [3, 8]])}), alerts=0, overhead=0.4)
+        >>> scalars["stability/amax_p50"], scalars["stability/amax_worst"], scalars["stability/amax_worst_layer"]
+        (3.5, 8.0, 1.0)
+    """
+    scalars = {
+        f"{statistic}_{name}": value
+        for statistic, names in _HEADLINE.items()
+        for name, value in zip(names, _summary(block.series.get(statistic), names), strict=True)
+    }
+    scalars |= {"alerts": float(alerts), "overhead_percent": float(overhead)}
+    return {f"stability{separator}{name}": value for name, value in scalars.items()}
+
+
+def _summary(values: npt.NDArray[np.floating[Any]] | None, names: tuple[str, ...]) -> list[float]:
+    """Return what `names` ask for."""
+    ran = None if values is None else ~np.isnan(values)
+    if values is None or ran is None or not ran.any():
+        return [float("nan")] * len(names)
+    worst = np.where(ran, values, -np.inf).max(axis=0)
+    said = {"worst": float(worst.max()), "worst_layer": float(worst.argmax())}
+    finite = np.isfinite(values)  # one infinity would be the percentile of all
+    counts = finite.sum(axis=0)
+    means = np.where(finite, values, 0).sum(axis=0, dtype=np.float64)[counts > 0] / counts[counts > 0]
+    return [
+        said[name] if name in said else float(np.percentile(means, int(name[1:]))) if len(means) else float("nan")
+        for name in names
+    ]
+
+
+def custom_scalars_layout(separator: str = "/") -> dict[str, dict[str, list[Any]]]:
+    """Return the layout of TensorBoard's custom scalars tab, for `SummaryWriter.add_custom_scalars`, once per run.
+
+    Args:
+        separator: the one given to `headline`. Default: "/".
+    """
+
+    def tag(name: str) -> str:
+        return f"stability{separator}{name}"
+
+    band = [tag(f"mean_discrepancy_{name}") for name in ("p50", "p10", "p90")]  # value, lower, upper
+    worst = {
+        f"worst layer: {statistic}": ["Multiline", [f"^{re.escape(tag(f'{statistic}_worst'))}$"]]
+        for statistic in _HEADLINE
+    }
+    return {"Stability": {"mean discrepancy over the layers: median, p10 to p90": ["Margin", band], **worst}}

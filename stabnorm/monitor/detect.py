@@ -1,0 +1,201 @@
+"""When to raise an alert: absolute alarms of the catalogue, a robust z-score against the layer's own past, non-finite.
+
+The z-score works on logarithms against median and median absolute deviation of the last 128 steps. Three things keep
+it quiet on a healthy run: a least scale per statistic (`Statistic.floor`; six of them are the smallest change that can
+fire), outliers that enter the past clipped, and a score that must hold for two steps unless it is twice too high.
+Constants and the choice against CUSUM, EWMA and fitted quantiles come from a study of 168 injected faults and 35,000
+calm steps on three small models; nothing is promised beyond that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabnorm.monitor.statistics import Statistic
+
+_PAST = 128  # steps in the window
+_REFRESH = 16  # steps between two looks at median and scale
+_LEARNT = 48  # steps before they are looked at first
+_ARMED = 256  # steps before a z-score may raise an alert: a start-up is not calm
+_BOUND = 6.0  # robust standard deviations
+_CLIP = 4.0
+_QUIET = 100  # calm steps before the same kind of alert is raised again
+_NEAR = 0.6  # of the highest score: the first layer in depth order that reaches it is named, not a later, louder one
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Something that wants a look.
+
+    Attributes:
+        step: optimizer step, counted from 0 like the loggers' x axis.
+        layer: the layer's name.
+        statistic: the catalogue's name, or "nonfinite".
+        value: the statistic there and then.
+        threshold: the bound it crossed.
+        reason: one sentence that says what happened and where to look.
+    """
+
+    step: int
+    layer: str
+    statistic: str
+    value: float
+    threshold: float
+    reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers only, for records and checkpoints."""
+        return asdict(self)
+
+
+class Detector:
+    """Reads every step of every layer, in order, and says when something is wrong. Runs on the host, at a flush.
+
+    Args:
+        statistics: what the columns of the values are.
+        layers: the layers' names, in depth order.
+    """
+
+    def __init__(self, statistics: Sequence[Statistic], layers: Sequence[str]) -> None:
+        self._statistics, self._layers = tuple(statistics), tuple(layers)
+        self._alarmed = [i for i, s in enumerate(self._statistics) if s.alarm is not None]
+        self._watched = [i for i, s in enumerate(self._statistics) if s.floor is not None]
+        self._alarms = torch.tensor([self._statistics[i].alarm for i in self._alarmed], dtype=torch.float64)
+        self._floors = torch.tensor([self._statistics[i].floor for i in self._watched], dtype=torch.float64)
+        shape = (len(self._layers), len(self._watched))
+        self._past = torch.full((_PAST, *shape), torch.nan, dtype=torch.float64)
+        self._center, self._scale = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
+        self._before = torch.zeros(shape, dtype=torch.float64)
+        self._seen = 0
+        self._quiet = {"nonfinite": 0, "alarm": 0, "past": 0}  # calm steps still to wait, per kind
+
+    def update(self, first_step: int, values: Tensor, ran: Tensor, nonfinite: Tensor) -> list[Alert]:
+        """Take in the next steps and return their alerts, at most one of a kind per step.
+
+        Args:
+            first_step: the step of row 0.
+            values: ``[steps, layers, statistics]`` on the CPU.
+            ran: ``[steps, layers]`` bool, whether the layer saw a token.
+            nonfinite: ``[steps, layers]`` bool, whether its input held a NaN or an infinity.
+        """
+        values = values.double()
+        alerts = []
+        for offset in range(len(values)):
+            row, live = values[offset], ran[offset]
+            score = self._score(row[:, self._watched])
+            found = [
+                self._nonfinite(nonfinite[offset] & live),
+                self._alarm(row[:, self._alarmed]),
+                self._off_its_past(score, row),
+            ]
+            alerts += [
+                Alert(first_step + offset, self._layers[layer], name, value, threshold, reason)
+                for layer, name, value, threshold, reason in filter(None, found)
+            ]
+        return alerts
+
+    def _score(self, row: Tensor) -> Tensor:
+        """How many robust standard deviations each watched statistic is off its past, for two steps running."""
+        log = row.log()
+        known = torch.isfinite(log)
+        if self._seen >= _LEARNT and (self._seen - _LEARNT) % _REFRESH == 0:
+            self._center = self._past.nanmedian(0).values
+            self._scale = torch.maximum(1.4826 * (self._past - self._center).abs().nanmedian(0).values, self._floors)
+        off = (log - self._center) / self._scale
+        learning = torch.isnan(off) | (self._seen < _LEARNT)
+        score = torch.where(learning, 0, off).abs()
+        clipped = torch.where(learning, log, self._center + off.clamp(-_CLIP, _CLIP) * self._scale)
+        self._past[self._seen % _PAST] = torch.where(known, clipped, torch.nan)
+        held = torch.maximum(torch.minimum(score, self._before), score / 2)
+        self._before = score
+        self._seen += 1
+        return held if self._seen > _ARMED else torch.zeros_like(held)
+
+    def _may_raise(self, kind: str, firing: bool, calm: bool) -> bool:
+        raise_it = firing and self._quiet[kind] == 0
+        if firing:
+            self._quiet[kind] = _QUIET
+        elif calm and self._quiet[kind]:
+            self._quiet[kind] -= 1
+        return raise_it
+
+    def _nonfinite(self, hit: Tensor) -> tuple[int, str, float, float, str] | None:
+        firing = bool(hit.any())
+        if not self._may_raise("nonfinite", firing, not firing):
+            return None
+        layer = int(hit.int().argmax())
+        reason = (
+            "its input holds a NaN or an infinity, and it is the first layer in depth order that does: look at what "
+            "feeds it, and at this step's batch"
+        )
+        return layer, "nonfinite", float("nan"), 0.0, reason
+
+    def _alarm(self, row: Tensor) -> tuple[int, str, float, float, str] | None:
+        over = (row > self._alarms) & torch.isfinite(row)  # what is not finite is an event of its own
+        firing = bool(over.any())
+        if not self._may_raise("alarm", firing, not firing):
+            return None
+        layer = int(over.any(1).int().argmax())
+        column = int(over[layer].int().argmax())
+        statistic = self._statistics[self._alarmed[column]]
+        value, bound = float(row[layer, column]), float(self._alarms[column])
+        return layer, statistic.name, value, bound, f"{_MEANING.get(statistic.name, 'it is over its bound')}"
+
+    def _off_its_past(self, score: Tensor, row: Tensor) -> tuple[int, str, float, float, str] | None:
+        best = float(score.max()) if score.numel() else 0.0
+        if not self._may_raise("past", best > _BOUND, best < _BOUND / 2):
+            return None
+        layer = int((score.amax(1) >= _NEAR * best).int().argmax())
+        column = int(score[layer].argmax())
+        statistic = self._statistics[self._watched[column]]
+        value, usual = float(row[layer, self._watched[column]]), float(self._center[layer, column].exp())
+        bound = _BOUND if float(score[layer, column]) > _BOUND else _NEAR * best
+        reach = float((bound * self._scale[layer, column]).exp())
+        threshold = usual * reach if value > usual else usual / reach
+        loudest = self._layers[int(score.amax(1).argmax())]
+        others = "" if loudest == self._layers[layer] else f", and {loudest} behind it is {best:.2g} off"
+        reason = (
+            f"it is {value / usual:.3g} times its usual {usual:.3g}, {float(score[layer, column]):.2g} robust standard "
+            f"deviations off the last {_PAST} steps{others}: look at what feeds this layer, and at what changed just "
+            "before this step"
+        )
+        return layer, statistic.name, value, threshold, reason
+
+    def state_dict(self) -> dict[str, Any]:
+        """Baselines and cool-downs as tensors and plain containers."""
+        return {
+            "past": self._past.clone(),
+            "center": self._center.clone(),
+            "scale": self._scale.clone(),
+            "before": self._before.clone(),
+            "seen": self._seen,
+            "quiet": dict(self._quiet),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            ValueError: when it was saved for other layers or statistics; nothing is loaded then.
+        """
+        if state["past"].shape != self._past.shape:
+            raise ValueError(
+                f"the saved baselines are for {tuple(state['past'].shape[1:])} layers x statistics, this monitor "
+                f"watches {tuple(self._past.shape[1:])}"
+            )
+        self._past, self._center = state["past"].clone(), state["center"].clone()
+        self._scale, self._before = state["scale"].clone(), state["before"].clone()
+        self._seen, self._quiet = int(state["seen"]), dict(state["quiet"])
+
+
+_MEANING = {
+    "scale_jump": "the scale of its input jumped from one step to the next: look at the learning rate, the warm-up "
+    "and this step's batch",
+    "eps_share": "most variances it divides by are below 10 eps, so that it shrinks its output: look at how its input "
+    "is initialised, or at what died before it",
+    "amax": "its largest input is within one bit of float16's largest number: look at the top channels, and use "
+    "bfloat16 or clip before it overflows",
+}

@@ -1,0 +1,392 @@
+"""`StabilityMonitor`: what every normalization layer of a model sees, at every step, in any training loop."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabnorm.monitor.detect import Alert, Detector
+from stabnorm.monitor.observe import Observer
+from stabnorm.monitor.past import Layout, Moments, Past
+from stabnorm.monitor.record import Block, RecordWriter
+from stabnorm.monitor.statistics import resolve
+from stabnorm.norms import NormLayer, find_norms
+
+TOP_CHANNELS = 3
+_HISTORY_BYTES = 64 << 20
+_INTERVALS = 128  # step durations remembered, of which the median is taken: a validation pass in between is no step
+
+logger = logging.getLogger("stabnorm")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What monitoring costs, in milliseconds per step on the host, and as a share of the step without it.
+
+    In a compiled model the hooks' share is inside the graph, and on a GPU their kernels run behind the host's back:
+    both are not in here; an A/B run measures them.
+    """
+
+    hooks: float
+    step: float
+    flush: float
+    percent: float
+
+    def __str__(self) -> str:
+        total = self.hooks + self.step + self.flush
+        return (
+            f"{total:.2f} ms per step ({self.percent:.1f} %): hooks {self.hooks:.2f}, step {self.step:.2f}, "
+            f"flush {self.flush:.2f}"
+        )
+
+
+class StabilityMonitor:
+    """Tracks how mean and variance fluctuate and how large the outliers are at every norm of a model.
+
+    Use it as a context manager around a training loop, or call `attach` and `detach`. Forwards count while ``model`` is
+    in training mode; everything between two calls of `step` is one step, however many micro-batches it took.
+
+    Args:
+        model: the model; its norms are found by `find_norms`.
+        preset: "economy", "standard" or a list of statistics by name, see `stabnorm.monitor.statistics`.
+        flush_every: steps between two copies to the host, each of which keeps every step of every layer. Default: 50.
+        include: a regular expression, or a list of them, that a layer's name must match. Default: all.
+        exclude: the same for layers to leave out. Default: none.
+        gradients: False leaves out the gradient statistics and their hooks. Default: True.
+
+    Raises:
+        ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1.
+
+    Shape: `history()` gives ``[steps, layers]`` for every statistic, float32.
+
+    >>> import torch, stabnorm
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+    >>> with stabnorm.StabilityMonitor(model, gradients=False) as monitor:
+    ...     for _ in range(3):
+    ...         _ = model(torch.randn(5, 4))
+    ...         monitor.step()
+    >>> monitor.layers, monitor.history()["token_std_mean"].shape
+    (('1',), torch.Size([3, 1]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preset: str | Sequence[str] = "standard",
+        *,
+        flush_every: int = 50,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        gradients: bool = True,
+    ) -> None:
+        if flush_every < 1:
+            raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
+        chosen = [s for s in resolve(preset) if gradients or s.needs != "gradients"]
+        if not chosen:
+            raise ValueError(f"preset {preset!r} holds gradient statistics only, and gradients=False leaves them out")
+        norms = find_norms(model, include=include, exclude=exclude)
+        if not norms:
+            narrowed = f" with include={include!r}, exclude={exclude!r}" if include or exclude else ""
+            raise ValueError(
+                f"no normalization layer found in {type(model).__name__}{narrowed}: nothing to monitor. If it has "
+                "norms of its own, tell stabnorm with stabnorm.register_norm"
+            )
+        self.statistics = tuple(chosen)
+        self.layers = tuple(norm.name for norm in norms)
+        self.flush_every = flush_every
+        self.alerts: list[Alert] = []
+        self.records: list[RecordWriter] = []
+        self.steps_done = 0
+        self._norms = norms
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        needs = {s.needs for s in chosen}
+        self._observer = Observer(
+            model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs
+        )
+        self._state: _DeviceState | None = None  # made at the first step, on the device the model is on by then
+        self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
+        self._detector = Detector(self.statistics, self.layers)
+        self._filled = 0  # rows since the last flush
+        self._in_flight: _Flight | None = None
+        self._columns = len(chosen) + 2 + 2 * TOP_CHANNELS
+        per_step = 4 * len(norms) * self._columns
+        self._history: deque[_Flight] = deque(maxlen=max(1, _HISTORY_BYTES // (per_step * flush_every)))
+        self._intervals: deque[float] = deque(maxlen=_INTERVALS)
+        self._last_step_at: float | None = None
+        self._step_seconds = self._flush_seconds = 0.0
+        self._timed_steps = 0
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "StabilityMonitor":
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+        self.flush()
+
+    def attach(self) -> None:
+        """Put the hooks on; a second call changes nothing."""
+        self._observer.detach()
+        self._observer.attach()
+
+    def detach(self) -> None:
+        """Take every hook off; what was gathered stays readable."""
+        self._observer.detach()
+
+    def discard(self) -> None:
+        """Forget what was gathered since the last step: forwards that were no part of training."""
+        self._observer.discard()
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(
+        self,
+        *,
+        loss: Tensor | float | None = None,
+        learning_rate: Tensor | float | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> None:
+        """End an optimizer step: call it after the last backward and before the next forward.
+
+        Args:
+            loss: the step's loss, for the record. A tensor is not read before the flush.
+            learning_rate: the step's learning rate, for the record.
+            grad_scale: by what gradients were multiplied, ``scaler.get_scale()`` or the scaler's own tensor; call
+                before ``scaler.update()``. Default: 1.
+        """
+        start = time.perf_counter()
+        self._time_step(start)
+        state = self._on_device()
+        past = state.past
+        raw, gradient = self._observer.take(state.device)
+        if grad_scale is not None:
+            gradient = gradient / grad_scale
+        now = Moments.of(raw, gradient, state.layout)
+        row = state.rows[self._filled]
+        values = torch.stack([statistic.compute(now, past) for statistic in self.statistics], -1)
+        row[:, : len(self.statistics)] = torch.where(now.ran[:, None], values, torch.nan)
+        self._write_side_columns(row, now)
+        for column, scalar in enumerate((loss, learning_rate)):
+            value = torch.nan if scalar is None else scalar.detach() if isinstance(scalar, Tensor) else scalar
+            state.scalars[self._filled, column] = value
+        past.update(now, *self._own_running_buffers(past))
+        self._observer.discard()
+        self._filled += 1
+        self.steps_done += 1
+        self._step_seconds += time.perf_counter() - start
+        if self._filled == self.flush_every:
+            self._send()
+
+    def _time_step(self, now: float) -> None:
+        if self._last_step_at is not None:
+            self._intervals.append(now - self._last_step_at)
+        self._last_step_at = now
+        self._timed_steps += 1
+
+    def _on_device(self) -> "_DeviceState":
+        if self._state is None:
+            device = next(iter(self._observer.devices), self._device)
+            shape = (self.flush_every, len(self._norms), self._columns)
+            self._state = _DeviceState.of(self._norms, self._observer.width, shape, device)
+        return self._state
+
+    def _write_side_columns(self, row: Tensor, now: Moments) -> None:
+        side = row[:, len(self.statistics) :]
+        side[:, 0] = now.count
+        side[:, 1] = (~now.finite).sum(-1)
+        top = now.absmax.topk(min(TOP_CHANNELS, now.absmax.shape[-1]))
+        ids, values = side[:, 2 : 2 + TOP_CHANNELS], side[:, 2 + TOP_CHANNELS :]
+        ids.fill_(torch.nan)
+        values.fill_(torch.nan)
+        ids[:, : top.indices.shape[-1]] = torch.where(now.ran[:, None], top.indices, torch.nan)
+        values[:, : top.values.shape[-1]] = torch.where(now.ran[:, None], top.values, torch.nan)
+
+    def _own_running_buffers(self, past: Past) -> tuple[Tensor, Tensor]:
+        own = torch.full((2, *past.mean.shape), torch.nan, device=past.mean.device, dtype=past.mean.dtype)
+        for index, norm in self._with_buffers:
+            for part, buffer in enumerate((norm.running_mean, norm.running_var)):
+                if buffer is not None:
+                    own[part, index, : norm.num_features] = buffer.detach()
+        return own[0], own[1]
+
+    # -- what was gathered ---------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Copy what was gathered to the host, look for trouble, and write the record."""
+        self._send()
+        self._receive()
+
+    def history(self) -> dict[str, Tensor]:
+        """Every statistic of every step, ``[steps, layers]``; flushes first.
+
+        NaN where a layer did not run, or where a statistic needs a past that is not there yet. Beside the statistics:
+        "tokens", the valid tokens each layer saw. Bounded in memory: of a very long run the last 64 MiB are kept, and
+        `history_steps` says which.
+        """
+        self.flush()
+        if not self._history:
+            return {name: torch.empty(0, len(self.layers)) for name in (*(s.name for s in self.statistics), "tokens")}
+        rows = torch.cat([flight.rows for flight in self._history])
+        return {name: rows[:, :, column] for column, name in enumerate(self._column_names())}
+
+    def history_steps(self) -> Tensor:
+        """The optimizer steps that the rows of `history()` stand for, counted from 0."""
+        self.flush()
+        return torch.tensor([f.first_step + i for f in self._history for i in range(len(f.rows))], dtype=torch.int64)
+
+    def _column_names(self) -> tuple[str, ...]:
+        return (*(statistic.name for statistic in self.statistics), "tokens")
+
+    def _send(self) -> None:
+        """Start the copy to the host; on a GPU it runs beside the next steps."""
+        if not self._filled:
+            return
+        start = time.perf_counter()
+        self._receive()
+        state, filled = self._on_device(), self._filled
+        self._in_flight = _Flight(self.steps_done - filled, state.rows[:filled], state.scalars[:filled])
+        self._filled = 0
+        self._flush_seconds += time.perf_counter() - start
+        if state.device.type == "cpu":
+            self._receive()
+
+    def _receive(self) -> None:
+        """Take what has arrived: history, alerts, record."""
+        if self._in_flight is None:
+            return
+        start = time.perf_counter()
+        flight, self._in_flight = self._in_flight, None
+        flight.wait()
+        self._history.append(flight)
+        statistics = len(self.statistics)
+        values, tokens, nonfinite = flight.rows.split([statistics, 1, 1, 2 * TOP_CHANNELS], dim=-1)[:3]
+        alerts = self._detector.update(flight.first_step, values, tokens[..., 0] > 0, nonfinite[..., 0] > 0)
+        for alert in alerts:
+            logger.warning(
+                "step %d, %s: %s = %.4g. %s", alert.step, alert.layer, alert.statistic, alert.value, alert.reason
+            )
+        self.alerts += alerts
+        if self.records:
+            block = self._block(flight)
+            for record in self.records:
+                record.write_block(block)
+                for alert in alerts:
+                    record.write_event("alert", alert.step, alert.as_dict())
+        self._flush_seconds += time.perf_counter() - start
+
+    def _block(self, flight: "_Flight") -> Block:
+        rows: np.ndarray[Any, Any] = flight.rows.numpy()
+        series = {name: rows[:, :, column] for column, name in enumerate(self._column_names())}
+        top = rows[:, :, len(self.statistics) + 2 :]
+        series["top_channel_ids"], series["top_channel_values"] = top[..., :TOP_CHANNELS], top[..., TOP_CHANNELS:]
+        for column, name in enumerate(("loss", "learning_rate")):
+            scalars = flight.scalars[:, column]
+            if not bool(scalars.isnan().all()):
+                series[name] = scalars.numpy()
+        return Block(flight.first_step, self.layers, series)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in hooks, steps and flushes so far, on the host."""
+        return self._observer.seconds + self._step_seconds + self._flush_seconds
+
+    @property
+    def cost(self) -> Cost:
+        """What monitoring cost so far, measured on the host."""
+        steps = max(self._timed_steps, 1)
+        hooks, step, flush = (
+            1e3 * seconds / steps for seconds in (self._observer.seconds, self._step_seconds, self._flush_seconds)
+        )
+        interval = 1e3 * float(np.median(self._intervals)) if self._intervals else float("nan")
+        return Cost(hooks, step, flush, 100 * (hooks + step + flush) / (interval - hooks - step))
+
+    # -- resume --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Baselines and counters as tensors and plain containers; the past steps are in the record, not in here."""
+        self.flush()
+        return {
+            "version": 1,
+            "layers": list(self.layers),
+            "statistics": [statistic.name for statistic in self.statistics],
+            "steps_done": self.steps_done,
+            "past": self._state.past.state_dict() if self._state is not None else None,
+            "detector": self._detector.state_dict(),
+            "alerts": [alert.as_dict() for alert in self.alerts],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken. The step counter is always restored.
+
+        Baselines are restored when layers and statistics are the same; else they start afresh, with a warning.
+        """
+        self.steps_done = int(state["steps_done"])
+        self.alerts = [Alert(**alert) for alert in state["alerts"]]
+        same = state["layers"] == list(self.layers) and state["statistics"] == [s.name for s in self.statistics]
+        if not same:
+            logger.warning("the checkpoint watched other layers or statistics: baselines start afresh at this step")
+            return
+        if state["past"] is not None:
+            self._on_device().past.load_state_dict(state["past"])
+        self._detector.load_state_dict(state["detector"])
+
+
+@dataclass(frozen=True)
+class _DeviceState:
+    """What stays on the device between flushes."""
+
+    device: torch.device
+    layout: Layout
+    past: Past
+    rows: Tensor  # [flush_every, layers, columns]
+    scalars: Tensor  # [flush_every, 2]: loss, learning rate
+
+    @staticmethod
+    def of(norms: Sequence[NormLayer], width: int, shape: tuple[int, int, int], device: torch.device) -> "_DeviceState":
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        sizes = torch.tensor([norm.num_features for norm in norms])
+        uniform = all(norm.num_features == width for norm in norms)
+        layout = Layout(
+            exists=None if uniform else (torch.arange(width) < sizes[:, None]).to(device),
+            channels=sizes.to(device, dtype),
+            eps=torch.tensor([norm.eps for norm in norms], dtype=dtype).to(device),
+            per_channel=torch.tensor([norm.kind == "batch" for norm in norms]).to(device),
+        )
+        past = Past(len(norms), width, device, dtype)
+        return _DeviceState(
+            device, layout, past, torch.empty(shape, device=device), torch.empty(shape[0], 2, device=device)
+        )
+
+
+class _Flight:
+    """Steps on their way to the host."""
+
+    def __init__(self, first_step: int, rows: Tensor, scalars: Tensor) -> None:
+        self.first_step = first_step
+        self._event: torch.cuda.Event | None = None
+        if rows.device.type == "cuda":
+            self.rows, self.scalars = (
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for t in (rows, scalars)
+            )
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self.rows, self.scalars = rows.cpu().clone(), scalars.cpu().clone()
+
+    def wait(self) -> None:
+        """Until the copy is done."""
+        if self._event is not None:
+            self._event.synchronize()

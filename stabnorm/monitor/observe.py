@@ -1,0 +1,255 @@
+"""Hooks that add raw moments to one preallocated slab, and the masks that say which tokens count.
+
+A hook does nothing but call one op on its layer's row; no statistic is computed here and nothing is read back. What
+the hooks of one optimizer step gathered is taken with `Observer.take`, which starts the next step.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stabnorm.functional import RawMoments, clear_moments_, empty_moments, merge_moments_
+from stabnorm.norms import NormLayer
+from stabnorm.ops.moments import accumulate_moments_, as_rows
+
+_masks: list[Tensor] = []  # a plain list: Dynamo follows it, and not a context variable
+
+
+class valid_tokens:  # used like a function: `with valid_tokens(mask):`
+    """Within this context padding does not count, for every monitored or stabnorm layer whose tokens the mask fits.
+
+    A mask fits a layer when it has the shape of the layer's input without the channel axis, that shape's leading axes
+    (it is then repeated along the rest, heads say), or as many elements as a flattened input has rows. A layer whose
+    tokens have another number of axes is not concerned.
+
+    Args:
+        *masks: bool tensors, True = valid token; for an encoder-decoder one for each, the first that fits is taken.
+
+    Raises:
+        TypeError: a mask is not a bool tensor.
+        ValueError: in a layer's forward, when its tokens have a mask's axes and batch but not its length.
+
+    >>> import torch, stabnorm
+    >>> with stabnorm.valid_tokens(torch.tensor([[True, True, False]])):
+    ...     pass  # model(batch)
+    """
+
+    def __init__(self, *masks: Tensor) -> None:
+        for mask in masks:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"a mask of valid tokens is a bool tensor, True = valid; got {found}. Use mask.bool()")
+        self._pushed = masks
+
+    def __enter__(self) -> "valid_tokens":
+        _masks.extend(self._pushed)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del _masks[len(_masks) - len(self._pushed) :]
+
+
+def mask_for(tokens: torch.Size, name: str) -> Tensor | None:
+    """The active mask that fits a layer's tokens, in their shape; None when none concerns it."""
+    near: Tensor | None = None
+    for mask in reversed(_masks):
+        if mask.shape == tokens:
+            return mask
+        if len(tokens) > mask.ndim and mask.shape == tokens[: mask.ndim]:
+            return mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens)
+        if len(tokens) == 1 and mask.numel() == tokens[0]:
+            return mask.reshape(-1)
+        if mask.ndim == len(tokens) > 1 and mask.shape[0] == tokens[0]:
+            near = mask
+    if near is not None:
+        raise ValueError(
+            f"the mask has shape {tuple(near.shape)}, but the input of norm {name!r} has tokens of shape "
+            f"{tuple(tokens)}: a mask has the input's shape without the channel axis. Give a mask of that shape (a "
+            "class token needs an entry, too), or exclude the layer."
+        )
+    return None
+
+
+class Observer:
+    """Hooks on the norms of a model, and the slab they fill.
+
+    Args:
+        model: counts forwards while it is in training mode.
+        layers: the norms to hook.
+        tokens, normalized, gradients: what to gather beside the channel moments, see `Statistic.needs`.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[NormLayer], *, tokens: bool, normalized: bool, gradients: bool
+    ) -> None:
+        self.model, self.layers = model, tuple(layers)
+        self.tokens, self.normalized, self.gradients = tokens, normalized, gradients
+        self.width = max(layer.num_features for layer in layers)
+        self.seconds = 0.0  # inside hooks, on the host; not counted in a compiled graph
+        self._slabs: dict[torch.device, RawMoments] = {}
+        self._gradients: dict[torch.device, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._hooks: list[_InputHook] = []
+
+    def attach(self) -> None:
+        """Put the hooks on. One forward hook per norm; gradients come from the parameters where there are any."""
+        for index, layer in enumerate(self.layers):
+            hook = _InputHook(self, index)
+            self._hooks.append(hook)
+            self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            if self.gradients:
+                self._handles += self._watch_gradients(index, layer)
+
+    def detach(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._hooks.clear()
+
+    def discard(self) -> None:
+        """Forget what was gathered since the last step."""
+        for slab in self._slabs.values():
+            clear_moments_(slab)
+        for sums in self._gradients.values():
+            sums.fill_(torch.nan)
+        for hook in self._hooks:
+            hook.fresh = True
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where the model's norms ran or will run, the first one first."""
+        return tuple(self._slabs)
+
+    def slab(self, device: torch.device) -> RawMoments:
+        """The slab on a device; a model spread over several has one on each, of which the others stay empty."""
+        if device not in self._slabs:
+            self._slabs[device] = empty_moments(len(self.layers), self.width, device)
+        return self._slabs[device]
+
+    def account(self, index: int, device: torch.device) -> RawMoments:
+        """A layer's row of the slab, as views."""
+        slab, channels = self.slab(device), self.layers[index].num_features
+        return RawMoments(slab.seen[index], slab.channel[index, :, :channels], slab.token[index])
+
+    def take(self, device: torch.device) -> tuple[RawMoments, Tensor]:
+        """Merged moments of all layers and gradient sums (NaN where none came), on one device; views of the slab."""
+        merged = self.slab(device)
+        for other, slab in self._slabs.items():
+            if other != device:
+                merge_moments_(merged, RawMoments(*(part.to(device, non_blocking=True) for part in slab)))
+        gradient = self.gradient_slab(device)
+        for other, sums in self._gradients.items():
+            if other != device:
+                gradient = torch.where(gradient.isnan(), sums.to(device, non_blocking=True), gradient)
+        return merged, gradient
+
+    def gradient_slab(self, device: torch.device) -> Tensor:
+        """Gradient sums ``[L, 2, C]`` on a device, see `past.Moments`; NaN where none came since the last step."""
+        if device not in self._gradients:
+            shape = (len(self.layers), 2, self.width)
+            self._gradients[device] = torch.full(shape, torch.nan, device=device)
+        return self._gradients[device]
+
+    def _watch_gradients(self, index: int, layer: NormLayer) -> Iterable[RemovableHandle]:
+        """A parameter's gradient is the sum over tokens that we want, and reading it costs no pass and no graph."""
+        gain, bias = layer.gain_parameter, layer.bias_parameter
+        if gain is None or not gain.requires_grad:
+            yield layer.module.register_forward_hook(_OutputHook(self, index))
+            return
+        yield gain.register_post_accumulate_grad_hook(_ParameterHook(self, index, 0))
+        if bias is not None and bias.requires_grad:
+            yield bias.register_post_accumulate_grad_hook(_ParameterHook(self, index, 1))
+
+
+class _InputHook:
+    """Before a norm's forward: its input's moments into its row."""
+
+    def __init__(self, observer: Observer, index: int) -> None:
+        self.observer, self.layer, self.index = observer, observer.layers[index], index
+        # Allocated now, not at the first forward: nothing may change under a compiled graph.
+        at_home = next(itertools.chain(self.layer.module.parameters(), observer.model.parameters()), torch.empty(0))
+        self.account = observer.account(index, at_home.device)
+        self.fresh = True  # nothing counted yet in this step
+        self.op = torch.ops.stabnorm.accumulate_moments_.default
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.observer.model.training:
+            return
+        if torch.compiler.is_compiling():
+            self.observe(args, kwargs, self.op, fresh=False)  # a flag that changes would compile again
+            return
+        start = time.perf_counter()
+        self.observe(args, kwargs, accumulate_moments_, fresh=self.fresh)
+        self.fresh = False
+        self.observer.seconds += time.perf_counter() - start
+
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], op: Callable[..., None], *, fresh: bool) -> None:
+        layer = self.layer
+        x = args[0] if args else next(iter(kwargs.values()))
+        axis = layer.channel_dim % x.ndim
+        tokens = x.shape[:axis] + x.shape[axis + 1 :]
+        if layer.feature_dims > 1:
+            tokens = x.shape[: x.ndim - layer.feature_dims]
+        valid = mask_for(tokens, layer.name) if _masks else None
+        account = self.account
+        if account.seen.device != x.device:
+            self.account = account = self.observer.account(self.index, x.device)
+        with torch.no_grad():
+            op(
+                x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
+                layer.feature_dims, layer.groups, layer.eps, self.observer.tokens, self.observer.normalized, fresh,
+            )  # fmt: skip
+
+
+class _ParameterHook:
+    """After a backward: gain times the parameter's gradient, as accumulated so far, into its row."""
+
+    def __init__(self, observer: Observer, index: int, row: int) -> None:
+        self.observer, self.layer, self.index, self.row = observer, observer.layers[index], index, row
+
+    @torch.no_grad()
+    def __call__(self, parameter: Tensor) -> None:
+        start = time.perf_counter()
+        gradient, gain = parameter.grad, self.layer.gain
+        if gradient is not None and self.observer.model.training:
+            row = self.observer.gradient_slab(gradient.device)[self.index, self.row, : self.layer.num_features]
+            row.copy_(gradient.flatten())
+            if gain is not None:
+                row.mul_(gain)
+        self.observer.seconds += time.perf_counter() - start
+
+
+class _OutputHook:
+    """For a norm with no trainable gain: the gradient at its output, in eager mode."""
+
+    def __init__(self, observer: Observer, index: int) -> None:
+        self.observer, self.layer, self.index = observer, observer.layers[index], index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling() or not self.observer.model.training:
+            return
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        y = output.detach().clone()  # an activation in place would change it before the backward comes
+        output.register_hook(lambda gradient: self._add(gradient, y))
+
+    @torch.no_grad()
+    def _add(self, gradient: Tensor, y: Tensor) -> None:
+        start = time.perf_counter()
+        layer = self.layer
+        g, y = (as_rows(t.detach(), layer.channel_dim, layer.feature_dims).float() for t in (gradient, y))
+        if layer.bias is not None:
+            y = y - layer.bias
+        shift = g.sum(0) if layer.gain is None else g.sum(0) * layer.gain
+        row = self.observer.gradient_slab(g.device)[self.index, :, : layer.num_features]
+        row.copy_(torch.where(row.isnan(), 0, row) + torch.stack([(g * y).sum(0), shift]))
+        self.observer.seconds += time.perf_counter() - start

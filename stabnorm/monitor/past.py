@@ -1,0 +1,207 @@
+"""What a step is compared with: the layer's own past, as tensors that a checkpoint can carry.
+
+Everything is `[layers, ...]` in float64 where the device has it: a running mean of 1e4 in float32 is 1e-3 off, and its
+distance from the batch's mean is what several statistics measure. A step that did not run or was not finite leaves its
+layer's past as it is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabnorm.functional import (
+    COV_XN,
+    MAX,
+    MIN,
+    REST_N,
+    REST_X,
+    SHIFT_N,
+    SHIFT_X,
+    STD_MEAN,
+    VAR_N,
+    VAR_X,
+    RawMoments,
+)
+
+MOMENTUM = 0.1  # PyTorch's: the weight of the new value
+WINDOW = 4  # Unified Normalization's M
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What never changes about the layers: `[L]` each, and which of the padded channels exist, `[L, C]`."""
+
+    exists: Tensor | None  # None: every layer is as wide as the widest
+    channels: Tensor
+    eps: Tensor
+    per_channel: Tensor  # a "batch" norm: affine in every channel, divides by the channels' variances
+
+
+@dataclass(frozen=True)
+class Moments:
+    """One step's merged moments of all layers: what a statistic is a function of.
+
+    Shapes: ``[L, C]`` per channel (padded with zeros beyond a layer's channels), ``[L]`` per layer.
+    """
+
+    layout: Layout
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+    absmax: Tensor
+    mean_n: Tensor
+    var_n: Tensor
+    cov_xn: Tensor
+    token: Tensor  # [L, 7], see functional.RawMoments
+    gradient: Tensor  # [L, 2, C]: sums over tokens of g * xhat and of g, with g the gradient at the normalised input
+
+    @staticmethod
+    def of(raw: RawMoments, gradient: Tensor, layout: Layout) -> "Moments":
+        """From the slab's raw moments and the gradient sums."""
+        dtype = layout.eps.dtype
+        channel = raw.channel.to(dtype)
+        return Moments(
+            layout,
+            raw.seen,
+            mean=channel[:, SHIFT_X] + channel[:, REST_X],
+            var=channel[:, VAR_X],
+            absmax=torch.maximum(channel[:, MAX], -channel[:, MIN]),
+            mean_n=channel[:, SHIFT_N] + channel[:, REST_N],
+            var_n=channel[:, VAR_N],
+            cov_xn=channel[:, COV_XN],
+            token=raw.token.to(dtype),
+            gradient=gradient.to(dtype),
+        )
+
+    def mean_over_channels(self, values: Tensor) -> Tensor:
+        """``[L, C] -> [L]``, over the channels that exist."""
+        if self.layout.exists is None:
+            return values.mean(-1)
+        return torch.where(self.layout.exists, values, 0).sum(-1) / self.layout.channels
+
+    def norm_over_channels(self, values: Tensor) -> Tensor:
+        """Euclidean norm over the channels that exist, ``[L, C] -> [L]``."""
+        if self.layout.exists is not None:
+            values = torch.where(self.layout.exists, values, 0)
+        norm: Tensor = torch.linalg.vector_norm(values, dim=-1)
+        return norm
+
+    @property
+    def ran(self) -> Tensor:
+        """Whether the layer saw a valid token, ``[L]``."""
+        return self.count > 0
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether every channel's moments are finite, ``[L, C]``."""
+        return torch.isfinite(self.mean) & torch.isfinite(self.var) & torch.isfinite(self.absmax)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """Mean of x^2 per channel, a sum of two squares and so without cancellation."""
+        return self.var + self.mean.square()
+
+    @property
+    def sigma(self) -> Tensor:
+        """sqrt(var + eps) per channel: what BatchNorm would divide by."""
+        return (self.var + self.layout.eps[:, None]).sqrt()
+
+    @property
+    def log_var(self) -> Tensor:
+        """log(var + eps) per channel; eps keeps a dead channel's rounding noise from looking like an earthquake."""
+        return (self.var + self.layout.eps[:, None]).log()
+
+    @property
+    def log_absmax(self) -> Tensor:
+        """log(max|x| + sqrt(eps)) per channel."""
+        return (self.absmax + self.layout.eps[:, None].sqrt()).log()
+
+    @property
+    def log_scale(self) -> Tensor:
+        """log(mean token standard deviation + sqrt(eps)) per layer."""
+        return (self.token[:, STD_MEAN] + self.layout.eps.sqrt()).log()
+
+    @property
+    def gain_gradient(self) -> Tensor:
+        """Mean over tokens of g * xhat, per channel."""
+        return self.gradient[:, 0] / self.count.clamp(min=1)[:, None]
+
+
+class Past:
+    """Moving averages, the previous step and the window of second moments of every layer.
+
+    Args:
+        layers: number of layers.
+        channels: the widest layer's channels.
+        device, dtype: where and how the step is computed.
+    """
+
+    def __init__(self, layers: int, channels: int, device: torch.device, dtype: torch.dtype) -> None:
+        def nothing(*shape: int) -> Tensor:
+            return torch.full(shape, torch.nan, device=device, dtype=dtype)
+
+        # NaN says "no past yet", and arithmetic carries it into every statistic that needs one.
+        self.mean, self.var = nothing(layers, channels), nothing(layers, channels)  # moving averages
+        self.mean_var = nothing(layers, channels)  # moving variance of the batch mean
+        self.running_mean, self.running_var = nothing(layers, channels), nothing(layers, channels)
+        self.log_var, self.log_absmax = nothing(layers, channels), nothing(layers, channels)
+        self.log_scale = nothing(layers)
+        self.window = nothing(WINDOW, layers, channels)  # second moments, newest first
+        self.gradient, self.gradient_power = nothing(layers, channels), nothing(layers)
+
+    def mean_var_with(self, now: Moments) -> Tensor:
+        """Moving variance of the batch mean, this step included."""
+        return (1 - MOMENTUM) * (self.mean_var + MOMENTUM * (now.mean - self.mean).square())
+
+    def update(self, now: Moments, own_mean: Tensor, own_var: Tensor) -> None:
+        """Take the step in.
+
+        Args:
+            now: the step.
+            own_mean: ``[L, C]``, the layers' own running means after the step; NaN where there are none.
+            own_var: the same for the variances.
+        """
+        usable = now.ran & now.finite.all(-1)
+
+        def take(old: Tensor, new: Tensor) -> Tensor:
+            keep = usable.view(-1, *[1] * (old.ndim - 1))
+            return torch.where(keep, new, old)
+
+        def average(old: Tensor, new: Tensor) -> Tensor:
+            return torch.where(old.isnan(), new, torch.lerp(old, new, MOMENTUM))
+
+        first = self.mean.isnan()
+        self.mean_var = take(self.mean_var, torch.where(first, 0, self.mean_var_with(now)))
+        self.mean = take(self.mean, average(self.mean, now.mean))
+        self.var = take(self.var, average(self.var, now.var))
+        self.running_mean = torch.where(own_mean.isnan(), self.mean, own_mean)
+        self.running_var = torch.where(own_var.isnan(), self.var, own_var)
+        self.log_var = take(self.log_var, now.log_var)
+        self.log_absmax = take(self.log_absmax, now.log_absmax)
+        self.log_scale = take(self.log_scale, now.log_scale)
+        shifted = torch.cat([now.second_moment[None], self.window[:-1]])
+        self.window = torch.where(usable[None, :, None], shifted, self.window)
+        # Where a layer has fewer channels the rest of its row is NaN: it has no gradient there.
+        gradient = now.gain_gradient
+        power = now.norm_over_channels(gradient).square()
+        usable = usable & torch.isfinite(power)  # an overflowed loss scale spoils gradients, not activations
+        self.gradient_power = take(self.gradient_power, average(self.gradient_power, power))
+        self.gradient = take(self.gradient, average(self.gradient, gradient))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The past as plain tensors."""
+        return {name: value.detach().clone() for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved past of the same layers.
+
+        Raises:
+            ValueError: when a tensor is missing or has another shape; nothing is loaded then.
+        """
+        for name, value in vars(self).items():
+            if name not in state or state[name].shape != value.shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(f"the saved past has {found} under {name!r}, expected shape {tuple(value.shape)}")
+        for name, value in vars(self).items():
+            setattr(self, name, state[name].to(value))

@@ -1,0 +1,299 @@
+"""The record: what a run leaves behind, and all that any dashboard reads. Kept in TensorBoard's files or in our own.
+
+A flush adds a `Block` of contiguous steps; what happens now and then (an alert, say) is an event. Shapes read
+[step], [step, layer] or [step, layer, rank], the last for the k largest of something. Everything is float32.
+"""
+
+import io
+import itertools
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from stabnorm.monitor._record_format import PLUGIN_NAME as PLUGIN_NAME
+from stabnorm.monitor._record_format import VERSION as VERSION
+from stabnorm.monitor._record_format import check_version, dumps, tensor_summary, tensors
+
+AXES = ("step", "layer", "rank")
+
+# What a record may hold besides the statistics of the catalogue: name -> (axes, meaning).
+SIDE_SERIES: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "loss": (AXES[:1], "training loss"),
+    "learning_rate": (AXES[:1], "learning rate of the first parameter group"),
+    "tokens": (AXES[:2], "valid tokens the layer saw; 0 where it did not run"),
+    "top_channel_ids": (AXES, "channels with the largest magnitude, largest first"),
+    "top_channel_values": (AXES, "their magnitudes"),
+    "lam": (AXES[:2], "share of LayerNorm in a progressive norm, 1 -> 0"),
+    "branch_gap": (AXES[:2], "relative distance between a progressive norm's two branches"),
+}
+EVENT_KINDS: Mapping[str, str] = {
+    "alert": "a statistic crossed its threshold",
+    "hold": "the schedule waited, went on or went back",
+    "fold_report": "which norms were folded, and what was kept",
+}
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """What one flush adds: contiguous steps.
+
+    Args:
+        first_step: optimizer step of row 0; row i is step `first_step + i`.
+        layers: names, in the order of the layer axis.
+        series: name -> values, [steps], [steps, layers] or [steps, layers, k]; kept as float32.
+
+    Raises:
+        ValueError: a series does not have as many steps as the others, or not one column for each layer.
+    """
+
+    first_step: int
+    layers: tuple[str, ...]
+    series: Mapping[str, Array]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "series", {name: np.asarray(a, np.float32) for name, a in self.series.items()})
+        for name, values in self.series.items():
+            wanted = (self.num_steps, len(self.layers))[: values.ndim]
+            if not 1 <= values.ndim <= len(AXES) or values.shape[:2] != wanted:
+                raise ValueError(
+                    f"series {name!r} has shape {values.shape} in a block of {self.num_steps} steps and "
+                    f"{len(self.layers)} layers; give it as [steps], [steps, layers] or [steps, layers, k]"
+                )
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the block holds."""
+        return max((len(values) for values in self.series.values() if values.ndim), default=0)
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last row."""
+        return self.first_step + self.num_steps - 1
+
+
+class Event(NamedTuple):
+    """What happened at a step. Non-finite numbers in `data` are the strings that `float` reads back."""
+
+    kind: str
+    step: int
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A run as it was written, each step once.
+
+    Args:
+        layers: every layer the run had, in order of appearance.
+        steps: the steps written, ascending.
+        series: name -> [len(steps), ...], NaN where a step or a layer has no value.
+        events: in the order of their steps.
+    """
+
+    layers: tuple[str, ...]
+    steps: npt.NDArray[np.int64]
+    series: Mapping[str, Array]
+    events: list[Event]
+
+
+class RecordWriter(Protocol):
+    """Where a monitor's output goes."""
+
+    def write_block(self, block: Block) -> None:
+        """Add contiguous steps; a step that was already written is replaced."""
+
+    def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
+        """Add an event of one of `EVENT_KINDS`; `data` is anything that JSON can say, NaN and infinity included."""
+
+    def close(self) -> None:
+        """Bring everything to disk."""
+
+
+class TensorBoardRecord:
+    """Writes into the event files of a run: tag `stabnorm/<series>`, one tensor a block, at the block's last step.
+
+    One tensor of many steps, because TensorBoard keeps only a random sample of a tag's tensors.
+
+    Args:
+        summary_writer: a `torch.utils.tensorboard.SummaryWriter`. It stays the caller's; `close` only flushes it.
+
+    Raises:
+        ValueError: its directory holds a record of a newer version.
+    """
+
+    def __init__(self, summary_writer: Any) -> None:
+        self._writer = summary_writer
+        self._described: set[str] = set()
+        # A tag is described once and for all, so that a new list of layers needs new tags: also after a resume into
+        # the same directory, which is why we look at what is there.
+        self._suffixes: dict[tuple[str, ...], str] = {}
+        for _, value, content in tensors(Path(summary_writer.log_dir)):
+            if "series" in content:
+                name = f"{PLUGIN_NAME}/{content['series']}"
+                self._suffixes[tuple(content["layers"])] = value.tag.removeprefix(name)
+
+    def write_block(self, block: Block) -> None:
+        """Write one tensor for each series."""
+        if not block.num_steps:
+            return
+        suffix = self._suffixes.setdefault(block.layers, f"@{len(self._suffixes) + 1}" if self._suffixes else "")
+        for name, values in block.series.items():
+            content = {"series": name, "layers": block.layers, "axes": AXES[: values.ndim]}
+            self._write(block.last_step, f"{name}{suffix}", values, content)
+
+    def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
+        """Write one string tensor under `stabnorm/event/<kind>`."""
+        self._write(step, f"event/{kind}", dumps(data).encode(), {"event": kind})
+
+    def close(self) -> None:
+        """Flush the writer."""
+        self._writer.flush()
+
+    def _write(self, step: int, name: str, tensor: Any, content: Mapping[str, Any]) -> None:
+        summary = tensor_summary(f"{PLUGIN_NAME}/{name}", tensor, None if name in self._described else content)
+        self._described.add(name)
+        self._writer._get_file_writer().add_summary(summary, step)  # torch has no public way to write a tensor
+
+
+class FileRecord:
+    """Writes a directory of its own: `record.json`, numbered `block-*.npz`, and `events.jsonl`.
+
+    A run that is killed leaves no half block, and a resumed run goes on in the same directory.
+
+    Args:
+        directory: made if it does not exist.
+
+    Raises:
+        ValueError: the directory holds a record of a newer version.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        header = self._directory / "record.json"
+        if header.exists():
+            check_version(json.loads(header.read_text()), header)
+        written = [int(path.stem.rpartition("-")[2]) for path in self._directory.glob("block-*.npz")]
+        self._numbers = itertools.count(max(written, default=0) + 1)
+        events = self._directory / "events.jsonl"
+        events.touch()
+        os.truncate(events, events.read_bytes().rfind(b"\n") + 1)  # half a line, left by a kill
+        self._events = events.open("a", encoding="utf-8")
+        self._write(header, json.dumps({"version": VERSION}).encode())
+
+    def write_block(self, block: Block) -> None:
+        """Write one file, which appears only when it is complete."""
+        members: dict[str, Any] = {"@steps": np.array([block.first_step, block.num_steps]), **block.series}
+        members["@layers"] = np.array(block.layers, str)
+        np.savez(file := io.BytesIO(), **members)
+        self._write(self._directory / f"block-{next(self._numbers):08d}.npz", file.getvalue())
+
+    def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
+        """Append one line, at once."""
+        self._events.write(dumps({"kind": kind, "step": step, "data": data}) + "\n")
+        self._events.flush()
+
+    def close(self) -> None:
+        """Close the events; the blocks are on disk already."""
+        self._events.close()
+
+    @staticmethod
+    def _write(path: Path, content: bytes) -> None:
+        half = path.with_suffix(".tmp")
+        half.write_bytes(content)
+        os.replace(half, path)
+
+
+def read_record(path: str | os.PathLike[str], series: Collection[str] | None = None) -> Record:
+    """Read what a run has written so far. Of a step written twice, as after a resume, the last counts.
+
+    Args:
+        path: the directory of a `FileRecord`, or one with TensorBoard's event files.
+        series: the names to read, the rest is left on disk; a name the record lacks is left out. Default: all.
+
+    Raises:
+        FileNotFoundError: there is no record.
+        ValueError: the record is of a newer version than this package reads.
+    """
+    directory = Path(path)
+    read = _read_files if (directory / "record.json").exists() else _read_tensorboard
+    parts, events = read(directory, series)
+    layers = tuple(dict.fromkeys(itertools.chain.from_iterable(part.layers for part in parts)))
+    spans = [np.arange(part.first_step, part.first_step + part.num_steps) for part in parts]
+    steps = np.unique(np.concatenate(spans)) if spans else np.empty(0, np.int64)
+    names = dict.fromkeys(itertools.chain.from_iterable(part.series for part in parts))
+    once = {dumps(event): event for event in events}  # a resumed run repeats what it saw
+    stitched = {name: _stitch(name, parts, steps, layers) for name in names}
+    return Record(layers, steps, stitched, sorted(once.values(), key=lambda event: event.step))
+
+
+class _Part(NamedTuple):
+    """What was read of a block. It knows its steps even if it has no series, so that `Record.steps` is always whole."""
+
+    first_step: int
+    num_steps: int
+    layers: tuple[str, ...]
+    series: Mapping[str, Array]
+
+
+def _read_files(directory: Path, wanted: Collection[str] | None) -> tuple[list[_Part], list[Event]]:
+    header = directory / "record.json"
+    check_version(json.loads(header.read_text()), header)
+    parts = []
+    for path in sorted(directory.glob("block-*.npz")):
+        try:
+            with path.open("rb") as file, np.load(file) as block:  # loads a member when it is asked for, not before
+                names = [name for name in block.files if name[0] != "@" and (wanted is None or name in wanted)]
+                first_step, num_steps = block["@steps"].tolist()
+                series = {name: block[name] for name in names}
+                parts.append(_Part(first_step, num_steps, tuple(map(str, block["@layers"])), series))
+        except (zipfile.BadZipFile, EOFError):  # when a machine dies, the new name may reach the disk before the data
+            warnings.warn(f"{path} is damaged; its steps are left out", stacklevel=3)
+    lines = (directory / "events.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return parts, [Event(**json.loads(line)) for line in lines if line.endswith("\n")]  # the last may be half a line
+
+
+def _read_tensorboard(directory: Path, wanted: Collection[str] | None) -> tuple[list[_Part], list[Event]]:
+    from tensorboard.util.tensor_util import make_ndarray
+
+    parts, events = [], []
+    for step, value, content in tensors(directory):
+        if "event" in content:
+            events.append(Event(content["event"], step, json.loads(make_ndarray(value.tensor).item())))
+            continue
+        name = content["series"]
+        num_steps = value.tensor.tensor_shape.dim[0].size
+        series = {name: make_ndarray(value.tensor)} if wanted is None or name in wanted else {}
+        parts.append(_Part(step - num_steps + 1, num_steps, tuple(content["layers"]), series))
+    if not parts and not events:
+        raise FileNotFoundError(
+            f"no record in {directory}: neither record.json nor event files (*tfevents*) with tags {PLUGIN_NAME}/*; "
+            "give the directory that the run wrote to"
+        )
+    return parts, events
+
+
+def _stitch(name: str, parts: Iterable[_Part], steps: npt.NDArray[np.int64], layers: Sequence[str]) -> Array:
+    """Lay the parts of one series over each other, in the order they were written."""
+    parts = [part for part in parts if name in part.series]
+    shapes = [part.series[name].shape for part in parts]
+    # The layers and k may change on a resume: where one of the runs has no value there is NaN.
+    column = {layer: i for i, layer in enumerate(layers)}
+    trailing = [max(sizes) for sizes in zip(*(shape[2:] for shape in shapes), strict=True)]
+    out = np.full((len(steps), len(layers), *trailing)[: len(shapes[0])], np.nan, np.float32)
+    for part, shape in zip(parts, shapes, strict=True):
+        rows = out[int(np.searchsorted(steps, part.first_step)) :][: part.num_steps]
+        rows[...] = np.nan
+        where: tuple[Any, ...] = (slice(None), [column[layer] for layer in part.layers], *map(slice, shape[2:]))
+        rows[where[: len(shape)]] = part.series[name]
+    return out

@@ -1,0 +1,97 @@
+"""The op behind every hook: add one forward's moments to a layer's account, unless the forward is a recompute.
+
+`accumulate_moments_` is `functional.raw_moments` followed by `functional.merge_moments_`. It is registered with the
+dispatcher, so that in a compiled model it is one opaque node and its body runs in Python at run time. That is where a
+recomputed forward must be recognised: `torch._C._current_graph_task_id` cannot be traced, and a flag that is read
+while tracing counts `checkpoint(compiled_block)` twice.
+"""
+
+import torch
+from torch import Tensor
+
+from stabnorm.functional import Kind, RawMoments, merge_moments_, normalize_groups, raw_moments
+
+_library = torch.library.Library("stabnorm", "DEF")
+_library.define(
+    "accumulate_moments_(Tensor x, Tensor? valid, Tensor(a!) seen, Tensor(b!) channel, Tensor(c!) token, str kind, "
+    "int channel_dim, int feature_dims, int groups, float eps, bool tokens, bool normalized, bool fresh) -> ()"
+)
+
+
+def is_recompute() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing repeats one that was counted already."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def as_rows(x: Tensor, channel_dim: int, feature_dims: int = 1) -> Tensor:
+    """``x`` as ``[R, C]`` with the channels last; a view where the layout allows.
+
+    >>> as_rows(torch.zeros(2, 3, 4, 5), channel_dim=1).shape
+    torch.Size([40, 3])
+    """
+    if channel_dim not in (-1, x.ndim - 1):
+        x = x.movedim(channel_dim, -1)
+    features = x.shape[x.ndim - feature_dims :].numel()
+    return x.reshape(x.numel() // max(features, 1), features)
+
+
+def accumulate_moments_(
+    x: Tensor,
+    valid: Tensor | None,
+    seen: Tensor,
+    channel: Tensor,
+    token: Tensor,
+    kind: Kind,
+    channel_dim: int,
+    feature_dims: int = 1,
+    groups: int = 1,
+    eps: float = 1e-5,
+    tokens: bool = True,
+    normalized: bool = True,
+    fresh: bool = False,
+) -> None:
+    """Merge the moments of ``x`` into ``seen``, ``channel``, ``token`` in place; a recomputed forward adds nothing.
+
+    Args:
+        x: a norm's input, any layout and floating dtype; computed in float32.
+        valid: bool, x's shape without the channel axis, True = valid token; None: all are.
+        seen: int64 scalar, see `functional.RawMoments`.
+        channel: ``[8, C]`` float32.
+        token: ``[7]`` float32.
+        kind: what the layer is.
+        channel_dim: the axis of x that holds the channels.
+        feature_dims: how many trailing axes the layer normalises together.
+        groups: a group or instance norm's groups.
+        eps: the layer's epsilon.
+        tokens: False leaves out the per-token statistics.
+        normalized: False leaves out the moments of the normalised input.
+        fresh: the account is known to be empty, so that on a CPU there is nothing to merge with.
+    """
+    if is_recompute() or x.numel() == 0:
+        return
+    x = x.detach()
+    if x.dtype != torch.float32:
+        x = x.float()
+    rows = as_rows(x, channel_dim, feature_dims)
+    by_groups = variances = None
+    if kind in ("group", "instance") and normalized:
+        batched = x if x.ndim != -channel_dim else x[None]
+        by_groups, variances = normalize_groups(batched, groups, eps)
+        by_groups = as_rows(by_groups.reshape(x.shape), channel_dim)
+    keep = None if valid is None else valid.reshape(-1)
+    if rows.device.type == "cpu":
+        from stabnorm.ops._cpu_moments import add_moments_of_rows_
+
+        into = RawMoments(seen, channel, token)
+        add_moments_of_rows_(into, rows, kind, eps, by_groups, variances, keep, tokens, normalized, fresh)
+    else:
+        new = raw_moments(rows, kind, eps, normalized=by_groups, divided_by=variances, valid=keep)
+        merge_moments_(RawMoments(seen, channel, token), new)
+
+
+_library.impl("accumulate_moments_", accumulate_moments_, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("stabnorm::accumulate_moments_")  # type: ignore[untyped-decorator]
+def _(*args: object) -> None:
+    return None

@@ -1,0 +1,443 @@
+"""The callback on real Trainers: both namespaces, every kind of logger, accumulation, AMP, resume, and exceptions."""
+
+import copy
+import importlib
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers.logger import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from stabnorm import StabilityMonitor
+from stabnorm.callbacks import StabilityCallback
+from stabnorm.monitor.record import Record, read_record
+
+BATCHES = 12
+
+
+class Batches(Dataset[dict[str, Tensor]]):
+    """Sentences of random length, padded with garbage."""
+
+    def __len__(self) -> int:
+        return 4 * BATCHES
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        length = 2 + index % 4
+        x = torch.randn(6, 8, generator=generator)
+        x[length:] = 1e6
+        return {"x": x, "mask": torch.arange(6) < length, "y": x[:length].mean(0)}
+
+
+class Body:
+    """What the modules of both namespaces share."""
+
+    def build(self) -> None:
+        self.net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.RMSNorm(8), nn.Linear(8, 8))
+        self.losses: list[float] = []
+        self.poison: int | None = None
+
+    def loss(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        mask = batch["mask"][..., None]
+        x = torch.where(mask, batch["x"], 0) if self.clean else batch["x"]
+        if index == self.poison:
+            raise RuntimeError("boom")
+        out = torch.where(mask, self.net(x), 0).sum(1) / mask.sum(1)
+        return (out - batch["y"]).square().mean()
+
+    clean = True
+
+
+def module(namespace: str = "pytorch_lightning", **attributes: Any) -> Any:
+    base: Any = importlib.import_module(namespace).LightningModule
+
+    class Module(Body, base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.build()
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            loss = self.loss(batch, batch_idx)
+            self.losses.append(loss.detach())  # type: ignore[arg-type]
+            return loss
+
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            self.net(1e9 * batch["x"])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    torch.manual_seed(0)
+    made = Module()
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def loader() -> DataLoader[dict[str, Tensor]]:
+    return DataLoader(Batches(), batch_size=4)
+
+
+def trainer(tmp_path: Path, *callbacks: Any, namespace: str = "pytorch_lightning", **options: Any) -> Any:
+    defaults: dict[str, Any] = dict(
+        default_root_dir=tmp_path, max_epochs=1, logger=False, accelerator="cpu", enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, callbacks=list(callbacks),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(namespace).Trainer(**{**defaults, **options})
+
+
+def fit(run: Any, model: Any, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning.*")
+        warnings.filterwarnings("ignore", message=".*tensorboard.*")
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # torch, of RMSNorm
+        run.fit(model, loader(), loader(), **options)
+
+
+def hooks(model: nn.Module) -> int:
+    on_modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return on_modules + sum(len(getattr(p, "_post_accumulate_grad_hooks", None) or ()) for p in model.parameters())
+
+
+def watched(callback: StabilityCallback) -> StabilityMonitor:
+    assert callback.monitor is not None
+    return callback.monitor
+
+
+@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_it_works_in_both_namespaces_and_needs_no_argument(tmp_path: Path, namespace: str, bare: bool) -> None:
+    callback, model = StabilityCallback(), module(namespace)
+    run = trainer(tmp_path, namespace=namespace, callbacks=callback if bare else [callback])
+    fit(run, model)
+    history = watched(callback).history()
+    assert history["token_std_mean"].shape == (BATCHES, 2)
+    assert watched(callback).layers == ("net.0", "net.3")
+    assert history["amax"].max() < 1e5  # neither the sanity check nor validation counted
+    assert hooks(model) == 0
+
+
+def test_losses_and_weights_are_bit_identical_with_and_without(tmp_path: Path) -> None:
+    bare, watched_model = module(), module()
+    fit(trainer(tmp_path), bare)
+    fit(trainer(tmp_path, StabilityCallback()), watched_model)
+    assert all(torch.equal(a, b) for a, b in zip(bare.losses, watched_model.losses, strict=True))
+    for a, b in zip(bare.parameters(), watched_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class OneBatch(Batches):
+    """The same data whatever the batch size: the mean over tokens of a loss must not depend on how it is split."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        item["mask"] = torch.ones(6, dtype=torch.bool)
+        item["x"] = torch.randn(6, 8, generator=torch.Generator().manual_seed(index))
+        return item
+
+
+def test_accumulation_of_four_gives_the_history_of_one_big_batch(tmp_path: Path) -> None:
+    histories, losses = [], []
+    for size, accumulate in ((16, 1), (4, 4)):
+        callback, model = StabilityCallback(), module()
+        run = trainer(tmp_path, callback, accumulate_grad_batches=accumulate, logger=CSVLogger(tmp_path, version=size))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning.*")
+            run.fit(model, DataLoader(OneBatch(), batch_size=size))
+        histories.append(watched(callback).history())
+        losses.append(record_of(callback).series["loss"])
+    whole, parts = histories
+    assert whole["amax"].shape == parts["amax"].shape == (3, 2)
+    for name, values in whole.items():
+        torch.testing.assert_close(parts[name], values, rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-6, atol=0)
+
+
+def record_of(callback: StabilityCallback) -> Record:
+    assert callback.directory is not None
+    return read_record(callback.directory)
+
+
+def test_a_mask_by_key_leaves_the_padding_out(tmp_path: Path) -> None:
+    by_key, by_function = StabilityCallback(mask="mask"), StabilityCallback(mask=lambda batch: batch["mask"])
+    for callback in (by_key, by_function):
+        fit(trainer(tmp_path, callback), module(clean=False))
+        history = watched(callback).history()
+        assert history["amax"][:, 0].max() < 10
+        lengths = [sum(2 + i % 4 for i in range(4 * b, 4 * b + 4)) for b in range(BATCHES)]
+        assert history["tokens"][:, 0].tolist() == lengths
+
+
+def test_a_mask_that_is_no_key_is_refused_with_the_keys_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mask='padding' is no key of the batch, which is \['x', 'mask', 'y'\]"):
+        fit(trainer(tmp_path, StabilityCallback(mask="padding")), module())
+
+
+def test_a_mask_of_the_wrong_shape_is_refused_at_the_first_forward_naming_the_layer(tmp_path: Path) -> None:
+    callback, model = StabilityCallback(mask=lambda batch: batch["mask"][:, 1:]), module()
+    with pytest.raises(ValueError, match=r"the mask has shape \(4, 5\), but the input of norm 'net.0'"):
+        fit(trainer(tmp_path, callback), model)
+    assert hooks(model) == 0
+
+
+def test_tensorboard_gets_the_record_few_scalars_pictures_and_the_table(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    callback = StabilityCallback(flush_every=5)
+    fit(trainer(tmp_path, callback, logger=logger, log_every_n_steps=1), module())
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    tags: Any = events.Tags()
+    ours = [tag for tag in tags["scalars"] if tag.startswith("stability/")]
+    assert 8 <= len(ours) <= 12
+    assert [e.step for e in events.Scalars("stability/amax_worst")] == [4, 9, 11]
+    assert {"stability/amax", "stability/token_std_mean"} <= set(tags["images"])
+    assert "custom_scalars__config__" in tags["tensors"]
+    assert "stability/closing_table/text_summary" in tags["tensors"]
+    record = read_record(logger.log_dir)
+    assert record.steps.tolist() == list(range(BATCHES))
+    for name, values in watched(callback).history().items():
+        torch.testing.assert_close(torch.from_numpy(record.series[name]), values, rtol=0, atol=0, equal_nan=True)
+    assert record.series["loss"].shape == (BATCHES,)
+    assert record.series["learning_rate"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("which", ["csv", "none"])
+def test_without_tensorboard_the_record_is_files(tmp_path: Path, which: str) -> None:
+    callback = StabilityCallback(flush_every=5)
+    logger = CSVLogger(tmp_path) if which == "csv" else False
+    fit(trainer(tmp_path, callback, logger=logger), module())
+    record = record_of(callback)
+    assert record.steps.tolist() == list(range(BATCHES))
+    assert record.layers == ("net.0", "net.3")
+    assert callback.directory is not None
+    assert any(path.name.startswith("stability_amax") for path in callback.directory.glob("*.png"))
+
+
+def test_runs_without_a_logger_do_not_mix(tmp_path: Path) -> None:
+    directories = set()
+    for _ in range(2):
+        callback = StabilityCallback()
+        fit(trainer(tmp_path, callback), module())
+        directories.add(callback.directory)
+    assert len(directories) == 2
+
+
+class LikeWandb(Logger):
+    """Takes metrics and images, knows a directory, and is no TensorBoard."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory, self.images, self.metrics = directory, [], []  # type: ignore[var-annotated]
+
+    name, version, experiment = "like", "0", None
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.directory)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append((step, metrics))
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        self.images.append((key, step))
+
+
+def test_a_logger_like_wandb_gets_metrics_and_images(tmp_path: Path) -> None:
+    logger = LikeWandb(tmp_path)
+    fit(trainer(tmp_path, StabilityCallback(), logger=logger), module())
+    assert ("stability/amax", BATCHES - 1) in logger.images
+    ours = [metrics for _, metrics in logger.metrics if any(key.startswith("stability/") for key in metrics)]
+    assert len(ours) == 1
+    assert read_record(tmp_path / "stabnorm").steps.tolist() == list(range(BATCHES))
+
+
+def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
+    callback = StabilityCallback()
+    fit(trainer(tmp_path, callback, fast_dev_run=2, logger=TensorBoardLogger(tmp_path)), module())
+    assert watched(callback).history()["amax"].shape == (2, 2)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_an_exception_leaves_no_hook_and_keeps_what_was_seen(tmp_path: Path) -> None:
+    callback, model = StabilityCallback(mask="mask"), module(poison=7)
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(trainer(tmp_path, callback), model)
+    assert hooks(model) == 0
+    assert record_of(callback).steps.tolist() == list(range(7))
+    with StabilityMonitor(model):  # nor is the mask left on
+        model.net(torch.randn(4, 9, 8))
+
+
+def test_errors_come_before_the_first_batch(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'crest'"):
+        StabilityCallback(preset=["crests"])
+    with pytest.raises(ValueError, match="flush_every"):
+        StabilityCallback(flush_every=0)
+    model = module()
+    model.net = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="no normalization layer found in Module"):
+        fit(trainer(tmp_path, StabilityCallback()), model)
+    assert model.losses == []
+
+
+def test_resumed_in_the_middle_it_goes_on_with_the_same_figures(tmp_path: Path) -> None:
+    whole = StabilityCallback()
+    fit(trainer(tmp_path, whole, max_epochs=2), module())
+    first = StabilityCallback()
+    run = trainer(tmp_path, first)
+    fit(run, module())
+    run.save_checkpoint(tmp_path / "middle.ckpt")
+    second = StabilityCallback()
+    fit(trainer(tmp_path, second, max_epochs=2), module(), ckpt_path=tmp_path / "middle.ckpt")
+    assert watched(second).history_steps().tolist() == list(range(BATCHES, 2 * BATCHES))
+    for name, values in watched(whole).history().items():
+        torch.testing.assert_close(
+            watched(second).history()[name], values[BATCHES:], rtol=1e-6, atol=1e-7, equal_nan=True
+        )
+
+
+def test_added_on_resume_it_counts_on_from_the_runs_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    fit(run, module())
+    run.save_checkpoint(tmp_path / "bare.ckpt")
+    callback = StabilityCallback()
+    fit(trainer(tmp_path, callback, max_epochs=2), module(), ckpt_path=tmp_path / "bare.ckpt")
+    assert watched(callback).history_steps().tolist() == list(range(BATCHES, 2 * BATCHES))
+
+
+def test_manual_optimization_with_its_own_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
+    model = module(automatic_optimization=False)
+
+    def training_step(batch: dict[str, Tensor], batch_idx: int) -> None:
+        model.manual_backward(model.loss(batch, batch_idx) / 3)
+        if batch_idx % 3 == 2:
+            model.optimizers().step()
+            model.optimizers().zero_grad()
+
+    model.training_step = training_step
+    callback = StabilityCallback()
+    fit(trainer(tmp_path, callback), model)
+    assert watched(callback).history()["tokens"][:, 0].tolist() == [3 * 4 * 6] * (BATCHES // 3)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
+def test_mixed_precision_gives_finite_statistics_and_gradients_free_of_the_loss_scale(
+    tmp_path: Path, precision: str
+) -> None:
+    plain, mixed = StabilityCallback(), StabilityCallback()
+    fit(trainer(tmp_path, plain), module())
+    options: dict[str, Any] = {"precision": precision}
+    if precision == "16-mixed":  # Lightning makes a scaler for CUDA only
+        from pytorch_lightning.plugins import MixedPrecision
+
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+    fit(trainer(tmp_path, mixed, **options), module())
+    mine, theirs = watched(mixed).history(), watched(plain).history()
+    for name in ("token_std_mean", "grad_gain", "grad_shift"):
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0.1, atol=1e-3, equal_nan=True)
+
+
+class Shared(pytorch_lightning.Callback):
+    """Stands for another callback of ours."""
+
+    def __init__(self) -> None:
+        self.found: StabilityCallback | None = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.found = StabilityCallback.of(trainer)
+
+
+def test_other_callbacks_find_the_one_monitor_in_either_order(tmp_path: Path) -> None:
+    for first in (True, False):
+        callback, other = StabilityCallback(), Shared()
+        fit(trainer(tmp_path, *((other, callback) if first else (callback, other))), module())
+        assert other.found is callback
+    assert StabilityCallback.of(trainer(tmp_path)) is None
+
+
+def test_two_in_one_trainer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"more than one stateful callback of type `?StabilityCallback"):
+        trainer(tmp_path, StabilityCallback(), StabilityCallback())
+
+
+def test_a_learning_rate_search_does_not_count(tmp_path: Path) -> None:
+    from pytorch_lightning.callbacks import LearningRateFinder
+
+    model = module(lr=0.05)
+    callback = StabilityCallback()
+    fit(trainer(tmp_path, callback, LearningRateFinder(num_training_steps=5)), model)
+    history = watched(callback).history()
+    assert history["tokens"][:, 0].tolist() == [24] * BATCHES
+    assert hooks(model) == 0
+
+
+def test_copies_and_pickles_carry_state_and_no_model(tmp_path: Path) -> None:
+    callback = StabilityCallback(flush_every=7)
+    fit(trainer(tmp_path, callback), module())
+    for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert twin.monitor is None
+        assert twin.flush_every == 7
+        assert twin.state_dict()["monitor"]["steps_done"] == BATCHES
+        assert "log" not in vars(twin)
+
+
+def test_the_closing_table_and_the_cost_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(trainer(tmp_path, StabilityCallback()), module())
+    printed = capsys.readouterr().out
+    assert "12 steps" in printed
+    assert "monitoring cost" in printed
+    assert "ms per step" in printed
+
+
+def test_lightning_cli_takes_it_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytorch_lightning.cli import LightningCLI
+
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cli = LightningCLI(
+            type(module()),
+            run=False,
+            save_config_callback=None,
+            args=[
+                "--trainer.callbacks+=stabnorm.callbacks.StabilityCallback",
+                "--trainer.callbacks.preset=economy",
+                "--trainer.callbacks.flush_every=3",
+                "--trainer.callbacks.mask=mask",
+                "--trainer.logger=false",
+            ],
+        )
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, StabilityCallback)]  # type: ignore[attr-defined]
+    assert (callback.preset, callback.flush_every, callback.mask) == ("economy", 3, "mask")
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path: Path) -> None:
+    callback, model = StabilityCallback(), module()
+    run = trainer(tmp_path, callback)
+    fit(run, model)
+    run.fit_loop.max_epochs = 2
+    fit(run, model)
+    assert watched(callback).history_steps().tolist() == list(range(BATCHES, 2 * BATCHES))
+
+
+def test_validate_and_predict_alone_need_no_norms_and_leave_no_trace(tmp_path: Path) -> None:
+    model = module()
+    model.net = nn.Sequential(nn.Linear(8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, StabilityCallback()).validate(model, loader(), verbose=False)
+    assert hooks(model) == 0

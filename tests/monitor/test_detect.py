@@ -1,0 +1,160 @@
+"""Alerts: what fires, what stays quiet, and that the detector survives what it detects."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from stabnorm.monitor.detect import Alert, Detector
+from stabnorm.monitor.statistics import resolve
+
+LAYERS = ("a", "b", "c", "d")
+STATISTICS = resolve(["token_std_mean", "amax", "grad_gain", "scale_jump"])
+
+
+def calm(steps: int, seed: int = 0) -> Tensor:
+    """Log-normal wobble of 5 % around a slow drift, as healthy runs have it."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(steps, len(LAYERS), len(STATISTICS), generator=generator) * 0.05
+    drift = torch.linspace(0, 0.3, steps)[:, None, None]
+    values = (noise + drift).exp()
+    values[..., 3] = noise[..., 3].abs()
+    return values
+
+
+def run(values: Tensor, nonfinite: Tensor | None = None, chunk: int = 50) -> list[Alert]:
+    detector = Detector(STATISTICS, LAYERS)
+    ran = torch.ones(values.shape[:2], dtype=torch.bool)
+    nonfinite = torch.zeros_like(ran) if nonfinite is None else nonfinite
+    alerts = []
+    for start in range(0, len(values), chunk):
+        part = slice(start, start + chunk)
+        alerts += detector.update(start, values[part], ran[part], nonfinite[part])
+    return alerts
+
+
+def test_calm_runs_raise_nothing() -> None:
+    assert sum(len(run(calm(2000, seed))) for seed in range(5)) == 0
+
+
+def test_a_layer_that_leaves_its_past_is_named_at_once_and_once() -> None:
+    values = calm(600)
+    values[400:, 2, 0] *= 3
+    (alert,) = run(values)
+    assert (alert.step, alert.layer, alert.statistic) == (400, "c", "token_std_mean")
+    assert alert.value == pytest.approx(float(values[400, 2, 0]))
+    assert "times its usual" in alert.reason
+
+
+def test_growth_of_two_percent_a_step_is_found_within_sixty_steps() -> None:
+    values = calm(600)
+    values[400:, 1, 1] *= 1.02 ** torch.arange(200)
+    first = run(values)[0]
+    assert (first.layer, first.statistic) == ("b", "amax")
+    assert 400 < first.step < 460
+
+
+def test_the_first_layer_in_depth_order_is_named_not_the_loudest() -> None:
+    values = calm(600)
+    values[400:, 1:, 0] *= torch.tensor([3.0, 3.5, 4.0])
+    alert = run(values)[0]
+    assert alert.layer == "b"
+    assert alert.value > alert.threshold > 1
+    assert "and d behind it is" in alert.reason
+
+
+def test_a_change_below_the_least_effect_stays_quiet_however_steady_the_past() -> None:
+    values = torch.ones(600, len(LAYERS), len(STATISTICS)) * 0.1
+    values[400:, 0, 0] *= 1.2  # infinitely many standard deviations, and 20 %
+    assert run(values) == []
+
+
+def test_a_non_finite_input_is_an_event_of_its_own_and_names_the_first_layer() -> None:
+    values = calm(600)
+    values[500, 1:] = torch.nan
+    nonfinite = torch.isnan(values[..., 0])
+    (alert,) = run(values, nonfinite)
+    assert (alert.step, alert.layer, alert.statistic) == (500, "b", "nonfinite")
+
+
+def test_a_non_finite_step_does_not_blind_the_detector_for_what_follows() -> None:
+    values = calm(600)
+    values[500] = torch.nan
+    values[505:, 3, 0] *= 1000
+    found = [(alert.step, alert.layer, alert.statistic) for alert in run(values, torch.isnan(values[..., 0]))]
+    assert found == [(500, "a", "nonfinite"), (505, "d", "token_std_mean")]
+
+
+def test_a_nan_without_a_non_finite_input_is_not_an_event() -> None:
+    values = calm(400)
+    values[:, 2, 2] = torch.nan  # a frozen gain: no gradient
+    assert run(values) == []
+
+
+def test_a_layer_that_runs_every_other_step_is_watched_all_the_same() -> None:
+    values, steps = calm(1200), torch.arange(1200)
+    values[steps % 2 == 1, 2] = torch.nan
+    values[900:, 2, 1] *= 5
+    assert [(a.layer, a.statistic) for a in run(values)] == [("c", "amax")]
+
+
+def test_an_absolute_alarm_needs_no_past_and_cools_down() -> None:
+    values = calm(400)
+    values[3, 1, 3] = values[5, 2, 3] = values[250, 0, 3] = 0.9
+    assert [(alert.step, alert.layer, alert.statistic, alert.threshold) for alert in run(values)] == [
+        (3, "b", "scale_jump", 0.5),
+        (250, "a", "scale_jump", 0.5),
+    ]
+
+
+def test_outliers_do_not_enter_the_past_unclipped() -> None:
+    values = calm(700)
+    values[300:360:10, 0, 1] *= 50
+    values[500:, 0, 1] *= 3
+    steps = [alert.step for alert in run(values)]
+    assert steps[0] == 300
+    assert steps[-1] in (500, 501)  # 501: it may have to hold for two steps
+
+
+def test_the_chunks_of_the_flush_do_not_matter() -> None:
+    values = calm(600)
+    values[400:, 2, 0] *= 3
+    values[20, 0, 3] = 2
+    assert run(values, chunk=1) == run(values, chunk=7) == run(values, chunk=600)
+
+
+def test_saved_in_the_middle_it_goes_on_to_the_same_alerts() -> None:
+    values = calm(600)
+    values[20, 0, 3] = 2
+    values[320:, 2, 0] *= 3
+    ran, nonfinite = torch.ones(600, 4, dtype=torch.bool), torch.zeros(600, 4, dtype=torch.bool)
+    whole = run(values)
+    first, second = Detector(STATISTICS, LAYERS), Detector(STATISTICS, LAYERS)
+    before = first.update(0, values[:313], ran[:313], nonfinite[:313])
+    second.load_state_dict(first.state_dict())
+    after = second.update(313, values[313:], ran[313:], nonfinite[313:])
+    assert before + after == whole
+    assert len(whole) == 2
+
+
+def test_a_state_of_other_layers_is_refused() -> None:
+    other = Detector(STATISTICS, ("a", "b"))
+    with pytest.raises(ValueError, match=r"for \(2, 3\) layers x statistics, this monitor watches \(4, 3\)"):
+        Detector(STATISTICS, LAYERS).load_state_dict(other.state_dict())
+
+
+def test_family_wise_false_alarms_on_heavy_tails_stay_below_one_in_ten_thousand_steps() -> None:
+    generator = torch.Generator().manual_seed(3)
+    steps = 10_000
+    shape = (steps, len(LAYERS), len(STATISTICS))
+    student = torch.distributions.StudentT(4.0)
+    torch.manual_seed(3)
+    values = (student.sample(shape) * 0.03).exp()
+    values[..., 3] = torch.rand(shape[:2], generator=generator) * 0.1
+    assert len(run(values, chunk=500)) <= 1
+
+
+def test_an_alert_is_plain_data() -> None:
+    alert = Alert(1, "a", "amax", math.inf, 2.0, "because")
+    assert Alert(**alert.as_dict()) == alert

@@ -1,0 +1,268 @@
+"""Every statistic against numpy float64 over the whole batch in one go, for every kind of norm and layout."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stabnorm import StabilityMonitor, find_norms
+from stabnorm.monitor.statistics import CATALOGUE, PRESETS, catalogue_table, resolve
+
+Array = npt.NDArray[np.float64]
+
+STEPS = 9
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Like timm's: channels first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Reference:
+    """The catalogue's formulas, written out once more, on ``x [tokens, channels]`` and gradient sums of every step."""
+
+    def __init__(self, eps: float, per_channel: bool) -> None:
+        self.eps, self.per_channel = eps, per_channel
+        self.rows: list[dict[str, float]] = []
+        self.average: dict[str, Any] = {}
+        self.second_moments: list[Array] = []
+        self.before: dict[str, Any] = {}
+
+    def step(
+        self, x: Array, n: Array | None, divided_by: Array | None, gain: Array, shift: Array | None,
+        own: tuple[Array, Array] | None,
+    ) -> None:  # fmt: skip
+        out: dict[str, float] = {}
+        mu, var, s, a = x.mean(0), x.var(0), (x**2).mean(0), np.abs(x).max(0)
+        sigma, token_std, token_mean = np.sqrt(var + self.eps), x.std(1), x.mean(1)
+        log_var, log_abs = np.log(var + self.eps), np.log(a + np.sqrt(self.eps))
+        log_scale = np.log(token_std.mean() + np.sqrt(self.eps))
+        g, old = gain / len(x), self.average
+        if old:
+            run_mu, run_var = self.before["own"] if own is not None else (old["mu"], old["var"])
+            spread = 0.9 * (old["spread"] + 0.1 * (mu - old["mu"]) ** 2)
+            out["running_mean_distance"] = np.sqrt(((mu - run_mu) ** 2).sum()) / len(mu)
+            out["running_var_distance"] = np.sqrt(((var - run_var) ** 2).sum()) / len(mu)
+            out["mean_discrepancy"] = (np.abs(run_mu - mu) / sigma).mean()
+            out["var_discrepancy"] = np.abs(np.sqrt(run_var + self.eps) / sigma - 1).mean()
+            out["mean_fluctuation"] = (np.sqrt(spread) / np.sqrt(old["var"] + self.eps)).mean()
+            out["var_fluctuation"] = np.abs(log_var - self.before["log_var"]).mean()
+            out["absmax_fluctuation"] = np.abs(log_abs - self.before["log_abs"]).mean()
+            out["scale_jump"] = abs(log_scale - self.before["log_scale"])
+            out["grad_fluctuation"] = np.sqrt(((g - old["g"]) ** 2).sum() / old["power"])
+            average = {k: 0.9 * old[k] + 0.1 * v for k, v in dict(mu=mu, var=var, g=g, power=(g**2).sum()).items()}
+            self.average = {**average, "spread": spread}
+        else:
+            self.average = dict(mu=mu, var=var, spread=0 * mu, g=g, power=(g**2).sum())
+        self.before = dict(log_var=log_var, log_abs=log_abs, log_scale=log_scale, own=own)
+        if len(self.second_moments) >= 4:
+            window, new = np.stack(self.second_moments[-4:]), np.stack([*self.second_moments[-3:], s])
+            gm_before = np.exp(np.log(window).mean(0))
+            gap = (new.mean(0) - np.exp(np.log(new).mean(0))) / gm_before
+            out["am_gm_ratio"] = gap.mean() / (4 * (np.sqrt(window).var(0) / gm_before).mean())
+        self.second_moments.append(s)
+        for name, value in (("std", token_std), ("mean", token_mean)):
+            for how in ("mean", "min", "max"):
+                out[f"token_{name}_{how}"] = getattr(value, how)()
+        out["eps_share"] = float(np.mean((var if divided_by is None else divided_by) < 10 * self.eps))
+        out["amax"], out["crest"] = a.max(), a.max() / np.sqrt((x**2).mean())
+        out["feature_kurtosis"] = (s**2).mean() / s.mean() ** 2
+        if n is None:
+            out["affine_residual"] = 0.0
+        else:
+            dx, dn = x - mu, n - n.mean(0)
+            out["affine_residual"] = 1 - ((dx * dn).mean(0) ** 2 / (var * (dn**2).mean(0))).mean()
+        out["grad_gain"] = np.abs(g).mean()
+        out["grad_shift"] = np.nan if shift is None else np.abs(shift).mean() / len(x)
+        out["tokens"] = len(x)
+        self.rows.append(out)
+
+    def history(self) -> dict[str, Array]:
+        return {k: np.array([row.get(k, np.nan) for row in self.rows]) for k in (*PRESETS["standard"], "tokens")}
+
+
+Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
+CASES: dict[str, Case] = {
+    "layer-NLC": (lambda: nn.LayerNorm(37), (6, 45, 37)),
+    "layer-NC": (lambda: nn.LayerNorm(20, eps=1e-3), (257, 20)),
+    "layer-NCHW": (lambda: LayerNorm2d(12), (3, 12, 7, 9)),
+    "layer-two-dims": (lambda: nn.LayerNorm((4, 6)), (130, 4, 6)),
+    "layer-no-affine": (lambda: nn.LayerNorm(16, elementwise_affine=False), (9, 31, 16)),
+    "layer-no-bias": (lambda: nn.LayerNorm(16, bias=False), (9, 31, 16)),
+    "rms-NLC": (lambda: nn.RMSNorm(37, eps=1e-6), (6, 45, 37)),
+    "batch-NC": (lambda: nn.BatchNorm1d(19), (150, 19)),
+    "batch-NCL": (lambda: nn.BatchNorm1d(19), (10, 19, 21)),
+    "batch-NCHW": (lambda: nn.BatchNorm2d(10), (4, 10, 6, 7)),
+    "batch-no-affine": (lambda: nn.BatchNorm2d(10, affine=False), (4, 10, 6, 7)),
+    "batch-no-buffers": (lambda: nn.BatchNorm2d(10, track_running_stats=False), (4, 10, 6, 7)),
+    "group-NCHW": (lambda: nn.GroupNorm(3, 12), (5, 12, 6, 7)),
+    "group-NCL": (lambda: nn.GroupNorm(4, 12), (5, 12, 33)),
+    "instance-NCHW": (lambda: nn.InstanceNorm2d(6, affine=True), (5, 6, 8, 9)),
+    "instance-unbatched": (lambda: nn.InstanceNorm1d(6), (6, 200)),
+}
+
+
+def normalised(module: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What the norm makes of float64 x before gain and bias, in x's layout, and the variances it divides by."""
+    (norm,) = find_norms(nn.Sequential(module))
+    if norm.kind == "batch":
+        return None, None
+    if norm.kind in ("layer", "rms"):
+        dims = tuple(range(x.ndim - norm.feature_dims, x.ndim)) if norm.feature_dims > 1 else norm.channel_dim
+        mean = x.mean(dims, keepdim=True) if norm.kind == "layer" else torch.zeros((), dtype=x.dtype)
+        var = (x - mean).square().mean(dims, keepdim=True)
+        return (x - mean) / (var + norm.eps).sqrt(), var
+    batched = x[None] if x.ndim == -norm.channel_dim else x
+    grouped = batched.reshape(batched.shape[0], norm.groups, -1)
+    var = grouped.var(-1, unbiased=False, keepdim=True)
+    n = ((grouped - grouped.mean(-1, keepdim=True)) / (var + norm.eps).sqrt()).reshape(x.shape)
+    return n, var
+
+
+def rows(t: Tensor, module: nn.Module) -> Array:
+    (norm,) = find_norms(nn.Sequential(module))
+    if norm.feature_dims > 1:
+        t = t.flatten(-norm.feature_dims)
+    return t.movedim(norm.channel_dim, -1).reshape(-1, norm.num_features).double().numpy()
+
+
+def run(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], *, offset: float = 0.0, dtype: torch.dtype = torch.float32,
+    micro_batches: int = 1, exact_gradients: bool = True,
+) -> tuple[dict[str, Tensor], dict[str, Array]]:  # fmt: skip
+    """History of a monitored norm fed random steps, and the reference for the same data."""
+    module = make().to(dtype)
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    model = nn.Sequential(module)
+    (norm,) = find_norms(model)
+    reference = Reference(norm.eps, norm.kind == "batch")
+    channels = torch.rand(norm.num_features) + 0.5
+    along = [1] * len(shape)
+    if norm.feature_dims > 1:
+        channels = channels.reshape(shape[-norm.feature_dims :])
+    else:
+        along[norm.channel_dim] = -1
+        channels = channels.reshape(along)
+    if norm.running_mean is not None and norm.running_var is not None:
+        own = (norm.running_mean.double().numpy().copy(), norm.running_var.double().numpy().copy())
+        reference.before = {"own": own}
+    with StabilityMonitor(model, flush_every=4) as monitor:
+        for step in range(STEPS):
+            scale = 1 + 0.3 * torch.rand(()) + (2 if step == 6 else 0)
+            x = ((torch.randn(shape) + 0.5 * torch.randn(channels.shape)) * channels * scale + offset).to(dtype)
+            g = torch.randn(shape).to(dtype)
+            model.zero_grad()
+            sums: list[tuple[Array, Array]] = []
+            for part_x, part_g in zip(x.chunk(micro_batches), g.chunk(micro_batches), strict=True):
+                y = model(part_x.clone().requires_grad_())
+                y.backward(part_g)
+            monitor.step()
+            n, divided_by = normalised(module, x.double())
+            if n is None:
+                stack = rows(x, module)
+                n_rows = (stack - stack.mean(0)) / np.sqrt(stack.var(0) + norm.eps)
+            else:
+                n_rows = rows(n, module)
+            gain = np.ones(norm.num_features) if norm.gain is None else norm.gain.detach().double().numpy()
+            weight, bias = norm.gain_parameter, norm.bias_parameter
+            g_rows = rows(g, module)
+            if exact_gradients or weight is None:
+                at = n_rows if exact_gradients else rows(y.detach(), module)
+                sums.append(((g_rows * at).sum(0) * gain, g_rows.sum(0) * gain))
+            else:
+                assert weight.grad is not None
+                by_bias = weight.grad if bias is None or bias.grad is None else bias.grad
+                sums.append(tuple(p.flatten().double().numpy() * gain for p in (weight.grad, by_bias)))
+            has_shift = weight is None or bias is not None
+            own_now = None
+            if norm.running_mean is not None and norm.running_var is not None:
+                own_now = (norm.running_mean.double().numpy().copy(), norm.running_var.double().numpy().copy())
+            reference.step(
+                rows(x, module), None if norm.kind == "batch" else n_rows,
+                None if divided_by is None else divided_by.numpy(),
+                sums[0][0], sums[0][1] if has_shift else None, own_now,
+            )  # fmt: skip
+    return monitor.history(), reference.history()
+
+
+def natural_scale(name: str, reference: dict[str, Array]) -> float:
+    """1 for what is dimensionless, the layer's rms (or its square) for what is in the input's unit."""
+    rms = float(np.nanmean(reference["amax"] / reference["crest"]))
+    if name == "tokens":
+        return 1.0
+    if CATALOGUE[name].unit == "gradient":
+        return float(np.nanmax(np.abs(reference[name]), initial=0.0))
+    return {"1": 1.0, "x": rms, "x^2": rms**2}[CATALOGUE[name].unit]
+
+
+def assert_equals_reference(history: dict[str, Tensor], reference: dict[str, Array], tolerance: float = 1e-5) -> None:
+    for name, expected in reference.items():
+        got = history[name][:, 0].double().numpy()
+        assert np.array_equal(np.isnan(got), np.isnan(expected)), name
+        # A dimensionless number beyond 1 (a kurtosis, a crest) is compared relative to itself.
+        scale = max(
+            natural_scale(name, reference), float(np.nanmax(np.abs(expected), initial=0.0)) * (name != "tokens")
+        )
+        assert np.nanmax(np.abs(got - expected), initial=0.0) <= tolerance * scale, (name, got, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_statistic_equals_float64_in_one_go(case: str) -> None:
+    assert_equals_reference(*run(*CASES[case]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_statistic_equals_float64_at_mean_1e4_and_std_1(case: str) -> None:
+    # The layer's own float32 backward keeps four digits there, so the gradient it gave is the truth to compare with.
+    assert_equals_reference(*run(*CASES[case], offset=1e4, exact_gradients=False))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_statistic_equals_float64_in_bfloat16(case: str) -> None:
+    assert_equals_reference(*run(*CASES[case], dtype=torch.bfloat16, exact_gradients=False))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.startswith(("batch", "instance-u", "group", "instance"))])
+def test_accumulation_gives_the_figures_of_one_batch(case: str) -> None:
+    make, shape = CASES[case]
+    torch.manual_seed(1)
+    whole, _ = run(make, shape)
+    torch.manual_seed(1)
+    parts, reference = run(make, shape, micro_batches=3)
+    for name in whole:
+        scale = max(natural_scale(name, reference), float(np.nanmax(np.abs(reference[name]), initial=0.0)))
+        difference = (whole[name] - parts[name]).abs().nan_to_num(0).max()
+        assert float(difference) <= 1e-6 * scale, name
+
+
+def test_the_catalogue_is_whole() -> None:
+    assert {s.number for s in CATALOGUE.values()} == {"F1", "F2", "F3", "F4", "F5", "S1", "S2", "O1", "O4", "A"}
+    assert set(PRESETS["economy"]) < set(PRESETS["standard"]) == set(CATALOGUE)
+    table = catalogue_table()
+    for s in CATALOGUE.values():
+        assert f"| `{s.name}` | {s.number} |" in table
+        assert s.formula
+        assert s.source
+        assert s.cost
+
+
+def test_an_unknown_statistic_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match="unknown statistic 'feature_curtosis'; did you mean 'feature_kurtosis'"):
+        resolve(["amax", "feature_curtosis"])
+
+
+def test_a_statistic_given_as_preset_is_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"asked for as \['amax'\]"):
+        resolve("amax")
+
+
+def test_an_empty_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="the list of statistics is empty"):
+        resolve([])

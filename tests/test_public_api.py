@@ -1,0 +1,57 @@
+"""What a user imports is there, and costs nothing until it is used."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stabnorm
+
+HEAVY = ("torch", "pytorch_lightning", "lightning", "triton", "tensorboard", "numpy")
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(ran.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_by("import stabnorm") == set()
+    assert loaded_by("import stabnorm.monitor, stabnorm.dashboard, stabnorm.ops") == set()
+
+
+def test_the_core_loads_without_lightning_and_tensorboard() -> None:
+    heavy = loaded_by("from stabnorm import StabilityMonitor, find_norms, valid_tokens")
+    assert heavy.isdisjoint({"pytorch_lightning", "lightning", "tensorboard", "triton"})
+
+
+def test_what_a_dashboard_reads_loads_without_torch() -> None:
+    assert loaded_by("import stabnorm.monitor.record, stabnorm.dashboard.heatmap") == {"numpy"}
+
+
+@pytest.mark.parametrize("name", stabnorm.__all__)
+def test_every_promised_name_is_there_and_documented(name: str) -> None:
+    thing = getattr(stabnorm, name)
+    assert thing.__doc__
+    assert name in dir(stabnorm)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'stabnorm' has no attribute 'nothing'"):
+        _ = stabnorm.nothing
+
+
+def test_callbacks_export_what_they_promise() -> None:
+    callbacks = importlib.import_module("stabnorm.callbacks")
+    assert callbacks.__all__ == ["StabilityCallback"]
+    assert callbacks.StabilityCallback.__module__ == "stabnorm.callbacks.stability"
+
+
+def test_the_readme_shows_the_catalogue_as_it_is() -> None:
+    from stabnorm.monitor.statistics import catalogue_table
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert catalogue_table() in readme

@@ -105,7 +105,6 @@ class StabilityMonitor:
         self.records: list[RecordWriter] = []
         self.steps_done = 0
         self._norms = norms
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         needs = {s.needs for s in chosen}
         self._observer = Observer(
             model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs
@@ -139,6 +138,7 @@ class StabilityMonitor:
         """Put the hooks on; a second call changes nothing."""
         self._observer.detach()
         self._observer.attach()
+        self._on_device()  # now: what it allocates would hold a GPU up in the first step
 
     def detach(self) -> None:
         """Take every hook off; what was gathered stays readable."""
@@ -196,11 +196,16 @@ class StabilityMonitor:
         self._timed_steps += 1
 
     def _on_device(self) -> "_DeviceState":
-        if self._state is None:
-            device = next(iter(self._observer.devices), self._device)
+        device, before = self._observer.device, self._state
+        if before is None or before.device != device:
             shape = (self.flush_every, len(self._norms), self._columns)
             self._state = _DeviceState.of(self._norms, self._observer.width, shape, device)
-        return self._state
+            if before is not None:  # the model has moved
+                self._state.past.load_state_dict(before.past.state_dict())
+                self._state.rows.copy_(before.rows)
+                self._state.scalars.copy_(before.scalars)
+            return self._state
+        return before
 
     def _write_side_columns(self, row: Tensor, now: Moments) -> None:
         side = row[:, len(self.statistics) :]
@@ -255,7 +260,8 @@ class StabilityMonitor:
             return
         start = time.perf_counter()
         self._receive()
-        state, filled = self._on_device(), self._filled
+        state, filled = self._state, self._filled
+        assert state is not None  # a row was filled
         self._in_flight = _Flight(self.steps_done - filled, state.rows[:filled], state.scalars[:filled])
         self._filled = 0
         self._flush_seconds += time.perf_counter() - start

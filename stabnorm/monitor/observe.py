@@ -125,9 +125,11 @@ class Observer:
             hook.fresh = True
 
     @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """Where the model's norms ran or will run, the first one first."""
-        return tuple(self._slabs)
+    def device(self) -> torch.device:
+        """Where the first norm runs, or will run."""
+        if self._hooks:
+            return self._hooks[0].account.seen.device
+        return next(itertools.chain(self.layers[0].module.parameters(), self.model.parameters()), torch.empty(0)).device
 
     def slab(self, device: torch.device) -> RawMoments:
         """The slab on a device; a model spread over several has one on each, of which the others stay empty."""
@@ -176,8 +178,8 @@ class _InputHook:
     def __init__(self, observer: Observer, index: int) -> None:
         self.observer, self.layer, self.index = observer, observer.layers[index], index
         # Allocated now, not at the first forward: nothing may change under a compiled graph.
-        at_home = next(itertools.chain(self.layer.module.parameters(), observer.model.parameters()), torch.empty(0))
-        self.account = observer.account(index, at_home.device)
+        at_home = next(self.layer.module.parameters(), None)
+        self.account = observer.account(index, observer.device if at_home is None else at_home.device)
         self.fresh = True  # nothing counted yet in this step
         self.op = torch.ops.stabnorm.accumulate_moments_.default
 

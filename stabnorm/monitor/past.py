@@ -6,6 +6,7 @@ layer's past as it is.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,42 +88,42 @@ class Moments:
         norm: Tensor = torch.linalg.vector_norm(values, dim=-1)
         return norm
 
-    @property
+    @cached_property
     def ran(self) -> Tensor:
         """Whether the layer saw a valid token, ``[L]``."""
         return self.count > 0
 
-    @property
+    @cached_property
     def finite(self) -> Tensor:
         """Whether every channel's moments are finite, ``[L, C]``."""
         return torch.isfinite(self.mean) & torch.isfinite(self.var) & torch.isfinite(self.absmax)
 
-    @property
+    @cached_property
     def second_moment(self) -> Tensor:
         """Mean of x^2 per channel, a sum of two squares and so without cancellation."""
         return self.var + self.mean.square()
 
-    @property
+    @cached_property
     def sigma(self) -> Tensor:
         """sqrt(var + eps) per channel: what BatchNorm would divide by."""
         return (self.var + self.layout.eps[:, None]).sqrt()
 
-    @property
+    @cached_property
     def log_var(self) -> Tensor:
         """log(var + eps) per channel; eps keeps a dead channel's rounding noise from looking like an earthquake."""
         return (self.var + self.layout.eps[:, None]).log()
 
-    @property
+    @cached_property
     def log_absmax(self) -> Tensor:
         """log(max|x| + sqrt(eps)) per channel."""
         return (self.absmax + self.layout.eps[:, None].sqrt()).log()
 
-    @property
+    @cached_property
     def log_scale(self) -> Tensor:
         """log(mean token standard deviation + sqrt(eps)) per layer."""
         return (self.token[:, STD_MEAN] + self.layout.eps.sqrt()).log()
 
-    @property
+    @cached_property
     def gain_gradient(self) -> Tensor:
         """Mean over tokens of g * xhat, per channel."""
         return self.gradient[:, 0] / self.count.clamp(min=1)[:, None]
@@ -148,11 +149,18 @@ class Past:
         self.log_var, self.log_absmax = nothing(layers, channels), nothing(layers, channels)
         self.log_scale = nothing(layers)
         self.window = nothing(WINDOW, layers, channels)  # second moments, newest first
+        self.log_window = nothing(WINDOW, layers, channels)
         self.gradient, self.gradient_power = nothing(layers, channels), nothing(layers)
 
     def mean_var_with(self, now: Moments) -> Tensor:
         """Moving variance of the batch mean, this step included."""
         return (1 - MOMENTUM) * (self.mean_var + MOMENTUM * (now.mean - self.mean).square())
+
+    def windows_with(self, now: Moments) -> tuple[Tensor, Tensor]:
+        """The window of second moments, and of their logarithms, this step included: ``[M, L, C]``."""
+        # A dead channel: the log of 0 would make its geometric mean 0 as long as it is in the window.
+        new = now.second_moment.clamp(min=torch.finfo(torch.float32).tiny)[None]
+        return torch.cat([new, self.window[:-1]]), torch.cat([new.log(), self.log_window[:-1]])
 
     def update(self, now: Moments, own_mean: Tensor, own_var: Tensor) -> None:
         """Take the step in.
@@ -180,8 +188,9 @@ class Past:
         self.log_var = take(self.log_var, now.log_var)
         self.log_absmax = take(self.log_absmax, now.log_absmax)
         self.log_scale = take(self.log_scale, now.log_scale)
-        shifted = torch.cat([now.second_moment[None], self.window[:-1]])
-        self.window = torch.where(usable[None, :, None], shifted, self.window)
+        windows = self.windows_with(now)
+        self.window = torch.where(usable[None, :, None], windows[0], self.window)
+        self.log_window = torch.where(usable[None, :, None], windows[1], self.log_window)
         # Where a layer has fewer channels the rest of its row is NaN: it has no gradient there.
         gradient = now.gain_gradient
         power = now.norm_over_channels(gradient).square()

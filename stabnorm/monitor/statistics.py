@@ -92,14 +92,13 @@ def _scale_jump(now: Moments, past: Past) -> Tensor:
 
 
 def _am_gm_ratio(now: Moments, past: Past) -> Tensor:
-    tiny = torch.finfo(torch.float32).tiny  # a dead channel: log 0 would make its geometric mean 0 for ever
-    before = past.window.clamp(min=tiny)
-    after = torch.cat([now.second_moment[None].clamp(min=tiny), before[:-1]])
-    geometric_before = before.log().mean(0).exp()
-    gap = (after.mean(0) - after.log().mean(0).exp()) / geometric_before
-    spread = before.sqrt().var(0, unbiased=False) / geometric_before
+    window, logs = past.windows_with(now)
+    geometric_before = past.log_window.mean(0).exp()
+    gap = (window.mean(0) - logs.mean(0).exp()) / geometric_before
+    roots = past.window.sqrt()
+    spread = (roots - roots.mean(0)).square().mean(0) / geometric_before  # var over dim 0 is 20 times slower on a CPU
     bound = WINDOW * now.mean_over_channels(spread)
-    return now.mean_over_channels(gap) / bound.clamp(min=tiny)
+    return now.mean_over_channels(gap) / bound.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _eps_share(now: Moments, past: Past) -> Tensor:

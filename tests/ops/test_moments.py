@@ -70,6 +70,13 @@ def test_equals_float64_for_odd_sizes(kind: Kind, shape: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 1), (17, 5, 33), (9001, 3)])
+def test_the_plain_path_that_a_gpu_takes_equals_float64_too(kind: Kind, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape) * (torch.rand(shape[-1]) + 0.5) + torch.randn(shape[-1])
+    assert_same(raw_moments(as_rows(x, -1), kind, 1e-5), truth(x, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_keeps_its_digits_at_mean_1e4(kind: Kind) -> None:
     x = torch.randn(6, 100, 48) + 1e4
     got, want = accumulated((x[:2], None), (x[2:], None), kind=kind), truth(x, kind)

@@ -1,0 +1,69 @@
+"""The monitor on a CUDA device: `pytest -m gpu`. Skipped where there is none."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stabnorm import StabilityMonitor, valid_tokens
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture
+def no_sync() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def model() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.RMSNorm(64),
+        nn.LayerNorm(64, elementwise_affine=False), nn.Linear(64, 8),
+    )  # fmt: skip
+
+
+def train(net: nn.Module, monitor: StabilityMonitor, steps: int, device: str, *, watch_syncs: bool = False) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(16, 33, 64, generator=generator).to(device) for _ in range(steps)]
+    mask = (torch.rand(16, 33, generator=generator) < 0.8).to(device)
+    upstream = torch.randn(16, 33, 8, generator=generator).to(device)
+    for number, batch in enumerate(batches):
+        if watch_syncs and number == 2:  # the first steps allocate
+            torch.cuda.set_sync_debug_mode("error")
+        net.zero_grad()
+        with valid_tokens(mask):
+            net(batch).backward(upstream)
+        monitor.step(loss=batch.mean())
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_monitored_steps_never_wait_for_the_device() -> None:
+    net = model().cuda()
+    with StabilityMonitor(net, flush_every=100) as monitor:
+        train(net, monitor, 40, "cuda", watch_syncs=True)
+    assert monitor.history()["amax"].shape == (40, 3)
+
+
+def test_the_history_is_that_of_the_cpu() -> None:
+    histories: list[dict[str, Tensor]] = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        net = model().to(device)
+        with StabilityMonitor(net, flush_every=7) as monitor:
+            train(net, monitor, 20, device)
+        histories.append(monitor.history())
+    for name, values in histories[0].items():
+        torch.testing.assert_close(histories[1][name], values, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_a_model_moved_after_the_monitor_was_attached_is_followed() -> None:
+    net = model()
+    with StabilityMonitor(net, flush_every=7) as monitor:
+        train(net, monitor, 3, "cpu")
+        net.cuda()
+        train(net, monitor, 10, "cuda")
+    assert monitor.history()["tokens"].min() > 0
+    assert torch.isfinite(monitor.history()["mean_discrepancy"][1:]).all()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stabnorm.dashboard.headline import custom_scalars_layout, headline
-from stabnorm.dashboard.images import log_image
+from stabnorm.dashboard.images import log_image, shows_images
 from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
 
 if TYPE_CHECKING:
@@ -28,12 +28,15 @@ def summary_writer(logger: Any) -> "SummaryWriter | None":
 
 
 def output_directory(trainer: "Trainer") -> Path:
-    """Where files go: beside the first logger's own that says where; else a new folder under the Trainer's root."""
+    """A folder of the run's own: in the first logger's, or a new one below where runs are kept.
+
+    Only ``log_dir`` is a run's own; ``save_dir`` is shared by all runs of a logger.
+    """
     for logger in trainer.loggers:
-        directory = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
-        if directory:
+        if directory := getattr(logger, "log_dir", None):
             return Path(directory) / "stabnorm"
-    runs = Path(trainer.default_root_dir) / "stabnorm"
+    shared = next((d for logger in trainer.loggers if (d := getattr(logger, "save_dir", None))), None)
+    runs = Path(shared or trainer.default_root_dir) / "stabnorm"
     taken = (int(p.name[4:]) for p in runs.glob("run_*") if p.name[4:].isdigit())
     return runs / f"run_{max(taken, default=-1) + 1}"
 
@@ -48,8 +51,8 @@ def record_writers(trainer: "Trainer", directory: Path) -> list[RecordWriter]:
 
 def log_picture(trainer: "Trainer", key: str, image: npt.NDArray[np.uint8], step: int, directory: Path) -> None:
     """A picture to every logger that shows pictures; a file in ``directory`` where none does."""
-    loggers: Sequence[Any] = trainer.loggers or [None]
-    for logger in loggers:
+    showing: list[Any] = [logger for logger in trainer.loggers if shows_images(logger)]
+    for logger in showing or [None]:
         log_image(logger, key, image, step, directory)
 
 
@@ -65,21 +68,30 @@ class HeadlineScalars:
 
     Args:
         loggers: the Trainer's loggers.
+        statistics: those that are watched.
         alerts: how many alerts there were so far.
         overhead: the monitor's cost so far, in percent of the step.
     """
 
-    def __init__(self, loggers: Sequence[Any], alerts: Callable[[], int], overhead: Callable[[], float]) -> None:
-        self._loggers, self._alerts, self._overhead = loggers, alerts, overhead
+    def __init__(
+        self,
+        loggers: Sequence[Any],
+        statistics: Sequence[str],
+        alerts: Callable[[], int],
+        overhead: Callable[[], float],
+    ) -> None:
+        self._loggers, self._statistics, self._alerts, self._overhead = loggers, statistics, alerts, overhead
         for logger in loggers:
             if (writer := summary_writer(logger)) is not None:
-                writer.add_custom_scalars(custom_scalars_layout())
+                writer.add_custom_scalars(custom_scalars_layout(statistics))
 
     def write_block(self, block: Block) -> None:
         """Log the block's headline at its last step."""
         for logger in self._loggers:
             separator = getattr(logger, "group_separator", "/")
-            scalars = headline(block, alerts=self._alerts(), overhead=self._overhead(), separator=separator)
+            scalars = headline(
+                block, self._statistics, alerts=self._alerts(), overhead=self._overhead(), separator=separator
+            )
             logger.log_metrics(scalars, step=block.last_step)
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._outputs import HeadlineScalars, log_picture, log_text, output_directory, record_writers
@@ -19,7 +21,14 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
     from torch.optim import Optimizer
 
-_PICTURES = ("token_std_mean", "amax", "mean_discrepancy", "var_fluctuation", "affine_residual", "grad_gain")
+_PICTURES = {
+    "token_std_mean": "how large the input of each norm is",
+    "amax": "the largest input of each norm",
+    "mean_discrepancy": "how far batch means are from running means",
+    "var_fluctuation": "how the variances change from step to step",
+    "affine_residual": "what no affine map per channel could replace",
+    "grad_gain": "how strong the gradient at each norm is",
+}
 
 logger = logging.getLogger("stabnorm")
 
@@ -62,7 +71,7 @@ class StabilityCallback(Callback):
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
         gradients: bool = True,
-        mask: str | int | Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
+        mask: Callable[[Any], Tensor | Sequence[Tensor]] | int | str | None = None,
     ) -> None:
         super().__init__()
         resolve(preset)
@@ -75,7 +84,7 @@ class StabilityCallback(Callback):
         self._saved: dict[str, Any] | None = None
         self._masks: valid_tokens | None = None
         self._step = _OpenStep()
-        self._fitting = False
+        self._fitting = self._counted = self._loaded = False
 
     @staticmethod
     def of(trainer: "Trainer") -> "StabilityCallback | None":
@@ -95,23 +104,26 @@ class StabilityCallback(Callback):
             exclude=self.exclude,
             gradients=self.gradients,
         )
-        if self._saved is not None:
+        # From a checkpoint, or a second fit of the same Trainer; a callback used for another run starts afresh.
+        if self._saved is not None and (self._loaded or trainer.global_step > 0):
             monitor.load_state_dict(self._saved)
-        self.monitor, self._step = monitor, _OpenStep()
+        monitor.label = f"rank {trainer.global_rank}, " if trainer.world_size > 1 else ""
+        self.monitor, self._step, self._loaded = monitor, _OpenStep(), False
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self.directory = output_directory(trainer)
             monitor.records = [
                 *record_writers(trainer, self.directory),
-                HeadlineScalars(trainer.loggers, lambda: len(monitor.alerts), lambda: monitor.cost.percent),
+                HeadlineScalars(
+                    trainer.loggers,
+                    [statistic.name for statistic in monitor.statistics],
+                    lambda: len(monitor.alerts),
+                    lambda: monitor.cost.percent,
+                ),
             ]
         monitor.attach()
-        self._fitting = True
-
-    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Count steps as the loggers' x axis does, also when resuming a run that was not watched before."""
-        if self.monitor is not None:
-            epoch_loop = trainer.fit_loop.epoch_loop
-            self.monitor.steps_done = int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
+        if any(_is_compiled(module) for module in pl_module.modules()):
+            torch.compiler.reset()  # graphs traced before, by a learning-rate search say, have no hooks in them
+        self._fitting, self._counted = True, False
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Hooks off, then the pictures and the closing table, while the loggers are still open."""
@@ -156,6 +168,11 @@ class StabilityCallback(Callback):
     ) -> None:
         """Open a step, or go on with an accumulated one, and say which tokens count."""
         assert self.monitor is not None
+        if not self._counted:
+            # As the loggers' x axis counts, also when resuming a run that was not watched; final by now, not before.
+            epoch_loop = trainer.fit_loop.epoch_loop
+            self.monitor.steps_done = int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
+            self._counted = True
         if not self._step.open:
             self.monitor.discard()  # what a learning-rate search or the like ran through the hooks
             self._step = _OpenStep(open=True)
@@ -200,11 +217,13 @@ class StabilityCallback(Callback):
             try:
                 masks = batch[self.mask]
             except (KeyError, IndexError, TypeError) as error:
-                keys = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+                has = f"keys {list(batch)}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
                 raise ValueError(
-                    f"mask={self.mask!r} is no key of the batch, which is {keys}; name the entry that says which "
+                    f"mask={self.mask!r} is no key of the batch, which has {has}; name the entry that says which "
                     "tokens are valid, or give a function of the batch"
                 ) from error
+        if masks is None:
+            raise ValueError("the mask function returned None; it returns a bool tensor, True = valid token")
         if not isinstance(masks, Tensor):
             return masks
         # A key names what the tokenizer made, often 0 and 1; a function's answer is taken as it is.
@@ -224,21 +243,21 @@ class StabilityCallback(Callback):
         if not steps.size:
             return
         history = {name: values.numpy() for name, values in monitor.history().items()}
-        thresholds = {s.name: s.threshold for s in CATALOGUE.values() if s.threshold is not None}
+        thresholds = {s.name: (s.threshold, s.advice) for s in CATALOGUE.values() if s.threshold is not None}
+        telling = dict(history)
+        for name in {"mean_discrepancy", "var_discrepancy"} & set(history):
+            # Only a layer with running statistics has a discrepancy, and these take 5 / momentum steps to settle.
+            telling[name] = np.where(monitor.has_running_statistics & (len(steps) >= 50), history[name], np.nan)
         alerts = [alert.as_dict() for alert in monitor.alerts]
-        rows = layers_worth_a_look(monitor.layers, history, alerts, steps=steps, thresholds=thresholds)
+        rows = layers_worth_a_look(monitor.layers, telling, alerts, steps=steps, thresholds=thresholds)
         print(format_table(rows, steps=len(steps)))
         print(f"monitoring cost {monitor.cost}")
         if self.directory is None:
             return
-        for name in _PICTURES:
+        for name, meaning in _PICTURES.items():
             if name in history:
-                statistic = CATALOGUE[name]
-                marks = [
-                    (alert.step, alert.layer) for alert in monitor.alerts if alert.statistic in (name, "nonfinite")
-                ]
-                title = f"{name} ({statistic.number}, {statistic.axis})"
-                picture = heatmap(history[name], steps, monitor.layers, title, marks=marks)
+                marks = [(a.step, a.layer) for a in monitor.alerts if a.statistic in (name, "nonfinite")]
+                picture = heatmap(history[name], steps, monitor.layers, f"{name}: {meaning}", marks=marks)
                 log_picture(trainer, f"stability/{name}", picture, int(steps[-1]), self.directory)
         log_text(trainer, "stability/closing_table", markdown_table(rows), int(steps[-1]))
 
@@ -251,7 +270,7 @@ class StabilityCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what was saved until the layers exist."""
-        self._saved = state_dict.get("monitor")
+        self._saved, self._loaded = state_dict.get("monitor"), True
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -272,3 +291,7 @@ class _OpenStep:
         self.loss: Tensor | None = None
         self.learning_rate: float | Tensor | None = None
         self.grad_scale: Tensor | None = None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

@@ -2,13 +2,16 @@
 
 Two runs of the same small vision transformer on scikit-learn's digit images, 600 steps each, about a minute together.
 The second one is the first until step 300; from there on a weight decay with its sign turned makes every weight matrix
-grow by one percent a step. Its LayerNorms divide the growth out again, and for some fifty steps the loss goes on as if
-nothing had happened. What the norms read tells within twenty.
+grow by one percent a step. Its LayerNorms divide the growth out again, and for more than fifty steps the loss goes on
+as if nothing had happened. What the norms read tells within twenty.
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -103,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run]:
         print(f"{name:9s} accuracy {100 * run.accuracy:5.1f} %   {first}, {doubled}   monitoring {run.cost}")
     if options.picture:
         draw(unstable, options.picture)
-    print(f"Look at both:  tensorboard --logdir {options.root}")
+    tensorboard = Path(sys.executable).with_name("tensorboard")  # the one that make installed
+    print(f"Look at both:  {os.path.relpath(tensorboard)} --logdir {options.root}")
     return healthy, unstable
 
 

@@ -41,12 +41,13 @@ def empty_moments(layers: int, channels: int, device: torch.device | None = None
     >>> empty_moments(2, 3).channel.shape
     torch.Size([2, 9, 3])
     """
-    moments = RawMoments(
-        torch.empty(layers, dtype=torch.int64, device=device),
-        torch.empty(layers, CHANNEL_ROWS, channels, device=device),
-        torch.empty(layers, TOKEN_ROWS, device=device),
-    )
-    clear_moments_(moments)
+    with torch.inference_mode(False):  # or it could not be added to outside of it
+        moments = RawMoments(
+            torch.empty(layers, dtype=torch.int64, device=device),
+            torch.empty(layers, CHANNEL_ROWS, channels, dtype=torch.float32, device=device),
+            torch.empty(layers, TOKEN_ROWS, dtype=torch.float32, device=device),
+        )
+        clear_moments_(moments)
     return moments
 
 
@@ -68,7 +69,7 @@ def merge_moments_(into: RawMoments, new: RawMoments) -> None:
     Works on one layer (``channel [9, C]``) and on all at once (``[L, 9, C]``); an empty side leaves the other as it is.
     """
     total = into.seen + new.seen
-    weight = (new.seen / total.clamp(min=1))[..., None, None]
+    weight = (new.seen / total.clamp(min=1)).to(into.channel.dtype)[..., None, None]
     first = (into.seen == 0)[..., None, None]
     mine, theirs = into.channel, new.channel
     shift = mine[..., : SHIFT_N + 1, :]
@@ -97,6 +98,7 @@ def token_mean_var(rows: Tensor) -> tuple[Tensor, Tensor]:
     (tensor([2.]), tensor([1.]))
     """
     mean = rows.mean(-1)
+    mean = mean + (rows - mean[:, None]).mean(-1)  # what rounding left of a mean far from 0
     return mean, (rows - mean[:, None]).square().mean(-1)
 
 

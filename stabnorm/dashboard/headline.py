@@ -1,6 +1,7 @@
 """The dozen scalars of a flush that every logger can plot, always the same ones whatever the depth of the model."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,34 +9,43 @@ import numpy.typing as npt
 
 from stabnorm.monitor.record import Block
 
-# Statistic -> what is said of it. A logger that meets a new key late may rewrite its whole file (Lightning's CSV does).
-_HEADLINE = {
-    "mean_discrepancy": ("p10", "p50", "p90", "worst", "worst_layer"),
-    "amax": ("p50", "worst", "worst_layer"),
-    "var_fluctuation": ("p50", "worst"),
-}
+# Which statistics a dozen scalars are spent on, the first three that are watched, and what is said of each of them.
+_PREFERRED = ("token_std_mean", "amax", "mean_discrepancy", "var_fluctuation", "absmax_fluctuation", "mean_fluctuation")
+_SAID = (("p10", "p50", "p90", "worst", "worst_layer"), ("p50", "worst", "worst_layer"), ("p50", "worst"))
 
 
-def headline(block: Block, *, alerts: int, overhead: float, separator: str = "/") -> dict[str, float]:
-    """Sum a block up in at most 12 numbers.
+def _chosen(statistics: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    order = [name for name in _PREFERRED if name in statistics]
+    order += [name for name in statistics if name not in order]
+    return dict(zip(order, _SAID, strict=False))
+
+
+def headline(
+    block: Block, statistics: Sequence[str], *, alerts: int, overhead: float, separator: str = "/"
+) -> dict[str, float]:
+    """Sum a block up in at most 12 numbers, of always the same names.
+
+    A logger that meets a new name late may rewrite its whole file (Lightning's CSV does).
 
     `p10`, `p50` and `p90` are over the layers' means of the block; `worst` is the largest value of any step and layer,
     `worst_layer` the index of that layer. What a block does not have is NaN.
 
     Args:
         block: what a flush added.
+        statistics: those that are watched; the scalars are of three of them.
         alerts: how many were raised so far.
         overhead: of the monitor so far, in percent of the step.
         separator: between group and name; a Lightning logger's `group_separator`. Default: "/".
 
     Example:
-        >>> scalars = headline(Block(0, ("a", "b"), {"amax": np.array([[1, 2], [3, 8]])}), alerts=0, overhead=0.4)
+        >>> block = Block(0, ("a", "b"), {"amax": np.array([[1, 2], [3, 8]])})
+        >>> scalars = headline(block, ["amax"], alerts=0, overhead=0.4)
         >>> scalars["stability/amax_p50"], scalars["stability/amax_worst"], scalars["stability/amax_worst_layer"]
         (3.5, 8.0, 1.0)
     """
     scalars = {
         f"{statistic}_{name}": value
-        for statistic, names in _HEADLINE.items()
+        for statistic, names in _chosen(statistics).items()
         for name, value in zip(names, _summary(block.series.get(statistic), names), strict=True)
     }
     scalars |= {"alerts": float(alerts), "overhead_percent": float(overhead)}
@@ -58,19 +68,21 @@ def _summary(values: npt.NDArray[np.floating[Any]] | None, names: tuple[str, ...
     ]
 
 
-def custom_scalars_layout(separator: str = "/") -> dict[str, dict[str, list[Any]]]:
+def custom_scalars_layout(statistics: Sequence[str], separator: str = "/") -> dict[str, dict[str, list[Any]]]:
     """Return the layout of TensorBoard's custom scalars tab, for `SummaryWriter.add_custom_scalars`, once per run.
 
     Args:
+        statistics: the ones given to `headline`.
         separator: the one given to `headline`. Default: "/".
     """
 
     def tag(name: str) -> str:
         return f"stability{separator}{name}"
 
-    band = [tag(f"mean_discrepancy_{name}") for name in ("p50", "p10", "p90")]  # value, lower, upper
+    chosen = list(_chosen(statistics))
+    band = [tag(f"{chosen[0]}_{name}") for name in ("p50", "p10", "p90")]  # value, lower, upper
     worst = {
         f"worst layer: {statistic}": ["Multiline", [f"^{re.escape(tag(f'{statistic}_worst'))}$"]]
-        for statistic in _HEADLINE
+        for statistic in chosen
     }
-    return {"Stability": {"mean discrepancy over the layers: median, p10 to p90": ["Margin", band], **worst}}
+    return {"Stability": {f"{chosen[0]} over the layers: median, p10 to p90": ["Margin", band], **worst}}

@@ -9,6 +9,12 @@ import numpy.typing as npt
 from PIL import Image
 
 
+def shows_images(logger: Any) -> bool:
+    """Whether `log_image` can hand a picture to this logger."""
+    experiment = getattr(logger, "experiment", None)
+    return hasattr(logger, "log_image") or hasattr(experiment, "add_image") or hasattr(experiment, "log_image")
+
+
 def log_image(
     logger: Any,
     key: str,

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from stabnorm.dashboard.text import number, shorten
 from stabnorm.monitor.record import SIDE_SERIES
 
-_FURTHEST = 3
+_MOVED = 3  # rows, and the factor from which on a change of scale is told
+_SCALES = ("token_std_mean", "amax")  # of which it is told, the first that is watched
 _TAIL = 10  # what is said of the run's end is of its last tenth
 _WIDTH = 100
 _INDENT = " " * 4
@@ -44,24 +45,26 @@ def layers_worth_a_look(
     alerts: Sequence[Mapping[str, Any]],
     *,
     steps: Sequence[int] | Array | None = None,
-    thresholds: Mapping[str, float] | None = None,
+    thresholds: Mapping[str, tuple[float, str]] | None = None,
 ) -> list[Row]:
-    """Name the layers with alerts, then those that stay over a threshold or never ran, then the three furthest out.
+    """Name the layers with alerts, then those that stay over a threshold or never ran, then those that moved most.
 
-    A layer is named once. The three are always there, so that a healthy run has a table too: of the last tenth of the
-    run, they lie furthest from the median layer, measured on the scale by which layers differ.
+    A layer is named once. Moved: the median scale of its input over the last tenth of the run is three times, or a
+    third of, that of the first half, of which the first tenth is left out. A healthy run has no row.
 
     Args:
         layers: names.
         series: statistic -> [steps, layers]; `tokens` tells which ran, other series are passed over.
         alerts: as they were recorded: with `step`, `layer`, `statistic`, `value` and `reason`.
         steps: the step of each row. Default: 0, 1, ...
-        thresholds: statistic -> what its median over the last tenth should not exceed. Default: none.
+        thresholds: statistic -> what its median over the last tenth should not exceed, and what to do when it does.
+            Default: none.
 
     Example:
         >>> amax = np.array([[1.0, 2.0, 90.0]] * 20)
-        >>> [(row.layer, row.fault) for row in layers_worth_a_look("abc", {"amax": amax}, [], thresholds={"amax": 50})]
-        [('c', True), ('a', False), ('b', False)]
+        >>> (row,) = layers_worth_a_look("abc", {"amax": amax}, [], thresholds={"amax": (50, "clip it")})
+        >>> row.layer, row.reason
+        ('c', "over 50 in most of the run's last tenth: clip it")
     """
     statistics = {name: np.asarray(a, np.float64) for name, a in series.items() if name not in SIDE_SERIES}
     num_steps = max(map(len, statistics.values()), default=0)
@@ -72,12 +75,14 @@ def layers_worth_a_look(
         last = int(numbers[-1])
         rows += _over(layers, tail, thresholds or {}, last)
         rows += _idle(layers, statistics, series.get("tokens"), last)
-        named = {row.layer for row in rows}
-        rows += [row for row in _furthest(layers, tail, last) if row.layer not in named][:_FURTHEST]
+        rows += _moved(layers, statistics, tail, last)
     first: dict[str, Row] = {}
     for row in rows:
-        first.setdefault(row.layer, row)
-    return list(first.values())
+        seen = first.setdefault(row.layer, row)
+        if seen is not row and not row.fault:  # what came of it
+            first[row.layer] = seen._replace(reason=f"{seen.reason}. {row.reason[0].upper()}{row.reason[1:]}")
+    moved = [row for row in first.values() if not row.fault]
+    return [row for row in first.values() if row.fault] + moved[:_MOVED]
 
 
 def _alerted(alerts: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
@@ -89,16 +94,17 @@ def _alerted(alerts: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
 
 
 def _over(
-    layers: Sequence[str], tail: Mapping[str, Array], thresholds: Mapping[str, float], last: int
+    layers: Sequence[str], tail: Mapping[str, Array], thresholds: Mapping[str, tuple[float, str]], last: int
 ) -> Iterator[Row]:
     """The furthest over its threshold first."""
     over = [
         (tail[name][i] / threshold, i, name)
-        for name, threshold in thresholds.items()
+        for name, (threshold, _) in thresholds.items()
         for i in np.flatnonzero(tail.get(name, np.empty(0)) > threshold).tolist()
     ]
     for _, i, name in sorted(over, reverse=True):
-        reason = f"over {number(thresholds[name])} in most of the run's last tenth"
+        threshold, advice = thresholds[name]
+        reason = f"over {number(threshold)} in most of the run's last tenth: {advice}"
         yield Row(layers[i], reason, name, float(tail[name][i]), last)
 
 
@@ -107,29 +113,28 @@ def _idle(layers: Sequence[str], statistics: Mapping[str, Array], tokens: Array 
     if tokens is not None:
         ran &= np.nansum(tokens, axis=0) > 0
     for i in np.flatnonzero(~ran).tolist():
-        yield Row(layers[i], "never ran: the model does not call it in training", "tokens", 0.0, last)
+        yield Row(layers[i], "saw no valid token in training", "tokens", 0.0, last)
 
 
-def _furthest(layers: Sequence[str], tail: Mapping[str, Array], last: int) -> Iterator[Row]:
-    """One row for each layer, by its robust z-score over the layers in the statistic where that is largest."""
-    found: dict[int, tuple[float, str, float]] = {}
-    for name, values in tail.items():
-        ran = np.isfinite(values)
-        if not ran.any():
-            continue
-        # Most statistics are scales, and differ by factors.
-        ratios = bool((values[ran] > 0).all())
-        x = np.log(values, where=ran, out=np.full_like(values, np.nan)) if ratios else values
-        middle = np.median(x[ran])
-        spread = 1.4826 * np.median(np.abs(x[ran] - middle))
-        least = 0.05 if ratios else 0.05 * np.abs(x[ran]).max() or 1.0  # layers that agree to 5% have none far out
-        for i in np.flatnonzero(ran).tolist():
-            z = abs(x[i] - middle) / max(spread, least)
-            usual = float(np.exp(middle) if ratios else middle)
-            found[i] = max(found.get(i, (-1.0, "", 0.0)), (z, name, usual))
-    for i, (_, name, usual) in sorted(found.items(), key=lambda item: -item[1][0]):
-        reason = f"among the furthest from the median layer's {number(usual)}; for information, not a fault"
-        yield Row(layers[i], reason, name, float(tail[name][i]), last, fault=False)
+def _moved(
+    layers: Sequence[str], statistics: Mapping[str, Array], tail: Mapping[str, Array], last: int
+) -> Iterator[Row]:
+    """The furthest first."""
+    name = next((name for name in _SCALES if name in statistics), None)
+    if name is None:
+        return
+    values, late = statistics[name], tail[name]
+    early = _median(values[len(values) // _TAIL : max(1, len(values) // 2)])
+    known = np.isfinite(early) & np.isfinite(late) & (early > 0) & (late > 0)
+    log = np.zeros(len(layers))
+    log[known] = np.log(late[known] / early[known])
+    far = np.abs(log) > np.log(_MOVED)
+    for i in np.argsort(-np.abs(log), kind="stable")[: int(far.sum())].tolist():
+        way = f"grew {number(np.exp(log[i]))} times" if log[i] > 0 else f"shrank to {number(np.exp(log[i]))} of it"
+        reason = (
+            f"the scale of its input {way} since the first half of the run, as in {int(far.sum())} layers of {len(far)}"
+        )
+        yield Row(layers[i], reason, name, float(late[i]), last, fault=False)
 
 
 def _median(values: Array) -> Array:
@@ -150,7 +155,7 @@ def format_table(rows: Sequence[Row], *, steps: int, most: int = 8) -> str:
 
     Example:
         >>> print(format_table([Row("encoder.norm", "amax jumped", "amax", 5120.0, 204)], steps=1000))
-        stabnorm: 1 layer worth a look after 1,000 steps
+        stabnorm: 1 layer worth a look in 1,000 steps
         layer                                           statistic                  value        step
         encoder.norm                                    amax                       5,120         204
             amax jumped
@@ -174,20 +179,28 @@ def markdown_table(rows: Sequence[Row], *, most: int = 8) -> str:
         rows: from `layers_worth_a_look`.
         most: rows shown; of the others only the number is said. Default: 8.
     """
-    lines = ["| layer | statistic | value | step | reason |", "|---|---|---:|---:|---|"]
+    if not rows:
+        return _verdict(rows)
+    lines = ["| layer | statistic | value | step |", "|---|---|---:|---:|"]
+    reasons = []  # below the table: beside it they would squeeze the other columns
     for row in rows[:most]:
-        cells = (f"`{row.layer}`", f"`{row.statistic}`", number(row.value), f"{row.step:,}", row.reason)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        layer = row.layer.replace("|", "\\|")
+        lines.append(f"| `{layer}` | `{row.statistic}` | {number(row.value)} | {row.step:,} |")
+        reasons.append(f"* `{row.layer}`: {row.reason}")
     more = f"\n\nand {len(rows) - most} more" if len(rows) > most else ""
-    return f"{_verdict(rows)}\n\n" + "\n".join(lines) + more if rows else _verdict(rows)
+    return "\n".join([_verdict(rows), "", *lines, "", *reasons]) + more
 
 
 def _verdict(rows: Sequence[Row], steps: int | None = None) -> str:
     faults = sum(row.fault for row in rows)
     if not faults:
-        return "stabnorm: nothing alarming was seen" + (f" in {steps:,} steps" if steps is not None else "")
-    after = f" after {steps:,} steps" if steps is not None else ""
+        return f"stabnorm: nothing alarming was seen{_in(steps, 'in')}"
+    after = _in(steps, "in")
     return f"stabnorm: {faults} layer{'s'[: faults > 1]} worth a look{after}"
+
+
+def _in(steps: int | None, word: str) -> str:
+    return "" if steps is None else f" {word} {steps:,} step{'s'[: steps != 1]}"
 
 
 def _line(layer: str, statistic: str, value: str, step: str) -> str:

@@ -23,6 +23,7 @@ _ARMED = 256  # steps before a z-score may raise an alert: a start-up is not cal
 _BOUND = 6.0  # robust standard deviations
 _CLIP = 4.0
 _QUIET = 100  # calm steps before the same kind of alert is raised again
+_ENOUGH = 32  # tokens in a step before an absolute alarm is believed
 _NEAR = 0.6  # of the highest score: the first layer in depth order that reaches it is named, not a later, louder one
 
 
@@ -63,32 +64,34 @@ class Detector:
         self._statistics, self._layers = tuple(statistics), tuple(layers)
         self._alarmed = [i for i, s in enumerate(self._statistics) if s.alarm is not None]
         self._watched = [i for i, s in enumerate(self._statistics) if s.floor is not None]
-        self._alarms = torch.tensor([self._statistics[i].alarm for i in self._alarmed], dtype=torch.float64)
-        self._floors = torch.tensor([self._statistics[i].floor for i in self._watched], dtype=torch.float64)
+        self._alarms = _host([self._statistics[i].alarm for i in self._alarmed])
+        self._floors = _host([self._statistics[i].floor for i in self._watched])
         shape = (len(self._layers), len(self._watched))
-        self._past = torch.full((_PAST, *shape), torch.nan, dtype=torch.float64)
-        self._center, self._scale = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
-        self._before = torch.zeros(shape, dtype=torch.float64)
-        self._seen = 0
-        self._quiet = {"nonfinite": 0, "alarm": 0, "past": 0}  # calm steps still to wait, per kind
+        self._past = _host(torch.nan).repeat(_PAST, *shape)
+        self._center, self._scale, self._before = (_host(value).repeat(shape) for value in (0.0, 1.0, 0.0))
+        self._seen = _host(0).repeat(shape)  # steps with a value: a layer that starts late learns late
+        self._steps = 0
+        # Calm steps to wait before the same is raised again; an alarm, which may stand for ever, mutes only itself.
+        self._quiet = {"nonfinite": 0, "past": 0}
+        self._quiet_alarms = _host(0).repeat(len(self._layers), len(self._alarmed))
 
-    def update(self, first_step: int, values: Tensor, ran: Tensor, nonfinite: Tensor) -> list[Alert]:
+    def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
         """Take in the next steps and return their alerts, at most one of a kind per step.
 
         Args:
             first_step: the step of row 0.
             values: ``[steps, layers, statistics]`` on the CPU.
-            ran: ``[steps, layers]`` bool, whether the layer saw a token.
+            tokens: ``[steps, layers]``, how many the layer saw.
             nonfinite: ``[steps, layers]`` bool, whether its input held a NaN or an infinity.
         """
         values = values.double()
         alerts = []
         for offset in range(len(values)):
-            row, live = values[offset], ran[offset]
+            row, seen = values[offset], tokens[offset]
             score = self._score(row[:, self._watched])
             found = [
-                self._nonfinite(nonfinite[offset] & live),
-                self._alarm(row[:, self._alarmed]),
+                self._nonfinite(nonfinite[offset] & (seen > 0)),
+                self._alarm(row[:, self._alarmed], seen),
                 self._off_its_past(score, row),
             ]
             alerts += [
@@ -101,18 +104,21 @@ class Detector:
         """How many robust standard deviations each watched statistic is off its past, for two steps running."""
         log = row.log()
         known = torch.isfinite(log)
-        if self._seen >= _LEARNT and (self._seen - _LEARNT) % _REFRESH == 0:
-            self._center = self._past.nanmedian(0).values
-            self._scale = torch.maximum(1.4826 * (self._past - self._center).abs().nanmedian(0).values, self._floors)
+        if self._steps >= _LEARNT and (self._steps - _LEARNT) % _REFRESH == 0:
+            center = self._past.nanmedian(0).values
+            spread = 1.4826 * (self._past - center).abs().nanmedian(0).values
+            self._center, self._scale = center, torch.maximum(spread, self._floors)
         off = (log - self._center) / self._scale
-        learning = torch.isnan(off) | (self._seen < _LEARNT)
+        learning = ~known | torch.isnan(off) | (self._seen < _LEARNT)
         score = torch.where(learning, 0, off).abs()
         clipped = torch.where(learning, log, self._center + off.clamp(-_CLIP, _CLIP) * self._scale)
-        self._past[self._seen % _PAST] = torch.where(known, clipped, torch.nan)
+        self._past[self._steps % _PAST] = torch.where(known, clipped, torch.nan)
         held = torch.maximum(torch.minimum(score, self._before), score / 2)
         self._before = score
-        self._seen += 1
-        return held if self._seen > _ARMED else torch.zeros_like(held)
+        armed = self._seen >= _ARMED
+        self._seen += known
+        self._steps += 1
+        return torch.where(armed, held, 0)
 
     def _may_raise(self, kind: str, firing: bool, calm: bool) -> bool:
         raise_it = firing and self._quiet[kind] == 0
@@ -133,16 +139,21 @@ class Detector:
         )
         return layer, "nonfinite", float("nan"), 0.0, reason
 
-    def _alarm(self, row: Tensor) -> tuple[int, str, float, float, str] | None:
-        over = (row > self._alarms) & torch.isfinite(row)  # what is not finite is an event of its own
-        firing = bool(over.any())
-        if not self._may_raise("alarm", firing, not firing):
+    def _alarm(self, row: Tensor, tokens: Tensor) -> tuple[int, str, float, float, str] | None:
+        # What is not finite is an event of its own, and a handful of tokens jump about by nature.
+        over = (row > self._alarms) & torch.isfinite(row) & (tokens >= _ENOUGH)[:, None]
+        firing = over & (self._quiet_alarms == 0)
+        self._quiet_alarms = torch.where(over, _QUIET, (self._quiet_alarms - 1).clamp(min=0))
+        if not bool(firing.any()):
             return None
-        layer = int(over.any(1).int().argmax())
-        column = int(over[layer].int().argmax())
+        layer = int(firing.any(1).int().argmax())
+        column = int(firing[layer].int().argmax())
         statistic = self._statistics[self._alarmed[column]]
-        value, bound = float(row[layer, column]), float(self._alarms[column])
-        return layer, statistic.name, value, bound, f"{_MEANING.get(statistic.name, 'it is over its bound')}"
+        others = int(firing[:, column].sum()) - 1
+        reason = statistic.advice
+        if others:
+            reason += f" ({others} more layer{'s'[: others > 1]} at the same step)"
+        return layer, statistic.name, float(row[layer, column]), float(self._alarms[column]), reason
 
     def _off_its_past(self, score: Tensor, row: Tensor) -> tuple[int, str, float, float, str] | None:
         best = float(score.max()) if score.numel() else 0.0
@@ -156,7 +167,7 @@ class Detector:
         reach = float((bound * self._scale[layer, column]).exp())
         threshold = usual * reach if value > usual else usual / reach
         loudest = self._layers[int(score.amax(1).argmax())]
-        others = "" if loudest == self._layers[layer] else f", and {loudest} behind it is {best:.2g} off"
+        others = "" if loudest == self._layers[layer] else f" ({best:.2g} in {loudest!r}, further on)"
         reason = (
             f"it is {value / usual:.3g} times its usual {usual:.3g}, {float(score[layer, column]):.2g} robust standard "
             f"deviations off the last {_PAST} steps{others}: look at what feeds this layer, and at what changed just "
@@ -171,8 +182,10 @@ class Detector:
             "center": self._center.clone(),
             "scale": self._scale.clone(),
             "before": self._before.clone(),
-            "seen": self._seen,
+            "seen": self._seen.clone(),
+            "steps": self._steps,
             "quiet": dict(self._quiet),
+            "quiet_alarms": self._quiet_alarms.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -188,14 +201,10 @@ class Detector:
             )
         self._past, self._center = state["past"].clone(), state["center"].clone()
         self._scale, self._before = state["scale"].clone(), state["before"].clone()
-        self._seen, self._quiet = int(state["seen"]), dict(state["quiet"])
+        self._seen, self._steps = state["seen"].clone(), int(state["steps"])
+        self._quiet, self._quiet_alarms = dict(state["quiet"]), state["quiet_alarms"].clone()
 
 
-_MEANING = {
-    "scale_jump": "the scale of its input jumped from one step to the next: look at the learning rate, the warm-up "
-    "and this step's batch",
-    "eps_share": "most variances it divides by are below 10 eps, so that it shrinks its output: look at how its input "
-    "is initialised, or at what died before it",
-    "amax": "its largest input is within one bit of float16's largest number: look at the top channels, and use "
-    "bfloat16 or clip before it overflows",
-}
+def _host(values: Any) -> Tensor:
+    """Float64 on the CPU, whatever the defaults are set to."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabnorm.errors import StabNormError
 from stabnorm.monitor.detect import Alert, Detector
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Layout, Moments, Past
@@ -41,6 +42,8 @@ class Cost:
 
     def __str__(self) -> str:
         total = self.hooks + self.step + self.flush
+        if np.isnan(total):
+            return "unknown: too few steps to say"
         return (
             f"{total:.2f} ms per step ({self.percent:.1f} %): hooks {self.hooks:.2f}, step {self.step:.2f}, "
             f"flush {self.flush:.2f}"
@@ -104,23 +107,28 @@ class StabilityMonitor:
         self.alerts: list[Alert] = []
         self.records: list[RecordWriter] = []
         self.steps_done = 0
+        self.label = ""  # said before an alert: which of several processes this is
         self._norms = norms
         needs = {s.needs for s in chosen}
         self._observer = Observer(
             model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs
         )
         self._state: _DeviceState | None = None  # made at the first step, on the device the model is on by then
+        self.has_running_statistics = np.array([norm.running_mean is not None for norm in norms])
         self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
         self._detector = Detector(self.statistics, self.layers)
         self._filled = 0  # rows since the last flush
         self._in_flight: _Flight | None = None
         self._columns = len(chosen) + 2 + 2 * TOP_CHANNELS
         per_step = 4 * len(norms) * self._columns
-        self._history: deque[_Flight] = deque(maxlen=max(1, _HISTORY_BYTES // (per_step * flush_every)))
-        self._intervals: deque[float] = deque(maxlen=_INTERVALS)
-        self._last_step_at: float | None = None
+        self._most_rows = max(flush_every, _HISTORY_BYTES // per_step)
+        self._history: deque[_Flight] = deque()
+        self._bare_steps: deque[float] = deque(maxlen=_INTERVALS)  # durations, less what monitoring took of them
+        self._last_step: tuple[float, float] | None = None  # when it was, and the seconds spent until then
         self._step_seconds = self._flush_seconds = 0.0
+        self._first_step_seconds = (0.0, 0.0, 0.0)  # the first one allocates, and is no measure
         self._timed_steps = 0
+        self._nothing_ran = False
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -165,7 +173,15 @@ class StabilityMonitor:
             learning_rate: the step's learning rate, for the record.
             grad_scale: by what gradients were multiplied, ``scaler.get_scale()`` or the scaler's own tensor; call
                 before ``scaler.update()``. Default: 1.
+
+        Raises:
+            StabNormError: the hooks are not on.
+            ValueError: the loss is not one number.
         """
+        if not self._observer.attached:
+            raise StabNormError("step() on a monitor whose hooks are off; use `with monitor:` or call attach() first")
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"loss is one number, got a tensor of shape {tuple(loss.shape)}; use loss.mean()")
         start = time.perf_counter()
         self._time_step(start)
         state = self._on_device()
@@ -179,20 +195,23 @@ class StabilityMonitor:
         row[:, : len(self.statistics)] = torch.where(now.ran[:, None], values, torch.nan)
         self._write_side_columns(row, now)
         for column, scalar in enumerate((loss, learning_rate)):
-            value = torch.nan if scalar is None else scalar.detach() if isinstance(scalar, Tensor) else scalar
-            state.scalars[self._filled, column] = value
+            value = torch.nan if scalar is None else scalar
+            state.scalars[self._filled, column] = value.detach().reshape(()) if isinstance(value, Tensor) else value
         past.update(now, *self._own_running_buffers(past))
         self._observer.discard()
         self._filled += 1
         self.steps_done += 1
         self._step_seconds += time.perf_counter() - start
+        if self._timed_steps == 1:
+            self._first_step_seconds = (self._observer.seconds, self._step_seconds, self._flush_seconds)
         if self._filled == self.flush_every:
             self._send()
 
     def _time_step(self, now: float) -> None:
-        if self._last_step_at is not None:
-            self._intervals.append(now - self._last_step_at)
-        self._last_step_at = now
+        if self._last_step is not None:
+            at, seconds = self._last_step
+            self._bare_steps.append(now - at - (self.seconds - seconds))
+        self._last_step = now, self.seconds
         self._timed_steps += 1
 
     def _on_device(self) -> "_DeviceState":
@@ -210,13 +229,14 @@ class StabilityMonitor:
     def _write_side_columns(self, row: Tensor, now: Moments) -> None:
         side = row[:, len(self.statistics) :]
         side[:, 0] = now.count
-        side[:, 1] = (~now.finite).sum(-1)
-        top = now.absmax.topk(min(TOP_CHANNELS, now.absmax.shape[-1]))
-        ids, values = side[:, 2 : 2 + TOP_CHANNELS], side[:, 2 + TOP_CHANNELS :]
-        ids.fill_(torch.nan)
-        values.fill_(torch.nan)
-        ids[:, : top.indices.shape[-1]] = torch.where(now.ran[:, None], top.indices, torch.nan)
-        values[:, : top.values.shape[-1]] = torch.where(now.ran[:, None], top.values, torch.nan)
+        side[:, 1] = (~torch.isfinite(now.absmax)).sum(-1)  # of x: a variance may overflow where x does not
+        absmax = now.absmax if now.layout.exists is None else now.absmax.masked_fill(~now.layout.exists, -torch.inf)
+        top = absmax.topk(min(TOP_CHANNELS, absmax.shape[-1]))
+        side[:, 2:] = torch.nan
+        there = now.ran[:, None] & ~torch.isneginf(top.values)
+        count = top.values.shape[-1]
+        side[:, 2 : 2 + count] = torch.where(there, top.indices, torch.nan)
+        side[:, 2 + TOP_CHANNELS : 2 + TOP_CHANNELS + count] = torch.where(there, top.values, torch.nan)
 
     def _own_running_buffers(self, past: Past) -> tuple[Tensor, Tensor]:
         own = torch.full((2, *past.mean.shape), torch.nan, device=past.mean.device, dtype=past.mean.dtype)
@@ -242,7 +262,7 @@ class StabilityMonitor:
         """
         self.flush()
         if not self._history:
-            return {name: torch.empty(0, len(self.layers)) for name in (*(s.name for s in self.statistics), "tokens")}
+            return {name: torch.empty(0, len(self.layers)) for name in self._column_names()}
         rows = torch.cat([flight.rows for flight in self._history])
         return {name: rows[:, :, column] for column, name in enumerate(self._column_names())}
 
@@ -276,13 +296,15 @@ class StabilityMonitor:
         flight, self._in_flight = self._in_flight, None
         flight.wait()
         self._history.append(flight)
+        while sum(len(f.rows) for f in self._history) - len(self._history[0].rows) >= self._most_rows:
+            self._history.popleft()
         statistics = len(self.statistics)
         values, tokens, nonfinite = flight.rows.split([statistics, 1, 1, 2 * TOP_CHANNELS], dim=-1)[:3]
-        alerts = self._detector.update(flight.first_step, values, tokens[..., 0] > 0, nonfinite[..., 0] > 0)
+        self._say_if_nothing_ran(tokens)
+        alerts = self._detector.update(flight.first_step, values, tokens[..., 0], nonfinite[..., 0] > 0)
         for alert in alerts:
-            logger.warning(
-                "step %d, %s: %s = %.4g. %s", alert.step, alert.layer, alert.statistic, alert.value, alert.reason
-            )
+            where = f"stabnorm, {self.label}step {alert.step}, {alert.layer}"
+            logger.warning("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
         self.alerts += alerts
         if self.records:
             block = self._block(flight)
@@ -291,6 +313,17 @@ class StabilityMonitor:
                 for alert in alerts:
                     record.write_event("alert", alert.step, alert.as_dict())
         self._flush_seconds += time.perf_counter() - start
+
+    def _say_if_nothing_ran(self, tokens: Tensor) -> None:
+        if self._nothing_ran or bool((tokens > 0).any()):
+            return
+        self._nothing_ran = True
+        logger.warning(
+            "stabnorm: no monitored norm ran in training mode in %d steps. Is the model in training mode, "
+            "model.train()? If it was compiled and run before the monitor was attached, its graphs have no hooks: call "
+            "torch.compiler.reset() after attaching",
+            len(tokens),
+        )
 
     def _block(self, flight: "_Flight") -> Block:
         rows: np.ndarray[Any, Any] = flight.rows.numpy()
@@ -311,12 +344,12 @@ class StabilityMonitor:
     @property
     def cost(self) -> Cost:
         """What monitoring cost so far, measured on the host."""
-        steps = max(self._timed_steps, 1)
-        hooks, step, flush = (
-            1e3 * seconds / steps for seconds in (self._observer.seconds, self._step_seconds, self._flush_seconds)
-        )
-        interval = 1e3 * float(np.median(self._intervals)) if self._intervals else float("nan")
-        return Cost(hooks, step, flush, 100 * (hooks + step + flush) / (interval - hooks - step))
+        steps = self._timed_steps - 1
+        if steps < 1:
+            return Cost(*[float("nan")] * 4)
+        spent = (self._observer.seconds, self._step_seconds, self._flush_seconds)
+        hooks, step, flush = (1e3 * (a - b) / steps for a, b in zip(spent, self._first_step_seconds, strict=True))
+        return Cost(hooks, step, flush, 0.1 * (hooks + step + flush) / float(np.median(self._bare_steps)))
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
@@ -326,6 +359,7 @@ class StabilityMonitor:
         return {
             "version": 1,
             "layers": list(self.layers),
+            "channels": [norm.num_features for norm in self._norms],
             "statistics": [statistic.name for statistic in self.statistics],
             "steps_done": self.steps_done,
             "past": self._state.past.state_dict() if self._state is not None else None,
@@ -340,8 +374,8 @@ class StabilityMonitor:
         """
         self.steps_done = int(state["steps_done"])
         self.alerts = [Alert(**alert) for alert in state["alerts"]]
-        same = state["layers"] == list(self.layers) and state["statistics"] == [s.name for s in self.statistics]
-        if not same:
+        mine = self.state_dict()
+        if any(state[part] != mine[part] for part in ("version", "layers", "channels", "statistics")):
             logger.warning("the checkpoint watched other layers or statistics: baselines start afresh at this step")
             return
         if state["past"] is not None:
@@ -362,17 +396,22 @@ class _DeviceState:
     @staticmethod
     def of(norms: Sequence[NormLayer], width: int, shape: tuple[int, int, int], device: torch.device) -> "_DeviceState":
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        sizes = torch.tensor([norm.num_features for norm in norms])
+        sizes = torch.tensor([norm.num_features for norm in norms], device="cpu")
         uniform = all(norm.num_features == width for norm in norms)
         layout = Layout(
-            exists=None if uniform else (torch.arange(width) < sizes[:, None]).to(device),
+            exists=None if uniform else (torch.arange(width, device="cpu") < sizes[:, None]).to(device),
             channels=sizes.to(device, dtype),
             eps=torch.tensor([norm.eps for norm in norms], dtype=dtype).to(device),
             per_channel=torch.tensor([norm.kind == "batch" for norm in norms]).to(device),
+            own_buffers=torch.tensor([norm.running_mean is not None for norm in norms]).to(device),
         )
         past = Past(len(norms), width, device, dtype)
         return _DeviceState(
-            device, layout, past, torch.empty(shape, device=device), torch.empty(shape[0], 2, device=device)
+            device,
+            layout,
+            past,
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(shape[0], 2, dtype=torch.float32, device=device),
         )
 
 

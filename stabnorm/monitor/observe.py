@@ -4,8 +4,11 @@ A hook does nothing but call one op on its layer's row; no statistic is computed
 the hooks of one optimizer step gathered is taken with `Observer.take`, which starts the next step.
 """
 
+import inspect
 import itertools
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,22 +21,26 @@ from stabnorm.functional import RawMoments, clear_moments_, empty_moments, merge
 from stabnorm.norms import NormLayer
 from stabnorm.ops.moments import accumulate_moments_, as_rows
 
+logger = logging.getLogger("stabnorm")
+
 _masks: list[Tensor] = []  # a plain list: Dynamo follows it, and not a context variable
+_contexts: list["valid_tokens"] = []
 
 
 class valid_tokens:  # used like a function: `with valid_tokens(mask):`
     """Within this context padding does not count, for every monitored or stabnorm layer whose tokens the mask fits.
 
-    A mask fits a layer when it has the shape of the layer's input without the channel axis, that shape's leading axes
-    (it is then repeated along the rest, heads say), or as many elements as a flattened input has rows. A layer whose
-    tokens have another number of axes is not concerned.
+    A mask fits a layer when it has the shape of the layer's input without the channel axis. Where the input splits the
+    tokens further, [batch, length] also fits [batch, length, heads] and, if the lengths say so, [batch, heads, length];
+    a flattened input is fitted by as many elements. A layer whose tokens have another number of axes is not concerned.
 
     Args:
         *masks: bool tensors, True = valid token; for an encoder-decoder one for each, the first that fits is taken.
 
     Raises:
         TypeError: a mask is not a bool tensor.
-        ValueError: in a layer's forward, when its tokens have a mask's axes and batch but not its length.
+        ValueError: in a layer's forward, when its tokens have a mask's axes and batch but not its length, or are
+            transposed.
 
     >>> import torch, stabnorm
     >>> with stabnorm.valid_tokens(torch.tensor([[True, True, False]])):
@@ -45,36 +52,65 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"a mask of valid tokens is a bool tensor, True = valid; got {found}. Use mask.bool()")
-        self._pushed = masks
+        # Hugging Face's [batch, 1, 1, length] masks say the same as [batch, length].
+        self._pushed = [mask.reshape([mask.shape[0], *(n for n in mask.shape[1:] if n != 1)]) for mask in masks]
+        self.asked = self.taken = False
 
     def __enter__(self) -> "valid_tokens":
         _masks.extend(self._pushed)
+        _contexts.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del _masks[len(_masks) - len(self._pushed) :]
+        _contexts.remove(self)
+        if error is None and self.asked and not self.taken:
+            shapes = ", ".join(str(tuple(mask.shape)) for mask in self._pushed)
+            warnings.warn(
+                f"no monitored layer has tokens that a mask of shape {shapes} fits, so padding counted: a mask has the "
+                "shape of the norm's input without the channel axis",
+                stacklevel=2,
+            )
 
 
 def mask_for(tokens: torch.Size, name: str) -> Tensor | None:
     """The active mask that fits a layer's tokens, in their shape; None when none concerns it."""
-    near: Tensor | None = None
+    if not torch.compiler.is_compiling():
+        for context in _contexts:
+            context.asked = True
     for mask in reversed(_masks):
-        if mask.shape == tokens:
-            return mask
-        if len(tokens) > mask.ndim and mask.shape == tokens[: mask.ndim]:
-            return mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens)
-        if len(tokens) == 1 and mask.numel() == tokens[0]:
-            return mask.reshape(-1)
-        if mask.ndim == len(tokens) > 1 and mask.shape[0] == tokens[0]:
-            near = mask
-    if near is not None:
-        raise ValueError(
-            f"the mask has shape {tuple(near.shape)}, but the input of norm {name!r} has tokens of shape "
-            f"{tuple(tokens)}: a mask has the input's shape without the channel axis. Give a mask of that shape (a "
-            "class token needs an entry, too), or exclude the layer."
-        )
+        fitted = _fit(mask, tokens)
+        if fitted is not None:
+            if not torch.compiler.is_compiling():
+                for context in _contexts:
+                    context.taken = True
+            return fitted
+    for mask in reversed(_masks):
+        transposed = mask.ndim == len(tokens) > 1 and mask.shape == tokens[::-1]
+        if transposed or (mask.ndim == len(tokens) > 1 and mask.shape[0] == tokens[0]):
+            for context in _contexts:
+                context.taken = True  # no need to say it twice
+            hint = (
+                "Give its transpose" if transposed else "Give a mask of that shape (a class token needs an entry, too)"
+            )
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)}, but the input of norm {name!r} has tokens of shape "
+                f"{tuple(tokens)}: a mask has the input's shape without the channel axis. {hint}, or exclude the layer."
+            )
+    return None
+
+
+def _fit(mask: Tensor, tokens: torch.Size) -> Tensor | None:
+    if mask.shape == tokens:
+        return mask
+    if len(tokens) > mask.ndim and mask.shape == tokens[: mask.ndim]:  # [batch, length, heads]
+        return mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens)
+    if len(tokens) > mask.ndim == 2 and mask.shape == (tokens[0], tokens[-1]):  # [batch, heads, length]
+        return mask.reshape(mask.shape[0], *[1] * (len(tokens) - 2), mask.shape[1]).expand(tokens)
+    if len(tokens) == 1 and mask.numel() == tokens[0]:
+        return mask.reshape(-1)
     return None
 
 
@@ -90,7 +126,8 @@ class Observer:
     def __init__(
         self, model: nn.Module, layers: Sequence[NormLayer], *, tokens: bool, normalized: bool, gradients: bool
     ) -> None:
-        self.model, self.layers = model, tuple(layers)
+        self.model: nn.Module = getattr(model, "_orig_mod", model)  # a hook in a graph must not look at its compiler
+        self.layers = tuple(layers)
         self.tokens, self.normalized, self.gradients = tokens, normalized, gradients
         self.width = max(layer.num_features for layer in layers)
         self.seconds = 0.0  # inside hooks, on the host; not counted in a compiled graph
@@ -98,6 +135,15 @@ class Observer:
         self._gradients: dict[torch.device, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._hooks: list[_InputHook] = []
+        self._parameters: list[
+            tuple[nn.Parameter | None, bool, nn.Parameter | None, bool]
+        ] = []  # what gradients were hooked
+        self._gradient_handles: list[RemovableHandle] = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self._handles)
 
     def attach(self) -> None:
         """Put the hooks on. One forward hook per norm; gradients come from the parameters where there are any."""
@@ -105,15 +151,14 @@ class Observer:
             hook = _InputHook(self, index)
             self._hooks.append(hook)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-            if self.gradients:
-                self._handles += self._watch_gradients(index, layer)
+        self.discard()
 
     def detach(self) -> None:
         """Take every hook off."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._gradient_handles):
             handle.remove()
-        self._handles.clear()
-        self._hooks.clear()
+        for kept in (self._handles, self._gradient_handles, self._hooks, self._parameters):
+            kept.clear()
 
     def discard(self) -> None:
         """Forget what was gathered since the last step."""
@@ -123,6 +168,8 @@ class Observer:
             sums.fill_(torch.nan)
         for hook in self._hooks:
             hook.fresh = True
+        if self.gradients and self._handles:
+            self._follow_parameters()
 
     @property
     def device(self) -> torch.device:
@@ -161,6 +208,23 @@ class Observer:
             self._gradients[device] = torch.full(shape, torch.nan, device=device)
         return self._gradients[device]
 
+    def _follow_parameters(self) -> None:
+        """Hook the gains and biases that there are now: between two steps one may be frozen, freed or replaced."""
+        now = [
+            (gain, gain is not None and gain.requires_grad, bias, bias is not None and bias.requires_grad)
+            for gain, bias in ((layer.gain_parameter, layer.bias_parameter) for layer in self.layers)
+        ]
+        same = len(now) == len(self._parameters) and all(
+            a is c and b == d and e is g and f == h
+            for (a, b, e, f), (c, d, g, h) in zip(now, self._parameters, strict=True)
+        )
+        if same:
+            return
+        for handle in self._gradient_handles:
+            handle.remove()
+        self._gradient_handles = [h for i, layer in enumerate(self.layers) for h in self._watch_gradients(i, layer)]
+        self._parameters = now
+
     def _watch_gradients(self, index: int, layer: NormLayer) -> Iterable[RemovableHandle]:
         """A parameter's gradient is the sum over tokens that we want, and reading it costs no pass and no graph."""
         gain, bias = layer.gain_parameter, layer.bias_parameter
@@ -172,31 +236,57 @@ class Observer:
             yield bias.register_post_accumulate_grad_hook(_ParameterHook(self, index, 1))
 
 
-class _InputHook:
-    """Before a norm's forward: its input's moments into its row."""
+def _no_hook(*_: object) -> None:
+    """What stands for a hook in a copy of the model: the copy is not watched."""
+
+
+def _inert() -> Callable[..., None]:
+    return _no_hook
+
+
+class _Hook:
+    """A hook of one layer; a copied or saved model gets an inert one, not a copy of the monitor."""
 
     def __init__(self, observer: Observer, index: int) -> None:
         self.observer, self.layer, self.index = observer, observer.layers[index], index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert, ()
+
+
+class _InputHook(_Hook):
+    """Before a norm's forward: its input's moments into its row."""
+
+    def __init__(self, observer: Observer, index: int) -> None:
+        super().__init__(observer, index)
         # Allocated now, not at the first forward: nothing may change under a compiled graph.
         at_home = next(self.layer.module.parameters(), None)
         self.account = observer.account(index, observer.device if at_home is None else at_home.device)
         self.fresh = True  # nothing counted yet in this step
-        self.op = torch.ops.stabnorm.accumulate_moments_.default
+        self.traced = False  # a graph counts without telling us, so that we never know it is fresh
+        self.refused = False
+        self.input_name = next(iter(inspect.signature(self.layer.module.forward).parameters), "")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.observer.model.training:
             return
         if torch.compiler.is_compiling():
-            self.observe(args, kwargs, self.op, fresh=False)  # a flag that changes would compile again
+            self.traced = True
+            self.observe(args, kwargs, torch.ops.stabnorm.accumulate_moments_.default, fresh=False)
             return
         start = time.perf_counter()
-        self.observe(args, kwargs, accumulate_moments_, fresh=self.fresh)
-        self.fresh = False
+        self.observe(args, kwargs, accumulate_moments_, fresh=self.fresh and not self.traced)
         self.observer.seconds += time.perf_counter() - start
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], op: Callable[..., None], *, fresh: bool) -> None:
         layer = self.layer
-        x = args[0] if args else next(iter(kwargs.values()))
+        x: Any = args[0] if args else kwargs.get(self.input_name)
+        why_not = self.not_understood(x)
+        if why_not is not None:
+            if not self.refused and not torch.compiler.is_compiling():
+                logger.warning("norm %s is not counted: %s", layer.name, why_not)
+                self.refused = True
+            return
         axis = layer.channel_dim % x.ndim
         tokens = x.shape[:axis] + x.shape[axis + 1 :]
         if layer.feature_dims > 1:
@@ -210,13 +300,33 @@ class _InputHook:
                 x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
                 layer.feature_dims, layer.groups, layer.eps, self.observer.tokens, self.observer.normalized, fresh,
             )  # fmt: skip
+        self.fresh = False
+
+    def not_understood(self, x: Any) -> str | None:
+        """Why this input cannot be counted; the norm itself may well take it, and looking must not stop it."""
+        if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
+            return f"its input is {'a nested or integer tensor' if isinstance(x, Tensor) else type(x).__name__}"
+        if x.device.type == "meta":
+            return "its input is on the meta device"
+        layer = self.layer
+        if x.ndim < max(layer.feature_dims, -layer.channel_dim, layer.channel_dim + 1):
+            return f"its input has {x.ndim} axes"
+        channels = (
+            x.shape[x.ndim - layer.feature_dims :].numel() if layer.feature_dims > 1 else x.shape[layer.channel_dim]
+        )
+        if channels != layer.num_features:
+            return f"its input has {channels} channels and it was built for {layer.num_features}"
+        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+            return "it runs inside a torch.func transform"
+        return None
 
 
-class _ParameterHook:
+class _ParameterHook(_Hook):
     """After a backward: gain times the parameter's gradient, as accumulated so far, into its row."""
 
     def __init__(self, observer: Observer, index: int, row: int) -> None:
-        self.observer, self.layer, self.index, self.row = observer, observer.layers[index], index, row
+        super().__init__(observer, index)
+        self.row = row
 
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
@@ -230,11 +340,8 @@ class _ParameterHook:
         self.observer.seconds += time.perf_counter() - start
 
 
-class _OutputHook:
+class _OutputHook(_Hook):
     """For a norm with no trainable gain: the gradient at its output, in eager mode."""
-
-    def __init__(self, observer: Observer, index: int) -> None:
-        self.observer, self.layer, self.index = observer, observer.layers[index], index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling() or not self.observer.model.training:

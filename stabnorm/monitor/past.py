@@ -37,6 +37,7 @@ class Layout:
     channels: Tensor
     eps: Tensor
     per_channel: Tensor  # a "batch" norm: affine in every channel, divides by the channels' variances
+    own_buffers: Tensor  # the layer has running buffers of its own
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Past:
 
         Args:
             now: the step.
-            own_mean: ``[L, C]``, the layers' own running means after the step; NaN where there are none.
+            own_mean: ``[L, C]``, the layers' own running means after the step; anything where there are none.
             own_var: the same for the variances.
         """
         usable = now.ran & now.finite.all(-1)
@@ -183,8 +184,9 @@ class Past:
         self.mean_var = take(self.mean_var, torch.where(first, 0, self.mean_var_with(now)))
         self.mean = take(self.mean, average(self.mean, now.mean))
         self.var = take(self.var, average(self.var, now.var))
-        self.running_mean = torch.where(own_mean.isnan(), self.mean, own_mean)
-        self.running_var = torch.where(own_var.isnan(), self.var, own_var)
+        own = now.layout.own_buffers[:, None]
+        self.running_mean = torch.where(own, own_mean, self.mean)
+        self.running_var = torch.where(own, own_var, self.var)
         self.log_var = take(self.log_var, now.log_var)
         self.log_absmax = take(self.log_absmax, now.log_absmax)
         self.log_scale = take(self.log_scale, now.log_scale)

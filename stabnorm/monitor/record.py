@@ -218,7 +218,7 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
     """Read what a run has written so far. Of a step written twice, as after a resume, the last counts.
 
     Args:
-        path: the directory of a `FileRecord`, or one with TensorBoard's event files.
+        path: the directory of a `FileRecord`, or one with TensorBoard's event files, or one that holds the first.
         series: the names to read, the rest is left on disk; a name the record lacks is left out. Default: all.
 
     Raises:
@@ -226,6 +226,8 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
         ValueError: the record is of a newer version than this package reads.
     """
     directory = Path(path)
+    if (directory / PLUGIN_NAME / "record.json").exists():
+        directory = directory / PLUGIN_NAME
     read = _read_files if (directory / "record.json").exists() else _read_tensorboard
     parts, events = read(directory, series)
     layers = tuple(dict.fromkeys(itertools.chain.from_iterable(part.layers for part in parts)))

@@ -38,6 +38,7 @@ class Statistic:
         alarm: beyond this an alert is raised at once, with no past needed.
         floor: not None: a robust z-score of its logarithm against the layer's own past is watched, and this is the
             least scale, in log units: 6 floors are the smallest change that can raise an alert.
+        advice: what it means when it is over its bound, and where to look.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Statistic:
     threshold: float | None = None
     alarm: float | None = None
     floor: float | None = None
+    advice: str = ""
 
 
 def _running_mean_distance(now: Moments, past: Past) -> Tensor:
@@ -152,6 +154,9 @@ def _grad_fluctuation(now: Moments, past: Past) -> Tensor:
     return now.norm_over_channels(now.gain_gradient - past.gradient) / past.gradient_power.sqrt()
 
 
+_DISCREPANCY = (
+    "evaluation sees other statistics than training: use larger batches, a smaller momentum, or recompute them at last"
+)
 _FREE = "free from the channel moments"
 _TOKENS = "one pass for mean and variance of the tokens"
 _UNIFIED = "Unified Normalization, arXiv 2208.01313"
@@ -171,10 +176,12 @@ _CATALOGUE = (
         "mean_discrepancy", "F2", "mean_c |mu_hat_c - mu_c| / sigma_c, sigma = sqrt(var + eps): training-inference "
         "discrepancy of the mean",
         "channel", "1", "TID, arXiv 2210.05153; bound ours", _FREE, _mean_discrepancy, threshold=0.5,
+        advice=_DISCREPANCY,
     ),
     Statistic(
         "var_discrepancy", "F2", "mean_c |sigma_hat_c / sigma_c - 1|: training-inference discrepancy of the scale",
         "channel", "1", "TID, arXiv 2210.05153; bound ours", _FREE, _var_discrepancy, threshold=0.5,
+        advice=_DISCREPANCY,
     ),
     Statistic(
         "mean_fluctuation", "F3", "mean_c sd_t(mu_c) / sigma_hat_c, sd over time with an exponential window (momentum "
@@ -193,11 +200,14 @@ _CATALOGUE = (
         "scale_jump", "F3", "|log(s) - the same of the step before|, s = mean_n token standard deviation + sqrt eps",
         "token", "1", "ours: healthy starts stay below 0.07, runs without warm-up pass 1", _TOKENS, _scale_jump,
         needs="tokens", threshold=0.5, alarm=0.5,
+        advice="the scale of its input jumped from one step to the next: look at the learning rate, the warm-up and "
+        "this step's batch",
     ),
     Statistic(
         "am_gm_ratio", "F4", "mean_c[(AM - GM) / GM'] / (M mean_c[Var(sqrt psi') / GM']), psi = mean_n x^2 over the "
         "last M = 4 steps, primes: the window before this step; > 1: Unified Normalization would filter the batch",
         "channel", "1", _UNIFIED + ", calibrated per layer", _FREE, _am_gm_ratio, threshold=1.0,
+        advice="its scale differs from batch to batch by bursts: look at the data for outliers",
     ),
     Statistic(
         "token_std_mean", "S1", "mean_n sqrt(v_n), v_n = variance over channels",
@@ -228,16 +238,17 @@ _CATALOGUE = (
         "(LayerNorm), mean squares (RMSNorm), channels' (BatchNorm), groups' (GroupNorm, InstanceNorm)",
         "token", "1", "the norm's definition: it then shrinks its output; bounds ours", _TOKENS, _eps_share,
         needs="tokens", threshold=0.01, alarm=0.5,
+        advice="variances it divides by are below 10 eps, so that it shrinks its output: look at how its input is "
+        "initialised, or at what died before it",
     ),
     Statistic(
         "amax", "O1", "max |x|",
-        "layer", "x", "arXiv 2306.12929; alarm: one bit below float16's largest number", "two reads", _amax,
-        alarm=65504 / 2, floor=0.1,
+        "layer", "x", "arXiv 2306.12929", "two reads", _amax, floor=0.1,
     ),
     Statistic(
         "crest", "O1", "max |x| / rms(x)",
         "layer", "1", "arXiv 2306.12929; bound: massive activations, arXiv 2402.17762", "two reads", _crest,
-        threshold=1000.0,
+        threshold=1000.0, advice="massive activations: look at its top channels",
     ),
     Statistic(
         "feature_kurtosis", "O4", "mean_c(s_c^2) / (mean_c s_c)^2, s_c = mean_n x^2: 1 flat, C one channel",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import (
-    CHANNEL_ROWS,
     COV_XN,
     EPS_SHARE,
     MAX,
@@ -34,6 +33,7 @@ from stabnorm.functional import (
     VAR_X,
     Kind,
     RawMoments,
+    empty_moments,
     merge_moments_,
     share_below,
 )
@@ -76,14 +76,16 @@ def add_moments_of_rows_(
 
 
 def _scratch_moments(channels: int) -> RawMoments:
-    return RawMoments(torch.zeros((), dtype=torch.int64), torch.zeros(CHANNEL_ROWS, channels), torch.zeros(TOKEN_ROWS))
+    return RawMoments(*(part[0] for part in empty_moments(1, channels, torch.device("cpu"))))
 
 
 def _scratch(like: Tensor) -> Tensor:
     """Memory of the shape of ``like`` that is kept between calls."""
     flat: Tensor | None = getattr(_kept, "scratch", None)
     if flat is None or flat.numel() < like.numel():
-        flat = _kept.scratch = torch.empty(max(like.numel(), _BLOCK_ELEMENTS))
+        with torch.inference_mode(False):
+            flat = torch.empty(max(like.numel(), _BLOCK_ELEMENTS), dtype=torch.float32, device="cpu")
+        _kept.scratch = flat
     return flat[: like.numel()].view_as(like)
 
 
@@ -109,6 +111,8 @@ def _fill(
         _fill_tokens(out, work, shift, kind, eps, share, by_token)
     if by_token:
         n = work
+    elif n is not None and normalized:
+        n = n - torch.mean(n, 0, out=channel[SHIFT_N])
     if n is not None and normalized:
         _column_mean_var(n, out=(channel[REST_N], channel[VAR_N]))
         dot = _column_mean_dot(n, x, shift)
@@ -132,9 +136,19 @@ def _fill_tokens(
         divided_by = torch.addcmul(_constant(eps), std, std)
         torch.mean(divided_by < 11 * eps, 0, dtype=torch.float32, out=token[EPS_SHARE])
         if by_token:
-            work.mul_(divided_by.rsqrt_()[:, None])
+            scale = divided_by.rsqrt_()
+            _normalize(out, work, scale, offsets)
     elif kind == "rms":
-        _divide_by_rms(out, work, std, mean, origin, eps, by_token)
+        whole_mean = mean.double() + origin
+        divided_by = torch.addcmul(whole_mean.square(), std.double(), std)
+        torch.mean(divided_by < 10 * eps, 0, dtype=torch.float32, out=token[EPS_SHARE])
+        if by_token:
+            # For a large origin x / rms is a constant and a small rest: the constant goes into the shift.
+            scale = torch.rsqrt(divided_by + eps)
+            constant = origin * scale.mean()
+            _normalize(out, work, scale.float(), offsets)
+            work.add_((whole_mean * scale - constant).float()[:, None])
+            out.channel[SHIFT_N] += constant
     elif share is not None:
         token[EPS_SHARE] = share
     torch.mean(summary, 1, out=token[STD_MEAN : MEAN_MEAN + 1])
@@ -143,35 +157,26 @@ def _fill_tokens(
     token.addcmul_(_ROWS_OF_MEANS, origin)
 
 
-def _divide_by_rms(
-    out: RawMoments, work: Tensor, std: Tensor, mean: Tensor, origin: Tensor, eps: float, by_token: bool
-) -> None:
-    """What an RMSNorm makes of ``x = work + mean + origin``, less the constant that goes into SHIFT_N.
-
-    For a large origin x / rms is a constant and a small rest, and the rest is what its moments are taken of.
-    """
-    whole_mean = mean.double() + origin
-    mean_square = torch.addcmul(whole_mean.square(), std.double(), std)
-    torch.mean(mean_square < 10 * eps, 0, dtype=torch.float32, out=out.token[EPS_SHARE])
-    if by_token:
-        scale = torch.rsqrt(mean_square + eps)
-        constant = origin * scale.mean()
-        out.channel[SHIFT_N] = constant
-        work.mul_(scale.float()[:, None]).add_((whole_mean * scale - constant).float()[:, None])
+def _normalize(out: RawMoments, work: Tensor, scale: Tensor, offsets: Tensor) -> None:
+    """Scale every token, and take out what is the same in all of them: a channel far from the others."""
+    shift = torch.mul(offsets, scale.mean(), out=out.channel[SHIFT_N])
+    work.mul_(scale[:, None]).sub_(shift)
 
 
-_ROWS_OF_MEANS = torch.zeros(TOKEN_ROWS)
+_ROWS_OF_MEANS = torch.zeros(TOKEN_ROWS, dtype=torch.float32, device="cpu")
 _ROWS_OF_MEANS[[MEAN_MEAN, MEAN_MIN, MEAN_MAX]] = 1
 
 
 @functools.cache
 def _constant(value: float) -> Tensor:
-    return torch.tensor(value)
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 @functools.cache
 def _full(channels: int, value: float) -> Tensor:
-    return torch.full((channels,), value)
+    with torch.inference_mode(False):
+        return torch.full((channels,), value, dtype=torch.float32, device="cpu")
 
 
 def _column_mean_var(x: Tensor, out: tuple[Tensor, Tensor]) -> None:

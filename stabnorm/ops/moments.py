@@ -56,7 +56,7 @@ def accumulate_moments_(
         x: a norm's input, any layout and floating dtype; computed in float32.
         valid: bool, x's shape without the channel axis, True = valid token; None: all are.
         seen: int64 scalar, see `functional.RawMoments`.
-        channel: ``[8, C]`` float32.
+        channel: ``[9, C]`` float32.
         token: ``[7]`` float32.
         kind: what the layer is.
         channel_dim: the axis of x that holds the channels.
@@ -74,10 +74,10 @@ def accumulate_moments_(
         x = x.float()
     rows = as_rows(x, channel_dim, feature_dims)
     by_groups = variances = None
-    if kind in ("group", "instance") and normalized:
-        batched = x if x.ndim != -channel_dim else x[None]
-        by_groups, variances = normalize_groups(batched, groups, eps)
-        by_groups = as_rows(by_groups.reshape(x.shape), channel_dim)
+    if kind in ("group", "instance") and (normalized or tokens):
+        channels_first = (x if x.ndim != -channel_dim else x[None]).movedim(channel_dim, 1)
+        by_groups, variances = normalize_groups(channels_first, groups, eps)
+        by_groups = as_rows(by_groups, 1) if normalized else None
     keep = None if valid is None else valid.reshape(-1)
     if rows.device.type == "cpu":
         from stabnorm.ops._cpu_moments import add_moments_of_rows_

@@ -178,8 +178,13 @@ def test_a_mask_by_key_leaves_the_padding_out(tmp_path: Path) -> None:
 
 
 def test_a_mask_that_is_no_key_is_refused_with_the_keys_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mask='padding' is no key of the batch, which is \['x', 'mask', 'y'\]"):
+    with pytest.raises(ValueError, match=r"mask='padding' is no key of the batch, which has keys \['x', 'mask', 'y'\]"):
         fit(trainer(tmp_path, StabilityCallback(mask="padding")), module())
+
+
+def test_a_mask_function_that_returns_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the mask function returned None; it returns a bool tensor"):
+        fit(trainer(tmp_path, StabilityCallback(mask=lambda batch: None)), module())  # type: ignore[arg-type,return-value]
 
 
 def test_a_mask_of_the_wrong_shape_is_refused_at_the_first_forward_naming_the_layer(tmp_path: Path) -> None:
@@ -261,7 +266,7 @@ def test_a_logger_like_wandb_gets_metrics_and_images(tmp_path: Path) -> None:
     assert ("stability/amax", BATCHES - 1) in logger.images
     ours = [metrics for _, metrics in logger.metrics if any(key.startswith("stability/") for key in metrics)]
     assert len(ours) == 1
-    assert read_record(tmp_path / "stabnorm").steps.tolist() == list(range(BATCHES))
+    assert read_record(tmp_path / "stabnorm" / "run_0").steps.tolist() == list(range(BATCHES))
 
 
 def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
@@ -307,6 +312,47 @@ def test_resumed_in_the_middle_it_goes_on_with_the_same_figures(tmp_path: Path) 
         torch.testing.assert_close(
             watched(second).history()[name], values[BATCHES:], rtol=1e-6, atol=1e-7, equal_nan=True
         )
+
+
+def test_resumed_from_a_checkpoint_inside_an_epoch_no_step_is_counted_twice(tmp_path: Path) -> None:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    keep = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5, save_top_k=-1)
+    fit(trainer(tmp_path, StabilityCallback(), keep, enable_checkpointing=True), module())
+    (middle,) = (tmp_path / "ckpt").glob("*step=5.ckpt")
+    callback = StabilityCallback()
+    fit(trainer(tmp_path, callback), module(), ckpt_path=middle)
+    assert watched(callback).history_steps().tolist() == list(range(5, BATCHES))
+
+
+def test_used_for_another_run_it_starts_afresh(tmp_path: Path) -> None:
+    callback = StabilityCallback()
+    model = module()
+    with torch.no_grad():
+        model.net[1].weight[0, 0] = torch.nan
+    fit(trainer(tmp_path, callback), model)
+    assert watched(callback).alerts
+    fit(trainer(tmp_path, callback), module())
+    assert watched(callback).alerts == []
+    assert watched(callback).history_steps().tolist() == list(range(BATCHES))
+
+
+def test_a_part_compiled_and_run_before_the_fit_is_watched(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = module()
+    compiled: Any = torch.compile(model.net, backend="eager")
+    compiled(torch.randn(4, 6, 8))
+    model.net = compiled
+    callback = StabilityCallback()
+    fit(trainer(tmp_path, callback), model)
+    assert watched(callback).layers == ("net.0", "net.3")
+    assert watched(callback).history()["tokens"][:, 0].tolist() == [24] * BATCHES
+
+
+def test_runs_of_a_logger_with_a_shared_folder_do_not_mix(tmp_path: Path) -> None:
+    for run in range(2):
+        fit(trainer(tmp_path, StabilityCallback(), logger=LikeWandb(tmp_path)), module())
+        assert read_record(tmp_path / "stabnorm" / f"run_{run}").steps.tolist() == list(range(BATCHES))
 
 
 def test_added_on_resume_it_counts_on_from_the_runs_step(tmp_path: Path) -> None:

@@ -10,32 +10,34 @@ from stabnorm.dashboard.headline import custom_scalars_layout, headline
 from stabnorm.monitor.record import Block
 
 RNG = np.random.default_rng(0)
+STATISTICS = ("crest", "var_fluctuation", "mean_discrepancy", "amax", "token_std_mean")
 
 
 def block(layers: int, steps: int = 10) -> Block:
     names = tuple(f"layers.{i}" for i in range(layers))
-    statistics = ("mean_discrepancy", "amax", "var_fluctuation", "crest")
-    return Block(0, names, {name: RNG.random((steps, layers), np.float32) for name in statistics})
+    return Block(0, names, {name: RNG.random((steps, layers), np.float32) for name in STATISTICS})
 
 
 def test_the_keys_are_few_and_always_the_same() -> None:
     keys = [
-        list(headline(part, alerts=0, overhead=0.0))
+        list(headline(part, STATISTICS, alerts=0, overhead=0.0))
         for part in (block(12), block(96), Block(0, (), {}), block(3, steps=1))
     ]
     assert len(keys[0]) <= 12
     assert all(other == keys[0] for other in keys)
-    assert "stability/mean_discrepancy_p50" in keys[0]
-    assert all(key.startswith("stability-") for key in headline(block(3), alerts=0, overhead=0.0, separator="-"))
+    assert "stability/token_std_mean_p50" in keys[0]
+    assert all(
+        key.startswith("stability-") for key in headline(block(3), STATISTICS, alerts=0, overhead=0.0, separator="-")
+    )
 
 
 def test_what_it_says_is_right() -> None:
     values = np.array([[1.0, 5.0, 3.0], [3.0, 7.0, np.nan]])
-    said = headline(Block(0, ("a", "b", "c"), {"mean_discrepancy": values}), alerts=3, overhead=1.5)
-    assert said["stability/mean_discrepancy_p50"] == 3.0  # of 2, 6, 3
-    assert said["stability/mean_discrepancy_p90"] == pytest.approx(np.percentile([2, 6, 3], 90))
-    assert said["stability/mean_discrepancy_worst"] == 7.0
-    assert said["stability/mean_discrepancy_worst_layer"] == 1.0
+    said = headline(Block(0, ("a", "b", "c"), {"token_std_mean": values}), STATISTICS, alerts=3, overhead=1.5)
+    assert said["stability/token_std_mean_p50"] == 3.0  # of 2, 6, 3
+    assert said["stability/token_std_mean_p90"] == pytest.approx(np.percentile([2, 6, 3], 90))
+    assert said["stability/token_std_mean_worst"] == 7.0
+    assert said["stability/token_std_mean_worst_layer"] == 1.0
     assert said["stability/alerts"] == 3.0
     assert said["stability/overhead_percent"] == 1.5
     assert math.isnan(said["stability/amax_p50"])
@@ -44,7 +46,7 @@ def test_what_it_says_is_right() -> None:
 
 def test_an_infinity_is_the_worst_and_nothing_else() -> None:
     values = np.array([[1.0, np.inf, 3.0, np.nan]] * 4)
-    said = headline(Block(0, tuple("abcd"), {"amax": values}), alerts=0, overhead=0.0)
+    said = headline(Block(0, tuple("abcd"), {"amax": values}), STATISTICS, alerts=0, overhead=0.0)
     assert said["stability/amax_p50"] == 2.0
     assert said["stability/amax_worst"] == np.inf
     assert said["stability/amax_worst_layer"] == 1.0
@@ -52,18 +54,27 @@ def test_an_infinity_is_the_worst_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_block_without_a_finite_value(value: float) -> None:
-    said = headline(Block(0, ("a", "b"), {"amax": np.full((3, 2), value)}), alerts=0, overhead=0.0)
+    said = headline(Block(0, ("a", "b"), {"amax": np.full((3, 2), value)}), STATISTICS, alerts=0, overhead=0.0)
     assert math.isnan(said["stability/amax_p50"])
     np.testing.assert_equal(said["stability/amax_worst"], value)
 
 
 def test_the_layout_names_only_tags_that_are_written(tmp_path: Path) -> None:
-    keys = headline(block(2), alerts=0, overhead=0.0)
-    charts = custom_scalars_layout()["Stability"].values()
+    keys = headline(block(2), STATISTICS, alerts=0, overhead=0.0)
+    charts = custom_scalars_layout(STATISTICS)["Stability"].values()
     tags = {tag.removeprefix("^").removesuffix("$") for _, tags in charts for tag in tags}
     assert tags <= set(keys)
     with SummaryWriter(str(tmp_path)) as writer:
-        writer.add_custom_scalars(custom_scalars_layout())
+        writer.add_custom_scalars(custom_scalars_layout(STATISTICS))
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
     assert accumulator.Tags()["tensors"] == ["custom_scalars__config__"]
+
+
+def test_presets_without_the_usual_statistics_get_scalars_of_what_they_have() -> None:
+    values = {name: np.ones((3, 2), np.float32) for name in ("var_fluctuation", "absmax_fluctuation")}
+    for watched in (tuple(values), ("absmax_fluctuation",)):
+        scalars = headline(
+            Block(0, ("a", "b"), {name: values[name] for name in watched}), watched, alerts=0, overhead=0
+        )
+        assert not any(math.isnan(value) for value in scalars.values())

@@ -7,7 +7,7 @@ from stabnorm.dashboard.table import Row, format_table, layers_worth_a_look, mar
 
 RNG = np.random.default_rng(0)
 LAYERS = [f"model.layers.{i}.norm" for i in range(12)]
-THRESHOLDS = {"mean_discrepancy": 0.5, "crest": 1000.0}
+THRESHOLDS = {"mean_discrepancy": (0.5, "recompute"), "crest": (1000.0, "clip")}
 
 
 def healthy(steps: int = 200) -> dict[str, np.ndarray]:
@@ -24,22 +24,30 @@ def alert(step: int, layer: int, reason: str = "amax jumped: look at the input")
     return {"step": step, "layer": LAYERS[layer], "statistic": "amax", "value": "Infinity", "reason": reason}
 
 
-def test_a_healthy_run_has_a_table_that_alarms_nobody() -> None:
+def test_a_healthy_run_alarms_nobody_and_has_no_row() -> None:
     rows = layers_worth_a_look(LAYERS, healthy(), [], thresholds=THRESHOLDS)
-    assert 1 <= len(rows) <= 3
-    assert not any(row.fault for row in rows)
-    text = format_table(rows, steps=200)
-    assert text.splitlines()[0] == "stabnorm: nothing alarming was seen in 200 steps"
-    assert "for information, not a fault" in text
-    assert markdown_table(rows).startswith("stabnorm: nothing alarming was seen")
+    assert rows == []
+    assert format_table(rows, steps=200) == "stabnorm: nothing alarming was seen in 200 steps"
+    assert markdown_table(rows) == "stabnorm: nothing alarming was seen"
 
 
-def test_the_layer_that_lies_apart_is_named_with_the_statistic() -> None:
-    series = healthy()
-    series["mean_discrepancy"][150:, 4] *= 3
-    row = layers_worth_a_look(LAYERS, series, [], steps=range(1000, 1200), thresholds=THRESHOLDS)[0]
-    assert (row.layer, row.statistic, row.step, row.fault) == (LAYERS[4], "mean_discrepancy", 1199, False)
-    assert row.value == pytest.approx(0.3, rel=0.2)
+def test_layers_whose_scale_moved_are_told_the_furthest_first_and_are_no_fault() -> None:
+    series = healthy() | {"token_std_mean": np.exp(0.1 * RNG.normal(size=(200, 12)))}
+    series["token_std_mean"][150:, [4, 6, 8, 9]] *= [20, 131, 0.1, 2]
+    rows = layers_worth_a_look(LAYERS, series, [], steps=range(1000, 1200), thresholds=THRESHOLDS)
+    assert [(row.layer, row.step, row.fault) for row in rows] == [(LAYERS[i], 1199, False) for i in (6, 4, 8)]
+    assert "grew 1" in rows[0].reason
+    assert "as in 3 layers of 12" in rows[0].reason
+    assert "shrank to 0.1" in rows[2].reason
+    assert rows[0].value == pytest.approx(131, rel=0.2)
+
+
+def test_an_alert_says_what_came_of_it() -> None:
+    series = healthy() | {"token_std_mean": np.ones((200, 12))}
+    series["token_std_mean"][150:, 3] = 50
+    (row,) = layers_worth_a_look(LAYERS, series, [alert(150, 3)], thresholds=THRESHOLDS)
+    assert row.fault
+    assert row.reason.startswith("amax jumped: look at the input. The scale of its input grew 50 times")
 
 
 def test_alerts_come_first_each_layer_once_by_its_first_alert() -> None:
@@ -53,7 +61,9 @@ def test_alerts_come_first_each_layer_once_by_its_first_alert() -> None:
     assert [row.fault for row in rows[:5]] == [True] * 5
     assert (rows[0].step, rows[0].value) == (30, np.inf)
     assert rows[0].reason == "amax jumped: look at the input (2 more alerts)"
-    assert "never ran" in rows[4].reason
+    assert "saw no valid token" in rows[4].reason
+    assert rows[1].reason == "amax jumped: look at the input"
+    assert rows[2].reason == "over 0.5 in most of the run's last tenth: recompute"
     assert len({row.layer for row in rows}) == len(rows)
 
 
@@ -74,7 +84,7 @@ def test_a_threshold_crossed_once_is_left_to_the_alerts() -> None:
     "series", [{}, {"amax": np.empty((0, 12))}, {"amax": np.full((5, 12), np.nan)}, {"amax": np.zeros((1, 12))}]
 )
 def test_little_to_look_at_is_no_error(series: dict[str, np.ndarray]) -> None:
-    rows = layers_worth_a_look(LAYERS, series, [], thresholds={"amax": 1.0, "crest": 2.0})
+    rows = layers_worth_a_look(LAYERS, series, [], thresholds={"amax": (1.0, ""), "crest": (2.0, "")})
     assert format_table(rows, steps=0).startswith("stabnorm: ")
     markdown_table(rows)
 
@@ -86,17 +96,18 @@ def test_the_text_fits_100_columns_and_says_how_many_more() -> None:
     reason = "it is 312 times its usual value (the median of the last 128 steps, 40 standard deviations off): " * 3
     rows = [Row(layer, reason, "running_mean_distance", -1.2345e-12, 1_234_567) for layer in layers]
     lines = format_table(rows, steps=20_000).splitlines()
-    assert lines[0] == "stabnorm: 48 layers worth a look after 20,000 steps"
+    assert lines[0] == "stabnorm: 48 layers worth a look in 20,000 steps"
     assert max(map(len, lines)) <= 100
     assert lines[-1] == "and 40 more"
     assert sum("running_mean_distance" in line for line in lines) == 8
     assert len(set(line[:46] for line in lines if "1,234,567" in line)) == 8
 
 
-def test_markdown_keeps_its_columns() -> None:
-    rows = [Row("a.norm", "max |x| jumped", "amax", 3.0, 7)] * 10
-    text = markdown_table(rows)
-    table = [line for line in text.splitlines() if line.startswith("|")]
+def test_markdown_keeps_its_columns_and_puts_the_reasons_below() -> None:
+    rows = [Row("a|norm", "max |x| jumped", "amax", 3.0, 7)] * 10
+    lines = markdown_table(rows).splitlines()
+    table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 8
-    assert table[2] == r"| `a.norm` | `amax` | 3 | 7 | max \|x\| jumped |"
-    assert text.splitlines()[-1] == "and 2 more"
+    assert table[2] == r"| `a\|norm` | `amax` | 3 | 7 |"
+    assert lines.count("* `a|norm`: max |x| jumped") == 8
+    assert lines[-1] == "and 2 more"

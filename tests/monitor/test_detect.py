@@ -25,12 +25,12 @@ def calm(steps: int, seed: int = 0) -> Tensor:
 
 def run(values: Tensor, nonfinite: Tensor | None = None, chunk: int = 50) -> list[Alert]:
     detector = Detector(STATISTICS, LAYERS)
-    ran = torch.ones(values.shape[:2], dtype=torch.bool)
-    nonfinite = torch.zeros_like(ran) if nonfinite is None else nonfinite
+    tokens = torch.full(values.shape[:2], 100.0)
+    nonfinite = torch.zeros(values.shape[:2], dtype=torch.bool) if nonfinite is None else nonfinite
     alerts = []
     for start in range(0, len(values), chunk):
         part = slice(start, start + chunk)
-        alerts += detector.update(start, values[part], ran[part], nonfinite[part])
+        alerts += detector.update(start, values[part], tokens[part], nonfinite[part])
     return alerts
 
 
@@ -61,7 +61,7 @@ def test_the_first_layer_in_depth_order_is_named_not_the_loudest() -> None:
     alert = run(values)[0]
     assert alert.layer == "b"
     assert alert.value > alert.threshold > 1
-    assert "and d behind it is" in alert.reason
+    assert "in 'd', further on" in alert.reason
 
 
 def test_a_change_below_the_least_effect_stays_quiet_however_steady_the_past() -> None:
@@ -101,11 +101,40 @@ def test_a_layer_that_runs_every_other_step_is_watched_all_the_same() -> None:
 
 def test_an_absolute_alarm_needs_no_past_and_cools_down() -> None:
     values = calm(400)
-    values[3, 1, 3] = values[5, 2, 3] = values[250, 0, 3] = 0.9
+    values[3, 1, 3] = values[5, 1, 3] = values[250, 0, 3] = values[251, 1, 3] = 0.9
     assert [(alert.step, alert.layer, alert.statistic, alert.threshold) for alert in run(values)] == [
         (3, "b", "scale_jump", 0.5),
         (250, "a", "scale_jump", 0.5),
+        (251, "b", "scale_jump", 0.5),
     ]
+
+
+def test_an_alarm_that_stands_for_ever_mutes_no_other() -> None:
+    values = calm(600)
+    values[:, 0, 3] = 0.9
+    values[300, 1, 3] = 0.9
+    assert [(alert.step, alert.layer) for alert in run(values)] == [(0, "a"), (300, "b")]
+
+
+def test_a_handful_of_tokens_raises_no_absolute_alarm() -> None:
+    values = calm(50)
+    values[20, 1, 3] = 0.9
+    few = torch.full((50, 4), 8.0)
+    assert Detector(STATISTICS, LAYERS).update(0, values, few, torch.zeros(50, 4, dtype=torch.bool)) == []
+
+
+def test_a_layer_that_starts_late_has_its_start_up_too() -> None:
+    values = calm(800)
+    values[:400, 2] = torch.nan
+    values[400:420, 2, :3] *= 3
+    assert run(values) == []
+
+
+def test_an_infinite_value_counts_as_no_value_and_not_as_a_jump() -> None:
+    values = calm(600)
+    values[500, 1, :3] = torch.inf
+    nonfinite = torch.isinf(values[..., 0])
+    assert [(alert.step, alert.statistic) for alert in run(values, nonfinite)] == [(500, "nonfinite")]
 
 
 def test_outliers_do_not_enter_the_past_unclipped() -> None:
@@ -128,12 +157,12 @@ def test_saved_in_the_middle_it_goes_on_to_the_same_alerts() -> None:
     values = calm(600)
     values[20, 0, 3] = 2
     values[320:, 2, 0] *= 3
-    ran, nonfinite = torch.ones(600, 4, dtype=torch.bool), torch.zeros(600, 4, dtype=torch.bool)
+    tokens, nonfinite = torch.full((600, 4), 100.0), torch.zeros(600, 4, dtype=torch.bool)
     whole = run(values)
     first, second = Detector(STATISTICS, LAYERS), Detector(STATISTICS, LAYERS)
-    before = first.update(0, values[:313], ran[:313], nonfinite[:313])
+    before = first.update(0, values[:313], tokens[:313], nonfinite[:313])
     second.load_state_dict(first.state_dict())
-    after = second.update(313, values[313:], ran[313:], nonfinite[313:])
+    after = second.update(313, values[313:], tokens[313:], nonfinite[313:])
     assert before + after == whole
     assert len(whole) == 2
 

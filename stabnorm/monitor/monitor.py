@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm.errors import StabNormError
+from stabnorm.monitor.buffers import DeviceState, Flight
 from stabnorm.monitor.detect import Alert, Detector
 from stabnorm.monitor.observe import Observer
-from stabnorm.monitor.past import Layout, Moments, Past
+from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.monitor.statistics import resolve
-from stabnorm.norms import NormLayer, find_norms
+from stabnorm.norms import find_norms
 
 TOP_CHANNELS = 3
 _HISTORY_BYTES = 64 << 20
@@ -113,16 +114,16 @@ class StabilityMonitor:
         self._observer = Observer(
             model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs
         )
-        self._state: _DeviceState | None = None  # made at the first step, on the device the model is on by then
+        self._state: DeviceState | None = None  # made at the first step, on the device the model is on by then
         self.has_running_statistics = np.array([norm.running_mean is not None for norm in norms])
         self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
         self._detector = Detector(self.statistics, self.layers)
         self._filled = 0  # rows since the last flush
-        self._in_flight: _Flight | None = None
+        self._in_flight: Flight | None = None
         self._columns = len(chosen) + 2 + 2 * TOP_CHANNELS
         per_step = 4 * len(norms) * self._columns
         self._most_rows = max(flush_every, _HISTORY_BYTES // per_step)
-        self._history: deque[_Flight] = deque()
+        self._history: deque[Flight] = deque()
         self._bare_steps: deque[float] = deque(maxlen=_INTERVALS)  # durations, less what monitoring took of them
         self._last_step: tuple[float, float] | None = None  # when it was, and the seconds spent until then
         self._step_seconds = self._flush_seconds = 0.0
@@ -214,11 +215,11 @@ class StabilityMonitor:
         self._last_step = now, self.seconds
         self._timed_steps += 1
 
-    def _on_device(self) -> "_DeviceState":
+    def _on_device(self) -> DeviceState:
         device, before = self._observer.device, self._state
         if before is None or before.device != device:
             shape = (self.flush_every, len(self._norms), self._columns)
-            self._state = _DeviceState.of(self._norms, self._observer.width, shape, device)
+            self._state = DeviceState.of(self._norms, self._observer.width, shape, device)
             if before is not None:  # the model has moved
                 self._state.past.load_state_dict(before.past.state_dict())
                 self._state.rows.copy_(before.rows)
@@ -282,7 +283,7 @@ class StabilityMonitor:
         self._receive()
         state, filled = self._state, self._filled
         assert state is not None  # a row was filled
-        self._in_flight = _Flight(self.steps_done - filled, state.rows[:filled], state.scalars[:filled])
+        self._in_flight = Flight(self.steps_done - filled, state.rows[:filled], state.scalars[:filled])
         self._filled = 0
         self._flush_seconds += time.perf_counter() - start
         if state.device.type == "cpu":
@@ -325,7 +326,7 @@ class StabilityMonitor:
             len(tokens),
         )
 
-    def _block(self, flight: "_Flight") -> Block:
+    def _block(self, flight: Flight) -> Block:
         rows: np.ndarray[Any, Any] = flight.rows.numpy()
         series = {name: rows[:, :, column] for column, name in enumerate(self._column_names())}
         top = rows[:, :, len(self.statistics) + 2 :]
@@ -381,57 +382,3 @@ class StabilityMonitor:
         if state["past"] is not None:
             self._on_device().past.load_state_dict(state["past"])
         self._detector.load_state_dict(state["detector"])
-
-
-@dataclass(frozen=True)
-class _DeviceState:
-    """What stays on the device between flushes."""
-
-    device: torch.device
-    layout: Layout
-    past: Past
-    rows: Tensor  # [flush_every, layers, columns]
-    scalars: Tensor  # [flush_every, 2]: loss, learning rate
-
-    @staticmethod
-    def of(norms: Sequence[NormLayer], width: int, shape: tuple[int, int, int], device: torch.device) -> "_DeviceState":
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        sizes = torch.tensor([norm.num_features for norm in norms], device="cpu")
-        uniform = all(norm.num_features == width for norm in norms)
-        layout = Layout(
-            exists=None if uniform else (torch.arange(width, device="cpu") < sizes[:, None]).to(device),
-            channels=sizes.to(device, dtype),
-            eps=torch.tensor([norm.eps for norm in norms], dtype=dtype).to(device),
-            per_channel=torch.tensor([norm.kind == "batch" for norm in norms]).to(device),
-            own_buffers=torch.tensor([norm.running_mean is not None for norm in norms]).to(device),
-        )
-        past = Past(len(norms), width, device, dtype)
-        return _DeviceState(
-            device,
-            layout,
-            past,
-            torch.empty(shape, dtype=torch.float32, device=device),
-            torch.empty(shape[0], 2, dtype=torch.float32, device=device),
-        )
-
-
-class _Flight:
-    """Steps on their way to the host."""
-
-    def __init__(self, first_step: int, rows: Tensor, scalars: Tensor) -> None:
-        self.first_step = first_step
-        self._event: torch.cuda.Event | None = None
-        if rows.device.type == "cuda":
-            self.rows, self.scalars = (
-                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-                for t in (rows, scalars)
-            )
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self.rows, self.scalars = rows.cpu().clone(), scalars.cpu().clone()
-
-    def wait(self) -> None:
-        """Until the copy is done."""
-        if self._event is not None:
-            self._event.synchronize()

@@ -1,0 +1,99 @@
+"""Which tokens count: the masks that are active, and the one that fits a layer."""
+
+import warnings
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_masks: list[Tensor] = []  # a plain list: Dynamo follows it, and not a context variable
+_contexts: list["valid_tokens"] = []
+
+
+class valid_tokens:  # used like a function: `with valid_tokens(mask):`
+    """Within this context padding does not count, for every monitored or stabnorm layer whose tokens the mask fits.
+
+    A mask fits a layer when it has the shape of the layer's input without the channel axis. Where the input splits the
+    tokens further, [batch, length] also fits [batch, length, heads] and, if the lengths say so, [batch, heads, length];
+    a flattened input is fitted by as many elements. A layer whose tokens have another number of axes is not concerned.
+
+    Args:
+        *masks: bool tensors, True = valid token; for an encoder-decoder one for each, the first that fits is taken.
+
+    Raises:
+        TypeError: a mask is not a bool tensor.
+        ValueError: in a layer's forward, when its tokens have a mask's axes and batch but not its length, or are
+            transposed.
+
+    >>> import torch, stabnorm
+    >>> with stabnorm.valid_tokens(torch.tensor([[True, True, False]])):
+    ...     pass  # model(batch)
+    """
+
+    def __init__(self, *masks: Tensor) -> None:
+        for mask in masks:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"a mask of valid tokens is a bool tensor, True = valid; got {found}. Use mask.bool()")
+        # Hugging Face's [batch, 1, 1, length] masks say the same as [batch, length].
+        self._pushed = [mask.reshape([mask.shape[0], *(n for n in mask.shape[1:] if n != 1)]) for mask in masks]
+        self.asked = self.taken = False
+
+    def __enter__(self) -> "valid_tokens":
+        _masks.extend(self._pushed)
+        _contexts.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del _masks[len(_masks) - len(self._pushed) :]
+        _contexts.remove(self)
+        if error is None and self.asked and not self.taken:
+            shapes = ", ".join(str(tuple(mask.shape)) for mask in self._pushed)
+            warnings.warn(
+                f"no monitored layer has tokens that a mask of shape {shapes} fits, so padding counted: a mask has the "
+                "shape of the norm's input without the channel axis",
+                stacklevel=2,
+            )
+
+
+def mask_for(tokens: torch.Size, name: str) -> Tensor | None:
+    """The active mask that fits a layer's tokens, in their shape; None when none concerns it."""
+    if not _masks:
+        return None
+    if not torch.compiler.is_compiling():
+        for context in _contexts:
+            context.asked = True
+    for mask in reversed(_masks):
+        fitted = _fit(mask, tokens)
+        if fitted is not None:
+            if not torch.compiler.is_compiling():
+                for context in _contexts:
+                    context.taken = True
+            return fitted
+    for mask in reversed(_masks):
+        transposed = mask.ndim == len(tokens) > 1 and mask.shape == tokens[::-1]
+        if transposed or (mask.ndim == len(tokens) > 1 and mask.shape[0] == tokens[0]):
+            for context in _contexts:
+                context.taken = True  # no need to say it twice
+            hint = (
+                "Give its transpose" if transposed else "Give a mask of that shape (a class token needs an entry, too)"
+            )
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)}, but the input of norm {name!r} has tokens of shape "
+                f"{tuple(tokens)}: a mask has the input's shape without the channel axis. {hint}, or exclude the layer."
+            )
+    return None
+
+
+def _fit(mask: Tensor, tokens: torch.Size) -> Tensor | None:
+    if mask.shape == tokens:
+        return mask
+    if len(tokens) > mask.ndim and mask.shape == tokens[: mask.ndim]:  # [batch, length, heads]
+        return mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens)
+    if len(tokens) > mask.ndim == 2 and mask.shape == (tokens[0], tokens[-1]):  # [batch, heads, length]
+        return mask.reshape(mask.shape[0], *[1] * (len(tokens) - 2), mask.shape[1]).expand(tokens)
+    if len(tokens) == 1 and mask.numel() == tokens[0]:
+        return mask.reshape(-1)
+    return None

@@ -1,0 +1,65 @@
+"""What stays on the device between two flushes, and what is on its way to the host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabnorm.monitor.past import Layout, Past
+from stabnorm.norms import NormLayer
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """What stays on the device between flushes."""
+
+    device: torch.device
+    layout: Layout
+    past: Past
+    rows: Tensor  # [flush_every, layers, columns]
+    scalars: Tensor  # [flush_every, 2]: loss, learning rate
+
+    @staticmethod
+    def of(norms: Sequence[NormLayer], width: int, shape: tuple[int, int, int], device: torch.device) -> "DeviceState":
+        """Empty, for these layers."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        sizes = torch.tensor([norm.num_features for norm in norms], device="cpu")
+        uniform = all(norm.num_features == width for norm in norms)
+        layout = Layout(
+            exists=None if uniform else (torch.arange(width, device="cpu") < sizes[:, None]).to(device),
+            channels=sizes.to(device, dtype),
+            eps=torch.tensor([norm.eps for norm in norms], dtype=dtype).to(device),
+            per_channel=torch.tensor([norm.kind == "batch" for norm in norms]).to(device),
+            own_buffers=torch.tensor([norm.running_mean is not None for norm in norms]).to(device),
+        )
+        past = Past(len(norms), width, device, dtype)
+        return DeviceState(
+            device,
+            layout,
+            past,
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(shape[0], 2, dtype=torch.float32, device=device),
+        )
+
+
+class Flight:
+    """Steps on their way to the host."""
+
+    def __init__(self, first_step: int, rows: Tensor, scalars: Tensor) -> None:
+        self.first_step = first_step
+        self._event: torch.cuda.Event | None = None
+        if rows.device.type == "cuda":
+            self.rows, self.scalars = (
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for t in (rows, scalars)
+            )
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self.rows, self.scalars = rows.cpu().clone(), scalars.cpu().clone()
+
+    def wait(self) -> None:
+        """Until the copy is done."""
+        if self._event is not None:
+            self._event.synchronize()

@@ -1,8 +1,8 @@
 r"""The published modules, slow and faithful: UN, PowerNorm, RepBN and PRepBN as their authors' code computes them.
 
 They exist so that a recorded result can be reproduced step for step; `tests/golden` holds the recordings. For training
-use the modules beside this one, which do what the papers mean. Reproduced here on purpose, numbered as in the
-reference on methods (section 2):
+use the modules beside this one, which do what the papers mean. Reproduced here on purpose, under the numbers
+that our tests and notes give them:
 
 * UN: D2 (the filter's threshold pools the variance of all channels), D4 to D6 (a filtered batch still enters the
   running statistics, and a running statistic takes its place in the window), D7 (the warm-up gradient uses a running

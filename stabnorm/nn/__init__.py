@@ -1,0 +1,1 @@
+"""Norm modules. So far the published ones, for parity: `stabnorm.nn.official`."""

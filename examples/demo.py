@@ -104,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run]:
         first = f"first alert at step {run.alerts[0].step}" if run.alerts else "no alert"
         doubled = f"loss doubled at step {run.loss_doubled_at}" if run.loss_doubled_at else "loss never doubled"
         print(f"{name:9s} accuracy {100 * run.accuracy:5.1f} %   {first}, {doubled}   monitoring {run.cost}")
+    print("(A model this small pays the most for being watched; `make bench` measures a ViT-Tiny.)")
     if options.picture:
         draw(unstable, options.picture)
     tensorboard = Path(sys.executable).with_name("tensorboard")  # the one that make installed

@@ -73,7 +73,7 @@ def variants(channels: int, dtype: torch.dtype, device: torch.device, compiled: 
     add_ours("PowerNorm", "PowerNorm", groups=max(1, channels // HEAD), warmup_steps=0)
     add_ours("PowerNorm, no groups", "PowerNorm", warmup_steps=0)
     add("published RepBN", OfficialRepBN(channels))
-    add("published UnifiedNorm", OfficialUnifiedNorm(channels, warmup_steps=0, filtration=True))
+    add("published UnifiedNorm", OfficialUnifiedNorm(channels, warmup_steps=WARM_UP - 2, filtration=True))
     halfway = OfficialPRepBN(channels, total_steps=10**6)
     halfway.iter //= 2
     add("published PRepBN", halfway)

@@ -11,8 +11,8 @@ from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._outputs import HeadlineScalars, log_picture, log_text, output_directory, record_writers
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.table import format_table, layers_worth_a_look, markdown_table
+from stabnorm.masks import valid_tokens
 from stabnorm.monitor.monitor import StabilityMonitor
-from stabnorm.monitor.observe import valid_tokens
 from stabnorm.monitor.statistics import CATALOGUE, resolve
 
 if TYPE_CHECKING:

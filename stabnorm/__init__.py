@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stabnorm.errors import StabNormError as StabNormError
+    from stabnorm.masks import valid_tokens as valid_tokens
     from stabnorm.monitor.detect import Alert as Alert
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
-    from stabnorm.monitor.observe import valid_tokens as valid_tokens
     from stabnorm.norms import find_norms as find_norms
     from stabnorm.norms import register_norm as register_norm
 
@@ -22,7 +22,7 @@ _HOME = {
     "StabilityMonitor": "stabnorm.monitor.monitor",
     "find_norms": "stabnorm.norms",
     "register_norm": "stabnorm.norms",
-    "valid_tokens": "stabnorm.monitor.observe",
+    "valid_tokens": "stabnorm.masks",
 }
 
 __all__ = ["Alert", "StabNormError", "StabilityMonitor", "find_norms", "register_norm", "valid_tokens"]

@@ -207,3 +207,119 @@ def raw_moments(
         share = rows.new_zeros(()) if divided_by is None else share_below(divided_by.flatten(), 10 * eps, None)
     count, channel = channel_moments(rows, normalized, valid)
     return RawMoments(count, channel, token_summary(mean, var.sqrt(), share, valid))
+
+
+# --- norms that are affine in eval: y = (x - mean) rstd weight + eta x + bias, per channel ---
+
+
+class BatchMoments(NamedTuple):
+    """What a batch norm knows of one batch.
+
+    Attributes:
+        rows: number of valid rows, scalar, in the moments' dtype.
+        mean: ``[C]``; None where the norm does not centre.
+        square: ``[C]``, mean square of the deviation from `mean`, or of x where there is none; biased.
+    """
+
+    rows: Tensor
+    mean: Tensor | None
+    square: Tensor
+
+
+def batch_moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
+    """Per-channel moments of the valid rows of ``[R, C]``, float32 or float64; 0 where no row is valid.
+
+    >>> batch_moments(torch.tensor([[1.0], [3.0]]), None, center=True).square
+    tensor([1.])
+    """
+    count = rows.new_full((), rows.shape[0]) if valid is None else valid.sum().to(rows.dtype)
+    size = count.clamp(min=1)
+    mean = None
+    if valid is not None:
+        rows = torch.where(valid[:, None], rows, 0)  # not a product: padding may hold NaN, and 0 * NaN is NaN
+    if center:
+        mean = rows.sum(0) / size
+        rows = rows - mean if valid is None else torch.where(valid[:, None], rows - mean, 0)
+    return BatchMoments(count, mean, (rows * rows).sum(0) / size)
+
+
+def merge_batches(counts: Tensor, means: Tensor | None, squares: Tensor) -> BatchMoments:
+    """Moments of W batches ``[W]``, ``[W, C]`` as if all had been one (Chan's rule for W at once)."""
+    count = counts.sum()
+    share = (counts / count.clamp(min=1))[:, None]
+    if means is None:
+        return BatchMoments(count, None, (share * squares).sum(0))
+    mean = (share * means).sum(0)
+    return BatchMoments(count, mean, (share * (squares + (means - mean).square())).sum(0))
+
+
+def channel_affine(
+    weight: Tensor, bias: Tensor | None, eta: Tensor | None, mean: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    r"""The ``scale``, ``shift`` ``[C]`` with y = scale x + shift; RepBN's lemma (arXiv:2405.11582, eq. 4).
+
+    .. math:: \mathrm{scale} = \gamma / \sigma + \eta,\quad \mathrm{shift} = \beta - \gamma \mu / \sigma,\quad
+              \sigma = \sqrt{v + \epsilon}
+    """
+    gain = weight.to(rstd.dtype) * rstd
+    shift = None if bias is None else bias.to(rstd.dtype)
+    if mean is not None:
+        centred = -mean * gain
+        shift = centred if shift is None else shift + centred
+    return gain if eta is None else gain + eta.to(rstd.dtype), shift
+
+
+def geometric_mean(window: Tensor) -> Tensor:
+    """Over the first axis: ``[M, C] -> [C]``; a dead channel gives almost 0, not log(0)."""
+    return window.clamp(min=torch.finfo(window.dtype).tiny).log().mean(0).exp()
+
+
+def is_burst(before: Tensor, after: Tensor, eps: float) -> Tensor:
+    r"""Whether the second moments that turned window ``before [M, C]`` into ``after`` are an outlier's; bool scalar.
+
+    .. math:: \overline{(AM' - GM') / GM} > M\, \overline{\mathrm{Var}(\sqrt{s}) / GM}
+
+    with AM', GM' of the new window, GM and Var of the one before, means over the channels. The published filter
+    (arXiv:2208.01313, section 3.3) compares a window with its own variance, and AM - GM <= M Var always (Aldaz); and
+    its code pools Var over channels, so that it measures how much the channels differ. What is below eps does not
+    matter to the norm, and here it counts as eps.
+    """
+    before, after = before.clamp(min=eps), after.clamp(min=eps)
+    scale = geometric_mean(before)
+    gap = after.mean(0) - geometric_mean(after)
+    roots = before.sqrt()
+    spread = (roots - roots.mean(0)).square().mean(0)
+    return (gap / scale).mean() > before.shape[0] * (spread / scale).mean()
+
+
+def upstream_sums(dy: Tensor, deviations: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over rows of ``dy`` and ``dy * deviations``: over all rows, then over the valid ones; each ``[C]``.
+
+    Padding whose upstream gradient is 0 adds 0, whatever stands in it.
+    """
+    product = dy * deviations
+    if valid is None:
+        plain, weighted = dy.sum(0), product.sum(0)
+        return plain, weighted, plain, weighted
+    keep = valid[:, None]
+    product = torch.where(dy == 0, 0, product)
+    return dy.sum(0), product.sum(0), torch.where(keep, dy, 0).sum(0), torch.where(keep, product, 0).sum(0)
+
+
+def input_gradient(
+    dy: Tensor, deviations: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor, offset: Tensor | None
+) -> Tensor:
+    r"""Dx of y = scale x + shift whose scale and shift depend on the batch, ``[R, C]``.
+
+    .. math:: dx = \mathrm{scale}\, dy - [\mathrm{valid}] (\mathrm{slope}\,(x - \mu) + \mathrm{offset})
+
+    slope = psi / sigma^2 and offset = mean(dz) / sigma, with psi = mean(dz z) where the gradient is exact.
+    """
+    dx = dy * scale
+    if valid is None:
+        dx = torch.addcmul(dx, deviations, slope, value=-1)
+        return dx if offset is None else dx - offset
+    through = deviations * slope
+    if offset is not None:
+        through = through + offset
+    return torch.where(valid[:, None], dx - through, dx)

@@ -1,1 +1,9 @@
-"""Norm modules. So far the published ones, for parity: `stabnorm.nn.official`."""
+"""Norm modules that are affine in eval: Unified Normalization, RepBN, PRepBN and PowerNorm."""
+
+from stabnorm.nn.groups import no_decay_groups
+from stabnorm.nn.power import PowerNorm
+from stabnorm.nn.prep import PRepBN
+from stabnorm.nn.rep import RepBN
+from stabnorm.nn.unified import UnifiedNorm
+
+__all__ = ["PRepBN", "PowerNorm", "RepBN", "UnifiedNorm", "no_decay_groups"]

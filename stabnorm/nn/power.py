@@ -1,0 +1,165 @@
+"""PowerNorm: a running quadratic mean in the forward, a running gradient statistic in the backward."""
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm.errors import StabNormError
+from stabnorm.nn._channel_norm import ChannelNorm, normalize
+from stabnorm.nn.official import OfficialPowerNorm
+from stabnorm.nn.unified import check_variant
+from stabnorm.norms import register_norm
+from stabnorm.ops.running import REMEMBERED, track_quadratic_
+
+
+class PowerNorm(ChannelNorm):
+    r"""PowerNorm over the last dimension (arXiv:2003.07845, algorithm 2), affine in eval unless `groups` is set.
+
+    .. math:: \hat x = x / \psi,\quad y = \gamma \hat x + \beta,\quad dx = (d\hat x - \nu \hat x) / \psi
+
+    .. math:: \psi^2 \leftarrow \alpha \psi^2 + (1 - \alpha)\, \overline{x^2},\qquad
+              \nu \leftarrow \nu (1 - (1 - \alpha_b) \Gamma) + (1 - \alpha_b) \Lambda
+
+    .. math:: \Gamma = \overline{\hat x^2},\qquad \Lambda = \overline{d\hat x\, \hat x}
+
+    psi of the forward is psi of the backward; the published code divides by the batch's in the backward. During the
+    warm-up psi is the batch's own, the gradient is exact, and the running psi^2 is the plain mean of the batches so
+    far. A batch with anything non-finite, or with no valid token, enters no state.
+
+    Args:
+        num_features: C.
+        groups: every token is divided by the rms of each of so many groups of channels first (the published code's
+            GroupScaling, not in the paper's algorithm). The norm then is online and does not fold. Default: None.
+        warmup_steps: steps with the batch's own statistics. Default: 10000.
+        alpha_fwd: share of the old value in psi^2. Default: 0.9.
+        alpha_bkw: share of the old value in nu. Default: 0.9.
+        eps: added to mean squares. Default: 1e-5.
+        channel_dim: axis of the input that holds the channels. Default: -1.
+        sync: merge statistics over ranks. Default: False.
+        variant: "official" runs the published code, see `stabnorm.nn.official`. Default: "corrected".
+
+    Shape:
+        ``[..., C]`` to the same, the axis `channel_dim` holding C; `mask` as the input without that axis.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    >>> norm = PowerNorm(8, warmup_steps=1)
+    >>> x = torch.randn(4, 6, 8)
+    >>> bool(norm(x).square().mean((0, 1)).sub(1).abs().max() < 1e-3)
+    True
+    >>> PowerNorm(8, groups=2).fold_affine()
+    Traceback (most recent call last):
+    stabnorm.errors.StabNormError: PowerNorm with groups=2 divides every token by its own rms, so it is no affine map...
+    """
+
+    running_square: Tensor
+    nu: Tensor
+    recent: Tensor
+    bias: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        groups: int | None = None,
+        warmup_steps: int = 10000,
+        alpha_fwd: float = 0.9,
+        alpha_bkw: float = 0.9,
+        eps: float = 1e-5,
+        *,
+        channel_dim: int = -1,
+        sync: bool = False,
+        variant: str = "corrected",
+    ) -> None:
+        super().__init__(num_features, eps, channel_dim, sync)
+        check_variant(variant)
+        if groups is not None and (groups < 1 or num_features % groups):
+            raise ValueError(f"groups={groups} does not divide num_features={num_features}. Give a divisor, or None")
+        self.groups, self.warmup_steps, self.variant = groups, warmup_steps, variant
+        self.alpha_fwd, self.alpha_bkw = alpha_fwd, alpha_bkw
+        self.weight = nn.Parameter(torch.empty(num_features))
+        self.bias = nn.Parameter(torch.empty(num_features))
+        self.official: OfficialPowerNorm | None = None
+        if variant == "official":
+            self._build_official()
+        else:
+            self.register_buffer("running_square", torch.empty(num_features))
+            self.register_buffer("nu", torch.empty(num_features))
+            self.register_buffer("recent", torch.empty(REMEMBERED, 2 * num_features + 1), persistent=False)
+            self._add_counters()
+        self.reset_parameters()
+
+    def _build_official(self) -> None:
+        if self.channel_dim != -1 or self.sync:
+            raise ValueError("the official variant has channels last and no sync. Leave channel_dim and sync")
+        groups = 1 if self.groups is None else self.groups
+        self.official = OfficialPowerNorm(
+            self.num_features, groups, self.warmup_steps, self.alpha_fwd, self.alpha_bkw, self.eps
+        )
+        self.official.weight, self.official.bias = self.weight, self.bias
+
+    def reset_parameters(self) -> None:
+        """Start again: parameters, statistics and counters."""
+        if self.official is not None:
+            self._build_official()
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        if self.official is None:
+            self.running_square.fill_(1)
+            self.nu.zero_()
+            self.recent.fill_(-1)
+            self._reset_counters()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise; in training mode also gather statistics."""
+        rows, valid = self.rows_of(x, mask)
+        if self.official is not None:
+            y: Tensor = self.official(x, None if valid is None else valid.reshape(x.shape[:-1]))
+            return y
+        if self.groups is not None:
+            rows = self._scaled(rows)
+        if not self.training:
+            return self.like_input(self.eval_affine(rows, None, self.running_square, self.weight, self.bias, None), x)
+        moments = self.moments(rows, valid, center=False)
+        with torch.no_grad():
+            divisor, gate = track_quadratic_(
+                moments.square, moments.rows, self.running_square, self.recent, self.step, self.skips, self.progress,
+                self.warmup_steps, self.alpha_fwd, self.counts_steps,
+            )  # fmt: skip
+            rstd = torch.rsqrt(divisor + self.eps)
+            power = moments.square * rstd * rstd
+        psi = ("quadratic", self.alpha_bkw, gate, self.nu, None, None, power)
+        y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
+        return self.like_input(y, x)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        """GroupScaling: every token's groups of channels at rms 1."""
+        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        grouped = wide.unflatten(-1, (self.groups or 1, -1))
+        scaled = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+        flat: Tensor = scaled.flatten(-2)
+        return flat.to(rows.dtype)
+
+    def fold_affine(self) -> tuple[Tensor, Tensor, int]:
+        """``(scale, shift, channel_dim)`` of the norm in eval, float64.
+
+        Raises:
+            StabNormError: `groups` is set, or the statistics are not finite.
+        """
+        groups = 1 if self.official is not None and self.groups is None else self.groups
+        if groups is not None:
+            raise StabNormError(
+                f"PowerNorm with groups={groups} divides every token by its own rms, so it is no affine map in eval "
+                "and does not fold. Build it with groups=None"
+            )
+        return self._folded(None, self.running_square, self.bias, None)
+
+    def extra_repr(self) -> str:
+        """Arguments that differ from the usual, too."""
+        options = f", variant={self.variant!r}" if self.variant != "corrected" else ""
+        return (
+            f"{self.num_features}, groups={self.groups}, warmup_steps={self.warmup_steps}, alpha_fwd={self.alpha_fwd}, "
+            f"alpha_bkw={self.alpha_bkw}, eps={self.eps}{options}{self._common_repr()}"
+        )
+
+
+register_norm(PowerNorm, "batch", channel_dim="channel_dim")

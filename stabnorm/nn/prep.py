@@ -1,0 +1,256 @@
+"""PRepBN: from LayerNorm to RepBN while the model trains, as a mixin over the norm's own class."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm.errors import StabNormError
+from stabnorm.nn._channel_norm import Float32Buffers
+from stabnorm.nn.rep import RepBN
+from stabnorm.nn.unified import check_variant
+from stabnorm.norms import Kind, register_norm
+
+EvalMode = Literal["blend", "rep"]
+_BASES: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+_CLASSES: dict[type[nn.Module], type["PRepBN"]] = {}
+
+
+class PRepBN(Float32Buffers):
+    r"""Progressive re-parameterised batch norm (arXiv:2405.11582, SLAB, eq. 3): lam norm(x) + (1 - lam) RepBN(x).
+
+    `lam` is a 0-dim buffer, 1 at first; write it in place as training goes on. At lam = 1 outputs and gradients are bit
+    for bit the norm's, while `rep` gathers statistics; at lam = 0 the norm is RepBN, and folds.
+
+    The class is a mixin over a norm class: ``PRepBN(d)`` is an instance of `PRepBN` and of `nn.LayerNorm`, with the
+    norm's own parameters under their own names and the child `rep` (a `RepBN`) beside them.
+
+    Args:
+        normalized_shape: C, or the shape of the trailing axes that are normalised together.
+        eps: of both norms. Default: 1e-5.
+        kind: "layer" over `nn.LayerNorm`, "rms" over `nn.RMSNorm`. Default: "layer".
+        eval_mode: what eval computes while lam > 0: "blend", what was trained, or "rep", RepBN alone, as published.
+            Default: "blend".
+        channel_dim: axis of the input that holds the channels. Default: -1.
+        sync: merge RepBN's statistics over ranks. Default: False.
+        variant: "official": `eval_mode="rep"`, which is all that the published module differs in; it counts its own
+            steps, see `stabnorm.nn.official.OfficialPRepBN`, and here lam stays yours. Default: "corrected".
+        **rep_options: further arguments of `RepBN`; with kind "rms", `center` is False unless given.
+
+    Shape:
+        ``[..., C]`` to the same, the axis `channel_dim` holding C; `mask` as the input without that axis.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    >>> norm, x = PRepBN(8), torch.randn(4, 6, 8)
+    >>> torch.equal(norm(x), torch.nn.functional.layer_norm(x, (8,)))
+    True
+    >>> norm.lam.zero_()
+    tensor(0.)
+    >>> torch.equal(norm(x), norm.rep(x)), isinstance(norm, nn.LayerNorm)
+    (True, True)
+    """
+
+    lam: Tensor
+    rep: RepBN
+    eval_mode: EvalMode
+    channel_dim: int
+    leave_out_norm: bool
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PRepBN":
+        """An instance of the mixin over the class that `kind` names."""
+        if cls is PRepBN:
+            kind = kwargs.get("kind", "layer")
+            if kind not in _BASES:
+                raise ValueError(f"kind={kind!r} is unknown. Choose one of {', '.join(map(repr, _BASES))}")
+            cls = prep_class(_BASES[kind])
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size | tuple[int, ...],
+        eps: float = 1e-5,
+        *,
+        kind: Literal["layer", "rms"] = "layer",
+        eval_mode: EvalMode = "blend",
+        channel_dim: int = -1,
+        sync: bool = False,
+        variant: str = "corrected",
+        **rep_options: Any,
+    ) -> None:
+        check_variant(variant)
+        super().__init__(normalized_shape, eps)  # the norm's, by the MRO
+        if kind == "rms":
+            rep_options.setdefault("center", False)
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        features = torch.Size(shape).numel()
+        self.adopt(
+            RepBN(features, eps, channel_dim=channel_dim, sync=sync, **rep_options),
+            "rep" if variant == "official" else eval_mode,
+            len(shape),
+        )
+
+    def adopt(self, rep: RepBN, eval_mode: EvalMode = "blend", feature_dims: int = 1) -> None:
+        """Give a norm whose `__class__` was set to `prep_class(...)` what it needs beside its own.
+
+        Args:
+            rep: the RepBN to switch to.
+            eval_mode: see the class. Default: "blend".
+            feature_dims: how many trailing axes the norm normalises together. Default: 1.
+
+        Raises:
+            ValueError: `eval_mode` is unknown, or several axes are normalised together and are not the last ones.
+        """
+        if eval_mode not in get_args(EvalMode):
+            choices = ", ".join(map(repr, get_args(EvalMode)))
+            raise ValueError(f"eval_mode={eval_mode!r} is unknown. Choose one of {choices}")
+        if feature_dims > 1 and rep.channel_dim != -1:
+            raise ValueError(
+                f"channel_dim={rep.channel_dim} goes with one axis of channels, not {feature_dims}. Leave it at -1"
+            )
+        self.rep = rep.train(self.training)
+        self.eval_mode, self.channel_dim, self.feature_dims = eval_mode, rep.channel_dim, feature_dims
+        self.leave_out_norm = False  # set it in all layers at once when lam is 0 in all: one compilation more
+        self.register_buffer("lam", torch.ones((), device=rep.weight.device))
+
+    @property
+    def sync(self) -> bool:
+        """Whether RepBN's statistics are merged over ranks."""
+        return self.rep.sync
+
+    @sync.setter
+    def sync(self, value: bool) -> None:
+        self.rep.sync = value
+
+    def reset_parameters(self) -> None:
+        """Start again: both norms' parameters, statistics, and lam = 1."""
+        super().reset_parameters()  # type: ignore[misc]  # the norm's
+        if "rep" in self._modules:  # the norm's constructor comes here before there is one
+            self.rep.reset_parameters()
+            self.lam.fill_(1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The blend at the current lam; in training mode `rep` also gathers statistics."""
+        if self.leave_out_norm or (not self.training and self.eval_mode == "rep"):
+            return self._rep(x, mask, *self._rep_parameters())
+        weight, bias, eta = self._rep_parameters()
+        for_norm, for_rep, weight, bias, eta = _Fork.apply(self.lam, x, weight, bias, eta)  # type: ignore[no-untyped-call]
+        y = self._norm(for_norm)
+        return _Blend.apply(self.lam, y, self._rep(for_rep, mask, weight, bias, eta))  # type: ignore[no-any-return, no-untyped-call]
+
+    def _rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        return self.rep.weight, self.rep.bias, self.rep.eta
+
+    def _norm(self, x: Tensor) -> Tensor:
+        channels_last = self.channel_dim in (-1, x.ndim - 1)
+        y: Tensor = super().forward(x if channels_last else x.movedim(self.channel_dim, -1))
+        return y if channels_last else y.movedim(-1, self.channel_dim)
+
+    def _rep(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
+        if self.feature_dims == 1:
+            return self.rep.apply_with(x, mask, weight, bias, eta)
+        flat = x.flatten(x.ndim - self.feature_dims) if x.ndim > self.feature_dims else x.reshape(1, -1)
+        return self.rep.apply_with(flat, mask, weight, bias, eta).reshape(x.shape)
+
+    def fold_affine(self) -> tuple[Tensor, Tensor, int]:
+        """``(scale, shift, channel_dim)`` of the norm in eval, float64.
+
+        Raises:
+            StabNormError: lam is not 0 and eval blends, or several axes are normalised together.
+        """
+        lam = float(self.lam)
+        if lam != 0 and self.eval_mode == "blend":
+            raise StabNormError(
+                f"PRepBN at lam={lam:.4g} still holds a share of {type(self).__mro__[2].__name__}, so it is no affine "
+                "map in eval. Finish the schedule: lam reaches 0, then it folds"
+            )
+        if self.feature_dims > 1:
+            raise StabNormError(
+                f"PRepBN over {self.feature_dims} trailing axes has no single channel axis to fold along"
+            )
+        return self.rep.fold_affine()
+
+    def extra_repr(self) -> str:
+        """The norm's own, and how eval goes."""
+        options = "" if self.eval_mode == "blend" else f", eval_mode={self.eval_mode!r}"
+        options += "" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}"
+        return super().extra_repr() + options
+
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        bases = [base for base in type(self).__mro__ if base in _CLASSES]
+        if not bases or _CLASSES[bases[0]] is not type(self):
+            return super().__reduce_ex__(protocol)  # a subclass somebody wrote, which pickle finds by its name
+        return _blank, (bases[0],), self.__dict__
+
+
+def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: Any) -> type[PRepBN]:
+    """The class that is `PRepBN` over `base`; the same one each time. Its `find_norms` entry is that of `base`.
+
+    Args:
+        base: a norm class whose `forward` takes the input.
+        kind: what `register_norm` needs to know of a class that is not torch's own; None: `base` is a LayerNorm, an
+            RMSNorm or registered itself. Default: None.
+        **registration: further arguments of `register_norm`.
+
+    >>> prep_class(nn.LayerNorm) is type(PRepBN(8))
+    True
+    """
+    if base not in _CLASSES:
+        made = type(f"PRepBN{base.__name__}", (PRepBN, base), {"__module__": __name__, "__doc__": PRepBN.__doc__})
+        _CLASSES[base] = made
+        if kind is None and issubclass(base, nn.LayerNorm | nn.RMSNorm):
+            kind = "layer" if issubclass(base, nn.LayerNorm) else "rms"
+            registration = {"num_features": "normalized_shape", "channel_dim": "channel_dim"}
+            registration["bias"] = "bias" if kind == "layer" else None
+        if kind is not None:
+            register_norm(made, kind, **registration)
+    return _CLASSES[base]
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    """For pickle and deepcopy: an empty instance of the class over `base`."""
+    made = prep_class(base)
+    return made.__new__(made)
+
+
+class _Fork(torch.autograd.Function):
+    """The input twice, for norm and RepBN, and RepBN's parameters; in the backward a branch of weight 0 adds nothing.
+
+    Nothing, not 0 times its gradient: that may be NaN, and even +0 would turn a -0 of the other branch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, lam: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eta: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(lam.clone())  # lam moves between forward and backward
+        others = (None if t is None else t.view_as(t) for t in (weight, bias, eta))
+        return x.view_as(x), x.view_as(x), *others
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (lam,) = ctx.saved_tensors
+        of_norm, of_rep, *parameters = grads
+        gated = (None if g is None else torch.where(lam == 1, 0, g) for g in parameters)
+        if of_norm is None or of_rep is None:
+            return None, of_rep if of_norm is None else of_norm, *gated
+        both = torch.where(lam == 0, of_rep, of_norm + of_rep)
+        return None, torch.where(lam == 1, of_norm, both), *gated
+
+
+class _Blend(torch.autograd.Function):
+    """lam norm + (1 - lam) rep, and at the ends exactly the one or the other, in the norm's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
+        ctx.save_for_backward(lam.clone())
+        ctx.rep_dtype = rep.dtype
+        rep = rep.to(norm.dtype)
+        both = norm * lam + rep * (1 - lam)
+        return torch.where(lam == 1, norm, torch.where(lam == 0, rep, both))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (lam,) = ctx.saved_tensors
+        return None, torch.where(lam == 0, 0, grad * lam), torch.where(lam == 1, 0, grad * (1 - lam)).to(ctx.rep_dtype)

@@ -1,0 +1,190 @@
+"""UnifiedNorm: batch statistics smoothed over a window of batches, with a filter for outliers."""
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm.nn._channel_norm import ChannelNorm, normalize
+from stabnorm.nn.official import OfficialUnifiedNorm
+from stabnorm.nn.rep import check_filtration
+from stabnorm.norms import register_norm
+from stabnorm.ops.running import REMEMBERED, smooth_square_
+
+NEVER = 2**62  # a warm-up that does not end
+
+
+class UnifiedNorm(ChannelNorm):
+    r"""Unified Normalization over the last dimension (arXiv:2208.01313, eq. 8 to 12), affine in eval.
+
+    .. math:: y = \gamma \frac{x}{\sqrt{\hat\sigma^2 + \epsilon}} + \beta,\qquad
+              dx = \frac{dz - \psi z}{\sqrt{\hat\sigma^2 + \epsilon}}
+
+    with z the normalised input and dz = gamma dy. sigma^2 is the geometric mean of the last M second moments, psi a
+    running average of the mean of the last M values of mean(dz z). During the warm-up, and for a batch that the filter
+    finds to be an outlier, both are the batch's own, and the gradient is exact. Nothing of such an outlier, of a batch
+    with anything non-finite, or of padding enters any state.
+
+    Args:
+        num_features: C.
+        window: M; a pair for (forward, backward); 1 is the batch's own statistic and its exact gradient. Default: 4.
+        warmup_steps: steps without smoothing. Default: 4000.
+        filtration: "calibrated", or None for no filter; "official" with the official variant. Default: "calibrated".
+        patience: so many outliers in a row are a new regime: the window starts again. Default: twice the window.
+        momentum: weight of the new value in the running averages. Default: 0.1.
+        eps: added to the second moment. Default: 1e-5.
+        bias: False leaves beta out. Default: True.
+        channel_dim: axis of the input that holds the channels. Default: -1.
+        sync: merge statistics over ranks. Default: False.
+        variant: "official" runs the published code, see `stabnorm.nn.official`. Default: "corrected".
+
+    Shape:
+        ``[..., C]`` to the same, the axis `channel_dim` holding C; `mask` as the input without that axis.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    A training forward counts as a step (`step`); whoever drives the training may set `counts_steps = False` and write
+    it.
+
+    >>> norm = UnifiedNorm(8, warmup_steps=0)
+    >>> x = torch.randn(4, 6, 8)
+    >>> bool(norm(x).square().mean((0, 1)).sub(1).abs().max() < 1e-3)
+    True
+    >>> scale, shift, channel_dim = norm.eval().fold_affine()
+    >>> torch.allclose(norm(x).double(), x * scale + shift, atol=1e-6)
+    True
+    """
+
+    running_square: Tensor
+    window_square: Tensor
+    window_gradient: Tensor
+    average_gradient: Tensor
+    filled_gradient: Tensor
+    recent: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        window: int | tuple[int, int] = 4,
+        warmup_steps: int = 4000,
+        filtration: str | None = "calibrated",
+        patience: int | None = None,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        bias: bool = True,
+        *,
+        channel_dim: int = -1,
+        sync: bool = False,
+        variant: str = "corrected",
+    ) -> None:
+        super().__init__(num_features, eps, channel_dim, sync)
+        check_variant(variant)
+        check_filtration(filtration, official=variant == "official")
+        windows = (window, window) if isinstance(window, int) else tuple(window)
+        if len(windows) != 2 or min(windows) < 1:
+            raise ValueError(f"window={window!r} holds no batch. Give a number of batches >= 1, or a pair of them")
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience={patience} is too short. Give a number of batches >= 1, or None for 2 windows")
+        self.windows, self.warmup_steps, self.filtration = windows, warmup_steps, filtration
+        self.patience = 2 * windows[0] if patience is None else patience
+        self.momentum, self.variant = momentum, variant
+        self.weight = nn.Parameter(torch.empty(num_features))
+        self.bias = nn.Parameter(torch.empty(num_features)) if bias else None
+        self.official: OfficialUnifiedNorm | None = None
+        if variant == "official":
+            self._build_official()
+        else:
+            self.register_buffer("running_square", torch.empty(num_features))
+            self.register_buffer("window_square", torch.empty(windows[0], num_features))
+            self.register_buffer("window_gradient", torch.empty(windows[1], num_features))
+            self.register_buffer("average_gradient", torch.empty(num_features))
+            self.register_buffer("filled_gradient", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("recent", torch.empty(REMEMBERED, 2 * num_features + 1), persistent=False)
+            self._add_counters()
+        self.reset_parameters()
+
+    def _build_official(self) -> None:
+        if self.bias is None or self.channel_dim != -1 or self.sync:
+            raise ValueError(
+                "the official variant has a bias, channels last and no sync. Leave bias, channel_dim, sync"
+            )
+        filtered = self.filtration is not None
+        self.official = OfficialUnifiedNorm(
+            self.num_features, self.windows, self.warmup_steps, filtered, self.momentum, self.eps
+        )
+        self.official.weight, self.official.bias = self.weight, self.bias
+
+    def reset_parameters(self) -> None:
+        """Start again: parameters, statistics and counters."""
+        if self.official is not None:
+            self._build_official()
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.official is None:
+            self.running_square.fill_(1)
+            self.window_square.fill_(1)
+            self.recent.fill_(-1)  # no second moment is negative: nothing is remembered
+            self._reset_counters()
+            self.reset_warmup()
+
+    def reset_warmup(self) -> None:
+        """Warm up again, say for fine-tuning: steps count from 0 and the windows fill anew; eval stays as it is."""
+        if self.official is not None:
+            self.official.iters.zero_()
+            return
+        self.step.zero_()
+        self.progress[2] = 0
+        self.window_gradient.zero_()
+        self.average_gradient.zero_()
+        self.filled_gradient.zero_()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise; in training mode also gather statistics."""
+        rows, valid = self.rows_of(x, mask)
+        if self.official is not None:
+            keep = None if valid is None else valid.reshape(x.shape[:-1])
+            y: Tensor = self.official(x, keep)
+            return y
+        if not self.training:
+            return self.like_input(self.eval_affine(rows, None, self.running_square, self.weight, self.bias, None), x)
+        moments = self.moments(rows, valid, center=False)
+        warmup = self.warmup_steps if max(self.windows) > 1 else NEVER
+        with torch.no_grad():
+            divisor, gate = smooth_square_(
+                moments.square, moments.rows, self.window_square, self.running_square, self.recent, self.step,
+                self.skips, self.progress, warmup, self.patience, self.momentum, self.eps,
+                self.filtration is not None, self.counts_steps,
+            )  # fmt: skip
+            rstd = torch.rsqrt(divisor + self.eps)
+        state = (self.window_gradient, self.average_gradient, self.filled_gradient)
+        psi = ("smooth", self.momentum, gate, *state, None)
+        y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
+        return self.like_input(y, x)
+
+    def fold_affine(self) -> tuple[Tensor, Tensor, int]:
+        """``(scale, shift, channel_dim)`` of the norm in eval, float64.
+
+        Raises:
+            StabNormError: the statistics are not finite.
+        """
+        square = self.running_square if self.official is None else self.official.running_var
+        return self._folded(None, square, self.bias, None)
+
+    def extra_repr(self) -> str:
+        """Arguments that differ from the usual, too."""
+        window = self.windows[0] if self.windows[0] == self.windows[1] else self.windows
+        options = "" if self.bias is not None else ", bias=False"
+        options += f", variant={self.variant!r}" if self.variant != "corrected" else ""
+        return (
+            f"{self.num_features}, window={window}, warmup_steps={self.warmup_steps}, filtration={self.filtration!r}, "
+            f"patience={self.patience}, momentum={self.momentum}, eps={self.eps}{options}{self._common_repr()}"
+        )
+
+
+def check_variant(variant: str) -> None:
+    """Raise ValueError unless `variant` is one there is."""
+    if variant not in ("corrected", "official"):
+        raise ValueError(f"variant={variant!r} is unknown. Choose 'corrected' or 'official'")
+
+
+register_norm(UnifiedNorm, "batch", channel_dim="channel_dim")

@@ -323,3 +323,21 @@ def input_gradient(
     if offset is not None:
         through = through + offset
     return torch.where(valid[:, None], dx - through, dx)
+
+
+def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
+    """``lam norm + (1 - lam) rep`` with a scalar tensor lam; at 1 and 0 the one or the other, bit for bit.
+
+    >>> blend(torch.tensor(0.0), torch.full((2,), torch.nan), torch.ones(2))
+    tensor([1., 1.])
+    """
+    both = norm * lam + rep * (1 - lam)
+    return torch.where(lam == 1, norm, torch.where(lam == 0, rep, both))
+
+
+def join_gradients(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
+    """The sum of what comes back through two branches; a branch of weight 0 adds nothing.
+
+    Nothing, not 0 times its gradient: that may be NaN, and even +0 would turn a -0 of the other.
+    """
+    return torch.where(lam == 1, of_norm, torch.where(lam == 0, of_rep, of_norm + of_rep))

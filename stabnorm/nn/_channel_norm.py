@@ -12,20 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm.errors import StabNormError
-from stabnorm.functional import (
-    BatchMoments,
-    batch_moments,
-    channel_affine,
-    input_gradient,
-    merge_batches,
-    upstream_sums,
-)
+from stabnorm.functional import BatchMoments, channel_affine, merge_batches
 from stabnorm.masks import mask_for
 from stabnorm.ops.moments import as_rows
 from stabnorm.ops.ranks import gather_over_ranks
+from stabnorm.ops.rows import LOW_PRECISION, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows, widened
 from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
-
-LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class Float32Buffers(nn.Module):
@@ -117,7 +109,7 @@ class ChannelNorm(Float32Buffers):
     @torch.no_grad()
     def moments(self, rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
         """The batch's moments, of all ranks' batches where `sync` is on."""
-        found = batch_moments(widened(rows), valid, center=center)
+        found = moments_of_rows(rows, valid, center=center)
         if not self.sync:
             return found
         packed = torch.cat([part.reshape(-1) for part in found if part is not None])
@@ -160,11 +152,6 @@ class ChannelNorm(Float32Buffers):
     def _common_repr(self) -> str:
         options = "" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}"
         return options + (", sync=True" if self.sync else "")
-
-
-def widened(rows: Tensor) -> Tensor:
-    """In the precision statistics are computed in: float32, float64 for float64."""
-    return rows.float() if rows.dtype in LOW_PRECISION else rows
 
 
 Psi = tuple[str, float, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -228,20 +215,16 @@ class _Normalize(torch.autograd.Function):
         third: Tensor | None,
         power: Tensor | None,
     ) -> Tensor:
-        wide = widened(rows)
         scale, shift = channel_affine(weight, bias, eta, mean, rstd)
-        y = wide * scale if shift is None else torch.addcmul(shift, wide, scale)
         ctx.save_for_backward(rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power)
         ctx.sync, ctx.rule, ctx.decay = sync, rule, decay
         ctx.first, ctx.second, ctx.third = first, second, third  # buffers: changed by other batches, so never saved
-        return y.to(rows.dtype)
+        return affine_of_rows(rows, scale, shift)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power = ctx.saved_tensors
-        wide, dy = widened(rows), grad_y.to(scale.dtype)
-        deviations = wide if mean is None else wide - mean
-        plain, weighted, plain_valid, weighted_valid = upstream_sums(dy, deviations, valid)
+        plain, weighted, plain_valid, weighted_valid = sums_of_rows(grad_y, rows, mean, valid)
         if ctx.sync:
             sums = gather_over_ranks(torch.cat([plain_valid, weighted_valid])).sum(0)
             plain_valid, weighted_valid = sums.chunk(2)
@@ -253,11 +236,11 @@ class _Normalize(torch.autograd.Function):
         elif ctx.rule == "quadratic":
             psi = quadratic_gradient_(psi, power, gate, ctx.first, ctx.decay)
         offset = None if mean is None else gain * plain_valid * rstd / size
-        dx = input_gradient(dy, deviations, valid, scale, psi * rstd * rstd, offset)
+        dx = gradient_of_rows(grad_y, rows, mean, valid, scale, psi * rstd * rstd, offset)
         d_weight = (weighted * rstd).to(weight.dtype)
         d_bias = None if bias is None else plain.to(bias.dtype)
         d_eta = None
         if eta is not None:
             through = weighted if mean is None else weighted + mean * plain
             d_eta = through.sum().reshape(eta.shape).to(eta.dtype)
-        return dx.to(rows.dtype), d_weight, d_bias, d_eta, *[None] * 12
+        return dx, d_weight, d_bias, d_eta, *[None] * 12

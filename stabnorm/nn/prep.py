@@ -10,6 +10,7 @@ from stabnorm.nn._channel_norm import Float32Buffers
 from stabnorm.nn.rep import RepBN
 from stabnorm.nn.unified import check_variant
 from stabnorm.norms import Kind, register_norm
+from stabnorm.ops.blend import blend, join_gradients
 
 EvalMode = Literal["blend", "rep"]
 _BASES: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -136,8 +137,8 @@ class PRepBN(Float32Buffers):
             return self._rep(x, mask, *self._rep_parameters())
         weight, bias, eta = self._rep_parameters()
         for_norm, for_rep, weight, bias, eta = _Fork.apply(self.lam, x, weight, bias, eta)  # type: ignore[no-untyped-call]
-        y = self._norm(for_norm)
-        return _Blend.apply(self.lam, y, self._rep(for_rep, mask, weight, bias, eta))  # type: ignore[no-any-return, no-untyped-call]
+        rep = self._rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
+        return _Blend.apply(self.lam, self._norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
 
     def _rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
         return self.rep.weight, self.rep.bias, self.rep.eta
@@ -215,10 +216,7 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 
 
 class _Fork(torch.autograd.Function):
-    """The input twice, for norm and RepBN, and RepBN's parameters; in the backward a branch of weight 0 adds nothing.
-
-    Nothing, not 0 times its gradient: that may be NaN, and even +0 would turn a -0 of the other branch.
-    """
+    """The input twice, for norm and RepBN, and RepBN's parameters; a branch of weight 0 gets no gradient back."""
 
     @staticmethod
     def forward(
@@ -235,22 +233,19 @@ class _Fork(torch.autograd.Function):
         gated = (None if g is None else torch.where(lam == 1, 0, g) for g in parameters)
         if of_norm is None or of_rep is None:
             return None, of_rep if of_norm is None else of_norm, *gated
-        both = torch.where(lam == 0, of_rep, of_norm + of_rep)
-        return None, torch.where(lam == 1, of_norm, both), *gated
+        return None, join_gradients(lam, of_norm, of_rep), *gated
 
 
 class _Blend(torch.autograd.Function):
-    """lam norm + (1 - lam) rep, and at the ends exactly the one or the other, in the norm's dtype."""
+    """lam norm + (1 - lam) rep in the norm's dtype, see `stabnorm.ops.blend`."""
 
     @staticmethod
     def forward(ctx: Any, lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
         ctx.save_for_backward(lam.clone())
         ctx.rep_dtype = rep.dtype
-        rep = rep.to(norm.dtype)
-        both = norm * lam + rep * (1 - lam)
-        return torch.where(lam == 1, norm, torch.where(lam == 0, rep, both))
+        return blend(lam, norm, rep.to(norm.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (lam,) = ctx.saved_tensors
-        return None, torch.where(lam == 0, 0, grad * lam), torch.where(lam == 1, 0, grad * (1 - lam)).to(ctx.rep_dtype)
+        return None, grad * lam, (grad * (1 - lam)).to(ctx.rep_dtype)  # times 1 is exact; what 0 leaves, _Fork stops

@@ -1,0 +1,80 @@
+"""The passes of a norm over its rows: the batch's moments, the affine map, the backward's sums, the input's gradient.
+
+Each is a formula of `stabnorm.functional`. In eager mode on a CPU, without a mask, a faster body runs; a compiled graph
+gets the formula, which its compiler fuses.
+"""
+
+import torch
+from torch import Tensor
+
+from stabnorm import functional
+from stabnorm.functional import BatchMoments
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def widened(rows: Tensor) -> Tensor:
+    """In the precision statistics are computed in: float32, float64 for float64."""
+    return rows.float() if rows.dtype in LOW_PRECISION else rows
+
+
+def _by_hand(rows: Tensor, valid: Tensor | None = None) -> bool:
+    if torch.compiler.is_compiling() or valid is not None:
+        return False
+    return rows.device.type == "cpu" and rows.dtype != torch.float64 and rows.numel() > 0
+
+
+def moments_of_rows(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
+    """`functional.batch_moments` of ``[R, C]`` in any floating dtype."""
+    if _by_hand(rows, valid):
+        from stabnorm.ops import _cpu_rows
+
+        return _cpu_rows.moments(rows, center)
+    return functional.batch_moments(widened(rows), valid, center=center)
+
+
+def affine_of_rows(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """``rows scale + shift`` in the dtype of the rows.
+
+    >>> affine_of_rows(torch.ones(1, 2), torch.tensor([2.0, 3.0]), None)
+    tensor([[2., 3.]])
+    """
+    if rows.dtype in LOW_PRECISION and _by_hand(rows):
+        from stabnorm.ops import _cpu_rows
+
+        return _cpu_rows.affine(rows, scale, shift)
+    wide = widened(rows)
+    y = wide * scale if shift is None else torch.addcmul(shift, wide, scale)
+    return y.to(rows.dtype)
+
+
+def sums_of_rows(
+    dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`functional.upstream_sums` with the rows' deviations from `mean`, or the rows where there is none."""
+    if _by_hand(rows, valid):
+        from stabnorm.ops import _cpu_rows
+
+        return _cpu_rows.sums(dy, rows, mean) * 2
+    wide = widened(rows)
+    return functional.upstream_sums(widened(dy), wide if mean is None else wide - mean, valid)
+
+
+def gradient_of_rows(
+    dy: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
+    valid: Tensor | None,
+    scale: Tensor,
+    slope: Tensor,
+    offset: Tensor | None,
+) -> Tensor:
+    """`functional.input_gradient` in the dtype of the rows."""
+    if _by_hand(rows, valid):
+        from stabnorm.ops import _cpu_rows
+
+        shift = torch.zeros_like(slope) if mean is None else slope * mean
+        return _cpu_rows.gradient(dy, rows, scale, -slope, shift if offset is None else shift - offset)
+    wide = widened(rows)
+    deviations = wide if mean is None else wide - mean
+    return functional.input_gradient(widened(dy), deviations, valid, scale, slope, offset).to(rows.dtype)

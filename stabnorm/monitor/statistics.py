@@ -327,7 +327,7 @@ def catalogue_table() -> str:
             said = [f"alert > {s.alarm:g}"]
         if s.floor is not None:
             said.append(f"alert: x{2.718281828 ** (6 * s.floor):.2g} and 6 robust sigmas off its past")
-        return ", ".join(said) or "by its own past"
+        return ", ".join(said) or "no bound; compare layers and steps"
 
     rows = [
         f"| `{s.name}` | {s.number} | {s.formula.replace('|', chr(92) + '|')} | {s.axis} | {s.source} | {s.cost} | "

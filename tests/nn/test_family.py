@@ -354,6 +354,6 @@ def test_recomputes_come_in_any_order(order: int) -> None:
 
     outputs = [checkpoint(forward, x, i, use_reentrant=False) for i, x in enumerate(inputs)]
     for index in random.Random(order).sample(range(5), 5):
-        outputs[index].sum().backward()
+        outputs[index].backward(torch.randn_like(outputs[index]))
     for first, second in seen.values():
         assert torch.equal(first, second)

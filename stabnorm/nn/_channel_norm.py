@@ -51,6 +51,7 @@ class ChannelNorm(Float32Buffers):
     step: Tensor
     skips: Tensor
     progress: Tensor
+    loss_scale: Tensor
 
     def __init__(self, num_features: int, eps: float, channel_dim: int, sync: bool) -> None:
         super().__init__()
@@ -65,6 +66,10 @@ class ChannelNorm(Float32Buffers):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skips", torch.zeros((), dtype=torch.int64))
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))  # see ops/running.py
+
+    def _add_loss_scale(self) -> None:
+        # Running gradient statistics are kept in units of the unscaled loss. Whoever scales the loss writes the scale.
+        self.register_buffer("loss_scale", torch.ones(()), persistent=False)
 
     def _reset_counters(self) -> None:
         self.step.zero_()
@@ -154,8 +159,9 @@ class ChannelNorm(Float32Buffers):
         return options + (", sync=True" if self.sync else "")
 
 
-Psi = tuple[str, float, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-EXACT: Psi = ("exact", 0.0, None, None, None, None, None)
+_Maybe = Tensor | None
+Psi = tuple[str, float, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe]
+EXACT: Psi = ("exact", 0.0, None, None, None, None, None, None)
 
 
 def normalize(
@@ -180,8 +186,8 @@ def normalize(
         moments: the batch's; `mean` decides whether x is centred, `rows` is what the gradient's means divide by.
         rstd: ``[C]``, what x is multiplied with.
         sync: add the backward's sums over ranks.
-        psi: what the backward puts for mean(dz z): ("exact", ...), ("smooth", momentum, gate, window, average, filled)
-            or ("quadratic", alpha, gate, nu, mean(z^2)), filled up with None.
+        psi: what the backward puts for mean(dz z): ("exact", ...), or ("smooth", momentum, loss scale, gate, window,
+            average, filled, None), or ("quadratic", alpha, loss scale, gate, nu, None, None, mean(z^2)).
     """
     arguments = (rows, weight, bias, eta, moments.mean, rstd, moments.rows, valid, sync, *psi)
     return _Normalize.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
@@ -209,6 +215,7 @@ class _Normalize(torch.autograd.Function):
         sync: bool,
         rule: str,
         decay: float,
+        loss_scale: Tensor | None,
         gate: Tensor | None,
         first: Tensor | None,
         second: Tensor | None,
@@ -217,6 +224,7 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         scale, shift = channel_affine(weight, bias, eta, mean, rstd)
         ctx.save_for_backward(rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power)
+        ctx.loss_scale = loss_scale
         ctx.sync, ctx.rule, ctx.decay = sync, rule, decay
         ctx.first, ctx.second, ctx.third = first, second, third  # buffers: changed by other batches, so never saved
         return affine_of_rows(rows, scale, shift)
@@ -232,9 +240,10 @@ class _Normalize(torch.autograd.Function):
         gain = weight.to(scale.dtype)
         psi = gain * weighted_valid * rstd / size
         if ctx.rule == "smooth":
-            psi = smooth_gradient_(psi, gate, ctx.first, ctx.second, ctx.third, ctx.decay)
+            state = ctx.first, ctx.second, ctx.third
+            psi = smooth_gradient_(psi / ctx.loss_scale, gate, *state, ctx.decay) * ctx.loss_scale
         elif ctx.rule == "quadratic":
-            psi = quadratic_gradient_(psi, power, gate, ctx.first, ctx.decay)
+            psi = quadratic_gradient_(psi / ctx.loss_scale, power, gate, ctx.first, ctx.decay) * ctx.loss_scale
         offset = None if mean is None else gain * plain_valid * rstd / size
         dx = gradient_of_rows(grad_y, rows, mean, valid, scale, psi * rstd * rstd, offset)
         d_weight = (weighted * rstd).to(weight.dtype)
@@ -243,4 +252,4 @@ class _Normalize(torch.autograd.Function):
         if eta is not None:
             through = weighted if mean is None else weighted + mean * plain
             d_eta = through.sum().reshape(eta.shape).to(eta.dtype)
-        return dx, d_weight, d_bias, d_eta, *[None] * 12
+        return dx, d_weight, d_bias, d_eta, *[None] * 13

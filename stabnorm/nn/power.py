@@ -86,6 +86,7 @@ class PowerNorm(ChannelNorm):
             self.register_buffer("nu", torch.empty(num_features))
             self.register_buffer("recent", torch.empty(REMEMBERED, 2 * num_features + 1), persistent=False)
             self._add_counters()
+            self._add_loss_scale()
         self.reset_parameters()
 
     def _build_official(self) -> None:
@@ -127,7 +128,7 @@ class PowerNorm(ChannelNorm):
             )  # fmt: skip
             rstd = torch.rsqrt(divisor + self.eps)
             power = moments.square * rstd * rstd
-        psi = ("quadratic", self.alpha_bkw, gate, self.nu, None, None, power)
+        psi = ("quadratic", self.alpha_bkw, self.loss_scale, gate, self.nu, None, None, power)
         y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
         return self.like_input(y, x)
 

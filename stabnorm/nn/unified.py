@@ -43,7 +43,7 @@ class UnifiedNorm(ChannelNorm):
         ValueError: an argument is out of range.
 
     A training forward counts as a step (`step`); whoever drives the training may set `counts_steps = False` and write
-    it.
+    it. Under AMP with a loss scale, write it into the buffer `loss_scale` before the backward.
 
     >>> norm = UnifiedNorm(8, warmup_steps=0)
     >>> x = torch.randn(4, 6, 8)
@@ -100,6 +100,7 @@ class UnifiedNorm(ChannelNorm):
             self.register_buffer("filled_gradient", torch.zeros((), dtype=torch.int64))
             self.register_buffer("recent", torch.empty(REMEMBERED, 2 * num_features + 1), persistent=False)
             self._add_counters()
+            self._add_loss_scale()
         self.reset_parameters()
 
     def _build_official(self) -> None:
@@ -157,7 +158,7 @@ class UnifiedNorm(ChannelNorm):
             )  # fmt: skip
             rstd = torch.rsqrt(divisor + self.eps)
         state = (self.window_gradient, self.average_gradient, self.filled_gradient)
-        psi = ("smooth", self.momentum, gate, *state, None)
+        psi = ("smooth", self.momentum, self.loss_scale, gate, *state, None)
         y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
         return self.like_input(y, x)
 

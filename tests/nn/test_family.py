@@ -339,6 +339,21 @@ def test_eta_and_every_norm_parameter_are_free_of_weight_decay() -> None:
     torch.optim.AdamW([decayed, plain]).step()
 
 
+@pytest.mark.parametrize("name", ["unified", "power"])
+def test_gradient_statistics_are_free_of_the_loss_scale(name: str) -> None:
+    norm = built(name)
+    scaled = copy.deepcopy(norm)
+    for index, (x, dy) in enumerate(batches(20, 4, 6, 8)):
+        scale = 2.0 ** (16 - index)
+        scaled.get_buffer("loss_scale").fill_(scale)
+        _, dx = run(norm, x, dy)
+        _, dx_scaled = run(scaled, x, dy * scale)
+        assert torch.equal(dx_scaled / scale, dx)
+    for key in ("average_gradient", "nu"):
+        if key in state(norm):
+            assert torch.equal(state(norm)[key], state(scaled)[key])
+
+
 @pytest.mark.parametrize("order", range(3))
 def test_recomputes_come_in_any_order(order: int) -> None:
     norm = UnifiedNorm(8, warmup_steps=0)

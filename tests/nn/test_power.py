@@ -53,6 +53,30 @@ def test_its_warm_up_gradient_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(norm, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_eval_groups_have_the_gradient_of_the_plain_formula(dtype: torch.dtype) -> None:
+    norm = PowerNorm(12, groups=3).eval()
+    norm.running_square.uniform_(0.5, 2)
+    x, dy = torch.randn(5, 7, 12).to(dtype), torch.randn(5, 7, 12).to(dtype)
+    y, dx = run(norm, x, dy)
+    wide = x.double().requires_grad_()
+    grouped = wide.unflatten(-1, (3, 4))
+    scaled = (grouped / (grouped.square().mean(-1, keepdim=True) + norm.eps).sqrt()).flatten(-2)
+    want = scaled / (norm.running_square.double() + norm.eps).sqrt()
+    (want_dx,) = torch.autograd.grad(want, wide, dy.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(dx.double(), want_dx, rtol=tolerance, atol=tolerance)
+
+
+def test_with_groups_nan_in_the_padding_sends_no_gradient_back() -> None:
+    norm, mask = PowerNorm(8, groups=2), torch.rand(4, 6) < 0.6
+    x = torch.where(mask[..., None], torch.randn(4, 6, 8), torch.nan)
+    _, dx = run(norm, x, torch.randn(4, 6, 8) * mask[..., None], mask)
+    assert (dx[~mask] == 0).all()
+    assert dx[mask].isfinite().all()
+
+
 def test_t14_with_groups_it_refuses_to_fold_and_without_it_folds() -> None:
     for norm in (PowerNorm(8, groups=2), PowerNorm(8, variant="official")):
         with pytest.raises(StabNormError, match="divides every token by its own rms"):

@@ -159,6 +159,19 @@ class ChannelNorm(Float32Buffers):
         return options + (", sync=True" if self.sync else "")
 
 
+def refuse_second_derivative() -> None:
+    """Raise StabNormError in a backward with `create_graph=True`.
+
+    The statistics are constants to these functions and the gradient's state moves, so that a second derivative would be
+    wrong without a sign. `once_differentiable` says so only where the upstream gradient requires a gradient, too.
+    """
+    if torch.is_grad_enabled():
+        raise StabNormError(
+            "the norms of stabnorm have no second derivative in training mode. Take the gradient without create_graph, "
+            "or call eval() on them first"
+        )
+
+
 _Maybe = Tensor | None
 Psi = tuple[str, float, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe]
 EXACT: Psi = ("exact", 0.0, None, None, None, None, None, None)
@@ -231,6 +244,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power = ctx.saved_tensors
         plain, weighted, plain_valid, weighted_valid = sums_of_rows(grad_y, rows, mean, valid)
         if ctx.sync:

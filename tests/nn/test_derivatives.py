@@ -1,0 +1,53 @@
+"""Second derivatives: exact in eval, refused in training, where they would be wrong without a sign."""
+
+import pytest
+import torch
+from torch import nn
+
+from stabnorm.errors import StabNormError
+from stabnorm.nn import PowerNorm, PRepBN, UnifiedNorm
+from tests.nn_modules import MODULES, built, run, state
+
+every = pytest.mark.parametrize("name", list(MODULES))
+
+
+def refuses_a_gradient_of_the_gradient(norm: nn.Module) -> None:
+    for _ in range(6):
+        run(norm, torch.randn(4, 6, 8), torch.randn(4, 6, 8))
+    x = torch.randn(4, 6, 8, requires_grad=True)
+    y = norm(x)
+    before = state(norm)
+    with pytest.raises(StabNormError, match="no second derivative in training mode"):
+        torch.autograd.grad(y, x, torch.randn(4, 6, 8), create_graph=True)
+    for key, value in state(norm).items():
+        assert torch.equal(value, before[key]), key
+        assert not norm.get_buffer(key).requires_grad, key
+
+
+@every
+def test_in_training_it_is_refused_and_no_state_is_lost(name: str) -> None:
+    refuses_a_gradient_of_the_gradient(built(name))
+
+
+def test_the_published_modules_refuse_it_too() -> None:
+    refuses_a_gradient_of_the_gradient(UnifiedNorm(8, filtration=None, variant="official"))
+    refuses_a_gradient_of_the_gradient(PowerNorm(8, variant="official"))
+
+
+def test_it_is_refused_where_the_layer_norm_is_all_there_is() -> None:
+    norm = PRepBN(8)
+    assert norm.lam == 1
+    refuses_a_gradient_of_the_gradient(norm)
+
+
+@every
+@pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
+def test_in_eval_it_is_exact(name: str, lam: float) -> None:
+    norm = built(name).double()
+    if isinstance(norm, PRepBN):
+        norm.lam.fill_(lam)
+    elif lam:
+        return
+    norm(torch.randn(3, 5, 8, dtype=torch.float64))
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(norm.eval(), x)

@@ -19,9 +19,16 @@ from stabnorm.ops.ranks import gather_over_ranks
 from stabnorm.ops.rows import LOW_PRECISION, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows, widened
 from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
 
+UNSAVED = {"recent": -1.0, "loss_scale": 1.0}  # -1 is no second moment: no forward is remembered
+
 
 class Float32Buffers(nn.Module):
     """Floating buffers stay float32 under `.to(torch.bfloat16)` and `.half()`: a running mean needs its digits."""
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As `nn.Module` does; also where `torch.set_default_dtype` made it low in precision."""
+        low = tensor is not None and tensor.dtype in LOW_PRECISION
+        super().register_buffer(name, tensor.float() if low else tensor, persistent)  # type: ignore[union-attr]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -70,6 +77,26 @@ class ChannelNorm(Float32Buffers):
     def _add_loss_scale(self) -> None:
         # Running gradient statistics are kept in units of the unscaled loss. Whoever scales the loss writes the scale.
         self.register_buffer("loss_scale", torch.ones(()), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        was_meta = self.weight.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:
+            self._begin_unsaved()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        was_meta = self.weight.is_meta
+        super()._load_from_state_dict(*args)
+        if was_meta:
+            self._begin_unsaved()
+
+    def _begin_unsaved(self) -> None:
+        """Off the meta device, give the buffers that no checkpoint holds their first values."""
+        for name, value in UNSAVED.items():
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                self._buffers[name] = torch.full_like(buffer, value, device=self.weight.device)
 
     def _reset_counters(self) -> None:
         self.step.zero_()

@@ -23,7 +23,7 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _scratch(rows: Tensor) -> Tensor:
     size = min(len(rows), max(1, BLOCK // rows.shape[1]))
-    return torch.empty(size, rows.shape[1])
+    return rows.new_empty(size, rows.shape[1], dtype=torch.float32)
 
 
 def moments(rows: Tensor, center: bool) -> BatchMoments:
@@ -33,7 +33,7 @@ def moments(rows: Tensor, center: bool) -> BatchMoments:
     when the block holds a share f of the rows, so that what is subtracted at the end cannot eat the variance.
     """
     scratch = _scratch(rows)
-    total, square = torch.zeros(2, rows.shape[1])
+    total, square = scratch.new_zeros(2, rows.shape[1])
     origin: Tensor | None = None
     for (block,) in _blocks(rows):
         work = scratch[: len(block)]
@@ -66,7 +66,7 @@ def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 
 def sums(dy: Tensor, rows: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
     """Column sums of ``dy`` and of ``dy (rows - mean)``."""
-    one = torch.ones(rows.shape[1])
+    one = rows.new_ones(rows.shape[1], dtype=torch.float32)
     origin = torch.zeros_like(one) if mean is None else mean
     plain, weighted = torch.zeros_like(one), torch.zeros_like(one)
     for upstream, block in _blocks(dy, rows):

@@ -96,9 +96,10 @@ def smooth_square_(
     accepted, restart, after = _judge(square, count, window, skips, progress, past, patience, eps, filtered)
     smooth = past & accepted & ~restart
     divisor = torch.where(smooth, geometric_mean(after), square)
-    weight = torch.where(progress[0] == 0, 1.0, momentum)  # the first batch replaces what the buffer was born with
+    # The first batch replaces what the buffer was born with.
+    weight = torch.where(progress[0] == 0, 1.0, running.new_full((), momentum))
     _keep_(window, after, accepted)
-    _keep_(running, torch.lerp(running, divisor.to(running.dtype), weight.to(running.dtype)), accepted)
+    _keep_(running, torch.lerp(running, divisor.to(running.dtype), weight), accepted)
     gate = torch.stack([accepted, smooth])
     _remember_(recent, square, divisor, gate)
     _count_(step, skips, progress, accepted, restart, counting)
@@ -226,8 +227,8 @@ def track_quadratic_(
     accepted = _sound(square, count)
     past = step >= warmup
     divisor = torch.where(past, running, square)
-    weight = torch.where(past, 1 - alpha, 1 / (progress[2] + 1))
-    _keep_(running, torch.lerp(running, square.to(running.dtype), weight.to(running.dtype)), accepted)
+    weight = torch.where(past, 1 - alpha, 1 / (progress[2] + 1).to(running.dtype))
+    _keep_(running, torch.lerp(running, square.to(running.dtype), weight), accepted)
     gate = torch.stack([accepted, past])
     _remember_(recent, square, divisor, gate)
     _count_(step, skips, progress, accepted, None, counting)

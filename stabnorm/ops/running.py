@@ -333,10 +333,13 @@ def _recall(recent: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
     """
     channels = len(square)
     squares, divisors = recent[:, :channels], recent[:, channels : 2 * channels]
-    near = (squares - square).abs().amax(1) <= 1e-5 * square.abs().amax()
-    newest = near.to(torch.int64).argmax()
+    apart = (squares - square).abs()
+    near = apart.amax(1) <= 1e-5 * square.abs().amax()
+    # A channel far above the others may hardly change from batch to batch: of those near in scale, the nearest in all.
+    tiny = torch.finfo(square.dtype).tiny
+    nearest = torch.where(near, (apart / square.clamp(min=tiny)).sum(1), torch.inf).argmin()
     known = near.any()
-    divisor = torch.where(known, divisors.index_select(0, newest[None])[0].to(square.dtype), square)
-    smooth = recent.index_select(0, newest[None])[0, -1] > 0
+    divisor = torch.where(known, divisors.index_select(0, nearest[None])[0].to(square.dtype), square)
+    smooth = recent.index_select(0, nearest[None])[0, -1] > 0
     # Within the warm-up the divisor is the batch's own statistic, in full precision.
     return torch.where(smooth, divisor, square), torch.stack([known, known & smooth])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from stabnorm.functional import geometric_mean, is_burst
 from stabnorm.nn import RepBN, UnifiedNorm
@@ -244,6 +245,26 @@ def test_two_forwards_before_one_backward() -> None:
     torch.autograd.backward(y, (da, db))
     assert torch.equal(y[0], other(a))
     assert torch.equal(y[1], other(b))
+
+
+def test_a_recompute_is_told_by_every_channel() -> None:
+    norm = UnifiedNorm(8, warmup_steps=0, filtration=None)
+
+    def batch(scale: float) -> Tensor:
+        x = scale * torch.randn(64, 8)
+        x[:, 0] = 1000  # a channel of a thousand times the others' size that says nothing about the batch
+        return x
+
+    for _ in range(6):
+        norm(batch(1.0))
+    seen: list[Tensor] = []
+    norm.register_forward_hook(lambda module, arguments, y: seen.append(y.detach().clone()))
+    inputs = [batch(scale).requires_grad_() for scale in (1.0, 1.3, 1.6)]
+    outputs = [checkpoint(lambda x: norm(x).tanh(), x, use_reentrant=False) for x in inputs]
+    for y in outputs:
+        y.backward(torch.randn_like(y))
+    for first, second in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(first, second)
 
 
 def test_the_official_variant_is_the_published_module() -> None:

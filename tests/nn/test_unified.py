@@ -151,6 +151,21 @@ def test_t4_bursts_of_three_are_found(channels: int) -> None:
     assert found > 0.99 * bursts, (found, bursts)
 
 
+@pytest.mark.parametrize("window", [4, (1, 4), (8, 2)], ids=str)
+def test_batches_that_hardly_differ_are_no_bursts(window: int | tuple[int, int]) -> None:
+    # The variance of the window then is 0, or there is none in a window of one, and rounding would decide.
+    for seed in range(10):
+        torch.manual_seed(seed)
+        norm, rep = UnifiedNorm(8, window, warmup_steps=0), RepBN(8, filtration="calibrated")
+        x = 10 * torch.rand(8) * torch.randn(64, 8)
+        for step in range(60):
+            norm(x * (1 + 1e-4 * (step % 7)))
+            rep(x)
+        assert norm.skips == rep.skips == 0
+        norm(3 * x)
+        assert norm.skips == (window != (1, 4))
+
+
 def test_a_burst_in_few_channels_is_found() -> None:
     norm = UnifiedNorm(768, warmup_steps=0)
     with torch.no_grad():

@@ -177,12 +177,13 @@ def track_batch_(
     """
     if is_recompute():
         return
+    enough = count if mean is None else count - 1  # the variance of one row is not 0: there is none
     about = square if mean is None or running_mean is None else square + (mean - running_mean).square()
     if window is None:
-        accepted, restart = _sound(about, count), None
+        accepted, restart = _sound(about, enough), None
     else:
         past = progress[2] >= len(window)
-        accepted, restart, after = _judge(about, count, window, skips, progress, past, patience, eps, True)
+        accepted, restart, after = _judge(about, enough, window, skips, progress, past, patience, eps, True)
         _keep_(window, after, accepted)
     if mean is not None and running_mean is not None:
         square = square * (count / (count - 1).clamp(min=1))

@@ -126,7 +126,9 @@ class PRepBN(Float32Buffers):
 
     def reset_parameters(self) -> None:
         """Start again: both norms' parameters, statistics, and lam = 1."""
-        super().reset_parameters()  # type: ignore[misc]  # the norm's
+        reset = getattr(super(), "reset_parameters", None)  # the norm's; somebody's own class may have none
+        if reset is not None:
+            reset()
         if "rep" in self._modules:  # the norm's constructor comes here before there is one
             self.rep.reset_parameters()
             self.lam.fill_(1)

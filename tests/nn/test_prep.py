@@ -139,6 +139,9 @@ def test_an_object_of_somebodys_own_class_changes_its_class_and_stays_itself() -
     assert prep_class(Scaled) is type(theirs)
     twin = pickle.loads(pickle.dumps(theirs))
     assert torch.equal(twin(x), before)
+    theirs.lam.zero_()
+    theirs.reset_parameters()  # its class has none
+    assert theirs.lam == 1
 
 
 def test_names_are_the_norms_own_and_reps() -> None:

@@ -1,8 +1,8 @@
-"""Second derivatives: exact in eval, refused in training, where they would be wrong without a sign."""
+"""Second derivatives and torch.func: exact in eval; in training, where they would be wrong, refused."""
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stabnorm.errors import StabNormError
 from stabnorm.nn import PowerNorm, PRepBN, UnifiedNorm
@@ -51,3 +51,22 @@ def test_in_eval_it_is_exact(name: str, lam: float) -> None:
     norm(torch.randn(3, 5, 8, dtype=torch.float64))
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(norm.eval(), x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap's own
+@every
+def test_in_eval_it_goes_through_torch_func(name: str) -> None:
+    norm = built(name)
+    for _ in range(6):
+        run(norm, torch.randn(4, 6, 8), torch.randn(4, 6, 8))
+    norm.eval()
+    x, dy = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    (want,) = torch.autograd.grad(norm(x), x, dy)
+
+    def projected(x: Tensor, dy: Tensor) -> Tensor:
+        y: Tensor = norm(x)
+        return (y * dy).sum()
+
+    torch.testing.assert_close(torch.func.grad(projected)(x.detach(), dy), want)
+    torch.testing.assert_close(torch.func.vmap(norm)(x), norm(x))
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(projected))(x.detach(), dy), want)

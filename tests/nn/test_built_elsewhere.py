@@ -104,3 +104,16 @@ def test_traced_in_eval_it_computes_the_same(name: str) -> None:
         traced = torch.jit.trace(norm, (torch.randn(4, 6, 8),))
         x = torch.randn(3, 6, 8)
         torch.testing.assert_close(traced(x), norm(x))
+
+
+@every
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_is_read_back_to_the_host(name: str, masked: bool) -> None:
+    # On the meta device there is nothing to read: `.item()`, `bool(tensor)` and a boolean index raise. The ops' bodies
+    # run here, which a compiled graph would hide.
+    with torch.device("meta"):
+        norm = built(name)
+        mask = torch.ones(4, 6, dtype=torch.bool) if masked else None
+        for _ in range(2):
+            run(norm, torch.randn(4, 6, 8), torch.randn(4, 6, 8), mask)
+        norm.eval()(torch.randn(4, 6, 8))

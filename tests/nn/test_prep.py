@@ -132,7 +132,10 @@ def test_an_object_of_somebodys_own_class_changes_its_class_and_stays_itself() -
     before = theirs(x)
     theirs.__class__ = prep_class(Scaled, "rms", num_features=8, eps=1e-6, weight="scale", bias=None)  # type: ignore[assignment]
     assert isinstance(theirs, PRepBN)
+    theirs.eval()
     theirs.adopt(RepBN(8, center=False))
+    assert not theirs.rep.training
+    theirs.train()
     assert isinstance(theirs, Scaled)
     assert theirs.scale is scale
     assert torch.equal(theirs(x), before)

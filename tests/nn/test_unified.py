@@ -212,6 +212,33 @@ def test_t28_a_permanent_shift_is_followed_and_bursts_stay_out(sizes: int) -> No
     torch.testing.assert_close(norm.running_square, torch.full((sizes,), 9.0), rtol=0.15, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["unified", "rep"])
+def test_a_change_of_regime_is_accepted_after_exactly_patience_bursts(kind: str) -> None:
+    norm = UnifiedNorm(16, warmup_steps=0, patience=8) if kind == "unified" else RepBN(16, filtration="calibrated")
+    randomised(norm)
+    for _ in range(20):
+        norm(torch.randn(64, 16))
+    assert norm.skips == 0
+    for burst in (5, 7):  # bursts that end in time are all kept out, and start to be counted anew
+        for _ in range(burst):
+            norm(10 * torch.randn(64, 16))
+        norm(torch.randn(64, 16))
+    assert norm.skips == 12
+    for step in range(8):
+        assert norm.skips == 12 + step
+        before = state(norm)
+        x, dy = 10 * torch.randn(64, 16), torch.randn(64, 16)
+        y, dx = run(norm, x, dy)
+    assert norm.skips == 19
+    if isinstance(norm, UnifiedNorm):  # the eighth is the first of a new window: its own statistic, the exact gradient
+        x.requires_grad_()
+        plain = published_formula(x[None], *norm.parameters())[0]
+        torch.testing.assert_close(y, plain)
+        torch.testing.assert_close(dx, torch.autograd.grad(plain, x, dy)[0])
+        square = x.detach().square().mean(0)
+        torch.testing.assert_close(norm.running_square, 0.9 * before["running_square"] + 0.1 * square)
+
+
 def test_a_dead_channel_gives_zeros_and_no_nan() -> None:
     norm = UnifiedNorm(8, warmup_steps=0)
     for _ in range(8):

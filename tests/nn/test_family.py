@@ -37,7 +37,9 @@ def close_states(first: nn.Module, second: nn.Module, tolerance: float = 1e-6) -
 
 @every
 def test_a_nan_batch_changes_nothing_but_the_counters(name: str) -> None:
-    for bad in (torch.nan, torch.inf):
+    for bad in (torch.nan, torch.inf, 1e30):  # the last has no square
+        if bad == 1e30 and name == "power, groups":
+            continue  # the token's own rms takes it away first
         norm = built(name)
         for warm in range(7):
             before = state(norm)

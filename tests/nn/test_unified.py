@@ -232,7 +232,8 @@ def test_a_change_of_regime_is_accepted_after_exactly_patience_bursts(kind: str)
     assert norm.skips == 19
     if isinstance(norm, UnifiedNorm):  # the eighth is the first of a new window: its own statistic, the exact gradient
         x.requires_grad_()
-        plain = published_formula(x[None], *norm.parameters())[0]
+        weight, bias = norm.parameters()
+        plain = published_formula(x[None], weight, bias)[0]
         torch.testing.assert_close(y, plain)
         torch.testing.assert_close(dx, torch.autograd.grad(plain, x, dy)[0])
         square = x.detach().square().mean(0)
@@ -251,8 +252,9 @@ def test_a_dead_channel_gives_zeros_and_no_nan() -> None:
     norm(torch.randn(4, 16, 8))  # the channel comes alive
 
 
-def test_warming_up_again_keeps_what_eval_divides_by() -> None:
-    norm = UnifiedNorm(8, warmup_steps=5)
+@pytest.mark.parametrize("warmup", [5, 0])
+def test_warming_up_again_keeps_what_eval_divides_by(warmup: int) -> None:
+    norm = UnifiedNorm(8, warmup_steps=warmup)
     for _ in range(12):
         run(norm, 2 * torch.randn(4, 16, 8), torch.randn(4, 16, 8))
     running = norm.running_square.clone()
@@ -261,6 +263,8 @@ def test_warming_up_again_keeps_what_eval_divides_by() -> None:
     assert torch.equal(norm.running_square, running)
     x, dy = torch.randn(4, 16, 8), torch.randn(4, 16, 8)
     y, _ = run(norm, x, dy)
+    z, weight = y / norm.weight.detach(), norm.weight.detach()
+    torch.testing.assert_close(norm.average_gradient, 0.1 * (dy * weight * z).mean((0, 1)))
     torch.testing.assert_close(y, published_formula(x, norm.weight, torch.zeros(8)).detach())
     torch.testing.assert_close(norm.running_square, 0.9 * running + 0.1 * x.square().mean((0, 1)))
 

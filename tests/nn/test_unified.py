@@ -230,14 +230,25 @@ def test_a_change_of_regime_is_accepted_after_exactly_patience_bursts(kind: str)
         x, dy = 10 * torch.randn(64, 16), torch.randn(64, 16)
         y, dx = run(norm, x, dy)
     assert norm.skips == 19
-    if isinstance(norm, UnifiedNorm):  # the eighth is the first of a new window: its own statistic, the exact gradient
-        x.requires_grad_()
-        weight, bias = norm.parameters()
-        plain = published_formula(x[None], weight, bias)[0]
+    if isinstance(norm, RepBN):
+        return
+    weight, bias = norm.parameters()
+    squares: list[Tensor] = []
+    for step in range(4):  # the eighth is the first of a new window: until that is full, each is its own statistic
+        squares.append(x.detach().square().mean(0))
+        plain = published_formula(x.requires_grad_()[None], weight, bias)[0]
         torch.testing.assert_close(y, plain)
         torch.testing.assert_close(dx, torch.autograd.grad(plain, x, dy)[0])
-        square = x.detach().square().mean(0)
-        torch.testing.assert_close(norm.running_square, 0.9 * before["running_square"] + 0.1 * square)
+        if step == 0:
+            torch.testing.assert_close(norm.running_square, 0.9 * before["running_square"] + 0.1 * squares[0])
+        window = norm.window_square.clone()
+        x, dy = 10 * torch.randn(64, 16), torch.randn(64, 16)
+        y, dx = run(norm, x, dy)
+    torch.testing.assert_close(window, torch.stack(squares))
+    squares.append(x.square().mean(0))
+    square = geometric_mean(torch.stack(squares[-4:]))
+    torch.testing.assert_close(y, x * torch.rsqrt(square + 1e-5) * weight + bias)
+    assert norm.skips == 19
 
 
 def test_a_dead_channel_gives_zeros_and_no_nan() -> None:

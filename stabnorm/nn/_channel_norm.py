@@ -172,7 +172,7 @@ class ChannelNorm(Float32Buffers):
     def _folded(
         self, mean: Tensor | None, square: Tensor, bias: Tensor | None, eta: Tensor | None
     ) -> tuple[Tensor, Tensor, int]:
-        if not torch.isfinite(square).all():
+        if not all(torch.isfinite(t).all() for t in (mean, square) if t is not None):
             raise StabNormError(
                 f"{type(self).__name__} holds non-finite running statistics, so it has no affine map. Gather them anew"
             )

@@ -166,6 +166,15 @@ def test_batches_that_hardly_differ_are_no_bursts(window: int | tuple[int, int])
         assert norm.skips == (window != (1, 4))
 
 
+def test_a_channel_below_eps_makes_no_burst() -> None:
+    norm = UnifiedNorm(8, warmup_steps=0)
+    for step in range(30):
+        x = torch.randn(256, 8)
+        x[:, 3] *= 1e-3 if step % 10 == 9 else 1e-6
+        norm(x)
+    assert norm.skips == 0
+
+
 def test_a_burst_in_few_channels_is_found() -> None:
     norm = UnifiedNorm(768, warmup_steps=0)
     with torch.no_grad():

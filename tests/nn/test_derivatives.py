@@ -1,4 +1,6 @@
-"""Second derivatives and torch.func: exact in eval; in training, where they would be wrong, refused."""
+"""Gradients at padding; second derivatives and torch.func: exact in eval, refused in training, where they are wrong."""
+
+import copy
 
 import pytest
 import torch
@@ -9,6 +11,24 @@ from stabnorm.nn import PowerNorm, PRepBN, UnifiedNorm
 from tests.nn_modules import MODULES, built, run, state
 
 every = pytest.mark.parametrize("name", list(MODULES))
+
+
+@every
+def test_what_comes_back_to_padding_stays_there(name: str) -> None:
+    norm = built(name)
+    twin = copy.deepcopy(norm)
+    for _ in range(8):
+        x, dy = torch.randn(4, 6, 8), torch.randn(4, 6, 8)
+        mask = torch.rand(4, 6) > 0.3
+        silent = torch.where(mask[..., None], dy, 0)
+        _, dx = run(norm, x, dy, mask)
+        _, dx_silent = run(twin, x, silent, mask)
+        torch.testing.assert_close(dx[mask], dx_silent[mask])
+        assert dx[~mask].abs().sum() > 0
+        assert torch.equal(dx_silent[~mask], torch.zeros_like(dx_silent[~mask]))
+    theirs = state(twin)
+    for key, value in state(norm).items():
+        torch.testing.assert_close(value, theirs[key], msg=key)
 
 
 def refuses_a_gradient_of_the_gradient(norm: nn.Module) -> None:

@@ -94,6 +94,7 @@ def test_t10_eval_blends_until_lam_is_zero_or_is_rep_alone() -> None:
     assert torch.equal(published(x), rep)
     with pytest.raises(StabNormError, match=r"lam=0\.5"):
         blend.fold_affine()
+    assert torch.equal(published.fold_affine()[0], published.rep.fold_affine()[0])
     blend.lam.zero_()
     assert torch.equal(blend(x), rep)
     scale, shift, _ = blend.fold_affine()

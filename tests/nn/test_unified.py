@@ -221,6 +221,12 @@ def test_t28_a_permanent_shift_is_followed_and_bursts_stay_out(sizes: int) -> No
     torch.testing.assert_close(norm.running_square, torch.full((sizes,), 9.0), rtol=0.15, atol=0)
 
 
+def test_patience_is_two_windows_unless_given() -> None:
+    assert UnifiedNorm(8, 3).patience == 6
+    assert UnifiedNorm(8, (5, 2)).patience == 10
+    assert UnifiedNorm(8, 3, patience=4).patience == 4
+
+
 @pytest.mark.parametrize("kind", ["unified", "rep"])
 def test_a_change_of_regime_is_accepted_after_exactly_patience_bursts(kind: str) -> None:
     norm = UnifiedNorm(16, warmup_steps=0, patience=8) if kind == "unified" else RepBN(16, filtration="calibrated")

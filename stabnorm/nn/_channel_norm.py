@@ -19,12 +19,19 @@ from stabnorm.ops.ranks import gather_over_ranks
 from stabnorm.ops.rows import LOW_PRECISION, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows, widened
 from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
 
+UNSAVED = {"recent": -1.0, "loss_scale": 1.0}  # -1 is no second moment: no forward is remembered
+
 
 class Float32Buffers(nn.Module):
     """Floating buffers stay float32 under `.to(torch.bfloat16)` and `.half()`: a running mean needs its digits."""
 
     def _own_buffers(self) -> dict[str, Tensor | None]:
         return self._buffers
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As `nn.Module` does; also where `torch.set_default_dtype` made it low in precision."""
+        low = tensor is not None and tensor.dtype in LOW_PRECISION
+        super().register_buffer(name, tensor.float() if low else tensor, persistent)  # type: ignore[union-attr]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {name: buffer for name, buffer in self._own_buffers().items() if buffer is not None}
@@ -73,6 +80,26 @@ class ChannelNorm(Float32Buffers):
     def _add_loss_scale(self) -> None:
         # Running gradient statistics are kept in units of the unscaled loss. Whoever scales the loss writes the scale.
         self.register_buffer("loss_scale", torch.ones(()), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        was_meta = self.weight.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:
+            self._begin_unsaved()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        was_meta = self.weight.is_meta
+        super()._load_from_state_dict(*args)
+        if was_meta:
+            self._begin_unsaved()
+
+    def _begin_unsaved(self) -> None:
+        """Off the meta device, give the buffers that no checkpoint holds their first values."""
+        for name, value in UNSAVED.items():
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                self._buffers[name] = torch.full_like(buffer, value, device=self.weight.device)
 
     def _reset_counters(self) -> None:
         self.step.zero_()
@@ -148,7 +175,7 @@ class ChannelNorm(Float32Buffers):
     def _folded(
         self, mean: Tensor | None, square: Tensor, bias: Tensor | None, eta: Tensor | None
     ) -> tuple[Tensor, Tensor, int]:
-        if not torch.isfinite(square).all():
+        if not all(torch.isfinite(t).all() for t in (mean, square) if t is not None):
             raise StabNormError(
                 f"{type(self).__name__} holds non-finite running statistics, so it has no affine map. Gather them anew"
             )
@@ -160,6 +187,19 @@ class ChannelNorm(Float32Buffers):
     def _common_repr(self) -> str:
         options = "" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}"
         return options + (", sync=True" if self.sync else "")
+
+
+def refuse_second_derivative() -> None:
+    """Raise StabNormError in a backward with `create_graph=True`.
+
+    The statistics are constants to these functions and the gradient's state moves, so that a second derivative would be
+    wrong without a sign. `once_differentiable` says so only where the upstream gradient requires a gradient, too.
+    """
+    if torch.is_grad_enabled():
+        raise StabNormError(
+            "the norms of stabnorm have no second derivative in training mode. Take the gradient without create_graph, "
+            "or call eval() on them first"
+        )
 
 
 _Maybe = Tensor | None
@@ -234,6 +274,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power = ctx.saved_tensors
         plain, weighted, plain_valid, weighted_valid = sums_of_rows(grad_y, rows, mean, valid)
         if ctx.sync:

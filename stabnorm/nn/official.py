@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm.nn._channel_norm import refuse_second_derivative
+
 Correction = Callable[[Tensor, Tensor], Tensor]  # (dz, z) -> dz - psi z; updates what psi comes from
 
 
@@ -82,6 +84,7 @@ class _RunningGradientScale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         z, weight, backward_scale, ratio = ctx.saved_tensors
         grad_z = grad_y * (weight * ratio)[:, None]
         grad_x = ctx.correction(grad_z, z) * backward_scale[:, None]

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from stabnorm.errors import StabNormError
+from stabnorm.functional import scale_groups
 from stabnorm.nn._channel_norm import ChannelNorm, normalize
 from stabnorm.nn.official import OfficialPowerNorm
 from stabnorm.nn.unified import check_variant
@@ -121,9 +121,7 @@ class PowerNorm(ChannelNorm):
             y: Tensor = self.official(x, None if valid is None else valid.reshape(x.shape[:-1]))
             return y
         if self.groups is not None:
-            if valid is not None:  # a NaN of the padding times an upstream gradient of 0 would come back from here
-                rows = torch.where(valid[:, None], rows, 0)
-            rows = _GroupScaling.apply(rows, self.groups, self.eps)  # type: ignore[no-untyped-call]
+            rows = self._scaled(rows, masked=valid is not None)
         if not self.training:
             return self.like_input(self.eval_affine(rows, None, self.running_square, self.weight, self.bias, None), x)
         moments = self.moments(rows, valid, center=False)
@@ -137,6 +135,14 @@ class PowerNorm(ChannelNorm):
         psi = ("quadratic", self.alpha_bkw, self.loss_scale, gate, self.nu, None, None, power)
         y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
         return self.like_input(y, x)
+
+    def _scaled(self, rows: Tensor, *, masked: bool) -> Tensor:
+        """GroupScaling: every token's groups of channels at rms 1."""
+        assert self.groups is not None
+        if not self.training:  # second derivatives and torch.func go through the formula
+            return scale_groups(widened(rows), self.groups, self.eps).to(rows.dtype)
+        scaled: Tensor = _GroupScaling.apply(rows, self.groups, self.eps, masked)  # type: ignore[no-untyped-call]
+        return scaled
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """``(scale, shift, channel_dim)`` of the norm in eval, float64.
@@ -162,30 +168,31 @@ class PowerNorm(ChannelNorm):
 
 
 class _GroupScaling(torch.autograd.Function):
-    r"""Every token's groups of channels at rms 1: y = x r, r = rsqrt(mean(x^2) + eps) within the group.
+    r"""`functional.scale_groups` with its gradient written out; autograd of the formula takes twice the passes.
 
-    .. math:: dx = (dy - y\,\overline{dy\,y})\, r
-
-    Written out because autograd of the formula takes twice the passes.
+    .. math:: y = x r,\quad r = 1 / \sqrt{\overline{x^2} + \epsilon},\qquad dx = (dy - y\,\overline{dy\,y})\, r
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, groups: int, eps: float, masked: bool) -> Tensor:
         grouped = rows.unflatten(-1, (groups, -1))
         wide = widened(grouped)
         size = torch.linalg.vector_norm(wide, 2, -1, keepdim=True)
         r = torch.rsqrt(size.square() / wide.shape[-1] + eps)
         y = (wide * r).to(rows.dtype)
         ctx.save_for_backward(y, r)
+        ctx.masked = masked
         return y.flatten(-2)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         y, r = ctx.saved_tensors
         dy, y = widened(grad_y.view_as(y)), widened(y)
         along = (dy * y).mean(-1, keepdim=True)
-        return torch.addcmul(dy, y, along, value=-1).mul_(r).to(grad_y.dtype).flatten(-2), None, None
+        dx = torch.addcmul(dy, y, along, value=-1).mul_(r)
+        if ctx.masked:  # padding may hold NaN, and what comes back to it is 0
+            dx = torch.where((dy == 0).all(-1, keepdim=True), 0, dx)
+        return dx.to(grad_y.dtype).flatten(-2), None, None, None
 
 
 register_norm(PowerNorm, "batch", channel_dim="channel_dim")

@@ -238,13 +238,16 @@ def _blank(base: type[nn.Module], kind: Kind | None, registration: tuple[tuple[s
 class _Fork(torch.autograd.Function):
     """The input twice, for norm and RepBN, and RepBN's parameters; a branch of weight 0 gets no gradient back."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, lam: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eta: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(lam.clone())  # lam moves between forward and backward
+    def forward(lam: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eta: Tensor) -> tuple[Tensor | None, ...]:
         others = (None if t is None else t.view_as(t) for t in (weight, bias, eta))
         return x.view_as(x), x.view_as(x), *others
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0].clone())  # lam moves between forward and backward
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -259,11 +262,17 @@ class _Fork(torch.autograd.Function):
 class _Blend(torch.autograd.Function):
     """lam norm + (1 - lam) rep in the norm's dtype, see `stabnorm.ops.blend`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
+    def forward(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
+        return blend(lam, norm, rep.to(norm.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        lam, _, rep = inputs
         ctx.save_for_backward(lam.clone())
         ctx.rep_dtype = rep.dtype
-        return blend(lam, norm, rep.to(norm.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

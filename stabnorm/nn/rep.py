@@ -20,7 +20,7 @@ class RepBN(ChannelNorm):
 
     In training mu and sigma are the batch's, over all valid tokens; in eval the running ones, and the whole is
     y = a x + b with a = gamma / sqrt(running_var + eps) + eta. A batch with anything non-finite, or with no valid
-    token, leaves the running statistics as they are.
+    token, leaves the running statistics as they are; so does a single token, which has no variance.
 
     Args:
         num_features: C.

@@ -27,7 +27,8 @@ class UnifiedNorm(ChannelNorm):
         num_features: C.
         window: M; a pair for (forward, backward); 1 is the batch's own statistic and its exact gradient. Default: 4.
         warmup_steps: steps without smoothing. Default: 4000.
-        filtration: "calibrated", or None for no filter; "official" with the official variant. Default: "calibrated".
+        filtration: "calibrated", or None for no filter; "official" with the official variant. A window of 2 gives
+            the filter nothing to compare with, and it refuses every second batch: use 4 or more. Default: "calibrated".
         patience: so many outliers in a row are a new regime: the window starts again. Default: twice the window.
         momentum: weight of the new value in the running averages. Default: 0.1.
         eps: added to the second moment. Default: 1e-5.

@@ -19,7 +19,7 @@ def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
     >>> blend(torch.tensor(1.0), torch.ones(2), torch.full((2,), torch.nan))
     tensor([1., 1.])
     """
-    if torch.compiler.is_compiling() or norm.device.type != "cpu":
+    if not _by_bits(norm, rep):
         return functional.blend(lam, norm, rep)
     of_norm = torch.where(lam == 0, -0.0, lam)
     of_rep = torch.where(lam == 1, -0.0, 1 - lam)
@@ -28,10 +28,18 @@ def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
 
 def join_gradients(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
     """`functional.join_gradients`, their sum."""
-    if torch.compiler.is_compiling() or of_norm.device.type != "cpu":
+    if not _by_bits(of_norm, of_rep):
         return functional.join_gradients(lam, of_norm, of_rep)
     sign = torch.where(lam == 1, -0.0, torch.ones_like(lam)).to(of_norm.dtype)
     return torch.addcmul(_unless(lam == 0, of_norm), _unless(lam == 1, of_rep), sign)
+
+
+def _by_bits(*both: Tensor) -> bool:
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or torch.compiler.is_compiling() or both[0].device.type != "cpu":
+        return False
+    # A gradient of the gradient does not pass through a view as integers.
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in both))
 
 
 def _unless(silent: Tensor, t: Tensor) -> Tensor:

@@ -96,9 +96,10 @@ def smooth_square_(
     accepted, restart, after = _judge(square, count, window, skips, progress, past, patience, eps, filtered)
     smooth = past & accepted & ~restart
     divisor = torch.where(smooth, geometric_mean(after), square)
-    weight = torch.where(progress[0] == 0, 1.0, momentum)  # the first batch replaces what the buffer was born with
+    # The first batch replaces what the buffer was born with.
+    weight = torch.where(progress[0] == 0, 1.0, running.new_full((), momentum))
     _keep_(window, after, accepted)
-    _keep_(running, torch.lerp(running, divisor.to(running.dtype), weight.to(running.dtype)), accepted)
+    _keep_(running, torch.lerp(running, divisor.to(running.dtype), weight), accepted)
     gate = torch.stack([accepted, smooth])
     _remember_(recent, square, divisor, gate)
     _count_(step, skips, progress, accepted, restart, counting)
@@ -176,12 +177,13 @@ def track_batch_(
     """
     if is_recompute():
         return
+    enough = count if mean is None else count - 1  # the variance of one row is not 0: there is none
     about = square if mean is None or running_mean is None else square + (mean - running_mean).square()
     if window is None:
-        accepted, restart = _sound(about, count), None
+        accepted, restart = _sound(about, enough), None
     else:
         past = progress[2] >= len(window)
-        accepted, restart, after = _judge(about, count, window, skips, progress, past, patience, eps, True)
+        accepted, restart, after = _judge(about, enough, window, skips, progress, past, patience, eps, True)
         _keep_(window, after, accepted)
     if mean is not None and running_mean is not None:
         square = square * (count / (count - 1).clamp(min=1))
@@ -226,8 +228,8 @@ def track_quadratic_(
     accepted = _sound(square, count)
     past = step >= warmup
     divisor = torch.where(past, running, square)
-    weight = torch.where(past, 1 - alpha, 1 / (progress[2] + 1))
-    _keep_(running, torch.lerp(running, square.to(running.dtype), weight.to(running.dtype)), accepted)
+    weight = torch.where(past, 1 - alpha, 1 / (progress[2] + 1).to(running.dtype))
+    _keep_(running, torch.lerp(running, square.to(running.dtype), weight), accepted)
     gate = torch.stack([accepted, past])
     _remember_(recent, square, divisor, gate)
     _count_(step, skips, progress, accepted, None, counting)
@@ -332,10 +334,13 @@ def _recall(recent: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
     """
     channels = len(square)
     squares, divisors = recent[:, :channels], recent[:, channels : 2 * channels]
-    near = (squares - square).abs().amax(1) <= 1e-5 * square.abs().amax()
-    newest = near.to(torch.int64).argmax()
+    apart = (squares - square).abs()
+    near = apart.amax(1) <= 1e-5 * square.abs().amax()
+    # A channel far above the others may hardly change from batch to batch: of those near in scale, the nearest in all.
+    tiny = torch.finfo(square.dtype).tiny
+    nearest = torch.where(near, (apart / square.clamp(min=tiny)).sum(1), torch.inf).argmin()
     known = near.any()
-    divisor = torch.where(known, divisors.index_select(0, newest[None])[0].to(square.dtype), square)
-    smooth = recent.index_select(0, newest[None])[0, -1] > 0
+    divisor = torch.where(known, divisors.index_select(0, nearest[None])[0].to(square.dtype), square)
+    smooth = recent.index_select(0, nearest[None])[0, -1] > 0
     # Within the warm-up the divisor is the batch's own statistic, in full precision.
     return torch.where(smooth, divisor, square), torch.stack([known, known & smooth])

@@ -94,6 +94,7 @@ def test_t10_eval_blends_until_lam_is_zero_or_is_rep_alone() -> None:
     assert torch.equal(published(x), rep)
     with pytest.raises(StabNormError, match=r"lam=0\.5"):
         blend.fold_affine()
+    assert torch.equal(published.fold_affine()[0], published.rep.fold_affine()[0])
     blend.lam.zero_()
     assert torch.equal(blend(x), rep)
     scale, shift, _ = blend.fold_affine()
@@ -133,13 +134,19 @@ def test_an_object_of_somebodys_own_class_changes_its_class_and_stays_itself() -
     what_it_is = {"num_features": 8, "eps": 1e-6, "weight": "scale", "bias": None}
     theirs.__class__ = prep_class(Scaled, "rms", **what_it_is)  # type: ignore[assignment]
     assert isinstance(theirs, PRepBN)
+    theirs.eval()
     theirs.adopt(RepBN(8, center=False))
+    assert not theirs.rep.training
+    theirs.train()
     assert isinstance(theirs, Scaled)
     assert theirs.scale is scale
     assert torch.equal(theirs(x), before)
     assert prep_class(Scaled, "rms", **what_it_is) is type(theirs)
     twin = pickle.loads(pickle.dumps(theirs))
     assert torch.equal(twin(x), before)
+    theirs.lam.zero_()
+    theirs.reset_parameters()  # its class has none
+    assert theirs.lam == 1
 
 
 def test_names_are_the_norms_own_and_reps() -> None:

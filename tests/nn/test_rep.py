@@ -101,6 +101,22 @@ def test_the_filter_keeps_shifted_means_out_until_they_stay() -> None:
     torch.testing.assert_close(norm.running_mean, torch.full((16,), 5.0), rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("filtration", [None, "calibrated"])
+def test_one_row_has_no_variance_to_learn(filtration: str | None) -> None:
+    norm = RepBN(8, filtration=filtration)
+    for _ in range(8):
+        norm(torch.randn(16, 8))
+    before = state(norm)
+    norm(torch.randn(1, 8))
+    norm(torch.randn(4, 8), torch.tensor([True, False, False, False]))
+    for name, value in state(norm).items():
+        assert torch.equal(value, before[name]) or name in ("step", "skips"), name
+    assert norm.skips == 2
+    scale_only = RepBN(8, center=False)  # a mean square it has
+    scale_only(torch.full((1, 8), 3.0))
+    torch.testing.assert_close(scale_only.running_var, torch.full((8,), 0.9 + 0.9))
+
+
 def test_convert_sync_batchnorm_leaves_it_alone() -> None:
     norm = RepBN(8)
     assert nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(norm))[0] is norm

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from stabnorm.functional import geometric_mean, is_burst
 from stabnorm.nn import RepBN, UnifiedNorm
@@ -150,6 +151,30 @@ def test_t4_bursts_of_three_are_found(channels: int) -> None:
     assert found > 0.99 * bursts, (found, bursts)
 
 
+@pytest.mark.parametrize("window", [4, (1, 4), (8, 2)], ids=str)
+def test_batches_that_hardly_differ_are_no_bursts(window: int | tuple[int, int]) -> None:
+    # The variance of the window then is 0, or there is none in a window of one, and rounding would decide.
+    for seed in range(10):
+        torch.manual_seed(seed)
+        norm, rep = UnifiedNorm(8, window, warmup_steps=0), RepBN(8, filtration="calibrated")
+        x = 10 * torch.rand(8) * torch.randn(64, 8)
+        for step in range(60):
+            norm(x * (1 + 1e-4 * (step % 7)))
+            rep(x)
+        assert norm.skips == rep.skips == 0
+        norm(3 * x)
+        assert norm.skips == (window != (1, 4))
+
+
+def test_a_channel_below_eps_makes_no_burst() -> None:
+    norm = UnifiedNorm(8, warmup_steps=0)
+    for step in range(30):
+        x = torch.randn(256, 8)
+        x[:, 3] *= 1e-3 if step % 10 == 9 else 1e-6
+        norm(x)
+    assert norm.skips == 0
+
+
 def test_a_burst_in_few_channels_is_found() -> None:
     norm = UnifiedNorm(768, warmup_steps=0)
     with torch.no_grad():
@@ -196,6 +221,51 @@ def test_t28_a_permanent_shift_is_followed_and_bursts_stay_out(sizes: int) -> No
     torch.testing.assert_close(norm.running_square, torch.full((sizes,), 9.0), rtol=0.15, atol=0)
 
 
+def test_patience_is_two_windows_unless_given() -> None:
+    assert UnifiedNorm(8, 3).patience == 6
+    assert UnifiedNorm(8, (5, 2)).patience == 10
+    assert UnifiedNorm(8, 3, patience=4).patience == 4
+
+
+@pytest.mark.parametrize("kind", ["unified", "rep"])
+def test_a_change_of_regime_is_accepted_after_exactly_patience_bursts(kind: str) -> None:
+    norm = UnifiedNorm(16, warmup_steps=0, patience=8) if kind == "unified" else RepBN(16, filtration="calibrated")
+    randomised(norm)
+    for _ in range(20):
+        norm(torch.randn(64, 16))
+    assert norm.skips == 0
+    for burst in (5, 7):  # bursts that end in time are all kept out, and start to be counted anew
+        for _ in range(burst):
+            norm(10 * torch.randn(64, 16))
+        norm(torch.randn(64, 16))
+    assert norm.skips == 12
+    for step in range(8):
+        assert norm.skips == 12 + step
+        before = state(norm)
+        x, dy = 10 * torch.randn(64, 16), torch.randn(64, 16)
+        y, dx = run(norm, x, dy)
+    assert norm.skips == 19
+    if isinstance(norm, RepBN):
+        return
+    weight, bias = norm.parameters()
+    squares: list[Tensor] = []
+    for step in range(4):  # the eighth is the first of a new window: until that is full, each is its own statistic
+        squares.append(x.detach().square().mean(0))
+        plain = published_formula(x.requires_grad_()[None], weight, bias)[0]
+        torch.testing.assert_close(y, plain)
+        torch.testing.assert_close(dx, torch.autograd.grad(plain, x, dy)[0])
+        if step == 0:
+            torch.testing.assert_close(norm.running_square, 0.9 * before["running_square"] + 0.1 * squares[0])
+        window = norm.window_square.clone()
+        x, dy = 10 * torch.randn(64, 16), torch.randn(64, 16)
+        y, dx = run(norm, x, dy)
+    torch.testing.assert_close(window, torch.stack(squares))
+    squares.append(x.square().mean(0))
+    square = geometric_mean(torch.stack(squares[-4:]))
+    torch.testing.assert_close(y, x * torch.rsqrt(square + 1e-5) * weight + bias)
+    assert norm.skips == 19
+
+
 def test_a_dead_channel_gives_zeros_and_no_nan() -> None:
     norm = UnifiedNorm(8, warmup_steps=0)
     for _ in range(8):
@@ -208,8 +278,9 @@ def test_a_dead_channel_gives_zeros_and_no_nan() -> None:
     norm(torch.randn(4, 16, 8))  # the channel comes alive
 
 
-def test_warming_up_again_keeps_what_eval_divides_by() -> None:
-    norm = UnifiedNorm(8, warmup_steps=5)
+@pytest.mark.parametrize("warmup", [5, 0])
+def test_warming_up_again_keeps_what_eval_divides_by(warmup: int) -> None:
+    norm = UnifiedNorm(8, warmup_steps=warmup)
     for _ in range(12):
         run(norm, 2 * torch.randn(4, 16, 8), torch.randn(4, 16, 8))
     running = norm.running_square.clone()
@@ -218,6 +289,8 @@ def test_warming_up_again_keeps_what_eval_divides_by() -> None:
     assert torch.equal(norm.running_square, running)
     x, dy = torch.randn(4, 16, 8), torch.randn(4, 16, 8)
     y, _ = run(norm, x, dy)
+    z, weight = y / norm.weight.detach(), norm.weight.detach()
+    torch.testing.assert_close(norm.average_gradient, 0.1 * (dy * weight * z).mean((0, 1)))
     torch.testing.assert_close(y, published_formula(x, norm.weight, torch.zeros(8)).detach())
     torch.testing.assert_close(norm.running_square, 0.9 * running + 0.1 * x.square().mean((0, 1)))
 
@@ -244,6 +317,26 @@ def test_two_forwards_before_one_backward() -> None:
     torch.autograd.backward(y, (da, db))
     assert torch.equal(y[0], other(a))
     assert torch.equal(y[1], other(b))
+
+
+def test_a_recompute_is_told_by_every_channel() -> None:
+    norm = UnifiedNorm(8, warmup_steps=0, filtration=None)
+
+    def batch(scale: float) -> Tensor:
+        x = scale * torch.randn(64, 8)
+        x[:, 0] = 1000  # a channel of a thousand times the others' size that says nothing about the batch
+        return x
+
+    for _ in range(6):
+        norm(batch(1.0))
+    seen: list[Tensor] = []
+    norm.register_forward_hook(lambda module, arguments, y: seen.append(y.detach().clone()))
+    inputs = [batch(scale).requires_grad_() for scale in (1.0, 1.3, 1.6)]
+    outputs = [checkpoint(lambda x: norm(x).tanh(), x, use_reentrant=False) for x in inputs]
+    for y in outputs:
+        y.backward(torch.randn_like(y))
+    for first, second in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(first, second)
 
 
 def test_the_official_variant_is_the_published_module() -> None:

@@ -70,3 +70,4 @@ def test_a_blend_equals_its_formula_and_is_exact_at_its_ends(lam: float, dtype: 
             assert torch.equal(torch.signbit(got), torch.signbit(norm))
         if lam == 0:
             assert torch.equal(got, rep)
+            assert fast is join_gradients or torch.equal(torch.signbit(got), torch.signbit(rep))

@@ -6,7 +6,7 @@ the report says or, after an error, is what it was.
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -191,17 +191,24 @@ def _table(norms: Iterable[NormConversion]) -> list[str]:
 # --- what is wrong with the call ---
 
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-_OPTIONS: dict[Target, tuple[type[nn.Module], ...]] = {
-    "prepbn": (PRepBN, RepBN),
-    "repbn": (RepBN,),
-    "unified": (UnifiedNorm,),
-    "power": (PowerNorm,),
+_OPTIONS: dict[Target, tuple[Callable[..., None], ...]] = {
+    "prepbn": (PRepBN.__init__, RepBN.__init__),
+    "repbn": (RepBN.__init__,),
+    "unified": (UnifiedNorm.__init__,),
+    "power": (PowerNorm.__init__,),
 }
-_OF_THE_LAYER = {"num_features", "normalized_shape", "channel_dim", "kind", "rep_options"}  # not for the caller to say
+_OF_THE_LAYER = {
+    "self",
+    "num_features",
+    "normalized_shape",
+    "channel_dim",
+    "kind",
+    "rep_options",
+}  # not for the caller to say
 
 
 def _check_options(to: Target, options: dict[str, Any]) -> None:
-    signatures = [inspect.signature(norm_class).parameters for norm_class in _OPTIONS[to]]
+    signatures = [inspect.signature(constructor).parameters for constructor in _OPTIONS[to]]
     known = sorted({name for signature in signatures for name in signature} - _OF_THE_LAYER)
     for name in options:
         if name not in known:

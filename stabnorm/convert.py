@@ -94,6 +94,9 @@ def convert_norms(
     ``configure_model``, say; then converted checkpoints load, and so does, with "prepbn", a checkpoint of the model as
     it was. Calling it again changes nothing.
 
+    Gradients at lam = 1 are the same bits, too, where the norm is one operation; a norm that is written out in several,
+    like Llama's, has its own gradients added up before the residual's join them.
+
     ``nn.TransformerEncoder`` has a fused path for eval that reads the norms' weights and never calls the norms. It is
     switched off in the layers concerned, along with nested tensors, so that eval computes what was trained: with a
     padding mask, places that are padding then hold numbers in place of zeros.
@@ -197,14 +200,7 @@ _OPTIONS: dict[Target, tuple[Callable[..., None], ...]] = {
     "unified": (UnifiedNorm.__init__,),
     "power": (PowerNorm.__init__,),
 }
-_OF_THE_LAYER = {
-    "self",
-    "num_features",
-    "normalized_shape",
-    "channel_dim",
-    "kind",
-    "rep_options",
-}  # not for the caller to say
+_OF_THE_LAYER = {"self", "num_features", "normalized_shape", "channel_dim", "kind", "rep_options"}  # nobody's to choose
 
 
 def _check_options(to: Target, options: dict[str, Any]) -> None:

@@ -109,10 +109,9 @@ def convert_norms(
         **norm_options: Further arguments of `PRepBN` and its `RepBN`, `RepBN`, `UnifiedNorm` or `PowerNorm`. Three
             defaults differ: RepBN has ``filtration="calibrated"``, so that a burst stays out of its running statistics,
             and ``center=False``, scale only, for an rms norm; UnifiedNorm has a bias where the norm has one. `init`
-            stays "vision" (gamma = eta = 1), the paper's choice for DeiT, PVT and Swin and what did best in language
-            models, too, when lam falls over most of the training; the paper's own language models start both at 0
-            (``init="language"``) after 10000 steps at lam = 1. `eps` is the new norm's, 1e-5 unless given; the old one
-            keeps its own.
+            stays "vision" (gamma = eta = 1), the paper's choice for DeiT, PVT and Swin; its language models start with
+            both at 0 (``init="language"``), after 10000 steps at lam = 1. `eps` is the new norm's, 1e-5 unless given;
+            the old one keeps its own.
 
     Returns:
         What was converted, what was left, and why.
@@ -154,11 +153,11 @@ def convert_norms(
             f"{type(model).__name__} has no norm to convert. What there is:\n{there}\n"
             "Convert a model that has layer or rms norms, after it has built them"
         )
+    search.warn(stacklevel=3)
     for plan in plans.values():
         if plan.carry_out:
             plan.carry_out()
     leave_fused_path(model)
-    search.warn(stacklevel=3)
     return report
 
 

@@ -201,6 +201,14 @@ def test_what_is_not_understood_is_also_warned_of_unless_excluded() -> None:
     convert_norms(model, exclude="1")
 
 
+def test_where_warnings_are_errors_that_one_changes_nothing() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), LayerNormRelu(8))
+    before = snapshot(model)
+    with pytest.raises(UserWarning, match="LayerNormRelu"):  # an error throughout these tests
+        convert_norms(model)
+    assert same(snapshot(model), before)
+
+
 def test_a_lazy_norm_is_left_too() -> None:
     with pytest.warns(UserWarning, match="do not know their size yet"):
         report = convert_norms(nn.Sequential(nn.LayerNorm(8), nn.LazyBatchNorm1d()))

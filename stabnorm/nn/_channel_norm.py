@@ -136,10 +136,11 @@ class ChannelNorm(Float32Buffers):
         return rows, None if mask is None else mask.reshape(-1)
 
     def like_input(self, rows: Tensor, x: Tensor) -> Tensor:
-        """``rows [R, C]`` in the shape of x."""
+        """``rows [R, C]`` in the shape of x, and contiguous where x is."""
         if self.channel_dim in (-1, x.ndim - 1):
             return rows.reshape(x.shape)
-        return rows.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
+        y = rows.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
+        return y.contiguous() if x.is_contiguous() else y
 
     @torch.no_grad()
     def moments(self, rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:

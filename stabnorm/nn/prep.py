@@ -155,7 +155,10 @@ class PRepBN(Float32Buffers):
     def __norm(self, x: Tensor) -> Tensor:
         as_it_is = self.norm_channel_dim == self.channel_dim or self.channel_dim == x.ndim - 1
         y: Tensor = super().forward(x if as_it_is else x.movedim(self.channel_dim, -1))
-        return y if as_it_is else y.movedim(-1, self.channel_dim)
+        if as_it_is:
+            return y
+        y = y.movedim(-1, self.channel_dim)
+        return y.contiguous() if x.is_contiguous() else y
 
     def __rep(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
         if self.feature_dims == 1:

@@ -80,7 +80,7 @@ class UnifiedNorm(ChannelNorm):
         super().__init__(num_features, eps, channel_dim, sync)
         check_variant(variant)
         check_filtration(filtration, official=variant == "official")
-        windows = (window, window) if isinstance(window, int) else tuple(window)
+        windows = tuple(window) if isinstance(window, tuple | list) else (window, window)
         if len(windows) != 2 or min(windows) < 1:
             raise ValueError(f"window={window!r} holds no batch. Give a number of batches >= 1, or a pair of them")
         if patience is not None and patience < 1:

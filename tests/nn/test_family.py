@@ -126,6 +126,15 @@ def test_channels_first_equals_channels_last(name: str, shape: tuple[int, ...]) 
 
 
 @every
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_first_output_has_the_layout_of_the_input(name: str, training: bool) -> None:
+    norm = built(name, channel_dim=1).train(training)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(4, 8, 5, 3).to(memory_format=layout)
+        assert norm(x).is_contiguous(memory_format=layout)
+
+
+@every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_buffers_stay_float32_and_the_output_has_the_inputs_dtype(name: str, dtype: torch.dtype) -> None:
     exact = built(name)

@@ -117,7 +117,7 @@ class PowerNorm(ChannelNorm):
             y: Tensor = self.official(x, None if valid is None else valid.reshape(x.shape[:-1]))
             return y
         if self.groups is not None:
-            rows = self._scaled(rows)
+            rows = self.scaled(rows)
         if not self.training:
             return self.like_input(self.eval_affine(rows, None, self.running_square, self.weight, self.bias, None), x)
         moments = self.moments(rows, valid, center=False)
@@ -132,7 +132,7 @@ class PowerNorm(ChannelNorm):
         y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
         return self.like_input(y, x)
 
-    def _scaled(self, rows: Tensor) -> Tensor:
+    def scaled(self, rows: Tensor) -> Tensor:
         """GroupScaling: every token's groups of channels at rms 1."""
         wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
         grouped = wide.unflatten(-1, (self.groups or 1, -1))

@@ -273,7 +273,7 @@ def test_batches_come_as_tensors_tuples_or_mappings() -> None:
     found = []
     for wrap in (lambda x: x, lambda x: (x, torch.zeros(1)), lambda x: {"x": x}):
         model = Named()
-        recalibrate_norms(model, [wrap(x) for x in batches()], BATCHES)  # type: ignore[no-untyped-call]
+        recalibrate_norms(model, [wrap(x) for x in batches()], BATCHES)
         found.append(model.norm.running_var)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -292,7 +292,7 @@ def test_a_compiled_model_is_measured_too() -> None:
 
 def test_what_is_left_alone_is_named() -> None:
     model = nn.ModuleDict({"used": RepBN(WIDTH), "idle": RepBN(WIDTH), "old": UnifiedNorm(WIDTH, variant="official")})
-    report = recalibrate_norms(model, batches(), 3, forward=lambda model, x: model["used"](x))
+    report = recalibrate_norms(model, batches(), 3, forward=lambda m, x: m["used"](x))  # type: ignore[index]
     assert report.norms == ("used",)
     assert report.left == {"idle": "it saw no finite input", "old": "the published variant keeps statistics of its own"}
     assert report.batches == 3

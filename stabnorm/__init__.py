@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stabnorm.convert import convert_norms as convert_norms
     from stabnorm.errors import StabNormError as StabNormError
     from stabnorm.masks import valid_tokens as valid_tokens
     from stabnorm.monitor.detect import Alert as Alert
@@ -21,6 +22,7 @@ _HOME = {
     "Alert": "stabnorm.monitor.detect",
     "StabNormError": "stabnorm.errors",
     "StabilityMonitor": "stabnorm.monitor.monitor",
+    "convert_norms": "stabnorm.convert",
     "find_norms": "stabnorm.norms",
     "recalibrate_norms": "stabnorm.recalibrate",
     "register_norm": "stabnorm.norms",
@@ -31,6 +33,7 @@ __all__ = [
     "Alert",
     "StabNormError",
     "StabilityMonitor",
+    "convert_norms",
     "find_norms",
     "recalibrate_norms",
     "register_norm",

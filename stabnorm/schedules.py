@@ -27,13 +27,7 @@ def schedule_end(total: int, *, start: int = 0, fraction: float = 0.8) -> int:
     >>> schedule_end(1000), schedule_end(1000, start=500, fraction=0.5)
     (800, 1000)
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(
-            f"fraction={fraction} is no share of the training. Give a number above 0, and 1 at most: 0.8 leaves the "
-            "last fifth to the finished model"
-        )
-    if start < 0:
-        raise ValueError(f"start={start} lies before the training. Give an optimizer step, 0 for its beginning")
+    check_span(start, fraction)
     end = start + max(1, round(fraction * total))
     if end > total:
         raise ValueError(
@@ -133,6 +127,17 @@ def _elapsed(step: int, total: int, layer: int, layers: int, start: int, fractio
         begin += turn / (layers - 1) * (1 - STAGGER) * length
         length *= STAGGER
     return (step - begin) / length
+
+
+def check_span(start: int, fraction: float) -> None:
+    """Raise ValueError unless `start` is a step and `fraction` a share."""
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"fraction={fraction} is no share of the training. Give a number above 0, and 1 at most: 0.8 leaves the "
+            "last fifth to the finished model"
+        )
+    if start < 0:
+        raise ValueError(f"start={start} lies before the training. Give an optimizer step, 0 for its beginning")
 
 
 def check_order(order: str) -> None:

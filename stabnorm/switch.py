@@ -12,20 +12,26 @@ from torch import Tensor, nn
 from stabnorm.nn._channel_norm import ChannelNorm
 from stabnorm.nn.prep import PRepBN
 
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # of torch.compile and checkpointing: not the user's names
+
 
 def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
-    """The layers that have a lam, by name, in module order; a shared one once.
+    """The layers that have a lam, by the names `find_norms` gives them, in module order; a shared one once.
 
     >>> from stabnorm.nn import PRepBN
     >>> list(progressive_norms(nn.Sequential(nn.Linear(4, 8), PRepBN(8))))
     ['1']
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, PRepBN)}
+    return {_own(name): module for name, module in model.named_modules() if isinstance(module, PRepBN)}
 
 
 def running_norms(model: nn.Module) -> dict[str, ChannelNorm]:
     """This package's norms with running statistics, by name; those inside progressive norms, too."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
+    return {_own(name): module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
+
+
+def _own(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def write_lam(norms: Iterable[PRepBN], lam: Sequence[float]) -> None:

@@ -1,5 +1,6 @@
 """The place that knows Lightning: one callback per file, thin hooks over the plain functions of `stabnorm`."""
 
+from stabnorm.callbacks.progressive import ProgressiveNormCallback
 from stabnorm.callbacks.stability import StabilityCallback
 
-__all__ = ["StabilityCallback"]
+__all__ = ["ProgressiveNormCallback", "StabilityCallback"]

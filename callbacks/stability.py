@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm.callbacks._lightning import Callback
+from stabnorm.callbacks._masks import BatchMask
 from stabnorm.callbacks._outputs import HeadlineScalars, log_picture, log_text, output_directory, record_writers
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.table import format_table, layers_worth_a_look, markdown_table
-from stabnorm.masks import valid_tokens
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.statistics import CATALOGUE, resolve
 
@@ -82,7 +82,7 @@ class StabilityCallback(Callback):
         self.monitor: StabilityMonitor | None = None
         self.directory: Path | None = None
         self._saved: dict[str, Any] | None = None
-        self._masks: valid_tokens | None = None
+        self._batch_mask = BatchMask(mask)
         self._step = _OpenStep()
         self._fitting = self._counted = self._loaded = False
 
@@ -153,7 +153,7 @@ class StabilityCallback(Callback):
             self.monitor.records = []
 
     def _release(self) -> None:
-        self._drop_mask()
+        self._batch_mask.leave()
         if self.monitor is not None:
             self.monitor.detach()
 
@@ -176,9 +176,7 @@ class StabilityCallback(Callback):
         if not self._step.open:
             self.monitor.discard()  # what a learning-rate search or the like ran through the hooks
             self._step = _OpenStep(open=True)
-        if self.mask is not None:
-            self._masks = valid_tokens(*self._masks_of(batch))
-            self._masks.__enter__()
+        self._batch_mask.enter(batch)
 
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
@@ -199,7 +197,7 @@ class StabilityCallback(Callback):
         batch_idx: int,
     ) -> None:
         """End the step when an optimizer stepped in this batch."""
-        self._drop_mask()
+        self._batch_mask.leave()
         step = self._step
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
@@ -209,30 +207,6 @@ class StabilityCallback(Callback):
         if step.stepped and self.monitor is not None:
             self.monitor.step(loss=step.loss, learning_rate=step.learning_rate, grad_scale=step.grad_scale)
             self._step = _OpenStep()
-
-    def _masks_of(self, batch: Any) -> Sequence[Tensor]:
-        if callable(self.mask):
-            masks = self.mask(batch)
-        else:
-            try:
-                masks = batch[self.mask]
-            except (KeyError, IndexError, TypeError) as error:
-                has = f"keys {list(batch)}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
-                raise ValueError(
-                    f"mask={self.mask!r} is no key of the batch, which has {has}; name the entry that says which "
-                    "tokens are valid, or give a function of the batch"
-                ) from error
-        if masks is None:
-            raise ValueError("the mask function returned None; it returns a bool tensor, True = valid token")
-        if not isinstance(masks, Tensor):
-            return masks
-        # A key names what the tokenizer made, often 0 and 1; a function's answer is taken as it is.
-        return (masks if callable(self.mask) else masks.bool(),)
-
-    def _drop_mask(self) -> None:
-        if self._masks is not None:
-            self._masks.__exit__(None, None, None)
-            self._masks = None
 
     # -- the closing report --------------------------------------------------------------------------------------------
 
@@ -274,9 +248,7 @@ class StabilityCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(
-            monitor=None, _fitting=False, _masks=None, _step=_OpenStep(), _saved=self.state_dict().get("monitor")
-        )
+        state.update(monitor=None, _fitting=False, _step=_OpenStep(), _saved=self.state_dict().get("monitor"))
         # The Trainer hangs the module's bound methods on every callback: pickling them would pickle the model.
         for name in ("log", "log_dict"):
             state.pop(name, None)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
     from stabnorm.norms import find_norms as find_norms
     from stabnorm.norms import register_norm as register_norm
+    from stabnorm.recalibrate import recalibrate_norms as recalibrate_norms
 
 __version__ = "0.1.0"
 
@@ -23,11 +24,21 @@ _HOME = {
     "StabilityMonitor": "stabnorm.monitor.monitor",
     "convert_norms": "stabnorm.convert",
     "find_norms": "stabnorm.norms",
+    "recalibrate_norms": "stabnorm.recalibrate",
     "register_norm": "stabnorm.norms",
     "valid_tokens": "stabnorm.masks",
 }
 
-__all__ = ["Alert", "StabNormError", "StabilityMonitor", "convert_norms", "find_norms", "register_norm", "valid_tokens"]
+__all__ = [
+    "Alert",
+    "StabNormError",
+    "StabilityMonitor",
+    "convert_norms",
+    "find_norms",
+    "recalibrate_norms",
+    "register_norm",
+    "valid_tokens",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -70,6 +70,9 @@ class StabilityMonitor:
 
     Shape: `history()` gives ``[steps, layers]`` for every statistic, float32.
 
+    Functions in `listeners` are called at the end of each step with its number and all its statistics, ``[layers,
+    statistics]`` in the order of `layers` and `statistics`, on the device: who must not wait copies them.
+
     >>> import torch, stabnorm
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
     >>> with stabnorm.StabilityMonitor(model, gradients=False) as monitor:
@@ -107,6 +110,7 @@ class StabilityMonitor:
         self.flush_every = flush_every
         self.alerts: list[Alert] = []
         self.records: list[RecordWriter] = []
+        self.listeners: list[Callable[[int, Tensor], None]] = []
         self.steps_done = 0
         self.label = ""  # said before an alert: which of several processes this is
         self._norms = norms
@@ -200,6 +204,8 @@ class StabilityMonitor:
             state.scalars[self._filled, column] = value.detach().reshape(()) if isinstance(value, Tensor) else value
         past.update(now, *self._own_running_buffers(past))
         self._observer.discard()
+        for listen in self.listeners:
+            listen(self.steps_done, row[:, : len(self.statistics)])
         self._filled += 1
         self.steps_done += 1
         self._step_seconds += time.perf_counter() - start

@@ -121,7 +121,7 @@ class PowerNorm(ChannelNorm):
             y: Tensor = self.official(x, None if valid is None else valid.reshape(x.shape[:-1]))
             return y
         if self.groups is not None:
-            rows = self._scaled(rows, masked=valid is not None)
+            rows = self.scaled(rows, masked=valid is not None)
         if not self.training:
             return self.like_input(self.eval_affine(rows, None, self.running_square, self.weight, self.bias, None), x)
         moments = self.moments(rows, valid, center=False)
@@ -136,7 +136,7 @@ class PowerNorm(ChannelNorm):
         y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
         return self.like_input(y, x)
 
-    def _scaled(self, rows: Tensor, *, masked: bool) -> Tensor:
+    def scaled(self, rows: Tensor, *, masked: bool = False) -> Tensor:
         """GroupScaling: every token's groups of channels at rms 1."""
         assert self.groups is not None
         if not self.training:  # second derivatives and torch.func go through the formula

@@ -11,6 +11,7 @@ from stabnorm.nn.rep import RepBN
 from stabnorm.nn.unified import check_variant
 from stabnorm.norms import Kind, is_registered, register_norm
 from stabnorm.ops.blend import blend, join_gradients
+from stabnorm.ops.moments import as_rows
 
 EvalMode = Literal["blend", "rep"]
 _BASES: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -143,7 +144,8 @@ class PRepBN(Float32Buffers):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The blend at the current lam; in training mode `rep` also gathers statistics."""
         if self.leave_out_norm or (not self.training and self.eval_mode == "rep"):
-            return self.__rep(x, mask, *self.__rep_parameters())
+            y = self.__rep(x, mask, *self.__rep_parameters())
+            return _Idle.apply(y, *self.__norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
         weight, bias, eta = self.__rep_parameters()
         for_norm, for_rep, weight, bias, eta = _Fork.apply(self.lam, x, weight, bias, eta)  # type: ignore[no-untyped-call]
         rep = self.__rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
@@ -151,6 +153,21 @@ class PRepBN(Float32Buffers):
 
     def __rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
         return self.rep.weight, self.rep.bias, self.rep.eta
+
+    def __norm_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("rep.")]
+
+    @torch.no_grad()
+    def branches(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the norm and RepBN each make of x with the batch's statistics, as rows ``[R, C]``, and which rows count.
+
+        No running statistic changes. How far the two are apart is what a step of lam moves the output by.
+        """
+        norm, flat = self.__norm(x), x
+        if self.feature_dims > 1:
+            norm, flat = (t.reshape(-1, self.rep.num_features) for t in (norm, x))
+        rep, valid = self.rep.of_batch(flat, mask)
+        return as_rows(norm, self.channel_dim), rep, valid
 
     def __norm(self, x: Tensor) -> Tensor:
         as_it_is = self.norm_channel_dim == self.channel_dim or self.channel_dim == x.ndim - 1
@@ -261,6 +278,19 @@ class _Fork(torch.autograd.Function):
         if of_norm is None or of_rep is None:
             return None, of_rep if of_norm is None else of_norm, *gated
         return None, join_gradients(lam, of_norm, of_rep), *gated
+
+
+class _Idle(torch.autograd.Function):
+    """y, and a gradient of 0 for parameters that had no part in it: DistributedDataParallel waits for every one."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *map(torch.zeros_like, ctx.saved_tensors)
 
 
 class _Blend(torch.autograd.Function):

@@ -5,8 +5,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stabnorm.functional import channel_affine
 from stabnorm.nn._channel_norm import ChannelNorm, normalize
 from stabnorm.norms import register_norm
+from stabnorm.ops.rows import affine_of_rows
 from stabnorm.ops.running import track_batch_
 
 Init = Literal["vision", "language"]
@@ -118,6 +120,15 @@ class RepBN(ChannelNorm):
             rstd = torch.rsqrt(moments.square + self.eps)
         y = normalize(rows, valid, weight, bias, eta, moments, rstd, self.sync)
         return self.like_input(y, x)
+
+    @torch.no_grad()
+    def of_batch(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What training makes of x, as rows ``[R, C]``, and which rows count; the statistics stay as they are."""
+        rows, valid = self.rows_of(x, mask)
+        moments = self.moments(rows, valid, center=self.center)
+        rstd = torch.rsqrt(moments.square + self.eps)
+        scale, shift = channel_affine(self.weight, self.bias, self.eta, moments.mean, rstd)
+        return affine_of_rows(rows, scale, shift), valid
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """``(scale, shift, channel_dim)`` of the norm in eval, float64.

@@ -186,3 +186,34 @@ def test_the_official_variant_is_the_published_module_with_lam_from_outside() ->
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     norm.lam.fill_(0.5)
     torch.testing.assert_close(norm.eval()(x), published.eval()(x))
+
+
+def test_a_norm_left_out_still_answers_with_gradients_of_zero() -> None:
+    norm = PRepBN(8)
+    norm.lam.zero_()
+    norm.leave_out_norm = True
+    alone = copy.deepcopy(norm.rep)
+    x, dy = inputs(True)
+    for got, want in zip(run(norm, x, dy), run(alone, x, dy), strict=True):
+        assert torch.equal(got, want)
+    for mine, theirs in zip(norm.rep.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(bits(mine.grad), bits(theirs.grad))
+    for name in ("weight", "bias"):  # DistributedDataParallel waits for them
+        assert torch.equal(bits(norm.get_parameter(name).grad), bits(torch.zeros(8)))
+    norm.requires_grad_(False)
+    assert not norm(x).requires_grad
+
+
+@pytest.mark.parametrize("shape", [8, (2, 4)])
+def test_its_branches_are_what_it_blends_and_leave_the_statistics_alone(shape: int | tuple[int, ...]) -> None:
+    norm = PRepBN(shape)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(5, 7, *norm.normalized_shape)  # type: ignore[misc]
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    of_norm, of_rep, valid = norm.branches(x)
+    assert valid is None
+    assert all(torch.equal(buffer, before[name]) for name, buffer in norm.named_buffers())
+    for lam in (0.0, 0.3, 1.0):
+        norm.lam.fill_(lam)
+        torch.testing.assert_close(norm(x).reshape(-1, 8), lam * of_norm + (1 - lam) * of_rep)

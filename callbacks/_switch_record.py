@@ -1,0 +1,63 @@
+"""What a switch leaves in the record: lam and the branch gap of every layer at every step, and the gate's decisions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from stabnorm.gate import Change
+from stabnorm.monitor.buffers import Flight
+from stabnorm.monitor.record import Block, RecordWriter
+
+FLUSH_EVERY = 50  # steps
+
+
+class SwitchRecord:
+    """Writes blocks of steps to record writers, and the mean lam to loggers.
+
+    Args:
+        writers: of the record that the run keeps; they stay the caller's.
+        loggers: the Trainer's.
+        layers: those of the record, in its order.
+        switched: those that have a lam.
+    """
+
+    def __init__(
+        self, writers: Sequence[RecordWriter], loggers: Sequence[Any], layers: Sequence[str], switched: Sequence[str]
+    ) -> None:
+        self._writers, self._loggers, self._layers = list(writers), list(loggers), tuple(layers)
+        self._columns = [self._layers.index(layer) for layer in switched]
+        self._first, self._lam, self._gaps = 0, list[list[float]](), list[Flight]()
+
+    def add(self, row: int, lam: list[float], gap: Tensor | None) -> None:
+        """A step is over."""
+        if not self._lam:
+            self._first = row
+        self._lam.append(lam)
+        if gap is not None:
+            self._gaps.append(Flight(row, gap, gap[:0]))
+        if len(self._lam) == FLUSH_EVERY:
+            self.flush()
+
+    def change(self, row: int, change: Change) -> None:
+        """The gate has decided something."""
+        for writer in self._writers:
+            writer.write_event("hold", row, change._asdict())
+
+    def flush(self) -> None:
+        """Write what there is."""
+        if not self._lam:
+            return
+        lam, gap = np.full((2, len(self._lam), len(self._layers)), np.nan, np.float32)
+        lam[:, self._columns] = self._lam
+        for flight in self._gaps:
+            flight.wait()
+            gap[flight.first_step - self._first, self._columns] = flight.rows.numpy()
+        block = Block(self._first, self._layers, {"lam": lam, "branch_gap": gap})
+        for writer in self._writers:
+            writer.write_block(block)
+        for logger in self._loggers:
+            separator = getattr(logger, "group_separator", "/")
+            logger.log_metrics({f"stability{separator}lam": float(np.nanmean(lam[-1]))}, step=block.last_step)
+        self._lam, self._gaps = [], []

@@ -1,0 +1,339 @@
+"""`ProgressiveNormCallback`: from LayerNorm to RepBN while the model trains, on a Lightning Trainer."""
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from torch import Tensor, nn
+
+from stabnorm.callbacks._lightning import Callback
+from stabnorm.callbacks._masks import BatchMask, MaskOfBatch
+from stabnorm.callbacks._outputs import HeadlineScalars, log_text, output_directory, record_writers
+from stabnorm.callbacks._run_facts import (
+    refuse_earlier_copies,
+    refuse_untrained,
+    steps_of_training,
+    warn_of_early_judges,
+)
+from stabnorm.callbacks._switch_record import SwitchRecord
+from stabnorm.callbacks.stability import StabilityCallback
+from stabnorm.convert import ConversionReport, Target, convert_norms
+from stabnorm.errors import StabNormError
+from stabnorm.monitor.record import RecordWriter
+from stabnorm.progressive import ProgressiveSwitch
+from stabnorm.schedules import Order, check_order, check_schedule, check_span, make_schedule, schedule_end
+from stabnorm.switch import progressive_norms, running_norms
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+logger = logging.getLogger("stabnorm")
+
+
+class ProgressiveNormCallback(Callback):
+    r"""Trains a model with LayerNorm or RMSNorm into one whose norms are affine in eval; needs no argument.
+
+    .. math:: y = \lambda\, \mathrm{norm}(x) + (1 - \lambda)\, \mathrm{RepBN}(x),\qquad \lambda: 1 \to 0
+
+    The norms are converted by `convert_norms` before optimizer, checkpoint loading and strategy see the model, also of
+    models built in ``setup`` or ``configure_model``: nothing else in the code changes. Build the optimizer from the
+    model's parameters in ``configure_optimizers``, as ever.
+
+    Lam follows ``trainer.global_step``: it changes between optimizer steps only, whatever is accumulated. With several
+    optimizers (manual optimization) ``global_step`` counts the steps of all of them, and so does `total_steps`, which
+    is to be given there unless ``max_steps`` is. A run that is resumed goes on as it was planned, also if it now lasts
+    longer. Evaluation before the end sees the blend at that time's lam.
+
+    With a `StabilityCallback`, before or after this one, both share one monitor and one record. Without, lam, the gap
+    between the branches (every 4th step) and the gate's decisions make a record of their own, as TensorBoard tensors or
+    files. A callback that copies the model in ``setup`` (WeightAveraging, StochasticWeightAveraging) has to stand after
+    this one. At the end a table says which layers kept their norm and why.
+
+    Args:
+        to: "prepbn"; or "repbn", "unified", "power": these have no lam, the norms are replaced at once and this
+            callback keeps their step counters and loss scale. Default: "prepbn".
+        schedule: "linear", "cosine", "constant" (no transition), "adaptive" (a layer is switched when its norm has
+            become nearly affine, and keeps it else, see `stabnorm.gate.AffineGate`), or a function of the step that
+            gives lam. Default: "linear".
+        start: the optimizer step at which the switch begins. Default: 0.
+        fraction: how long it takes, as a share of the training. Default: 0.8.
+        order: "together", or one layer after the other, "shallow_first" or "deep_first". Default: "together".
+        include: a regular expression, or a list of them, for the names of the norms to convert. Default: all.
+        exclude: the same for norms to leave alone. Default: none.
+        mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple), or
+            a function of the batch; bool tensor, True = valid. A function may return several, one for each length.
+        total_steps: optimizer steps of the training. Default: what the Trainer knows.
+        norm_options: further arguments of `convert_norms`. Default: none.
+
+    Raises:
+        ValueError: an argument is out of range; at the start of `fit`: the schedule is longer than the training, or
+            nobody knows how long that is.
+        StabNormError: at the start of `fit`: there is no norm to convert, a converted parameter is in no optimizer, or
+            a callback has copied the model before.
+
+    Source: arXiv:2405.11582 (SLAB).
+
+    >>> from stabnorm.callbacks import ProgressiveNormCallback
+    >>> ProgressiveNormCallback(fraction=1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: fraction=1.5 is no share of the training. Give a number above 0, and 1 at most: 0.8 leaves the last...
+    """
+
+    def __init__(
+        self,
+        to: Target = "prepbn",
+        schedule: str | Callable[[int], float] = "linear",
+        start: int = 0,
+        fraction: float = 0.8,
+        order: Order = "together",
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        mask: MaskOfBatch = None,
+        total_steps: int | None = None,
+        norm_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_schedule(schedule)
+        check_order(order)
+        check_span(start, fraction)
+        if to not in get_args(Target):
+            raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, get_args(Target)))}")
+        if to != "prepbn" and schedule != "linear":
+            raise ValueError(f"schedule={schedule!r} moves lam, and to={to!r} has none. Leave the schedule out")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} is no training. Give a number of optimizer steps, or leave it")
+        self.to, self.schedule, self.start, self.fraction, self.order = to, schedule, start, fraction, order
+        self.include, self.exclude, self.total_steps = include, exclude, total_steps
+        self.norm_options = norm_options or {}
+        self.switch: ProgressiveSwitch | None = None
+        self._batch_mask = BatchMask(mask)
+        self._record: SwitchRecord | None = None
+        self._own_writers: list[RecordWriter] = []
+        self._reports: list[ConversionReport] = []
+        self._total = 0
+        self._saved: dict[str, Any] | None = None
+        self._loaded = self._counted = False
+
+    # -- before the training: convert, and say what cannot work --------------------------------------------------------
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Convert what is there, and see to it that what `setup` and `configure_model` will build is converted, too."""
+        if stage == "fit":
+            refuse_earlier_copies(trainer, pl_module, self)
+        _unwrap(pl_module)
+        convert: Callable[[nn.Module], ConversionReport] = functools.partial(
+            convert_norms, to=self.to, include=self.include, exclude=self.exclude, **self.norm_options
+        )
+        # Callbacks after this one may copy the model as it is now. What is wrong is said once the model is whole.
+        with warnings.catch_warnings(), contextlib.suppress(StabNormError, ValueError):
+            warnings.simplefilter("ignore")
+            convert(pl_module)
+        own = vars(pl_module).get("configure_model")
+        self._reports = []
+        pl_module.configure_model = functools.partial(  # type: ignore[method-assign]  # an instance's own is called, too
+            _configure_and_convert, pl_module, own, convert, self._reports, stage == "fit"
+        )
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Whatever can be known to go wrong is said here, before the first batch."""
+        _unwrap(pl_module)
+        progressive = progressive_norms(pl_module)
+        converted: Mapping[str, nn.Module] = progressive or running_norms(pl_module)
+        refuse_untrained(trainer, pl_module, converted.items())
+        if getattr(trainer.strategy, "_layer_sync", None) is not None:  # Trainer(sync_batchnorm=True)
+            for norm in running_norms(pl_module).values():
+                norm.sync = True
+        saved = self._resumed(trainer)
+        planned = None if saved is None else int(saved["total_steps"])
+        self._total, known = steps_of_training(trainer, pl_module, self.total_steps, planned)
+        schedule, start = self._schedule(trainer)
+        end = self._total if callable(schedule) else schedule_end(self._total, start=start, fraction=self.fraction)
+        if end > known:
+            raise ValueError(
+                f"the run was planned with {self._total} optimizer steps and lam = 0 from step {end} on, but now it "
+                f"ends at step {known}. Train to step {end} at least"
+            )
+        if planned is not None and planned != known:
+            logger.info("the run now lasts %d steps; lam goes on as planned for %d", known, planned)
+        options: dict[str, Any] = {"start": start, "fraction": self.fraction, "order": self.order}
+        lam = [1.0] if schedule == "adaptive" else make_schedule(schedule, self._total, **options)(0)
+        if any(lam) and any(norm.lam != 0 for norm in progressive.values()):
+            warn_of_early_judges(trainer, end)
+
+    def _schedule(self, trainer: "Trainer") -> tuple[str | Callable[[int], float], int]:
+        """Schedule and start; a `fast_dev_run` goes through the whole switch in its few steps."""
+        short = bool(getattr(trainer, "fast_dev_run", False))
+        return ("linear", 0) if short and (callable(self.schedule) or self.start) else (self.schedule, self.start)
+
+    def _resumed(self, trainer: "Trainer") -> dict[str, Any] | None:
+        """The state of the run this one goes on with: from a checkpoint, or of the same Trainer's last fit."""
+        return self._saved if self._loaded or trainer.global_step > 0 else None
+
+    # -- the training --------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Lam as it is at this step; hooks on."""
+        stability = StabilityCallback.of(trainer)
+        monitor = None if stability is None else stability.monitor
+        schedule, start = self._schedule(trainer)
+        self.switch = ProgressiveSwitch(
+            pl_module,
+            self._total,
+            schedule,
+            start=start,
+            fraction=self.fraction,
+            order=self.order,
+            monitor=monitor,
+        )
+        saved = self._resumed(trainer)
+        if saved is not None:
+            self.switch.load_state_dict(saved)
+        self.switch.move_to(trainer.global_step)
+        self._loaded = self._counted = False
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and self.switch.layers:
+            if monitor is None:
+                self._own_writers = record_writers(trainer, output_directory(trainer))
+            # Headlines are of the monitor's statistics.
+            shared = [] if monitor is None else [r for r in monitor.records if not isinstance(r, HeadlineScalars)]
+            watched = () if monitor is None else monitor.layers
+            layers = watched if set(self.switch.layers) <= set(watched) else self.switch.layers
+            self._record = SwitchRecord(self._own_writers or shared, trainer.loggers, layers, self.switch.layers)
+            self.switch.recorder = self._record
+
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Open a step, or go on with an accumulated one."""
+        assert self.switch is not None
+        if not self._counted:  # as the loggers' x axis counts; final by now, not before
+            epoch_loop = trainer.fit_loop.epoch_loop
+            self.switch.row = int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
+            self._counted = True
+        self._batch_mask.enter(batch)
+        self.switch.begin(_loss_scale(trainer))
+
+    def on_train_batch_end(
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Lam for the next step, when an optimizer stepped in this batch."""
+        self._batch_mask.leave()
+        assert self.switch is not None
+        if trainer.global_step != self.switch.steps_done:
+            self.switch.step(trainer.global_step)
+
+    # -- afterwards ----------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Hooks off; what came of it, while the loggers are still open."""
+        self._release()
+        if self.switch is not None and self.switch.layers and trainer.is_global_zero:
+            print(self.report())
+            last = max(self.switch.row - 1, 0)
+            log_text(trainer, "stability/switch", f"```\n{self.report()}\n```", last)
+
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Lam once more: who averages weights has put the average of the buffers into the model, and of lam with it."""
+        if self.switch is not None:
+            self.switch.write()
+
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        """Hooks off and record written; Lightning calls no teardown after an exception."""
+        _unwrap(pl_module)
+        try:
+            self._release()
+        except Exception:
+            logger.exception("the record of the switch could not be written after the exception")
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Nothing of ours stays but the converted norms."""
+        _unwrap(pl_module)
+        self._release()
+        for writer in self._own_writers:
+            writer.close()
+        self._own_writers = []
+
+    def _release(self) -> None:
+        self._batch_mask.leave()
+        if self.switch is not None:
+            self._saved = self.switch.state_dict()
+            self.switch.close()
+        record, self._record = self._record, None
+        if record is not None:
+            record.flush()
+
+    def report(self) -> str:
+        """Which layers were switched, which kept their norm, and why; of the run that is under way or was the last."""
+        if self.switch is None:
+            return "nothing was trained yet"
+        lines = [self.switch.summary()]
+        left = self._reports[-1].norms if self._reports else ()
+        lines += [
+            f"  {norm.name}  was not converted  {norm.reason}"
+            for norm in left
+            if not norm.converted and norm.name not in self.switch.norms and norm.kind != "batch"
+        ]
+        return "\n".join(lines)
+
+    # -- checkpoints and copies ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan and where it stands, as plain containers: Lightning loads weights only."""
+        return dict(self._saved or {}) if self.switch is None else self.switch.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what was saved until the training starts."""
+        self._saved, self._loaded, self.switch = state_dict or None, bool(state_dict), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.update(switch=None, _saved=self.state_dict() or None, _record=None, _own_writers=[])
+        # The Trainer hangs the module's bound methods on every callback: pickling them would pickle the model.
+        for name in ("log", "log_dict"):
+            state.pop(name, None)
+        return state
+
+
+def _configure_and_convert(
+    pl_module: "LightningModule",
+    own: Callable[[], None] | None,
+    convert: Callable[[nn.Module], ConversionReport],
+    reports: list[ConversionReport],
+    required: bool,
+) -> None:
+    """What stands for a module's `configure_model`; a copy of the module gets one of its own."""
+    if own is None:
+        type(pl_module).configure_model(pl_module)
+    else:
+        own()
+    try:
+        reports.append(convert(pl_module))
+    except StabNormError:
+        if required:
+            raise
+
+
+def _unwrap(pl_module: "LightningModule") -> None:
+    """Give a module its own `configure_model` back."""
+    wrapper = vars(pl_module).get("configure_model")
+    if isinstance(wrapper, functools.partial) and wrapper.func is _configure_and_convert:
+        del pl_module.__dict__["configure_model"]
+        if wrapper.args[1] is not None:
+            pl_module.__dict__["configure_model"] = wrapper.args[1]
+
+
+def _loss_scale(trainer: "Trainer") -> Tensor | float | None:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return None
+    scale = getattr(scaler, "_scale", None)  # get_scale() would wait for the device, once there is one
+    return scale if isinstance(scale, Tensor) else float(scaler.get_scale())

@@ -1,0 +1,217 @@
+"""`AffineGate`: switches a layer when its LayerNorm is nearly affine, and keeps it where it never becomes so."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stabnorm.errors import StabNormError
+from stabnorm.schedules import schedule_end
+
+MEASURE_EVERY = 4  # steps between two affine residuals
+_TUNED_FRACTION = 0.8  # the shares of the training below were found with the switch ending there
+
+Array = npt.NDArray[np.float64]
+
+
+class Change(NamedTuple):
+    """What the gate decided about a layer, and why."""
+
+    step: int
+    layer: str
+    state: str
+    lam: float
+    reason: str
+
+
+class AffineGate:
+    """Switches each layer when its LayerNorm is nearly affine, and keeps it where it never is.
+
+    The signal is the *affine residual* A of the statistics catalogue, 1 - mean_c corr(x_c, norm(x)_c)^2: the share of
+    the norm's output that no affine map per channel reproduces. It is measured on the norm's input, so it can be read
+    whatever lam is. Per layer, with S the optimizer steps of the training:
+
+    - *wait* at lam = 1, at least until 0.06 S; when A < 0.30, run. After 0.45 S it is too late: refused.
+    - *run* in a straight line, from where lam stands to exactly 0 at 0.8 S. While A > 0.50, hold until 0.45 S; between
+      0.45 S and 0.65 S that refuses the layer.
+    - *refused*: lam climbs back to 1 and the layer keeps its norm, for good.
+
+    With `fraction` other than 0.8 these shares stretch with it, and `start` moves them all. The constants come from a
+    study on small models; between layers that can be switched (A below 0.13) and layers that cannot (above 0.46) there
+    was a wide gap.
+
+    Use: hand every `MEASURE_EVERY`-th step's residuals to `observe`, and ask `advance` for the lam of each step. Which
+    step's residuals decide is up to the caller, who may be some steps late.
+
+    Args:
+        layers: their names.
+        total: optimizer steps of the training, S.
+        start: the step at which the schedule begins. Default: 0.
+        fraction: its length as a share of `total`. Default: 0.8.
+        on: a layer runs when A is below. Default: 0.30.
+        off: a running layer holds when A is above. Default: 0.50.
+        warm: share of S before anything is decided. Default: 0.06.
+        last_start: share of S after which no layer starts or holds. Default: 0.45.
+        last_refusal: share of S after which no layer is refused. Default: 0.65.
+
+    Raises:
+        ValueError: an argument is out of range, or the schedule is longer than the training.
+
+    >>> gate = AffineGate(["plain", "heavy-tailed"], 100)
+    >>> for step in range(101):
+    ...     gate.observe(step, [0.05, 0.62])
+    ...     lam = gate.advance(step)
+    >>> lam, gate.states
+    ([0.0, 1.0], ['run', 'refused'])
+    >>> gate.reasons[1]
+    'affine residual 0.62 stayed above 0.30 until step 46 of 100: keeps its norm'
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        total: int,
+        *,
+        start: int = 0,
+        fraction: float = 0.8,
+        on: float = 0.30,
+        off: float = 0.50,
+        warm: float = 0.06,
+        last_start: float = 0.45,
+        last_refusal: float = 0.65,
+    ) -> None:
+        if not 0 < on <= off <= 1:
+            raise ValueError(f"on={on}, off={off}: a residual lies in [0, 1]. Give 0 < on <= off <= 1")
+        if not 0 <= warm <= last_start <= last_refusal <= _TUNED_FRACTION:
+            raise ValueError(
+                f"warm={warm}, last_start={last_start}, last_refusal={last_refusal} are shares of the training. Give "
+                f"them in this order, the last at most {_TUNED_FRACTION}"
+            )
+        self.layers, self.total, self.on, self.off = tuple(layers), total, on, off
+        self.end = schedule_end(total, start=start, fraction=fraction)
+        whole = (self.end - start) / _TUNED_FRACTION
+        self._warm, self._last_start, self._last_refusal = (
+            start + share * whole for share in (warm, last_start, last_refusal)
+        )
+        self._climb = 6 / (self.end - start)  # back to 1 in at most a sixth of the schedule
+        self.step = 0
+        self.changes: list[Change] = []  # whoever wants to tell them takes them out
+        count = len(self.layers)
+        self._lam: Array = np.ones(count)
+        self._residual: Array = np.full(count, np.nan)  # running average; NaN: never measured
+        self._state = np.full(count, "wait", dtype="<U8")
+        self._reasons = ["waits for its affine residual"] * count
+
+    @property
+    def lam(self) -> list[float]:
+        """Each layer's lam at `step`."""
+        return list(self._lam.tolist())
+
+    @property
+    def residuals(self) -> list[float]:
+        """Each layer's affine residual, a running average; NaN where it was never measured."""
+        return list(self._residual.tolist())
+
+    @property
+    def states(self) -> list[str]:
+        """Each layer's "wait", "run", "hold" or "refused"."""
+        return list(self._state.tolist())
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why each layer is in that state."""
+        return list(self._reasons)
+
+    def observe(self, step: int, residuals: Sequence[float] | Array) -> None:
+        """Take a step's affine residuals in, one for each layer; NaN where a layer did not run.
+
+        Raises:
+            ValueError: there are not as many as layers.
+        """
+        new = np.asarray(residuals, np.float64)
+        if new.shape != self._residual.shape:
+            raise ValueError(f"step {step} brings residuals of shape {new.shape} for {len(self.layers)} layers")
+        average = np.where(np.isnan(self._residual), new, 0.9 * self._residual + 0.1 * new)
+        self._residual = np.where(np.isfinite(new), average, self._residual)
+
+    def advance(self, step: int) -> list[float]:
+        """Go on to a step and give each layer's lam there; asked again for the same step, the same.
+
+        Raises:
+            ValueError: the step lies behind.
+        """
+        if step < self.step:
+            raise ValueError(f"the gate is at step {self.step} and does not go back to {step}. Build a new one")
+        for now in range(self.step, step):
+            self._decide(now)
+            run, refused = self._state == "run", self._state == "refused"
+            if now < self.end:
+                self._lam = np.where(run, self._lam - self._lam / (self.end - now), self._lam)
+            self._lam = np.where(refused, np.minimum(self._lam + self._climb, 1), self._lam)
+        self.step = step
+        return self.lam
+
+    def _decide(self, now: int) -> None:
+        if now < self._warm or now >= self.end:
+            return
+        waiting, holding = self._state == "wait", self._state == "hold"
+        moving = (self._state == "run") | holding
+        affine, unaffine = self._residual < self.on, self._residual > self.off  # both False where never measured
+        may_wait, may_refuse = now <= self._last_start, now < self._last_refusal
+        limit, strict = f"{self.on:.2f}", f"{self.off:.2f}"
+        self._set(now, waiting & affine, "run", "affine residual {residual} fell below " + limit + " by {when}")
+        if not may_wait:
+            late = waiting & ~affine
+            why = "affine residual {residual} stayed above " + limit + " until {when}: keeps its norm"
+            self._set(now, late & ~np.isnan(self._residual), "refused", why)
+            why = "its affine residual was never measured until {when}: keeps its norm"
+            self._set(now, late & np.isnan(self._residual), "refused", why)
+        if may_wait:
+            why = "affine residual {residual} rose above " + strict + " at {when}: waits at lam = {lam}"
+            self._set(now, moving & unaffine & ~holding, "hold", why)
+        elif may_refuse:
+            why = (
+                "affine residual {residual} is above " + strict + " at {when}, too late to wait: goes back to its norm"
+            )
+            self._set(now, moving & unaffine, "refused", why)
+        on_again = holding & ~(unaffine & may_wait) & (self._state != "refused")
+        self._set(now, on_again, "run", "affine residual {residual} at {when}: goes on from lam = {lam}")
+
+    def _set(self, now: int, which: npt.NDArray[np.bool_], state: str, why: str) -> None:
+        self._state[which] = state
+        for index in np.flatnonzero(which):
+            lam, residual = float(self._lam[index]), f"{self._residual[index]:.2f}"
+            reason = why.format(residual=residual, when=f"step {now} of {self.total}", lam=f"{lam:.2f}")
+            self._reasons[index] = reason
+            self.changes.append(Change(now, self.layers[index], state, lam, reason))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, as plain containers."""
+        return {
+            "version": 1,
+            "layers": list(self.layers),
+            "step": self.step,
+            "lam": self.lam,
+            "residual": self.residuals,
+            "state": self.states,
+            "reasons": self.reasons,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            StabNormError: it was taken from a gate over other layers; nothing is loaded then.
+        """
+        if tuple(state["layers"]) != self.layers:
+            theirs, mine = set(state["layers"]), set(self.layers)
+            raise StabNormError(
+                f"the saved gate is one over other layers: it has {sorted(theirs - mine) or 'no others'}, and lacks "
+                f"{sorted(mine - theirs) or 'none'} (or their order differs). Convert the same layers as in the run "
+                "that was saved"
+            )
+        self.step = int(state["step"])
+        self._lam, self._residual = np.array(state["lam"], np.float64), np.array(state["residual"], np.float64)
+        self._state = np.array(state["state"], dtype="<U8")
+        self._reasons = list(state["reasons"])

@@ -1,0 +1,72 @@
+"""`ResidualFeed`: a monitor's affine residuals for a gate, some steps late and without a wait for the device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabnorm.gate import MEASURE_EVERY, AffineGate
+from stabnorm.monitor.buffers import Flight
+from stabnorm.monitor.monitor import StabilityMonitor
+from stabnorm.ops.ranks import gather_over_ranks
+
+STATISTIC = "affine_residual"
+
+
+def watches(monitor: StabilityMonitor, layers: Sequence[str]) -> bool:
+    """Whether the monitor has the affine residual of all these layers."""
+    return STATISTIC in [statistic.name for statistic in monitor.statistics] and set(layers) <= set(monitor.layers)
+
+
+class ResidualFeed:
+    """Takes the affine residuals of every `MEASURE_EVERY`-th step from a monitor and hands them to a gate when asked.
+
+    A step's residuals start for the host when the monitor ends the step. Asked at the end of every `MEASURE_EVERY`-th
+    step, the feed has had some steps' time, and waits for nothing; and it is always the same step's residuals that
+    decide, however fast the device is: the lam of step t rests on residuals up to step 4 (t // 4) - 4.
+
+    With several processes each measures its own share of the batch, which is what its RepBN normalises; the mean over
+    them decides, so all decide alike.
+
+    Args:
+        monitor: one for which `watches` holds.
+        gate: its layers are those to watch.
+    """
+
+    def __init__(self, monitor: StabilityMonitor, gate: AffineGate) -> None:
+        self._gate, self._monitor = gate, monitor
+        self._column = [statistic.name for statistic in monitor.statistics].index(STATISTIC)
+        self._rows = [monitor.layers.index(layer) for layer in gate.layers]
+        self._pending: Flight | None = None
+        monitor.listeners.append(self._listen)
+
+    def close(self) -> None:
+        """Take no more."""
+        self._monitor.listeners.remove(self._listen)
+
+    def _listen(self, step: int, statistics: Tensor) -> None:
+        if step % MEASURE_EVERY == 0:
+            mine = statistics[:, self._column][self._rows]
+            everyone = gather_over_ranks(mine).nanmean(0)  # a layer may have run in some processes only
+            self._pending = Flight(step, everyone, everyone[:0])
+
+    def deliver(self) -> None:
+        """Hand over what is there."""
+        if self._pending is not None:
+            flight, self._pending = self._pending, None
+            flight.wait()
+            self._gate.observe(flight.first_step, flight.rows.double().numpy())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured and not handed over yet."""
+        if self._pending is None:
+            return {}
+        self._pending.wait()
+        return {"step": self._pending.first_step, "residuals": self._pending.rows.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        if state:
+            residuals = torch.tensor(state["residuals"])
+            self._pending = Flight(int(state["step"]), residuals, residuals[:0])

@@ -1,0 +1,256 @@
+"""`ProgressiveSwitch`: carries a converted model from LayerNorm to RepBN while it trains, in any training loop."""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from stabnorm.errors import StabNormError
+from stabnorm.gate import MEASURE_EVERY, AffineGate, Change
+from stabnorm.monitor.monitor import StabilityMonitor
+from stabnorm.monitor.residuals import STATISTIC, ResidualFeed, watches
+from stabnorm.schedules import Order, check_schedule, make_schedule
+from stabnorm.switch import BranchGap, progressive_norms, running_norms, write_lam, write_loss_scale, write_step
+
+
+class SwitchRecorder(Protocol):
+    """Who is told what happens at each step."""
+
+    def add(self, row: int, lam: list[float], gap: Tensor | None) -> None:
+        """A step with this lam is over; `gap` is on the device, and there every few steps."""
+
+    def change(self, row: int, change: Change) -> None:
+        """The gate has decided something."""
+
+
+class ProgressiveSwitch:
+    """Moves lam of a model that `convert_norms` has converted, and tells its norms what they have to know.
+
+    Call `begin` before each forward of the training, `step` after each optimizer step, `close` at the end. Lam changes
+    between optimizer steps only, so gradient accumulation and several forwards a step are no matter. It never rises
+    over what it was at the beginning: a layer that was switched before stays switched.
+
+    With ``schedule="adaptive"`` an `AffineGate` decides, which is fed by a monitor: the given one if it watches the
+    affine residual of every layer, else one of its own, with hooks on at every 4th step only. Lam of step t rests on
+    residuals of the steps up to 4 (t // 4) - 4.
+
+    Args:
+        model: a converted model.
+        total_steps: optimizer steps of the training.
+        schedule: "linear", "cosine", "constant", "adaptive", or a function of the step. Default: "linear".
+        start: the step at which the switch begins. Default: 0.
+        fraction: how long it takes, as a share of `total_steps`. Default: 0.8.
+        order: "together", "shallow_first" or "deep_first", see `stabnorm.schedules.linear`. Default: "together".
+        monitor: one that is attached to the model and stepped by the training. Default: none.
+
+    Raises:
+        ValueError: an argument is out of range, or the schedule is longer than the training.
+        StabNormError: the model has no norm of this package.
+
+    >>> import torch
+    >>> from stabnorm.nn import PRepBN
+    >>> model = nn.Sequential(nn.Linear(4, 8), PRepBN(8))
+    >>> switch = ProgressiveSwitch(model, total_steps=10)
+    >>> lams = []
+    >>> for _ in range(10):
+    ...     switch.begin()
+    ...     lams += switch.lam
+    ...     _ = model(torch.randn(16, 4))  # and a backward, and an optimizer step
+    ...     switch.step()
+    >>> switch.close()
+    >>> lams
+    [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
+    >>> print(switch.summary())
+    1 of 1 layers switched to RepBN, which is affine in eval
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        schedule: str | Callable[[int], float] = "linear",
+        *,
+        start: int = 0,
+        fraction: float = 0.8,
+        order: Order = "together",
+        monitor: StabilityMonitor | None = None,
+    ) -> None:
+        check_schedule(schedule)
+        self.norms, self._running = progressive_norms(model), running_norms(model)
+        if not self._running:
+            raise StabNormError(
+                f"{type(model).__name__} has no norm to switch. Convert it first, with stabnorm.convert_norms"
+            )
+        self.layers, self.total_steps = tuple(self.norms), total_steps
+        self.gate = None
+        if schedule == "adaptive":
+            self.gate = AffineGate(self.layers, total_steps, start=start, fraction=fraction)
+            self._plan: Callable[[int], list[float]] = self.gate.advance
+        else:
+            options: dict[str, Any] = {"start": start, "fraction": fraction, "order": order}
+            self._plan = make_schedule(schedule, total_steps, len(self.layers), **options)
+        self.recorder: SwitchRecorder | None = None
+        self.steps_done, self.row = 0, 0  # optimizer steps, and those that are counted as one with several optimizers
+        self._ceiling = [float(norm.lam) for norm in self.norms.values()]
+        self._monitor, self._feed = None, None
+        if self.gate is not None and self.layers:
+            if monitor is None or not watches(monitor, self.layers):
+                monitor = self._monitor = _own_monitor(model, self.layers)
+            self._feed = ResidualFeed(monitor, self.gate)
+        self._gap = BranchGap(self.norms.values()) if self.layers else None
+        if self._gap is not None:
+            self._gap.attach()
+        self._open = False
+        self.lam: list[float] = []
+        self.move_to(0)
+
+    @property
+    def _measures(self) -> bool:
+        return self.row % MEASURE_EVERY == 0
+
+    def begin(self, loss_scale: Tensor | float | None = None) -> None:
+        """A forward of the training comes: the first of a step, or one more.
+
+        Args:
+            loss_scale: by what the loss will be multiplied, ``scaler.get_scale()`` or the scaler's own tensor.
+                Default: 1.
+        """
+        if loss_scale is not None:
+            write_loss_scale(self._running.values(), loss_scale)
+        if self._open:
+            return
+        self._open = True
+        if self._gap is not None:
+            self._gap.armed = self._measures and any(self.lam)
+        if self._monitor is not None and self._measures:
+            self._monitor.attach()
+
+    def step(self, steps_done: int | None = None) -> None:
+        """An optimizer step is over.
+
+        Args:
+            steps_done: how many there were, where it is not one more than before.
+        """
+        gap = None
+        if self._monitor is not None and self._measures and self._open:
+            self._monitor.steps_done = self.row
+            self._monitor.step()
+            self._monitor.detach()
+        if self._gap is not None and self._gap.armed:
+            self._gap.armed = False
+            gap = self._gap.take()
+        if self.recorder is not None and self.layers:
+            self.recorder.add(self.row, self.lam, gap)
+        self._open = False
+        self.row += 1
+        if self._feed is not None and self._measures:
+            self._feed.deliver()
+        self.move_to(self.steps_done + 1 if steps_done is None else steps_done)
+
+    def move_to(self, steps_done: int) -> None:
+        """Lam and counters as they are after so many optimizer steps."""
+        self.steps_done = steps_done
+        self.lam = [min(lam, most) for lam, most in zip(self._plan(steps_done), self._ceiling, strict=True)]
+        if self.gate is not None:
+            for change in self.gate.changes:
+                if self.recorder is not None:
+                    self.recorder.change(self.row, change)
+            self.gate.changes.clear()
+        self.write()
+
+    def write(self) -> None:
+        """Lam and counters into the model once more, in case something has overwritten its buffers."""
+        write_lam(self.norms.values(), self.lam)
+        write_step(self._running.values(), self.steps_done)
+
+    def close(self) -> None:
+        """Take the hooks off; lam stays where it is."""
+        if self._gap is not None:
+            self._gap.detach()
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+        if self._monitor is not None:
+            self._monitor.detach()
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """The layers that keep their norm, and why: those with lam above 0 that no schedule will switch any more."""
+        if self.gate is None:
+            return {}
+        told = zip(self.layers, self.gate.states, self.gate.reasons, strict=True)
+        return {layer: reason for layer, state, reason in told if state == "refused"}
+
+    def summary(self) -> str:
+        """A short table: how many layers were switched, and why the others were not."""
+        switched = [layer for layer, lam in zip(self.layers, self.lam, strict=True) if lam == 0]
+        lines = [f"{len(switched)} of {len(self.layers)} layers switched to RepBN, which is affine in eval"]
+        rows = [(layer, f"keeps {_base(self.norms[layer])}", reason) for layer, reason in self.kept.items()]
+        for layer, lam in zip(self.layers, self.lam, strict=True):
+            if lam > 0 and layer not in self.kept:
+                why = f"the training ended at step {self.steps_done}, before the switch was over"
+                rows.append((layer, f"lam = {lam:.3g}", why))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:2]
+        for row in rows:
+            lines.append("  ".join(["", *map(str.ljust, row[:2], widths), row[2]]))
+        return "\n".join(lines)
+
+    # -- resume --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, as plain containers."""
+        return {
+            "version": 1,
+            "layers": list(self.layers),
+            "total_steps": self.total_steps,
+            "steps_done": self.steps_done,
+            "row": self.row,
+            "ceiling": list(self._ceiling),
+            "gate": None if self.gate is None else self.gate.state_dict(),
+            "pending": {} if self._feed is None else self._feed.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the length of the training is the one given to the constructor.
+
+        Raises:
+            StabNormError: other layers were switched, or by another kind of schedule; nothing is loaded then.
+        """
+        if state["layers"] != list(self.layers):
+            theirs, mine = set(state["layers"]), set(self.layers)
+            raise StabNormError(
+                f"the checkpoint switches other layers: it has {sorted(theirs - mine) or 'no others'}, and lacks "
+                f"{sorted(mine - theirs) or 'none'} (or their order differs). Convert the same layers as in that run"
+            )
+        if (state["gate"] is None) != (self.gate is None):
+            adaptive = "the checkpoint's" if self.gate is None else "this run's"
+            raise StabNormError(
+                f"of the checkpoint's schedule and this run's only {adaptive} is adaptive, and lam would jump. Resume "
+                "with the schedule of that run"
+            )
+        self._ceiling = list(state["ceiling"])
+        if self.gate is not None:
+            self.gate.load_state_dict(state["gate"])
+        if self._feed is not None:
+            self._feed.load_state_dict(state["pending"])
+        self.row = int(state["row"])
+        self.move_to(int(state["steps_done"]))
+
+
+def _own_monitor(model: nn.Module, layers: tuple[str, ...]) -> StabilityMonitor:
+    """A monitor of nothing but the affine residual."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which other layers look like norms was said by the conversion
+        return StabilityMonitor(
+            model, [STATISTIC], include=[f"^{re.escape(layer)}$" for layer in layers], gradients=False
+        )
+
+
+def _base(norm: nn.Module) -> str:
+    """The name of the class it was made from."""
+    bases = type(norm).__bases__
+    return bases[1].__name__ if len(bases) > 1 else type(norm).__name__

@@ -1,0 +1,290 @@
+"""`recalibrate_norms`: population statistics after training, from the batches of a loader."""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stabnorm.errors import StabNormError
+from stabnorm.functional import BatchMoments
+from stabnorm.masks import mask_for
+from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
+from stabnorm.ops.moments import as_rows
+from stabnorm.ops.ranks import gather_over_ranks, ranks
+from stabnorm.ops.rows import moments_of_rows
+
+
+@dataclass(frozen=True)
+class RecalibrationReport:
+    """What `recalibrate_norms` did.
+
+    Attributes:
+        norms: the layers whose statistics were measured.
+        left: the layers with running statistics that were left alone, and why.
+        batches: how many batches each process ran.
+        before: the metric with the old statistics; None without a metric.
+        after: the metric with the new ones.
+        kept: whether the new statistics are in the model now.
+    """
+
+    norms: tuple[str, ...]
+    left: Mapping[str, str]
+    batches: int
+    before: float | None
+    after: float | None
+    kept: bool
+
+
+def recalibrate_norms(
+    model: nn.Module,
+    loader: Iterable[Any],
+    n_batches: int,
+    metric: Callable[[nn.Module], float] | None = None,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> RecalibrationReport:
+    r"""Replace running statistics by the median over batches of the batches' own, per channel.
+
+    .. math:: \hat\mu_c = \mathrm{median}_b\, \mu_{b,c},\qquad \hat\sigma^2_c = \mathrm{median}_b\, \sigma^2_{b,c}
+
+    A median, because one burst in the loader ruins a mean. Every norm sees what it would see in training, inputs
+    normalised by the batches' statistics all the way, so all layers are measured at once; the rest of the model is in
+    eval mode, so that dropout and the like are off, as they will be when the statistics are used. Of torch's BatchNorm
+    and of `RepBN`, inside a `PRepBN`, too, it is mean and unbiased variance; of `UnifiedNorm` and `PowerNorm` the mean
+    square. A batch with anything non-finite, or without a valid token, does not count for the layer.
+
+    Nothing else changes: counters, filter windows, gradients, random state and each module's mode are what they were,
+    also after an exception, and then so are the statistics. With several processes all take part, each with as many
+    batches, and the median is over the batches of all. Padding is left out inside `stabnorm.valid_tokens`.
+
+    Args:
+        model: a trained model.
+        loader: batches, best of training data in the form that evaluation has: without augmentation.
+        n_batches: how many to use; 50 are plenty. A shorter loader gives what it has.
+        metric: a function of the model, in eval mode, to a number, **lower is better**: a loss on validation data, say.
+            The new statistics stay only if it does not get worse. With several processes its mean decides.
+            Default: None, they stay.
+        forward: how a batch is run, ``forward(model, batch)``. Default: ``model(batch)`` for a tensor,
+            ``model(batch[0])`` for a tuple or list, ``model(**batch)`` for a mapping, each on the model's device.
+
+    Returns:
+        What was measured and whether it stayed.
+
+    Raises:
+        ValueError: `n_batches` is below 1, or the model has no norm with running statistics.
+        StabNormError: the loader is empty, or no such norm ran.
+
+    >>> from stabnorm.nn import RepBN
+    >>> model = nn.Sequential(nn.Linear(4, 8), RepBN(8)).eval()
+    >>> report = recalibrate_norms(model, [torch.randn(16, 4) for _ in range(20)], 20)
+    >>> report.norms, report.batches, report.kept
+    (('1',), 20, True)
+    """
+    if n_batches < 1:
+        raise ValueError(f"n_batches={n_batches} measures nothing. Use 1 or more; 50 are plenty")
+    targets, left = _running_norms(model)
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__} has no norm with running statistics, so there is nothing to recalibrate: neither "
+            "torch's BatchNorm nor a norm of stabnorm.nn; a LayerNorm keeps none"
+        )
+    device = next(model.parameters(), torch.empty(0)).device
+    with _unchanged(model, device):
+        before = _measured(metric, model, device)
+        batches = _gather(model, targets, loader, n_batches, forward or _run, device)
+    medians = {target.name: target.median() for target in targets}
+    if not batches:
+        raise StabNormError("the loader is empty, so nothing was measured. Give one with batches")
+    if all(found is None for found in medians.values()):
+        raise StabNormError(
+            f"in {batches} batches no norm with running statistics saw a finite input; the first is {targets[0].name}. "
+            "Check that the batches reach the model and what they hold"
+        )
+    left |= {name: "it saw no finite input" for name, found in medians.items() if found is None}
+    old = [(buffer, buffer.clone()) for target in targets for buffer in target.buffers]
+    kept = False
+    try:
+        for target in targets:
+            target.write(medians[target.name])
+        with _unchanged(model, device):
+            after = _measured(metric, model, device)
+        # A NaN of before is worse than any number, and a NaN of after than all.
+        kept = before is None or after is None or after <= before or (math.isnan(before) and not math.isnan(after))
+    finally:
+        if not kept:
+            for buffer, value in old:
+                buffer.copy_(value)
+    norms = tuple(name for name, found in medians.items() if found is not None)
+    return RecalibrationReport(norms, left, batches, before, after, kept)
+
+
+# --- the norms ---
+
+
+class _Target:
+    """A norm with running statistics: its buffers, and what each batch brought for them."""
+
+    def __init__(self, name: str, hooked: nn.Module, norm: nn.Module, buffers: tuple[Tensor, ...]) -> None:
+        self.name, self.hooked, self.norm, self.buffers = name, hooked, norm, buffers
+        self.seen: list[Tensor] = []  # [len(buffers), C] of each forward
+
+    @torch.no_grad()
+    def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook: the batch's own statistics."""
+        given = [*args, *kwargs.values()]
+        x, mask = given[0], kwargs.get("mask", args[1] if len(args) > 1 else None)
+        norm = self.norm
+        if isinstance(norm, _BatchNorm):
+            channel_dim = 1 if x.ndim > 1 else 0
+            tokens = x.shape[:channel_dim] + x.shape[channel_dim + 1 :]
+            valid = mask_for(tokens, self.name)
+            moments = moments_of_rows(
+                as_rows(x, channel_dim), None if valid is None else valid.reshape(-1), center=True
+            )
+        else:
+            assert isinstance(norm, RepBN | UnifiedNorm | PowerNorm)
+            if isinstance(module, PRepBN) and module.feature_dims > 1:
+                x = x.flatten(x.ndim - module.feature_dims) if x.ndim > module.feature_dims else x.reshape(1, -1)
+            rows, valid = norm.rows_of(x, mask)
+            if isinstance(norm, PowerNorm) and norm.groups is not None:
+                rows = norm.scaled(rows)
+            moments = norm.moments(rows, valid, center=isinstance(norm, RepBN) and norm.center)
+        self.seen.append(self._statistics(moments))
+
+    def _statistics(self, moments: BatchMoments) -> Tensor:
+        count, mean, square = moments
+        unbiased = square * (count / (count - 1).clamp(min=1))
+        found = square[None] if mean is None else torch.stack([mean, unbiased])
+        return torch.where(torch.isfinite(found).all() & (count > 0), found, torch.nan)
+
+    def median(self) -> Tensor | None:
+        """``[len(buffers), C]`` over the batches of all processes, float64; None where none was finite."""
+        shape = (len(self.buffers), self.buffers[0].numel())
+        device = self.buffers[0].device
+        most = int(gather_over_ranks(torch.tensor(len(self.seen), device=device)).max())
+        if not most:
+            return None
+        mine = torch.full((most, *shape), torch.nan, device=device)
+        for index, found in enumerate(self.seen):
+            mine[index] = found
+        everyone = gather_over_ranks(mine).flatten(0, 1).cpu().double().numpy()
+        finite = everyone[~np.isnan(everyone).any((1, 2))]
+        return torch.from_numpy(np.median(finite, axis=0)) if len(finite) else None
+
+    def write(self, median: Tensor | None) -> None:
+        """Put it into the buffers; None leaves them."""
+        if median is not None:
+            for buffer, value in zip(self.buffers, median, strict=True):
+                buffer.copy_(value)
+
+
+def _running_norms(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:
+    targets, left, inside = [], {}, set()
+    for name, module in model.named_modules():
+        norm: nn.Module = module
+        if isinstance(module, PRepBN):  # it runs its child without calling it
+            norm = module.rep
+            inside.add(id(norm))
+        elif id(module) in inside:
+            continue
+        buffers: tuple[Tensor | None, ...] = ()
+        if isinstance(norm, RepBN):
+            buffers = (norm.running_mean, norm.running_var) if norm.center else (norm.running_var,)
+        elif isinstance(norm, UnifiedNorm | PowerNorm):
+            if norm.official is not None:
+                left[name] = "the published variant keeps statistics of its own"
+                continue
+            buffers = (norm.running_square,)
+        elif isinstance(norm, _BatchNorm):
+            buffers = (norm.running_mean, norm.running_var)
+        found = tuple(buffer for buffer in buffers if buffer is not None)
+        if found:
+            targets.append(_Target(name, module, norm, found))
+    return targets, left
+
+
+# --- running the model ---
+
+
+def _gather(
+    model: nn.Module,
+    targets: list[_Target],
+    loader: Iterable[Any],
+    n_batches: int,
+    forward: Callable[[nn.Module, Any], Any],
+    device: torch.device,
+) -> int:
+    """Run the batches with hooks on; how many there were."""
+    batches = 0
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # graphs made before have no hooks in them
+        for target in targets:
+            target.norm.train()
+            target.hooked.training = True
+            stack.callback(target.hooked.register_forward_pre_hook(target.look, with_kwargs=True).remove)
+        for batch in itertools.islice(loader, n_batches):
+            forward(model, _moved(batch, device))
+            batches += 1
+    return batches
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if hasattr(batch, "to"):  # a tensor, or what Hugging Face's tokenizers and graph libraries call a batch
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_moved(value, device) for value in batch)
+    return batch
+
+
+def _measured(metric: Callable[[nn.Module], float] | None, model: nn.Module, device: torch.device) -> float | None:
+    """The metric of the model in eval mode, the same in every process."""
+    if metric is None:
+        return None
+    model.eval()
+    with torch.no_grad():
+        value = float(metric(model))
+    if ranks() == 1:
+        return value
+    return float(gather_over_ranks(torch.tensor(value, dtype=torch.float64, device=device)).mean())
+
+
+@contextmanager
+def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model in eval mode; afterwards modes, buffers and random state are what they were, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                buffer.copy_(value)
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,204 @@
+"""When a norm is switched: lam, its share of LayerNorm, as a function of the optimizer step.
+
+`linear`, `cosine` and `constant` are pure: 1 before ``start``, exactly 0 from ``start + fraction * total`` on.
+`make_schedule` makes one of them, or a function of the user's, ready for a run. The closed loop, which also looks at
+what the layers see, is `stabnorm.gate`. Nothing in here knows torch.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+Order = Literal["together", "shallow_first", "deep_first"]
+STAGGER = 0.5  # share of the schedule that one layer takes when they go one after the other
+
+
+def schedule_end(total: int, *, start: int = 0, fraction: float = 0.8) -> int:
+    """The step from which lam is 0: ``start + fraction * total``, rounded.
+
+    Args:
+        total: optimizer steps of the training.
+        start: the step at which the switch begins. Default: 0.
+        fraction: how long it takes, as a share of `total`. Default: 0.8.
+
+    Raises:
+        ValueError: `fraction` is outside (0, 1], `start` is negative, or the training ends before the schedule does.
+
+    >>> schedule_end(1000), schedule_end(1000, start=500, fraction=0.5)
+    (800, 1000)
+    """
+    check_span(start, fraction)
+    end = start + max(1, round(fraction * total))
+    if end > total:
+        raise ValueError(
+            f"the schedule ends at step {end} (start={start}, and then {fraction:g} of {total} steps), and the "
+            f"training already at step {total}: lam would not reach 0. Train longer, or choose a smaller start or "
+            "fraction"
+        )
+    return end
+
+
+def linear(
+    step: int,
+    total: int,
+    layer: int = 0,
+    layers: int = 1,
+    *,
+    start: int = 0,
+    fraction: float = 0.8,
+    order: Order = "together",
+) -> float:
+    r"""Lam in a straight line, :math:`1 - u` with u the share of the schedule that is over (arXiv:2405.11582, SLAB).
+
+    Args:
+        step: optimizer steps done.
+        total: optimizer steps of the training.
+        layer: which of the `layers` it is for, counted from the input. Default: 0.
+        layers: how many there are. Default: 1.
+        start: the step at which the switch begins. Default: 0.
+        fraction: how long it takes, as a share of `total`. Default: 0.8.
+        order: "together", or one layer after the other, "shallow_first" or "deep_first": each takes half of the
+            schedule, and their beginnings are spread over the first half. Default: "together".
+
+    Raises:
+        ValueError: an argument is out of range, or the schedule is longer than the training.
+
+    >>> [linear(step, 10) for step in (0, 2, 4, 8, 10)]
+    [1.0, 0.75, 0.5, 0.0, 0.0]
+    >>> [linear(4, 10, layer, 3, order="shallow_first") for layer in range(3)]
+    [0.0, 0.5, 1.0]
+    """
+    return 1 - min(max(_elapsed(step, total, layer, layers, start, fraction, order), 0.0), 1.0)
+
+
+def cosine(
+    step: int,
+    total: int,
+    layer: int = 0,
+    layers: int = 1,
+    *,
+    start: int = 0,
+    fraction: float = 0.8,
+    order: Order = "together",
+) -> float:
+    r"""Lam along half a cosine, :math:`(1 + \cos \pi u) / 2`; arguments as for `linear`.
+
+    >>> round(cosine(2, 10), 4), cosine(8, 10)
+    (0.8536, 0.0)
+    """
+    elapsed = min(max(_elapsed(step, total, layer, layers, start, fraction, order), 0.0), 1.0)
+    return 0.0 if elapsed == 1 else (1 + math.cos(math.pi * elapsed)) / 2
+
+
+def constant(
+    step: int,
+    total: int,
+    layer: int = 0,
+    layers: int = 1,
+    *,
+    start: int = 0,
+    fraction: float = 0.8,
+    order: Order = "together",
+) -> float:
+    """Lam is 0 as soon as the layer's turn comes: no transition; arguments as for `linear`.
+
+    With `start` 0 and all together it is RepBN from the first step.
+
+    >>> constant(0, 10), constant(4, 10, start=5, fraction=0.5)
+    (0.0, 1.0)
+    """
+    return 0.0 if _elapsed(step, total, layer, layers, start, fraction, order) >= 0 else 1.0
+
+
+SCHEDULES: Mapping[str, Callable[..., float]] = {"linear": linear, "cosine": cosine, "constant": constant}
+
+
+def _elapsed(step: int, total: int, layer: int, layers: int, start: int, fraction: float, order: str) -> float:
+    """The share of the layer's schedule that is over: below 0 before its beginning, 1 and more after its end."""
+    end = schedule_end(total, start=start, fraction=fraction)
+    check_order(order)
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer={layer} is not one of {layers} layers. Count from 0")
+    if step >= end:
+        return 1.0  # whatever rounding says
+    begin, length = float(start), float(end - start)
+    if order != "together" and layers > 1:
+        turn = layer if order == "shallow_first" else layers - 1 - layer
+        begin += turn / (layers - 1) * (1 - STAGGER) * length
+        length *= STAGGER
+    return (step - begin) / length
+
+
+def check_span(start: int, fraction: float) -> None:
+    """Raise ValueError unless `start` is a step and `fraction` a share."""
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"fraction={fraction} is no share of the training. Give a number above 0, and 1 at most: 0.8 leaves the "
+            "last fifth to the finished model"
+        )
+    if start < 0:
+        raise ValueError(f"start={start} lies before the training. Give an optimizer step, 0 for its beginning")
+
+
+def check_order(order: str) -> None:
+    """Raise ValueError unless `order` is one there is."""
+    if order not in get_args(Order):
+        raise ValueError(f"order={order!r} is unknown. Choose one of {', '.join(map(repr, get_args(Order)))}")
+
+
+def check_schedule(schedule: str | Callable[[int], float]) -> None:
+    """Raise ValueError unless `schedule` is a name there is, or a function."""
+    if not callable(schedule) and schedule not in SCHEDULES and schedule != "adaptive":
+        names = ", ".join(map(repr, (*SCHEDULES, "adaptive")))
+        raise ValueError(f"schedule={schedule!r} is unknown. Choose one of {names}, or give a function of the step")
+
+
+def make_schedule(
+    schedule: str | Callable[[int], float],
+    total: int,
+    layers: int = 1,
+    *,
+    start: int = 0,
+    fraction: float = 0.8,
+    order: Order = "together",
+) -> Callable[[int], list[float]]:
+    """A function of the step that gives lam of every layer.
+
+    Args:
+        schedule: "linear", "cosine", "constant", or a function of the step, which is all layers' lam and has to be 0 at
+            the end of the training; the arguments below do not concern it.
+        total: optimizer steps of the training.
+        layers: how many layers there are. Default: 1.
+        start: the step at which the switch begins. Default: 0.
+        fraction: how long it takes, as a share of `total`. Default: 0.8.
+        order: see `linear`. Default: "together".
+
+    Raises:
+        ValueError: an argument is out of range, the schedule is longer than the training, or a function gives something
+            outside [0, 1].
+
+    >>> make_schedule("linear", 10, 2)(2)
+    [0.75, 0.75]
+    >>> make_schedule(lambda step: max(0.0, 1 - step / 5), 10, 2)(1)
+    [0.8, 0.8]
+    """
+    check_schedule(schedule)
+    if not callable(schedule):
+        formula = SCHEDULES[schedule]
+        options: dict[str, Any] = {"start": start, "fraction": fraction, "order": order}
+        formula(0, total, **options)  # complain now
+        return lambda step: [formula(step, total, layer, layers, **options) for layer in range(layers)]
+    last = _asked(schedule, total)
+    if last != 0:
+        raise ValueError(
+            f"the schedule function gives lam={last:g} at step {total}, where the training ends, and it has to be 0 by "
+            "then: the model would neither have its LayerNorms nor be free of them"
+        )
+    return lambda step: [_asked(schedule, step)] * layers
+
+
+def _asked(schedule: Callable[[int], float], step: int) -> float:
+    lam = float(schedule(step))
+    if not 0 <= lam <= 1:
+        raise ValueError(f"the schedule function gives lam={lam:g} at step {step}. lam is a share, from 0 to 1")
+    return lam

@@ -1,0 +1,173 @@
+"""What drives a converted model while it trains: lam, step counters, the loss scale, and the gap between the branches.
+
+Plain functions for any training loop; `stabnorm.callbacks.ProgressiveNormCallback` calls them on a Lightning Trainer.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm.nn._channel_norm import ChannelNorm
+from stabnorm.nn.prep import PRepBN
+
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # of torch.compile and checkpointing: not the user's names
+
+
+def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
+    """The layers that have a lam, by the names `find_norms` gives them, in module order; a shared one once.
+
+    >>> from stabnorm.nn import PRepBN
+    >>> list(progressive_norms(nn.Sequential(nn.Linear(4, 8), PRepBN(8))))
+    ['1']
+    """
+    return {_own(name): module for name, module in model.named_modules() if isinstance(module, PRepBN)}
+
+
+def running_norms(model: nn.Module) -> dict[str, ChannelNorm]:
+    """This package's norms with running statistics, by name; those inside progressive norms, too."""
+    return {_own(name): module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
+
+
+def _own(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def write_lam(norms: Iterable[PRepBN], lam: Sequence[float]) -> None:
+    """Give each layer its lam, in place; once it is 0 in all of them, none computes its norm any more.
+
+    Call it between the optimizer step and the next forward. Nothing is read from the device, and a compiled model is
+    compiled again only once, at the end.
+
+    Args:
+        norms: what `progressive_norms` found.
+        lam: one for each.
+
+    >>> from stabnorm.nn import PRepBN
+    >>> norm = PRepBN(8)
+    >>> write_lam([norm], [0.25])
+    >>> norm.lam, norm.leave_out_norm
+    (tensor(0.2500), False)
+    """
+    done = not any(lam)  # one flag for all: Dynamo compiles a function for eight different ones, and then no more
+    for norm, value in zip(norms, lam, strict=True):
+        norm.lam.fill_(value)
+        norm.leave_out_norm = done
+
+
+def write_step(norms: Iterable[ChannelNorm], step: int) -> None:
+    """Tell norms how many optimizer steps were done, in the place of their own count of training forwards.
+
+    With gradient accumulation, or several forwards a step, the two differ, and warm-ups are meant in steps.
+
+    >>> from stabnorm.nn import UnifiedNorm
+    >>> norm = UnifiedNorm(8)
+    >>> write_step([norm], 100)
+    >>> _ = norm(torch.randn(4, 8))
+    >>> norm.step
+    tensor(100)
+    """
+    for norm in norms:
+        norm.counts_steps = False
+        if (counter := norm._buffers.get("step")) is not None:  # the published variants count for themselves
+            counter.fill_(step)
+
+
+def write_loss_scale(norms: Iterable[ChannelNorm], scale: Tensor | float) -> None:
+    """Tell norms with running gradient statistics by what the loss is multiplied; call it before the backward.
+
+    Args:
+        norms: what `running_norms` found.
+        scale: ``scaler.get_scale()``, or the scaler's own tensor, which is not read.
+    """
+    buffers = [buffer for norm in norms if (buffer := norm._buffers.get("loss_scale")) is not None]
+    for buffer in buffers:
+        if isinstance(scale, Tensor):
+            buffer.copy_(scale.reshape(()), non_blocking=True)
+        else:
+            buffer.fill_(scale)
+
+
+class BranchGap:
+    r"""How far the two branches of each progressive norm are apart, in training forwards while it is `armed`.
+
+    .. math:: \mathrm{gap} = \|\mathrm{norm}(x) - \mathrm{RepBN}(x)\| / \|\mathrm{norm}(x)\|
+
+    over all valid tokens of a step. It takes both branches once more, so it is meant for a step now and then. It tells
+    what a step of lam moves, and is no sign of health: in a good run it grows, as RepBN's parameters train away. In a
+    compiled graph it is not measured.
+
+    Args:
+        norms: what `progressive_norms` found.
+
+    >>> from stabnorm.nn import PRepBN
+    >>> norm = PRepBN(8)
+    >>> gap = BranchGap([norm])
+    >>> gap.attach()
+    >>> gap.armed = True
+    >>> _ = norm(torch.randn(16, 8))
+    >>> gap.take().shape
+    torch.Size([1])
+    """
+
+    def __init__(self, norms: Iterable[PRepBN]) -> None:
+        self.armed = False
+        self._norms = list(norms)
+        self._squares: dict[int, Tensor] = {}  # of the difference and of the norm, [2]
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        self.detach()
+        hooks = (_GapHook(self, index) for index in range(len(self._norms)))
+        self._handles = [
+            norm.register_forward_pre_hook(hook, with_kwargs=True)
+            for norm, hook in zip(self._norms, hooks, strict=True)
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def add(self, index: int, module: PRepBN, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Add one forward of a layer."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
+        norm, rep, valid = module.branches(x, mask)
+        squares = torch.stack([(norm - rep).float().square().sum(-1), norm.float().square().sum(-1)])
+        squares = (squares if valid is None else torch.where(valid, squares, 0)).sum(-1)
+        self._squares[index] = self._squares[index] + squares if index in self._squares else squares
+
+    def take(self) -> Tensor:
+        """Each layer's gap since the last time, ``[layers]`` on the device; NaN where it did not run."""
+        device = self._norms[0].lam.device
+        nothing = torch.full((2,), torch.nan, device=device)
+        squares = torch.stack([self._squares.get(i, nothing).to(device) for i in range(len(self._norms))])
+        self._squares.clear()
+        return (squares[:, 0] / squares[:, 1]).sqrt()
+
+
+class _GapHook:
+    """A hook of one layer; a copied or saved model does not get a copy of all the others."""
+
+    def __init__(self, gap: BranchGap, index: int) -> None:
+        self.gap, self.index = gap, index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or not self.gap.armed or not module.training:
+            return
+        assert isinstance(module, PRepBN)
+        self.gap.add(self.index, module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Any:
+    return _nothing
+
+
+def _nothing(*_: object) -> None: ...

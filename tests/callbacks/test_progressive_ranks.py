@@ -1,0 +1,78 @@
+"""Two processes under DDP, through every phase: same lam, same weights, no parameter without a gradient."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
+from stabnorm.switch import progressive_norms
+from tests.lightning_small import BATCHES, fit, module, trainer
+
+STEPS = 2 * BATCHES
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def one_rank(rank: int, port: int, folder: str, options: dict[str, Any], run_options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    # With these in place Lightning takes the processes as they are.
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    model = module(heavy=True)
+    callbacks = [
+        ProgressiveNormCallback(**options),
+        *([StabilityCallback()] if options.get("start") else []),
+    ]
+    defaults = dict(strategy="ddp", devices=2, max_epochs=4, use_distributed_sampler=True)
+    fit(trainer(Path(folder), *callbacks, **{**defaults, **run_options}), model)
+    flags = [(norm.leave_out_norm, norm.sync) for norm in progressive_norms(model).values()]
+    gate = callbacks[0].switch.gate  # type: ignore[attr-defined]
+    residuals = None if gate is None else gate.residuals
+    torch.save((model.lams, model.state_dict(), flags, residuals), f"{folder}/{rank}.pt")
+
+
+def both(tmp_path: Path, options: dict[str, Any], **run_options: Any) -> tuple[Any, Any]:
+    mp.spawn(one_rank, (free_port(), str(tmp_path), options, run_options), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first[0] == second[0]
+    assert len(first[0]) == STEPS
+    for name, value in first[1].items():
+        if "running" not in name and "window" not in name:  # each rank's own, unless they are synchronised
+            assert torch.equal(value, second[1][name]), name
+    return first, second
+
+
+@pytest.mark.parametrize(
+    "options", [{"start": 4, "fraction": 0.5}, {"start": 4, "fraction": 0.6, "order": "deep_first"}]
+)
+def test_all_phases_of_a_schedule(tmp_path: Path, options: dict[str, Any]) -> None:
+    (lams, state, flags, _), _ = both(tmp_path, options)
+    assert lams[4] == [1.0, 1.0]  # the norm alone
+    assert any(0 < lam < 1 for lam in lams[12])  # both
+    assert lams[-1] == [0.0, 0.0]  # RepBN alone, the norm left out
+    assert flags == [(True, False)] * 2
+    assert state["net.1.lam"] == 0
+
+
+def test_the_gate_decides_alike_from_what_both_measure(tmp_path: Path) -> None:
+    first, second = both(tmp_path, {"schedule": "adaptive"})
+    assert first[3] == second[3]
+    assert first[0][-1] == [0.0, 1.0]
+    assert first[2] == [(False, False)] * 2
+
+
+def test_sync_batchnorm_is_respected(tmp_path: Path) -> None:
+    first, second = both(tmp_path, {}, sync_batchnorm=True)
+    assert first[2] == [(True, True)] * 2
+    for name, value in first[1].items():
+        assert torch.equal(value, second[1][name]), name

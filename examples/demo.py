@@ -1,9 +1,10 @@
-"""A healthy run and one that is driven unstable, both watched: `make demo`.
+"""See and switch, on a small vision transformer: `make demo`.
 
-Two runs of the same small vision transformer on scikit-learn's digit images, 600 steps each, about a minute together.
-The second one is the first until step 300; from there on a weight decay with its sign turned makes every weight matrix
-grow by one percent a step. Its LayerNorms divide the growth out again, and for more than fifty steps the loss goes on
-as if nothing had happened. What the norms read tells within twenty.
+Three runs on scikit-learn's digit images, 600 steps each, about a minute and a half together. The first is healthy. The
+second one is the first until step 300; from there on a weight decay with its sign turned makes every weight matrix grow
+by one percent a step. Its LayerNorms divide the growth out again, and for more than fifty steps the loss goes on as if
+nothing had happened. What the norms read tells within twenty. The third is the first with `ProgressiveNormCallback()`:
+it ends without LayerNorm.
 """
 
 import argparse
@@ -15,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from examples.digits import Destabilize, DigitsViT, digits_loaders
 from stabnorm import Alert
-from stabnorm.callbacks import StabilityCallback
+from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.monitor.record import Record, read_record
 
@@ -37,6 +38,7 @@ class Run:
     alerts: list[Alert]
     record: Record
     cost: str
+    model: DigitsViT
 
     @property
     def loss_doubled_at(self) -> int | None:
@@ -48,13 +50,13 @@ class Run:
         return FAULT_AT + int(late[0]) if late.size else None
 
 
-def watch(name: str, root: str, *, fault: bool, progress: bool = True, seed: int = 0) -> Run:
-    """Train once with the callback, and say what came of it.
+def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: int = 0) -> Run:
+    """Train once with `StabilityCallback`, and say what came of it.
 
     Args:
         name: of the run, a folder under ``root``.
         root: where TensorBoard finds the runs.
-        fault: whether it is driven unstable.
+        *others: callbacks besides.
         progress: False hides the progress bar.
         seed: of weights, batches and augmentation.
     """
@@ -66,7 +68,7 @@ def watch(name: str, root: str, *, fault: bool, progress: bool = True, seed: int
         max_steps=STEPS,
         logger=logger,
         log_every_n_steps=10,
-        callbacks=[stability, *([Destabilize(start=FAULT_AT)] if fault else [])],
+        callbacks=[stability, *others],
         check_val_every_n_epoch=10,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -77,7 +79,7 @@ def watch(name: str, root: str, *, fault: bool, progress: bool = True, seed: int
     trainer.validate(model, test, verbose=False)
     assert stability.monitor is not None
     accuracy = float(trainer.callback_metrics["val/accuracy"])
-    return Run(accuracy, stability.monitor.alerts, read_record(logger.log_dir), str(stability.monitor.cost))
+    return Run(accuracy, stability.monitor.alerts, read_record(logger.log_dir), str(stability.monitor.cost), model)
 
 
 def draw(run: Run, path: str) -> None:
@@ -88,28 +90,37 @@ def draw(run: Run, path: str) -> None:
     Image.fromarray(heatmap(scale, run.record.steps, run.record.layers, title, marks=marks)).save(path, optimize=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run]:
-    """Run both, and print what they show."""
+def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
+    """Run all three, and print what they show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="runs", help="where the runs are written (default: runs)")
     parser.add_argument("--picture", help="also write the unstable run's heat map there, the README's")
     parser.add_argument("--no-progress", action="store_true", help="hide the progress bars")
     options = parser.parse_args(arguments)
     print("--- healthy: a small vision transformer on digit images ---")
-    healthy = watch("healthy", options.root, fault=False, progress=not options.no_progress)
+    healthy = watch("healthy", options.root, progress=not options.no_progress)
     print(f"--- unstable: the same, with a weight decay whose sign is turned from step {FAULT_AT} on ---")
-    unstable = watch("unstable", options.root, fault=True, progress=not options.no_progress)
+    unstable = watch("unstable", options.root, Destabilize(start=FAULT_AT), progress=not options.no_progress)
+    print("--- switched: the healthy one, whose norms leave LayerNorm while it trains ---")
+    callback = ProgressiveNormCallback()
+    switched = watch("switched", options.root, callback, progress=not options.no_progress)
+    assert callback.switch is not None
     print("--- what there was to see ---")
-    for name, run in (("healthy", healthy), ("unstable", unstable)):
+    for name, run in (("healthy", healthy), ("unstable", unstable), ("switched", switched)):
         first = f"first alert at step {run.alerts[0].step}" if run.alerts else "no alert"
         doubled = f"loss doubled at step {run.loss_doubled_at}" if run.loss_doubled_at else "loss never doubled"
         print(f"{name:9s} accuracy {100 * run.accuracy:5.1f} %   {first}, {doubled}   monitoring {run.cost}")
+    norms, kept = len(callback.switch.norms), len(callback.switch.kept)
+    print(
+        f"accuracy with LayerNorm {100 * healthy.accuracy:.1f} %, switched {100 * switched.accuracy:.1f} %; "
+        f"{norms - kept} of {norms} norms are affine now"
+    )
     print("(A model this small pays the most for being watched; `make bench` measures a ViT-Tiny.)")
     if options.picture:
         draw(unstable, options.picture)
     tensorboard = Path(sys.executable).with_name("tensorboard")  # the one that make installed
-    print(f"Look at both:  {os.path.relpath(tensorboard)} --logdir {options.root}")
-    return healthy, unstable
+    print(f"Look at them:  {os.path.relpath(tensorboard)} --logdir {options.root}")
+    return healthy, unstable, switched
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from stabnorm.nn._channel_norm import ChannelNorm
+from stabnorm.nn._channel_norm import ChannelNorm, Float32Buffers
 from stabnorm.nn.power import PowerNorm
 from stabnorm.nn.prep import PRepBN, prep_class
 from stabnorm.nn.rep import RepBN
@@ -116,15 +116,15 @@ def _defaults_of(like: Tensor) -> Iterator[None]:
 
 # --- prepbn: another class for the same object ---
 
-_RESERVED = (
-    "adopt", "channel_dim", "eval_mode", "feature_dims", "fold_affine", "lam", "leave_out_norm", "norm_channel_dim",
-    "rep", "sync",
-)  # fmt: skip
+# What PRepBN puts before a class's own, apart from what hands on to it.
+_RESERVED = {
+    name for mixin in (PRepBN, Float32Buffers) for name in (*vars(mixin), *mixin.__annotations__)
+} - {*dir(nn.Module), "reset_parameters"}  # fmt: skip
 
 
 def _swap(layer: NormLayer, like: Tensor, options: dict[str, Any]) -> Plan:
     module = layer.module
-    for name in _RESERVED:
+    for name in sorted(_RESERVED):
         if hasattr(module, name) and not (name == "channel_dim" and module.channel_dim == layer.channel_dim):
             return Plan(f"its class has an attribute {name!r} of its own, which PRepBN needs")
     if layer.feature_dims > 1 and layer.channel_dim != -1:

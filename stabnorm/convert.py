@@ -6,7 +6,7 @@ the report says or, after an error, is what it was.
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -94,6 +94,9 @@ def convert_norms(
     ``configure_model``, say; then converted checkpoints load, and so does, with "prepbn", a checkpoint of the model as
     it was. Calling it again changes nothing.
 
+    Gradients at lam = 1 are the same bits, too, where the norm is one operation; a norm that is written out in several,
+    like Llama's, has its own gradients added up before the residual's join them.
+
     ``nn.TransformerEncoder`` has a fused path for eval that reads the norms' weights and never calls the norms. It is
     switched off in the layers concerned, along with nested tensors, so that eval computes what was trained: with a
     padding mask, places that are padding then hold numbers in place of zeros.
@@ -106,10 +109,9 @@ def convert_norms(
         **norm_options: Further arguments of `PRepBN` and its `RepBN`, `RepBN`, `UnifiedNorm` or `PowerNorm`. Three
             defaults differ: RepBN has ``filtration="calibrated"``, so that a burst stays out of its running statistics,
             and ``center=False``, scale only, for an rms norm; UnifiedNorm has a bias where the norm has one. `init`
-            stays "vision" (gamma = eta = 1), the paper's choice for DeiT, PVT and Swin and what did best in language
-            models, too, when lam falls over most of the training; the paper's own language models start both at 0
-            (``init="language"``) after 10000 steps at lam = 1. `eps` is the new norm's, 1e-5 unless given; the old one
-            keeps its own.
+            stays "vision" (gamma = eta = 1), the paper's choice for DeiT, PVT and Swin; its language models start with
+            both at 0 (``init="language"``), after 10000 steps at lam = 1. `eps` is the new norm's, 1e-5 unless given;
+            the old one keeps its own.
 
     Returns:
         What was converted, what was left, and why.
@@ -151,11 +153,11 @@ def convert_norms(
             f"{type(model).__name__} has no norm to convert. What there is:\n{there}\n"
             "Convert a model that has layer or rms norms, after it has built them"
         )
+    search.warn(stacklevel=3)
     for plan in plans.values():
         if plan.carry_out:
             plan.carry_out()
     leave_fused_path(model)
-    search.warn(stacklevel=3)
     return report
 
 
@@ -191,17 +193,17 @@ def _table(norms: Iterable[NormConversion]) -> list[str]:
 # --- what is wrong with the call ---
 
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-_OPTIONS: dict[Target, tuple[type[nn.Module], ...]] = {
-    "prepbn": (PRepBN, RepBN),
-    "repbn": (RepBN,),
-    "unified": (UnifiedNorm,),
-    "power": (PowerNorm,),
+_OPTIONS: dict[Target, tuple[Callable[..., None], ...]] = {
+    "prepbn": (PRepBN.__init__, RepBN.__init__),
+    "repbn": (RepBN.__init__,),
+    "unified": (UnifiedNorm.__init__,),
+    "power": (PowerNorm.__init__,),
 }
-_OF_THE_LAYER = {"num_features", "normalized_shape", "channel_dim", "kind", "rep_options"}  # not for the caller to say
+_OF_THE_LAYER = {"self", "num_features", "normalized_shape", "channel_dim", "kind", "rep_options"}  # nobody's to choose
 
 
 def _check_options(to: Target, options: dict[str, Any]) -> None:
-    signatures = [inspect.signature(norm_class).parameters for norm_class in _OPTIONS[to]]
+    signatures = [inspect.signature(constructor).parameters for constructor in _OPTIONS[to]]
     known = sorted({name for signature in signatures for name in signature} - _OF_THE_LAYER)
     for name in options:
         if name not in known:

@@ -60,6 +60,7 @@ class PRepBN(Float32Buffers):
     eval_mode: EvalMode
     channel_dim: int
     norm_channel_dim: int
+    feature_dims: int
     leave_out_norm: bool
     _made_of: tuple[Any, ...]  # of the class: the arguments of `prep_class`
 
@@ -143,17 +144,17 @@ class PRepBN(Float32Buffers):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The blend at the current lam; in training mode `rep` also gathers statistics."""
         if self.leave_out_norm or (not self.training and self.eval_mode == "rep"):
-            y = self._rep(x, mask, *self._rep_parameters())
-            return _Idle.apply(y, *self._norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
-        weight, bias, eta = self._rep_parameters()
+            y = self.__rep(x, mask, *self.__rep_parameters())
+            return _Idle.apply(y, *self.__norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
+        weight, bias, eta = self.__rep_parameters()
         for_norm, for_rep, weight, bias, eta = _Fork.apply(self.lam, x, weight, bias, eta)  # type: ignore[no-untyped-call]
-        rep = self._rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
-        return _Blend.apply(self.lam, self._norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
+        rep = self.__rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
+        return _Blend.apply(self.lam, self.__norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
+    def __rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
         return self.rep.weight, self.rep.bias, self.rep.eta
 
-    def _norm_parameters(self) -> list[nn.Parameter]:
+    def __norm_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("rep.")]
 
     @torch.no_grad()
@@ -162,18 +163,18 @@ class PRepBN(Float32Buffers):
 
         No running statistic changes. How far the two are apart is what a step of lam moves the output by.
         """
-        norm, flat = self._norm(x), x
+        norm, flat = self.__norm(x), x
         if self.feature_dims > 1:
             norm, flat = (t.reshape(-1, self.rep.num_features) for t in (norm, x))
         rep, valid = self.rep.of_batch(flat, mask)
         return as_rows(norm, self.channel_dim), rep, valid
 
-    def _norm(self, x: Tensor) -> Tensor:
+    def __norm(self, x: Tensor) -> Tensor:
         as_it_is = self.norm_channel_dim == self.channel_dim or self.channel_dim == x.ndim - 1
         y: Tensor = super().forward(x if as_it_is else x.movedim(self.channel_dim, -1))
         return y if as_it_is else y.movedim(-1, self.channel_dim)
 
-    def _rep(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
+    def __rep(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
         if self.feature_dims == 1:
             return self.rep.apply_with(x, mask, weight, bias, eta)
         flat = x.flatten(x.ndim - self.feature_dims) if x.ndim > self.feature_dims else x.reshape(1, -1)
@@ -212,6 +213,7 @@ class PRepBN(Float32Buffers):
         if not any(key.startswith(added) for key in state_dict):  # a checkpoint of the norm alone
             state_dict.update(self.rep.state_dict(prefix=added[1], keep_vars=True))
             state_dict[added[0]] = self.lam
+        self.leave_out_norm = False  # lam may be above 0 from now on
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:

@@ -167,7 +167,9 @@ class ProgressiveSwitch:
         write_step(self._running.values(), self.steps_done)
 
     def close(self) -> None:
-        """Take the hooks off; lam stays where it is."""
+        """Take the hooks off, and let the norms count for themselves again; lam stays where it is."""
+        for norm in self._running.values():
+            norm.counts_steps = True
         if self._gap is not None:
             self._gap.detach()
         if self._feed is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 
+from stabnorm.callbacks._compiled import forget_graphs
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask, MaskOfBatch
 from stabnorm.callbacks._outputs import HeadlineScalars, log_text, output_directory, record_writers
@@ -189,6 +190,7 @@ class ProgressiveNormCallback(Callback):
             order=self.order,
             monitor=monitor,
         )
+        forget_graphs(pl_module)
         saved = self._resumed(trainer)
         if saved is not None:
             self.switch.load_state_dict(saved)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stabnorm.callbacks._compiled import forget_graphs
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask
 from stabnorm.callbacks._outputs import HeadlineScalars, log_picture, log_text, output_directory, record_writers
@@ -121,8 +121,7 @@ class StabilityCallback(Callback):
                 ),
             ]
         monitor.attach()
-        if any(_is_compiled(module) for module in pl_module.modules()):
-            torch.compiler.reset()  # graphs traced before, by a learning-rate search say, have no hooks in them
+        forget_graphs(pl_module)
         self._fitting, self._counted = True, False
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -263,7 +262,3 @@ class _OpenStep:
         self.loss: Tensor | None = None
         self.learning_rate: float | Tensor | None = None
         self.grad_scale: Tensor | None = None
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

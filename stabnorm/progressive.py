@@ -98,6 +98,7 @@ class ProgressiveSwitch:
         if self.gate is not None and self.layers:
             if monitor is None or not watches(monitor, self.layers):
                 monitor = self._monitor = _own_monitor(model, self.layers)
+                monitor.attach()  # a compiled graph has the hooks that are on when it is traced
             self._feed = ResidualFeed(monitor, self.gate)
         self._gap = BranchGap(self.norms.values()) if self.layers else None
         if self._gap is not None:
@@ -166,7 +167,9 @@ class ProgressiveSwitch:
         write_step(self._running.values(), self.steps_done)
 
     def close(self) -> None:
-        """Take the hooks off; lam stays where it is."""
+        """Take the hooks off, and let the norms count for themselves again; lam stays where it is."""
+        for norm in self._running.values():
+            norm.counts_steps = True
         if self._gap is not None:
             self._gap.detach()
         if self._feed is not None:

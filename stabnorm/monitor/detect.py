@@ -7,7 +7,7 @@ Constants and the choice against CUSUM, EWMA and fitted quantiles come from a st
 calm steps on three small models; nothing is promised beyond that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,13 +58,18 @@ class Detector:
     Args:
         statistics: what the columns of the values are.
         layers: the layers' names, in depth order.
+        fading: layers whose own norm a schedule takes away, and its gradients with it: those raise no alert there.
+            Default: none.
     """
 
-    def __init__(self, statistics: Sequence[Statistic], layers: Sequence[str]) -> None:
+    def __init__(self, statistics: Sequence[Statistic], layers: Sequence[str], fading: Collection[str] = ()) -> None:
         self._statistics, self._layers = tuple(statistics), tuple(layers)
         self._alarmed = [i for i, s in enumerate(self._statistics) if s.alarm is not None]
         self._watched = [i for i, s in enumerate(self._statistics) if s.floor is not None]
         self._alarms = _host([self._statistics[i].alarm for i in self._alarmed])
+        gradients = torch.tensor([self._statistics[i].axis == "gradient" for i in self._watched], dtype=torch.bool)
+        fades = torch.tensor([layer in fading for layer in self._layers], dtype=torch.bool)
+        self._exempt = fades[:, None] & gradients
         self._floors = _host([self._statistics[i].floor for i in self._watched])
         shape = (len(self._layers), len(self._watched))
         self._past = _host(torch.nan).repeat(_PAST, *shape)
@@ -110,7 +115,7 @@ class Detector:
             self._center, self._scale = center, torch.maximum(spread, self._floors)
         off = (log - self._center) / self._scale
         learning = ~known | torch.isnan(off) | (self._seen < _LEARNT)
-        score = torch.where(learning, 0, off).abs()
+        score = torch.where(learning | self._exempt, 0, off).abs()
         clipped = torch.where(learning, log, self._center + off.clamp(-_CLIP, _CLIP) * self._scale)
         self._past[self._steps % _PAST] = torch.where(known, clipped, torch.nan)
         held = torch.maximum(torch.minimum(score, self._before), score / 2)

@@ -19,6 +19,7 @@ from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.monitor.statistics import resolve
+from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import find_norms
 
 TOP_CHANNELS = 3
@@ -121,7 +122,8 @@ class StabilityMonitor:
         self._state: DeviceState | None = None  # made at the first step, on the device the model is on by then
         self.has_running_statistics = np.array([norm.running_mean is not None for norm in norms])
         self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
-        self._detector = Detector(self.statistics, self.layers)
+        fading = [norm.name for norm in norms if isinstance(norm.module, PRepBN)]
+        self._detector = Detector(self.statistics, self.layers, fading)
         self._filled = 0  # rows since the last flush
         self._in_flight: Flight | None = None
         self._columns = len(chosen) + 2 + 2 * TOP_CHANNELS

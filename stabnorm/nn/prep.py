@@ -216,6 +216,7 @@ class PRepBN(Float32Buffers):
         if not any(key.startswith(added) for key in state_dict):  # a checkpoint of the norm alone
             state_dict.update(self.rep.state_dict(prefix=added[1], keep_vars=True))
             state_dict[added[0]] = self.lam
+        self.leave_out_norm = False  # lam may be above 0 from now on
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:

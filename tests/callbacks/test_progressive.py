@@ -91,6 +91,7 @@ def test_norms_without_lam_count_optimizer_steps_and_know_the_loss_scale(tmp_pat
     fit(trainer(tmp_path, callback, plugins=[plugin], accumulate_grad_batches=3), model)
     assert isinstance(model.net[1], UnifiedNorm)
     assert model.net[1].step == BATCHES // 3
+    assert model.net[1].counts_steps  # by itself again
     assert [mine for mine, _ in scales] == [theirs for _, theirs in scales]
     assert len({mine for mine, _ in scales}) > 1
 
@@ -178,6 +179,15 @@ def test_a_run_made_shorter_than_the_switch_is_refused(tmp_path: Path) -> None:
     short = trainer(tmp_path, ProgressiveNormCallback(), max_steps=12, max_epochs=-1)
     with pytest.raises(ValueError, match=r"planned with 20 optimizer steps and lam = 0 from step 16 on, but now it"):
         fit(short, module(), ckpt_path=tmp_path / "six.ckpt")
+
+
+def test_used_for_another_run_it_starts_afresh_and_a_switched_model_stays_switched(tmp_path: Path) -> None:
+    callback, model, other = ProgressiveNormCallback(), module(), module()
+    fit(trainer(tmp_path, callback), model)
+    fit(trainer(tmp_path, callback), other)
+    assert other.lams == model.lams
+    fit(trainer(tmp_path, callback), model)
+    assert model.lams[BATCHES:] == [[0.0, 0.0]] * BATCHES
 
 
 # --- what is refused, and what is said ---

@@ -60,6 +60,14 @@ def test_alone_or_beside_the_monitor_in_either_order_the_run_and_the_record_are_
     assert model.lam() == [0.0, 1.0]
 
 
+def test_a_norm_that_fades_raises_no_alert(tmp_path: Path) -> None:
+    watch = StabilityCallback()
+    options: dict[str, Any] = dict(max_steps=400, max_epochs=-1, val_check_interval=1.0)
+    fit(trainer(tmp_path, ProgressiveNormCallback(), watch, **options), module())
+    assert watch.monitor is not None
+    assert [alert for alert in watch.monitor.alerts if alert.statistic.startswith("grad")] == []
+
+
 def test_there_is_one_monitor_where_one_will_do(tmp_path: Path) -> None:
     switch, watch = ProgressiveNormCallback(schedule="adaptive"), StabilityCallback()
     fit(trainer(tmp_path, switch, watch), module())
@@ -218,3 +226,23 @@ def test_up_to_the_start_the_run_is_the_layernorm_run_bit_for_bit(tmp_path: Path
     fit(trainer(tmp_path, ProgressiveNormCallback(start=6, fraction=0.5)), switched)
     assert switched.losses[:7] == plain.losses[:7]
     assert switched.losses[7] != plain.losses[7]
+
+
+@pytest.mark.parametrize("callbacks", [[], [StabilityCallback()]], ids=["alone", "with the monitor"])
+def test_a_compiled_model_that_has_run_before_is_switched_and_measured(tmp_path: Path, callbacks: list[Any]) -> None:
+    torch._dynamo.reset()
+    eager, model = module(heavy=True), module(heavy=True)
+    compiled: Any = torch.compile(model.net, backend="eager")
+    compiled(torch.randn(4, 6, 24))
+    model.net = compiled
+    found = []
+    for made in (eager, model):
+        switch = ProgressiveNormCallback(schedule="adaptive")
+        fit(trainer(tmp_path, switch, *callbacks, max_epochs=4), made)
+        assert switch.switch is not None
+        assert switch.switch.gate is not None
+        found.append((switch.switch.layers, switch.switch.gate.residuals, made.lams))
+    assert found[0][0] == found[1][0] == ("net.1", "net.5")
+    assert found[0][2] == found[1][2]
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
+    assert model.lam() == [0.0, 1.0]

@@ -23,8 +23,8 @@ def calm(steps: int, seed: int = 0) -> Tensor:
     return values
 
 
-def run(values: Tensor, nonfinite: Tensor | None = None, chunk: int = 50) -> list[Alert]:
-    detector = Detector(STATISTICS, LAYERS)
+def run(values: Tensor, nonfinite: Tensor | None = None, chunk: int = 50, fading: tuple[str, ...] = ()) -> list[Alert]:
+    detector = Detector(STATISTICS, LAYERS, fading)
     tokens = torch.full(values.shape[:2], 100.0)
     nonfinite = torch.zeros(values.shape[:2], dtype=torch.bool) if nonfinite is None else nonfinite
     alerts = []
@@ -45,6 +45,17 @@ def test_a_layer_that_leaves_its_past_is_named_at_once_and_once() -> None:
     assert (alert.step, alert.layer, alert.statistic) == (400, "c", "token_std_mean")
     assert alert.value == pytest.approx(float(values[400, 2, 0]))
     assert "times its usual" in alert.reason
+
+
+def test_the_gradients_of_a_norm_that_a_schedule_takes_away_raise_nothing() -> None:
+    values = calm(900)
+    values[400:, :, 2] *= torch.linspace(1, 1e-6, 500)[:, None]
+    assert run(values)[0].statistic == "grad_gain"
+    assert run(values, fading=LAYERS) == []
+    assert {alert.layer for alert in run(values, fading=LAYERS[1:])} == {"a"}
+    values[400:, 2, 0] *= 3
+    (alert,) = run(values, fading=LAYERS)
+    assert (alert.layer, alert.statistic) == ("c", "token_std_mean")
 
 
 def test_growth_of_two_percent_a_step_is_found_within_sixty_steps() -> None:

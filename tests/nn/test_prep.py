@@ -217,3 +217,14 @@ def test_its_branches_are_what_it_blends_and_leave_the_statistics_alone(shape: i
     for lam in (0.0, 0.3, 1.0):
         norm.lam.fill_(lam)
         torch.testing.assert_close(norm(x).reshape(-1, 8), lam * of_norm + (1 - lam) * of_rep)
+
+
+def test_a_norm_that_was_left_out_is_back_when_a_state_is_loaded() -> None:
+    norm = PRepBN(8)
+    before = norm.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    norm.lam.zero_()
+    norm.leave_out_norm = True
+    norm.load_state_dict(before)
+    x = torch.randn(4, 8)
+    assert torch.equal(norm(x), nn.functional.layer_norm(x, (8,)))

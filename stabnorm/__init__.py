@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stabnorm.errors import StabNormError as StabNormError
+    from stabnorm.fold.fold import fold_norms as fold_norms
+    from stabnorm.fold.manifest import apply_manifest as apply_manifest
     from stabnorm.masks import valid_tokens as valid_tokens
     from stabnorm.monitor.detect import Alert as Alert
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
@@ -20,12 +22,23 @@ _HOME = {
     "Alert": "stabnorm.monitor.detect",
     "StabNormError": "stabnorm.errors",
     "StabilityMonitor": "stabnorm.monitor.monitor",
+    "apply_manifest": "stabnorm.fold.manifest",
     "find_norms": "stabnorm.norms",
+    "fold_norms": "stabnorm.fold.fold",
     "register_norm": "stabnorm.norms",
     "valid_tokens": "stabnorm.masks",
 }
 
-__all__ = ["Alert", "StabNormError", "StabilityMonitor", "find_norms", "register_norm", "valid_tokens"]
+__all__ = [
+    "Alert",
+    "StabNormError",
+    "StabilityMonitor",
+    "apply_manifest",
+    "find_norms",
+    "fold_norms",
+    "register_norm",
+    "valid_tokens",
+]
 
 
 def __getattr__(name: str) -> Any:

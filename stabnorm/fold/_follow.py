@@ -153,6 +153,8 @@ class _Follow(TorchDispatchMode):
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         inputs, outs = _tensors((args, kwargs)), _tensors(out)
+        if func._schema.is_mutable and inputs:
+            self.constant_storages.discard(_storage(inputs[0]))  # a buffer that the forward writes is none
         parameters = [t for t in inputs if self._is_parameter(t)]
         operands_ = self._linear(func, args, kwargs, out) if parameters else []
         if not operands_ and any(t in self.shadows for t in inputs):

@@ -25,6 +25,8 @@ from stabnorm.fold._readers import Linear, View
 from stabnorm.fold._trace import Call, Trace
 
 Status = Literal["forward", "backward", "residual", "affine", "kept"]
+FOLDED = ("forward", "backward", "residual")  # nothing of the norm is left
+UNSEEN = "no example reaches it, so nothing about it can be verified: pass one that does"
 VANISHING = 1e-6  # of the largest scale in a stream: dividing a branch by less loses its digits
 
 
@@ -107,10 +109,13 @@ def plan_folds(
         fixed: Norms that must not even become one multiply-add, and why. Default: none.
     """
     index = Index(trace, tied or {}, untie)
-    decisions = _Decisions(index, {**(refused or {}), **(fixed or {})}, fixed or {})
+    unseen = {site.name: UNSEEN for site, calls in zip(trace.sites, index.calls, strict=True) if not calls}
+    fixed = {**(fixed or {}), **unseen}
+    decisions = _Decisions(index, {**(refused or {}), **fixed}, fixed)
     decisions.refuse_by_obstacles()
     decisions.refuse_by_readers()
     decisions.refuse_by_norms()
+    decisions.refuse_unread()
     decisions.refuse_by_residuals(residual)
     decisions.settle()
     return decisions.plan()
@@ -139,9 +144,6 @@ class _Decisions:
     # --- what refuses ---
 
     def refuse_by_obstacles(self) -> None:
-        for site, calls in enumerate(self.index.calls):
-            if not calls:
-                self.reasons[site].append("no example reaches it")
         for obstacle in self.trace.obstacles:
             if obstacle.shift_only:
                 self.conditions.append((obstacle.tags, obstacle.text))
@@ -180,6 +182,12 @@ class _Decisions:
                 self.conditions.append(
                     (call.tags[call.factor.isnan()], f"norm '{name}' reads it multiplied by position")
                 )
+
+    def refuse_unread(self) -> None:
+        """What nothing was seen to read may have left by a way that cannot be followed, such as NumPy."""
+        for site, first in enumerate(self.trace.first_tags):
+            if not self._readers(site):
+                self._refuse(torch.tensor([first]), "nothing was seen to read its output")
 
     def refuse_by_residuals(self, allowed: bool) -> None:
         for add in self.trace.residuals:

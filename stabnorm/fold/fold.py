@@ -13,7 +13,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.fold._apply import apply_plan
 from stabnorm.fold._examples import Example, cast, read_examples, redrawn
 from stabnorm.fold._follow import trace_model
-from stabnorm.fold._plan import Plan, plan_folds
+from stabnorm.fold._plan import FOLDED, Plan, plan_folds
 from stabnorm.fold._sites import Site, find_sites
 from stabnorm.fold._trace import Trace
 from stabnorm.fold._verify import TOLERANCE, Outputs, Precision, finite, largest_error, run_all, sees
@@ -106,7 +106,8 @@ def fold_norms(
     manifest = manifest_of(plan)
     apply_plan(plan, manifest, folded)
     first = lanes[0]
-    vacuous = bool(sites) and not sees(first.model, sites, first.examples, first.expected, outputs, first.lowest)
+    reached = [sites[index] for index in {call.site for call in trace.calls}]
+    vacuous = bool(reached) and not sees(first.model, reached, first.examples, first.expected, outputs, first.lowest)
     if vacuous:
         warnings.warn(
             "fold_norms: the model's output does not change when its norms do, so the check says nothing. Is a head or "
@@ -265,32 +266,28 @@ def _settle(
         error, problem = _try(plan, lanes, outputs)
         if not problem:
             return plan, error
-        gone = [fold.name for fold in plan.folds if fold.status not in ("affine", "kept")]
-        undone, candidates = (refused, gone) if gone else (fixed, list(plan.affine))
-        assert candidates, "a plan that changes nothing holds"
-        undone.update(
-            _culprits(trace, lanes, options, outputs, candidates, undone is fixed) or dict.fromkeys(candidates, problem)
-        )
+        folded = [fold.name for fold in plan.folds if fold.status in FOLDED]
+        assert folded or plan.affine, "a plan that changes nothing holds"
+        faults = {
+            name: _fault(trace, name, name in folded, lanes, options, outputs) for name in [*folded, *plan.affine]
+        }
+        culprits = {name: fault for name, fault in faults.items() if fault}
+        for name, fault in (culprits or dict.fromkeys(folded or plan.affine, problem)).items():
+            (refused if name in folded else fixed)[name] = fault
 
 
-def _culprits(
+def _fault(
     trace: Trace,
+    name: str,
+    folds: bool,
     lanes: Sequence[_Lane],
     options: dict[str, Any],
     outputs: Callable[[Any], Any] | None,
-    candidates: list[str],
-    affine: bool,
-) -> dict[str, str]:
-    """Which of the norms fail when nothing but them is changed."""
-    culprits = {}
-    everything = [site.name for site in trace.sites]
-    for name in candidates:
-        others = {other: "not on trial" for other in everything if other != name}
-        mine = {name: "folds to itself"} if affine else {}
-        _, problem = _try(plan_folds(trace, **options, refused=mine, fixed=others), lanes, outputs)
-        if problem:
-            culprits[name] = problem
-    return culprits
+) -> str:
+    """What is wrong when this norm alone is changed; empty if nothing is."""
+    others = {site.name: "not on trial" for site in trace.sites if site.name != name}
+    refused = {} if folds else {name: "on trial as it stays"}
+    return _try(plan_folds(trace, **options, refused=refused, fixed=others), lanes, outputs)[1]
 
 
 def _try(plan: Plan, lanes: Sequence[_Lane], outputs: Callable[[Any], Any] | None) -> tuple[float, str]:

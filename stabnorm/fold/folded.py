@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm.nn._channel_norm import Float32Buffers
+
 
 class _Unfused(nn.Module):
     """Torch's encoder layers run a fused kernel on ``norm1.weight`` where both norms' eps are equal; NaN never is."""
@@ -27,8 +29,10 @@ class FoldedNorm(_Unfused, nn.Identity):
         return input
 
 
-class FrozenAffine(_Unfused):
+class FrozenAffine(_Unfused, Float32Buffers):
     r"""y = scale x + shift per channel, in one operation: a norm that is affine in eval and found no weight to go into.
+
+    Scale and shift stay float32 under ``.to(torch.bfloat16)``, as the statistics they come from.
 
     Args:
         scale: ``[C]``.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stabnorm.fold._plan import Plan
+from stabnorm.fold._plan import FOLDED, Plan
 from stabnorm.fold._readers import NewBias
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
 
@@ -18,7 +18,7 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
     new = [edit.linear.bias for edit in plan.edits if edit.shifts]
     return {
         "format": FORMAT,
-        "folded": [fold.name for fold in plan.folds if fold.status in ("forward", "backward", "residual")],
+        "folded": [fold.name for fold in plan.folds if fold.status in FOLDED],
         "affine": {
             name: {"num_features": scale.numel(), "channel_dim": channel_dim}
             for name, (scale, _, channel_dim) in plan.affine.items()
@@ -81,7 +81,8 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     for name, said in manifest["affine"].items():
         norm = model.get_submodule(name)
         like = next((t for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()), torch.empty(0))
-        scale = torch.ones(said["num_features"], dtype=like.dtype, device=like.device)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        scale = torch.ones(said["num_features"], dtype=dtype, device=like.device)
         replace(model, name, FrozenAffine(scale, torch.zeros_like(scale), said["channel_dim"]))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(

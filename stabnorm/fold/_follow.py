@@ -33,22 +33,16 @@ aten = torch.ops.aten
 
 def trace_model(
     model: nn.Module, sites: Sequence[Site], examples: Sequence[Example], outputs: Callable[[Any], Any] | None
-) -> tuple[Trace, list[list[Tensor]]]:
-    """Run `model` on the examples and write down where its norms' channels go.
-
-    Returns:
-        The trace, and for each example the floating tensors its run returned.
-    """
+) -> Trace:
+    """Run `model` on the examples and write down where its norms' channels go."""
     mode = _Follow(model, sites)
-    results = []
     with mode.hooked():
         for example in examples:
             with mode:
                 result = run(model, example)
             tensors = tensors_in(outputs(result) if outputs else result)
             mode.stop(tensors, "the model returns it: name the outputs that matter with outputs=")
-            results.append([t for t in tensors if t.is_floating_point()])
-    return mode.trace, results
+    return mode.trace
 
 
 class _Follow(TorchDispatchMode):

@@ -186,7 +186,7 @@ class _Decisions:
     def refuse_unread(self) -> None:
         """What nothing was seen to read may have left by a way that cannot be followed, such as NumPy."""
         for site, first in enumerate(self.trace.first_tags):
-            if not self._readers(site):
+            if not self.reasons[site] and not self._readers(site):
                 self._refuse(torch.tensor([first]), "nothing was seen to read its output")
 
     def refuse_by_residuals(self, allowed: bool) -> None:

@@ -1,9 +1,7 @@
 """`fold_norms`: trace, plan, apply, verify."""
 
-import copy
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,13 +9,13 @@ from torch import nn
 
 from stabnorm.errors import StabNormError
 from stabnorm.fold._apply import apply_plan
-from stabnorm.fold._examples import Example, cast, read_examples, redrawn
-from stabnorm.fold._follow import trace_model
+from stabnorm.fold._examples import read_examples
+from stabnorm.fold._lanes import Lanes, copied, make_lanes
 from stabnorm.fold._plan import FOLDED, Plan, plan_folds
-from stabnorm.fold._sites import Site, find_sites
-from stabnorm.fold._trace import Trace
-from stabnorm.fold._verify import TOLERANCE, Outputs, Precision, finite, largest_error, run_all, sees
-from stabnorm.fold.manifest import manifest_of
+from stabnorm.fold._sites import find_sites
+from stabnorm.fold._verify import TOLERANCE, Picker, largest_error, run_all
+from stabnorm.fold.folded import FrozenAffine
+from stabnorm.fold.manifest import manifest_of, replace
 from stabnorm.fold.result import FoldedSite, FoldResult
 
 
@@ -91,33 +89,27 @@ def fold_norms(
         )
     if residual == "auto":
         residual = not any(p.dtype == torch.float16 for p in model.parameters())
-    own = _own_lane(model, examples, others, outputs)
-    lane, trace, tied_names = _traced_lane(model, sites, examples, own, outputs)
-    lanes = [lane, own] if lane.precision == torch.float64 else [own]
-    options = {"residual": residual, "tied": tied_names, "untie": tied == "untie"}
-    plan, error = _settle(trace, lanes, options, outputs)
+    lanes = make_lanes(model, sites, examples, others, outputs)
+    options = {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}
+    plan, error = _settle(lanes, options, outputs)
     norms = _report(model, plan, staying)
     kept = [norm for norm in norms if norm.status == "kept"]
     if strict and kept:
         raise StabNormError(
             f"{len(kept)} norms are kept, the first is {kept[0].name!r}: {kept[0].reason}. strict=False folds the rest"
         )
-    folded = model if inplace else _copied(model)
-    manifest = manifest_of(plan)
-    apply_plan(plan, manifest, folded)
-    first = lanes[0]
-    reached = [sites[index] for index in {call.site for call in trace.calls}]
-    vacuous = bool(reached) and not sees(first.model, reached, first.examples, first.expected, outputs, first.lowest)
+    vacuous = not _shows_faults(lanes, outputs)
     if vacuous:
         warnings.warn(
             "fold_norms: the model's output does not change when its norms do, so the check says nothing. Is a head or "
             "a layer scale still at zero, or the output saturated? Pass outputs= or check= with something that varies.",
             stacklevel=2,
         )
-    lowest = torch.float64 if error <= TOLERANCE[torch.float64] else lanes[0].lowest
-    return FoldResult(
-        folded, norms, error, str(lowest).removeprefix("torch."), own.checked_on, vacuous, plan.max_gauge, manifest
-    )
+    lowest = torch.float64 if error <= TOLERANCE[torch.float64] else lanes.lanes[0].lowest
+    precision, manifest = str(lowest).removeprefix("torch."), manifest_of(plan)
+    folded = model if inplace else copied(model)
+    apply_plan(plan, manifest, folded)
+    return FoldResult(folded, norms, error, precision, lanes.checked_on, vacuous, plan.max_gauge, manifest)
 
 
 # --- what cannot be folded at all ---
@@ -141,169 +133,58 @@ def _check_model(model: nn.Module) -> None:
             raise StabNormError(f"{where} is compiled, so its operations cannot be followed. Fold first, then compile")
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ValueError(f"the model cannot be copied, which verifying needs: {error}") from error
-
-
-# --- two lanes: the model in float64, and as it is ---
-
-
-@dataclass
-class _Lane:
-    """The model before folding, in one precision, with what it returns."""
-
-    model: nn.Module
-    examples: list[Example]
-    expected: Outputs
-    precision: torch.dtype
-    lowest: torch.dtype
-    checked_on: str = ""
-
-
-def _own_lane(
-    model: nn.Module,
-    examples: list[Example],
-    others: list[Example] | None,
-    outputs: Callable[[Any], Any] | None,
-) -> _Lane:
-    unfolded = _copied(model)
-    precision = Precision()
-    try:
-        with precision:
-            expected = run_all(unfolded, examples, outputs)
-        again = run_all(unfolded, examples, outputs)
-    except Exception as error:
-        raise ValueError(
-            f"the model does not run on the example: {type(error).__name__}: {error}. A tuple is positional arguments, "
-            "a dict keyword arguments, a tuple (args, kwargs) both"
-        ) from error
-    lowest = precision.lowest
-    if largest_error(again, expected) > TOLERANCE[lowest]:
-        raise ValueError(
-            "the model returns something else each time it runs the example. Take out what is random in eval"
-        )
-    said = "the example" if len(examples) == 1 else f"{len(examples)} examples"
-    if others is not None:
-        try:
-            expected = expected + run_all(unfolded, others, outputs)
-        except Exception as error:
-            raise ValueError(f"the model does not run on check: {type(error).__name__}: {error}") from error
-        return _Lane(model, examples + others, expected, lowest, lowest, f"{said} and check")
-    for example in examples:
-        second = redrawn(example)
-        try:
-            (found,) = run_all(unfolded, [second], outputs)
-        except Exception:  # not every shuffled input is one: then the example must do
-            continue
-        if finite(found):
-            examples, expected = [*examples, second], [*expected, found]
-            said = f"{said.removesuffix(' and a second input')} and a second input"
-    return _Lane(model, examples, expected, lowest, lowest, said)
-
-
-def _traced_lane(
-    model: nn.Module,
-    sites: Sequence[Site],
-    examples: list[Example],
-    own: _Lane,
-    outputs: Callable[[Any], Any] | None,
-) -> tuple[_Lane, Trace, dict[str, str]]:
-    """The model in float64 if it runs so, else as it is; its trace, and which of its parameters had another owner."""
-    try:
-        wide = _copied(model).double()
-        names = _untie(wide)
-        inputs = [cast(example, torch.float64) for example in own.examples]
-        trace, _ = trace_model(wide, sites, inputs[: len(examples)], outputs)
-        precision = Precision()
-        with precision:
-            expected = run_all(wide, inputs, outputs)
-        if all(finite(tensors) for tensors in expected):
-            return _Lane(wide, inputs, expected, torch.float64, precision.lowest), trace, names
-    except Exception:  # a quantised layer, a kernel without float64: say so in the result, and do without
-        pass
-    plain = _copied(model)
-    names = _untie(plain)
-    trace, _ = trace_model(plain, sites, examples, outputs)
-    return own, trace, names
-
-
-def _untie(model: nn.Module) -> dict[str, str]:
-    """Give every module its own copy of a parameter it shares; returns for each such name another one of it.
-
-    So the trace tells who reads which. Only copies that are changed are kept in the folded model.
-    """
-    owners: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    for name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                full = f"{name}.{attribute}" if name else attribute
-                owners.setdefault(id(parameter), []).append((module, attribute, full))
-    tied = {}
-    for shared in owners.values():
-        for module, attribute, name in shared[1:]:
-            tied[name] = shared[0][2]
-            tied.setdefault(shared[0][2], name)
-            parameter = module._parameters[attribute]
-            assert parameter is not None
-            setattr(module, attribute, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
-    return tied
-
-
 # --- plan, try, roll back ---
 
 
-def _settle(
-    trace: Trace, lanes: Sequence[_Lane], options: dict[str, Any], outputs: Callable[[Any], Any] | None
-) -> tuple[Plan, float]:
+def _settle(lanes: Lanes, options: dict[str, Any], outputs: Picker) -> tuple[Plan, float]:
     """The plan that holds, and its error in the first lane."""
     refused: dict[str, str] = {}
     fixed: dict[str, str] = {}
     while True:
-        plan = plan_folds(trace, **options, refused=refused, fixed=fixed)
+        plan = plan_folds(lanes.trace, **options, refused=refused, fixed=fixed)
         error, problem = _try(plan, lanes, outputs)
         if not problem:
             return plan, error
         folded = [fold.name for fold in plan.folds if fold.status in FOLDED]
         assert folded or plan.affine, "a plan that changes nothing holds"
-        faults = {
-            name: _fault(trace, name, name in folded, lanes, options, outputs) for name in [*folded, *plan.affine]
-        }
-        culprits = {name: fault for name, fault in faults.items() if fault}
+        culprits = {}
+        for name in [*folded, *plan.affine]:
+            others = {site.name: "not on trial" for site in lanes.trace.sites if site.name != name}
+            as_it_is = {} if name in folded else {name: "on trial as one multiply-add"}
+            alone = plan_folds(lanes.trace, **options, refused=as_it_is, fixed=others)
+            fault = _try(alone, lanes, outputs)[1]
+            if fault:
+                culprits[name] = fault
         for name, fault in (culprits or dict.fromkeys(folded or plan.affine, problem)).items():
             (refused if name in folded else fixed)[name] = fault
 
 
-def _fault(
-    trace: Trace,
-    name: str,
-    folds: bool,
-    lanes: Sequence[_Lane],
-    options: dict[str, Any],
-    outputs: Callable[[Any], Any] | None,
-) -> str:
-    """What is wrong when this norm alone is changed; empty if nothing is."""
-    others = {site.name: "not on trial" for site in trace.sites if site.name != name}
-    refused = {} if folds else {name: "on trial as it stays"}
-    return _try(plan_folds(trace, **options, refused=refused, fixed=others), lanes, outputs)[1]
-
-
-def _try(plan: Plan, lanes: Sequence[_Lane], outputs: Callable[[Any], Any] | None) -> tuple[float, str]:
+def _try(plan: Plan, lanes: Lanes, outputs: Picker) -> tuple[float, str]:
     """The error in the first lane, and what is wrong; empty if nothing is."""
     errors = []
-    for lane in lanes:
-        folded = copy.deepcopy(lane.model)
+    for lane in lanes.lanes:
+        folded = copied(lane.model)
         try:
             apply_plan(plan, manifest_of(plan), folded)
-            error = largest_error(run_all(folded, lane.examples, outputs), lane.expected)
+            errors.append(largest_error(run_all(folded, lane.examples, outputs), lane.expected))
         except Exception as raised:
             return float("inf"), f"rolled back: the folded model does not run ({type(raised).__name__}: {raised})"
-        errors.append(error)
-        if not error <= TOLERANCE[lane.lowest]:
-            return error, f"rolled back: the folded model's output is off by {error:.1e} of its largest element"
+        if not errors[-1] <= lane.tolerance:
+            return errors[0], f"rolled back: the output would be off by {errors[-1]:.1e} of its largest element"
     return errors[0], ""
+
+
+def _shows_faults(lanes: Lanes, outputs: Picker) -> bool:
+    """Whether the outputs change when every norm is off by a hundredth."""
+    lane = lanes.lanes[0]
+    reached = [lanes.trace.sites[index] for index in sorted({call.site for call in lanes.trace.calls})]
+    faulty = copied(lane.model)
+    like = next((t for t in (*faulty.parameters(), *faulty.buffers()) if t.is_floating_point()), torch.empty(0))
+    for site in reached:
+        scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
+        replace(faulty, site.name, FrozenAffine(scale.to(like), shift.to(like), site.channel_dim))
+    error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)
+    return not reached or not error <= lane.tolerance
 
 
 def _report(model: nn.Module, plan: Plan, staying: dict[str, str]) -> list[FoldedSite]:

@@ -179,7 +179,23 @@ CASES = {
     "partly a linear's output": Case(
         reader(lambda m, x: m.norm(torch.cat([m.fc(x), x[..., :1]], -1)).tanh()), "more than a linear layer"
     ),
+    "input before its bias": Case(
+        reader(
+            lambda m, x: (lambda h: m.norm(h).tanh() * (h + m.b))(x @ m.w),
+            w=nn.Parameter(torch.ones(C, C)),
+            b=nn.Parameter(torch.ones(C)),
+        ),
+        "added later",
+    ),
     # the residual stream
+    "input is also a branch": Case(
+        post(
+            lambda m, x: (lambda h, b: m.head(m.last(h + b)) + m.other(b)[..., :D].sin())(m.norm(x), m.fc(x)),
+            other=norm(),
+        ),
+        "residual stream",
+        "other",
+    ),
     "stream read elsewhere": Case(post(stream_read_elsewhere), "sigmoid"),
     "branch read elsewhere": Case(post(branch_read_elsewhere), "tanh"),
     "branch on two streams": Case(

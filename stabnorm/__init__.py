@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stabnorm.errors import StabNormError as StabNormError
+    from stabnorm.fold.fold import fold_gains as fold_gains
     from stabnorm.fold.fold import fold_norms as fold_norms
     from stabnorm.fold.manifest import apply_manifest as apply_manifest
     from stabnorm.masks import valid_tokens as valid_tokens
@@ -24,6 +25,7 @@ _HOME = {
     "StabilityMonitor": "stabnorm.monitor.monitor",
     "apply_manifest": "stabnorm.fold.manifest",
     "find_norms": "stabnorm.norms",
+    "fold_gains": "stabnorm.fold.fold",
     "fold_norms": "stabnorm.fold.fold",
     "register_norm": "stabnorm.norms",
     "valid_tokens": "stabnorm.masks",
@@ -35,6 +37,7 @@ __all__ = [
     "StabilityMonitor",
     "apply_manifest",
     "find_norms",
+    "fold_gains",
     "fold_norms",
     "register_norm",
     "valid_tokens",

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from stabnorm.fold._plan import Edit, Plan
 from stabnorm.fold._readers import NewBias, View
+from stabnorm.fold._sites import Site
 from stabnorm.fold.folded import FrozenAffine
 from stabnorm.fold.manifest import restructure
 
@@ -20,6 +21,18 @@ def apply_plan(plan: Plan, manifest: dict[str, object], model: nn.Module) -> Non
         frozen.shift.copy_(shift)
     for edit in plan.edits:
         _edit(model, edit)
+    for site in plan.neutral:
+        set_gain(model, site, torch.ones(()), torch.zeros(()))
+
+
+def set_gain(model: nn.Module, site: Site, scale: Tensor, shift: Tensor) -> None:
+    """Write gain and bias of a norm that stays."""
+    assert site.gain is not None
+    norm = model.get_submodule(site.name)
+    for name, value in ((site.gain.weight, scale - site.gain.offset), (site.gain.bias, shift)):
+        held = getattr(norm, name) if name else None
+        if held is not None:
+            held.data.copy_(value)
 
 
 def _edit(model: nn.Module, edit: Edit) -> None:

@@ -115,6 +115,9 @@ class _Follow(TorchDispatchMode):
         none = torch.empty(0, dtype=torch.long)
         raw = Call(index, "raw", none, none, none.double())
         shadow = None if x is None else self.shadows.get(x)
+        if site.gain is not None and x is not None:
+            self.stop([x], f"norm '{site.name}' normalises it")
+            return raw
         if x is None or shadow is None or not bool((shadow.tags > 0).any()):
             return raw
         tags, factors = (plane.movedim(site.channel_dim, 0).flatten(1) for plane in (shadow.tags, shadow.factors()))

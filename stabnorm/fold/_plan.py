@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stabnorm.fold._index import NONE, SEVERAL, Index
 from stabnorm.fold._readers import Linear, View
+from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Trace
 
 Status = Literal["forward", "backward", "residual", "affine", "kept"]
@@ -79,6 +80,7 @@ class Plan:
         edits: The weights that change.
         affine: Scale, shift and channel axis of each norm that stays as one multiply-add, by name.
         untied: Parameters that get a copy of their own.
+        neutral: Norms that stay and give up their gain and bias.
         max_gauge: The largest factor by which a residual stream's channels are scaled, either way; 1 where none is.
     """
 
@@ -86,6 +88,7 @@ class Plan:
     edits: list[Edit] = field(default_factory=list)
     affine: dict[str, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
+    neutral: list[Site] = field(default_factory=list)
     max_gauge: float = 1.0
 
 
@@ -192,7 +195,8 @@ class _Decisions:
     def refuse_by_residuals(self, allowed: bool) -> None:
         for add in self.trace.residuals:
             where = f"residual add in '{add.path}'" if add.path else "residual add"
-            problem = "" if allowed else "pass residual=True"
+            gains = all(self.trace.sites[site].gain is not None for site in self.index.sites(add.stream))
+            problem = "" if allowed else "the stream reads it" if gains else "pass residual=True"
             problem = problem or self.index.rows_problem(add.features)
             if not problem and bool((self.index.stream[add.features] == SEVERAL).any()):
                 problem = "the branch is added to several streams"
@@ -270,6 +274,10 @@ class _Decisions:
             plan.max_gauge = max(plan.max_gauge, float(scale.abs().max()), float(1 / scale.abs().min()))
         for site, affine in enumerate(self.trace.sites):
             reasons = self.reasons[site]
+            if affine.gain is not None:
+                plan.folds.append(Fold(affine.name, "kept", () if reasons else self._readers(site), "; ".join(reasons)))
+                plan.neutral += [] if reasons else [affine]
+                continue
             if not reasons:
                 status: Status = "residual" if site in streams else "forward"
                 plan.folds.append(Fold(affine.name, status, self._readers(site)))

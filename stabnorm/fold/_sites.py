@@ -18,15 +18,28 @@ _TYPE_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Gain:
+    """Where a norm that stays keeps its gain and bias: attribute names, and what is added to the weight."""
+
+    weight: str | None
+    bias: str | None
+    offset: float
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A norm that is y = scale x + shift per channel in eval; float64, on the CPU."""
+    """What is y = scale x + shift per channel in eval; float64, on the CPU.
+
+    That is a norm of which nothing is left, or, with `gain`, the gain and bias of one that stays: x is then what it
+    normalised.
+    """
 
     name: str
-    class_name: str
     scale: Tensor
     shift: Tensor
     channel_dim: int
+    gain: Gain | None = None
 
     @property
     def num_features(self) -> int:
@@ -54,11 +67,30 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
             staying[name] = "it has forward hooks, which would be lost with it: remove them first"
         else:
             scale, shift = (t.detach().to("cpu", torch.float64).flatten() for t in (scale, shift))
-            sites.append(Site(name, type(module).__name__, scale, shift, channel_dim))
+            sites.append(Site(name, scale, shift, channel_dim))
     known = {site.name for site in sites} | set(staying)
     for norm in find_norms(model):
         if not any(norm.name == name or norm.name.startswith(f"{name}.") for name in known):
             staying[norm.name] = f"{type(norm.module).__name__} {_TYPE_NAMES[norm.kind]}"
+    return sites, staying
+
+
+def find_gains(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
+    """Gains and biases of the LayerNorms and RMSNorms, and by name why the other norms have none to fold."""
+    sites: list[Site] = []
+    staying: dict[str, str] = {}
+    for norm in find_norms(model):
+        gain, bias = norm.gain, norm.bias
+        if norm.kind not in ("layer", "rms") or norm.feature_dims > 1:
+            staying[norm.name] = "only a LayerNorm's or RMSNorm's gain over one axis is folded"
+        elif gain is None and bias is None:
+            staying[norm.name] = "it has neither gain nor bias"
+        else:
+            like = next(t for t in (gain, bias) if t is not None).detach().to("cpu", torch.float64)
+            scale = torch.ones_like(like) if gain is None else gain.detach().to("cpu", torch.float64)
+            shift = torch.zeros_like(like) if bias is None else bias.detach().to("cpu", torch.float64)
+            place = Gain(norm.weight_name if gain is not None else None, norm.bias_name, norm.gain_offset)
+            sites.append(Site(norm.name, scale, shift, norm.channel_dim, place))
     return sites, staying
 
 

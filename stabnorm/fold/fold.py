@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from stabnorm.errors import StabNormError
-from stabnorm.fold._apply import apply_plan
+from stabnorm.fold._apply import apply_plan, set_gain
 from stabnorm.fold._examples import read_examples
 from stabnorm.fold._lanes import Lanes, copied, make_lanes
 from stabnorm.fold._plan import FOLDED, Plan, plan_folds
-from stabnorm.fold._sites import find_sites
+from stabnorm.fold._sites import Site, find_gains, find_sites
 from stabnorm.fold._verify import TOLERANCE, Picker, largest_error, run_all
 from stabnorm.fold.folded import FrozenAffine
 from stabnorm.fold.manifest import manifest_of, replace
@@ -78,20 +78,91 @@ def fold_norms(
     >>> result.max_rel_error < 1e-12, result.model[2]
     (True, FoldedNorm())
     """
-    _check_options(residual, tied)
+    if residual not in (True, False, "auto"):
+        raise ValueError(f"residual={residual!r} is unknown. Choose True, False or 'auto'")
+    if residual == "auto":
+        residual = not any(p.dtype == torch.float16 for p in model.parameters())
+    result = _fold(find_sites, model, example, check, residual, tied, outputs, strict, inplace)
+    if result.vacuous:
+        warnings.warn(_VACUOUS.format("fold_norms"), stacklevel=2)
+    return result
+
+
+def fold_gains(
+    model: nn.Module,
+    example: Any,
+    *,
+    check: Any = None,
+    tied: Literal["untie", "refuse"] = "untie",
+    outputs: Callable[[Any], Any] | None = None,
+    inplace: bool = False,
+) -> FoldResult:
+    r"""Fold gain and bias of the LayerNorms and RMSNorms that stay into the weights that read them, and verify.
+
+    .. math:: W (\gamma \odot n(x) + \beta) + b = (W \operatorname{diag}(\gamma))\, n(x) + (b + W \beta)
+
+    The norms stay where they are, with gain 1 and bias 0, and every one has the status "kept"; `into` names the layers
+    that took its gain and bias in, `reason` says why there are none. The method is `fold_norms`', and so are the
+    arguments.
+
+    Args:
+        model: in eval mode.
+        example: see `fold_norms`.
+        check: see `fold_norms`. Default: the example, redrawn.
+        tied: see `fold_norms`. Default: "untie".
+        outputs: see `fold_norms`. Default: all.
+        inplace: fold `model` itself instead of a copy. Default: False.
+
+    Returns:
+        The model, and for each norm where its gain and bias went; see `FoldResult`.
+
+    Raises:
+        TypeError: `example` or `check` has none of the formats.
+        ValueError: an option is unknown, the example does not run, or the model cannot be copied.
+        StabNormError: the model is in training mode, compiled, scripted or itself a norm.
+
+    >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)).eval()
+    >>> nn.init.uniform_(model[0].weight), nn.init.normal_(model[0].bias)
+    (...)
+    >>> result = fold_gains(model, torch.randn(3, 8))
+    >>> result.norms[0].into, result.model[0].weight.unique().tolist()
+    (('1',), [1.0])
+    """
+    result = _fold(find_gains, model, example, check, False, tied, outputs, False, inplace)
+    if result.vacuous:
+        warnings.warn(_VACUOUS.format("fold_gains"), stacklevel=2)
+    return result
+
+
+_VACUOUS = (
+    "{}: the model's output does not change when its norms do, so the check says nothing. Is a head or a layer scale "
+    "still at zero, or the output saturated? Pass outputs= or check= with something that varies."
+)
+
+
+def _fold(
+    find: Callable[[nn.Module], tuple[list[Site], dict[str, str]]],
+    model: nn.Module,
+    example: Any,
+    check: Any,
+    residual: bool,
+    tied: str,
+    outputs: Picker,
+    strict: bool,
+    inplace: bool,
+) -> FoldResult:
+    if tied not in ("untie", "refuse"):
+        raise ValueError(f"tied={tied!r} is unknown. Choose 'untie' or 'refuse'")
     _check_model(model)
     examples = read_examples("example", example)
     others = None if check is None else read_examples("check", check)
-    sites, staying = find_sites(model)
+    sites, staying = find(model)
     if "" in staying or any(not site.name for site in sites):
         raise StabNormError(
             "the model is itself a norm: there is nothing around it to fold it into. Fold what holds it"
         )
-    if residual == "auto":
-        residual = not any(p.dtype == torch.float16 for p in model.parameters())
     lanes = make_lanes(model, sites, examples, others, outputs)
-    options = {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}
-    plan, error = _settle(lanes, options, outputs)
+    plan, error = _settle(lanes, {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}, outputs)
     norms = _report(model, plan, staying)
     kept = [norm for norm in norms if norm.status == "kept"]
     if strict and kept:
@@ -99,12 +170,6 @@ def fold_norms(
             f"{len(kept)} norms are kept, the first is {kept[0].name!r}: {kept[0].reason}. strict=False folds the rest"
         )
     vacuous = not _shows_faults(lanes, outputs)
-    if vacuous:
-        warnings.warn(
-            "fold_norms: the model's output does not change when its norms do, so the check says nothing. Is a head or "
-            "a layer scale still at zero, or the output saturated? Pass outputs= or check= with something that varies.",
-            stacklevel=2,
-        )
     lowest = torch.float64 if error <= TOLERANCE[torch.float64] else lanes.lanes[0].lowest
     precision, manifest = str(lowest).removeprefix("torch."), manifest_of(plan)
     folded = model if inplace else copied(model)
@@ -113,13 +178,6 @@ def fold_norms(
 
 
 # --- what cannot be folded at all ---
-
-
-def _check_options(residual: object, tied: object) -> None:
-    if residual not in (True, False, "auto"):
-        raise ValueError(f"residual={residual!r} is unknown. Choose True, False or 'auto'")
-    if tied not in ("untie", "refuse"):
-        raise ValueError(f"tied={tied!r} is unknown. Choose 'untie' or 'refuse'")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -145,7 +203,7 @@ def _settle(lanes: Lanes, options: dict[str, Any], outputs: Picker) -> tuple[Pla
         error, problem = _try(plan, lanes, outputs)
         if not problem:
             return plan, error
-        folded = [fold.name for fold in plan.folds if fold.status in FOLDED]
+        folded = [fold.name for fold in plan.folds if fold.status in FOLDED or fold.into]
         assert folded or plan.affine, "a plan that changes nothing holds"
         culprits = {}
         for name in [*folded, *plan.affine]:
@@ -182,7 +240,10 @@ def _shows_faults(lanes: Lanes, outputs: Picker) -> bool:
     like = next((t for t in (*faulty.parameters(), *faulty.buffers()) if t.is_floating_point()), torch.empty(0))
     for site in reached:
         scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
-        replace(faulty, site.name, FrozenAffine(scale.to(like), shift.to(like), site.channel_dim))
+        if site.gain is None:
+            replace(faulty, site.name, FrozenAffine(scale.to(like), shift.to(like), site.channel_dim))
+        else:
+            set_gain(faulty, site, scale, shift)
     error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)
     return not reached or not error <= lane.tolerance
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stabnorm.convert import convert_norms as convert_norms
     from stabnorm.errors import StabNormError as StabNormError
+    from stabnorm.fold.fold import fold_gains as fold_gains
+    from stabnorm.fold.fold import fold_norms as fold_norms
+    from stabnorm.fold.manifest import apply_manifest as apply_manifest
     from stabnorm.masks import valid_tokens as valid_tokens
     from stabnorm.monitor.detect import Alert as Alert
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
@@ -22,8 +25,11 @@ _HOME = {
     "Alert": "stabnorm.monitor.detect",
     "StabNormError": "stabnorm.errors",
     "StabilityMonitor": "stabnorm.monitor.monitor",
+    "apply_manifest": "stabnorm.fold.manifest",
     "convert_norms": "stabnorm.convert",
     "find_norms": "stabnorm.norms",
+    "fold_gains": "stabnorm.fold.fold",
+    "fold_norms": "stabnorm.fold.fold",
     "recalibrate_norms": "stabnorm.recalibrate",
     "register_norm": "stabnorm.norms",
     "valid_tokens": "stabnorm.masks",
@@ -33,8 +39,11 @@ __all__ = [
     "Alert",
     "StabNormError",
     "StabilityMonitor",
+    "apply_manifest",
     "convert_norms",
     "find_norms",
+    "fold_gains",
+    "fold_norms",
     "recalibrate_norms",
     "register_norm",
     "valid_tokens",

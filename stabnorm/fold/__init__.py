@@ -1,0 +1,8 @@
+"""Folding: every norm that is affine in eval goes into the weights around it."""
+
+from stabnorm.fold.fold import fold_gains, fold_norms
+from stabnorm.fold.folded import FoldedNorm, FrozenAffine
+from stabnorm.fold.manifest import apply_manifest
+from stabnorm.fold.result import FoldedSite, FoldResult
+
+__all__ = ["FoldResult", "FoldedNorm", "FoldedSite", "FrozenAffine", "apply_manifest", "fold_gains", "fold_norms"]

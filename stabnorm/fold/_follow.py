@@ -1,0 +1,385 @@
+"""One forward under a dispatch mode that follows the norms' channels (`_shadow`) and writes a `Trace`.
+
+A norm's output is tagged with the norm's channels, a linear operation's output with its features. What meets a tagged
+tensor is one of these, and nothing else:
+
+- it moves or averages elements: the tags move along;
+- it is a linear operation with a Parameter: a reader, and its own features start (`Linear`);
+- it multiplies: the scale passes; the shift, too, if the multiplier is a constant;
+- it adds features of a linear layer to a stream of norm channels: post-LN's residual (`Residual`);
+- it adds a parameter right after a linear operation: that operation's bias;
+- it is another norm (`Call`);
+- anything else is an obstacle, named by operation and module.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from stabnorm.fold._examples import Example, run, tensors_in
+from stabnorm.fold._readers import Linear, Operands, Slot, View, new_bias, operands
+from stabnorm.fold._shadow import Shadow, averaged, columns, moved
+from stabnorm.fold._sites import Site
+from stabnorm.fold._trace import Call, Obstacle, Residual, Trace, Use
+
+aten = torch.ops.aten
+
+
+def trace_model(
+    model: nn.Module, sites: Sequence[Site], examples: Sequence[Example], outputs: Callable[[Any], Any] | None
+) -> Trace:
+    """Run `model` on the examples and write down where its norms' channels go."""
+    mode = _Follow(model, sites)
+    with mode.hooked():
+        for example in examples:
+            with mode:
+                result = run(model, example)
+            tensors = tensors_in(outputs(result) if outputs else result)
+            mode.stop(tensors, "the model returns it: name the outputs that matter with outputs=")
+    return mode.trace
+
+
+class _Follow(TorchDispatchMode):
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.trace = Trace(sites)
+        self.trace.first_tags = [self.trace.new_tags(site.num_features) for site in sites]
+        self.features_from = self.trace.next_tag  # tags below are norms' channels
+        self.shadows = WeakTensorKeyDictionary()
+        self.paths = [""]
+        self.pauses = 0
+        self.linear_of_view: dict[View, int] = {}
+        self.owners: dict[int, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in model.named_parameters():
+            self.owners.setdefault(_storage(parameter), []).append((name, parameter))
+        self.constant_storages = {*self.owners, *(_storage(buffer) for buffer in model.buffers())}
+        self.constants = WeakTensorKeyDictionary()  # what was computed from parameters and buffers alone
+
+    # --- modules ---
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """While this lasts modules say when they run, and norms say what they read and tag what they return."""
+        sites = {site.name: index for index, site in enumerate(self.trace.sites)}
+        handles = []
+        for name, module in self.model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._entering(name), prepend=True))
+            if name in sites:
+                handles.append(module.register_forward_pre_hook(self._reading(sites[name]), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._returning(sites[name])))
+            handles.append(module.register_forward_hook(self._leaving))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        return lambda module, args: self.paths.append(name)
+
+    def _leaving(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.paths.pop()
+
+    def _reading(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+            self.trace.calls.append(self._call(index, x))
+            self.pauses += 1  # what happens inside a norm is the norm's
+
+        return hook
+
+    def _returning(self, index: int) -> Callable[..., None]:
+        site, first = self.trace.sites[index], self.trace.first_tags[index]
+
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            self.pauses -= 1
+            tags = torch.arange(first, first + site.num_features)
+            if not isinstance(out, Tensor):
+                self.trace.obstacles.append(Obstacle(tags, f"'{site.name}' does not return a tensor"))
+                return
+            shape = [1] * out.ndim
+            shape[site.channel_dim] = site.num_features
+            self.shadows[out] = Shadow(tags.to(out.device).double().view(shape).expand(out.shape))
+
+        return hook
+
+    def _call(self, index: int, x: Tensor | None) -> Call:
+        site = self.trace.sites[index]
+        none = torch.empty(0, dtype=torch.long)
+        raw = Call(index, "raw", none, none, none.double())
+        shadow = None if x is None else self.shadows.get(x)
+        if site.gain is not None and x is not None:
+            self.stop([x], f"norm '{site.name}' normalises it")
+            return raw
+        if x is None or shadow is None or not bool((shadow.tags > 0).any()):
+            return raw
+        tags, factors = (plane.movedim(site.channel_dim, 0).flatten(1) for plane in (shadow.tags, shadow.factors()))
+        channels = torch.arange(len(tags), device=tags.device)[:, None].expand(tags.shape)
+        landed = _function(tags, channels)
+        if landed is not None:
+            factor_of = _function(tags, factors)
+            factor = torch.full(landed[1].shape, torch.nan) if factor_of is None else factor_of[1]
+            if bool((tags >= self.features_from).all()):
+                return Call(index, "linear", landed[0], landed[1].long(), factor)
+            if len(landed[0]) == len(tags) and bool((tags < self.features_from).all()):
+                order = landed[1].argsort()
+                return Call(index, "stream", landed[0][order], landed[1][order].long(), factor[order])
+        self.stop([x], f"norm '{site.name}' reads it mixed with something else")
+        return raw
+
+    # --- operations ---
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with self:  # an op made of ops arrives whole in inference mode: take it apart
+            out = func.decompose(*args, **kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+            if not self.pauses:
+                self._follow(func, args, kwargs, out)
+        return out
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        inputs, outs = _tensors((args, kwargs)), _tensors(out)
+        if func._schema.is_mutable and inputs:
+            self.constant_storages.discard(_storage(inputs[0]))  # a buffer that the forward writes is none
+        parameters = [t for t in inputs if self._is_parameter(t)]
+        operands_ = self._linear(func, args, kwargs, out) if parameters else []
+        if not operands_ and any(t in self.shadows for t in inputs):
+            operands_ = self._pass(func, args, kwargs, out)
+        aliases = {_storage(t) for t in outs}  # a view reads nothing yet
+        for t in parameters:
+            if _storage(t) not in aliases and not any(t is operand for operand in operands_):
+                self._use(t, None, self._where(func))
+        if inputs and all(self._is_constant(t) for t in inputs):
+            for t in outs:
+                self.constants[t] = True
+
+    def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
+        """Follow what no weight meets; returns a parameter that turned out to be a linear operation's bias."""
+        tagged = [t for t in _tensors((args, kwargs)) if t in self.shadows]
+        if func._schema.is_mutable:
+            self.stop(tagged, f"{self._where(func)} changes it in place")
+            return []
+        shadows = moved(func, args, kwargs, self._shadow, out)
+        bias: list[Tensor] = []
+        if shadows is None:
+            shadow = averaged(func, args, kwargs, self._shadow, out) or self._multiplied(func, args, kwargs, out)
+            if shadow is not None and func.overloadpacket is aten.sum:
+                self.stop(tagged, f"{self._where(func)} adds its shift several times", shift_only=True)
+            if shadow is None and func.overloadpacket is aten.add and kwargs.get("alpha", 1) == 1:
+                shadow, bias = self._added(func, args[0], args[1], out)
+            shadows = None if shadow is None else [shadow]
+        if shadows is None:
+            why = operands(func, args, kwargs, self._is_parameter)
+            self.stop(
+                tagged, f"{self._where(func)}: {why}" if isinstance(why, str) else f"{self._where(func)} reads it"
+            )
+            return []
+        for t, shadow in zip(_tensors(out), shadows, strict=True):
+            self.shadows[t] = shadow
+        return bias
+
+    def stop(self, tensors: Sequence[Tensor], text: str, *, shift_only: bool = False) -> None:
+        """Write an obstacle for whatever is followed in `tensors`."""
+        for t in tensors:
+            self._stop(self.shadows.get(t), text, shift_only)
+
+    def _stop(self, shadow: Shadow | None, text: str, shift_only: bool = False) -> None:
+        present = None if shadow is None else shadow.present()
+        if present is not None and len(present):
+            self.trace.obstacles.append(Obstacle(present, text, shift_only))
+
+    def _where(self, func: Any) -> str:
+        name = func.overloadpacket.__name__
+        return f"{name} in '{self.paths[-1]}'" if self.paths[-1] else f"{name} in the model's own forward"
+
+    def _shadow(self, value: Any) -> Shadow | None:
+        found: Shadow | None = self.shadows.get(value) if isinstance(value, Tensor) else None
+        return found
+
+    def _is_parameter(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and _storage(value) in self.owners
+
+    def _is_constant(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and (value in self.constants or _storage(value) in self.constant_storages)
+
+    # --- what a scale passes ---
+
+    def _multiplied(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Shadow | None:
+        packet = func.overloadpacket
+        if packet is aten.neg:
+            x, multiplier = args[0], -1.0
+        elif packet is aten.mul or (packet is aten.div and not kwargs.get("rounding_mode")):
+            x, multiplier = args[:2]
+            if packet is aten.mul and self._shadow(x) is None:
+                x, multiplier = multiplier, x
+        elif packet is aten.masked_fill and args[2] == 0:
+            x, multiplier = args[:2]
+        else:
+            return None
+        shadow = self._shadow(x)
+        if shadow is None or self._shadow(multiplier) is not None or not out.is_floating_point():
+            return None
+        tags, factors = shadow.tags.expand(out.shape), shadow.factors()
+        if packet is not aten.masked_fill and (not isinstance(multiplier, Tensor) or self._is_constant(multiplier)):
+            by = torch.as_tensor(multiplier, dtype=torch.float64, device=tags.device)
+            return Shadow(tags, (factors / by if packet is aten.div else factors * by).expand(out.shape))
+        self.stop([x], f"{self._where(func)} multiplies it by what depends on the input", shift_only=True)
+        return Shadow(tags, None if shadow.factor is None else factors.expand(out.shape))
+
+    def _added(self, func: Any, one: Any, other: Any, out: Tensor) -> tuple[Shadow | None, list[Tensor]]:
+        """The shadow of a sum, and the bias if it adds one; None if neither a residual nor a bias is added."""
+        if self._shadow(one) is None:
+            one, other = other, one
+        mine, others = self._shadow(one), self._shadow(other)
+        if mine is None:
+            return None, []
+        if others is None:
+            return self._bias_added(mine, other, out, func)
+        if mine.tags.shape != others.tags.shape:
+            return None, []
+        if bool((mine.tags >= self.features_from).any()):
+            mine, others = others, mine
+        is_stream = (mine.tags > 0) & (mine.tags < self.features_from)
+        pairs = _function(others.tags, mine.tags)
+        if pairs is None or not bool((is_stream & (others.tags >= self.features_from)).all()):
+            return None, []
+        self.trace.residuals.append(Residual(pairs[1].long(), pairs[0], self.paths[-1]))
+        return mine, []
+
+    def _bias_added(self, features: Shadow, bias: Any, out: Tensor, func: Any) -> tuple[Shadow | None, list[Tensor]]:
+        """A linear operation's bare output and a parameter: from here on their sum is the operation's output."""
+        view, tags = self._view(bias), features.present()
+        linear = next((n for n in self.trace.linears if len(tags) and n.outputs == tags[0]), None)
+        if view is None or linear is None or features.factor is not None or out.shape != features.tags.shape:
+            return None, []
+        groups, _, outputs = linear.size
+        count = groups * outputs
+        places = torch.arange(bias.numel(), device=bias.device).view(bias.shape).expand(out.shape)
+        landed = _function(features.tags, places)
+        if landed is None or len(tags) != count or bias.numel() != count or bool((landed[1].diff() != 1).any()):
+            return None, []
+        strided = bias.reshape(groups, outputs)
+        slot = View(view.name, tuple(strided.shape), tuple(strided.stride()), view.offset)
+        if not linear.biased:
+            if isinstance(linear.bias, View) or _storage(strided) != _storage(bias):
+                return None, []
+            linear.bare_slot, linear.biased = linear.bias, self.trace.new_tags(count)
+            linear.bias, linear.has_bias = slot, True
+        elif linear.bias != slot:
+            return None, []
+        self._use(bias, self.trace.linears.index(linear), self._where(func))
+        return Shadow(features.tags - linear.outputs + linear.biased), [bias]
+
+    # --- linear operations ---
+
+    def _linear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
+        """Write a linear operation down, tag its output, and return its parameters; none if it is no such operation."""
+        found = operands(func, args, kwargs, self._is_parameter)
+        view = self._view(found.form) if isinstance(found, Operands) else None
+        if view is None or not isinstance(found, Operands):
+            return []
+        index = self._index_of(func, view, found, out)
+        linear = self.trace.linears[index]
+        groups, inputs, outputs = linear.size
+        shadow = self._shadow(found.x)
+        if shadow is None:
+            nothing = torch.zeros(groups, inputs)
+            read = columns(Shadow(nothing.double()), lambda plane: plane[..., None])
+        else:
+            features = torch.where(shadow.tags < self.features_from, 0.0, shadow.tags)
+            self._stop(Shadow(features), f"{linear} reads it")
+            read = columns(Shadow(shadow.tags - features, shadow.factor), found.gather)
+            if read.problem:
+                self._stop(Shadow(shadow.tags - features), f"{linear}: {read.problem}")
+        if not any(read.same(earlier) for earlier in linear.reads):
+            linear.reads.append(read)
+        first = linear.outputs + torch.arange(groups * outputs, dtype=torch.float64, device=out.device)
+        self.shadows[out] = Shadow(found.spread(first.view(groups, outputs)).expand(out.shape))
+        where = self._where(func)
+        self._use(found.weight, index, where)
+        if found.bias is None:
+            return [found.weight]
+        if isinstance(linear.bias, View):
+            self._use(found.bias, index, where)
+        return [found.weight, *([found.bias] if isinstance(linear.bias, View) else [])]
+
+    def _index_of(self, func: Any, view: View, found: Operands, out: Tensor) -> int:
+        slot = self._slot(view, found, out)
+        if view not in self.linear_of_view:
+            first = self.trace.new_tags(view.size[0] * view.size[2])
+            name = func.overloadpacket.__name__
+            linear = Linear(name, self.paths[-1], view, first, slot, found.bias is not None, found.pads)
+            self.trace.linears.append(linear)
+            self.linear_of_view[view] = len(self.trace.linears) - 1
+        index = self.linear_of_view[view]
+        linear = self.trace.linears[index]
+        if slot != (linear.bare_slot if linear.biased else linear.bias):
+            linear.problem = "it is used in two ways"
+        linear.pads = linear.pads or found.pads
+        return index
+
+    def _slot(self, view: View, found: Operands, out: Tensor) -> Slot:
+        if found.bias is None:
+            return new_bias(self.model, view, self.paths[-1])
+        bias = self._view(found.bias)
+        if bias is None:
+            return "its bias is computed, not a Parameter"
+        groups, outputs = view.size[0], view.size[2]
+        picked = found.pick(found.align(found.bias).expand(out.shape))
+        if found.bias.numel() != groups * outputs or picked.unique().numel() == 0:
+            return "its bias is not one number for each output"
+        return View(bias.name, tuple(picked.shape), tuple(picked.stride()), bias.offset)
+
+    # --- parameters ---
+
+    def _use(self, t: Tensor, linear: int | None, text: str) -> None:
+        view = self._view(t)
+        if view is not None:
+            self.trace.uses.append(Use(view, linear, text))
+
+    def _view(self, t: Any) -> View | None:
+        """The part of a parameter that a tensor is; None if it is none."""
+        if not isinstance(t, Tensor):
+            return None
+        for name, parameter in self.owners.get(_storage(t), ()):
+            offset = int(t.storage_offset() - parameter.storage_offset())
+            view = View(name, tuple(t.shape), tuple(t.stride()), offset)
+            whole = View(name, tuple(parameter.shape), tuple(parameter.stride()), 0)
+            if offset >= 0 and view.reach[1] <= whole.reach[1] and t.dtype == parameter.dtype:
+                return view
+        return None
+
+
+def _function(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Each key once, and its value; None if a key has several, or is not positive."""
+    keys, values = keys.flatten().long(), values.flatten().double()
+    if not keys.numel() or bool((keys <= 0).any()):
+        return None
+    table = torch.full((int(keys.max()) + 1,), torch.nan, dtype=torch.float64, device=keys.device)
+    table[keys] = values
+    if not torch.equal(table[keys], values):
+        return None
+    found = torch.isfinite(table).nonzero().flatten()
+    return found.cpu(), table[found].cpu()
+
+
+def _storage(t: Tensor) -> int:
+    try:
+        return t.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, or opaque to us
+        return 0
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]

@@ -1,0 +1,155 @@
+"""The model before folding, in two precisions: what a folded one must return in each, and how closely.
+
+In float64 the algebra shows: rounding cannot hide a fault there. In the model's own precision only what the algebra
+does not know shows: an overflow, a mixture of types that does not run. How far rounding carries in this model is
+measured: it is the distance between the two.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from stabnorm.fold._examples import Example, cast, redrawn
+from stabnorm.fold._follow import trace_model
+from stabnorm.fold._sites import Site
+from stabnorm.fold._trace import Trace
+from stabnorm.fold._verify import TOLERANCE, Outputs, Picker, Precision, finite, largest_error, run_all
+
+ROOM = 30.0  # how much further rounding may carry in a folded model than in the unfolded one
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A model in one precision.
+
+    Args:
+        model: Not folded; copied before anything is done to it.
+        examples: Its inputs.
+        expected: What it returns for each.
+        lowest: The lowest precision in its forward.
+        tolerance: How far off a folded model may be, relative to an output's largest element.
+    """
+
+    model: nn.Module
+    examples: list[Example]
+    expected: Outputs
+    lowest: torch.dtype
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """What a plan is made from and tried on.
+
+    Args:
+        lanes: float64 where it runs, and the model's own precision.
+        trace: What was seen, in the first of them.
+        tied: For each parameter that has a second owner, that owner's name for it.
+        checked_on: The inputs, in words.
+    """
+
+    lanes: list[Lane]
+    trace: Trace
+    tied: dict[str, str]
+    checked_on: str
+
+
+def make_lanes(
+    model: nn.Module, sites: Sequence[Site], examples: list[Example], check: list[Example] | None, outputs: Picker
+) -> Lanes:
+    """Run the model, unfolded, in both precisions; trace it in float64 if it runs so.
+
+    Raises:
+        ValueError: it does not run, cannot be copied, or returns something else each time.
+    """
+    own, checked_on = _own_lane(model, examples, check, outputs)
+    try:
+        wide = copied(model).double()
+        tied = _untie(wide)
+        inputs = [cast(example, torch.float64) for example in own.examples]
+        trace = trace_model(wide, sites, inputs[: len(examples)], outputs)
+        with Precision() as precision:
+            expected = run_all(wide, inputs, outputs)
+        runs = all(finite(tensors) for tensors in expected)
+    except Exception:  # a quantised layer, a kernel without float64: the result says in what it was checked
+        runs = False
+    if runs:
+        carried = ROOM * largest_error(own.expected, expected) / torch.finfo(own.lowest).eps
+        wide_lane, own_lane = (
+            replace(lane, tolerance=max(lane.tolerance, carried * torch.finfo(lane.lowest).eps))
+            for lane in (Lane(wide, inputs, expected, precision.lowest, TOLERANCE[precision.lowest]), own)
+        )
+        return Lanes([wide_lane, own_lane], trace, tied, checked_on)
+    plain = copied(model)
+    tied = _untie(plain)
+    return Lanes([own], trace_model(plain, sites, examples, outputs), tied, checked_on)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, or a ValueError that says why there is none."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(f"the model cannot be copied, which verifying needs: {error}") from error
+
+
+def _own_lane(
+    model: nn.Module, examples: list[Example], check: list[Example] | None, outputs: Picker
+) -> tuple[Lane, str]:
+    unfolded = copied(model)
+    try:
+        with Precision() as precision:
+            expected = run_all(unfolded, examples, outputs)
+        again = run_all(unfolded, examples, outputs)
+    except Exception as error:
+        raise ValueError(
+            f"the model does not run on the example: {type(error).__name__}: {error}. A tuple is positional arguments, "
+            "a dict keyword arguments, a tuple (args, kwargs) both"
+        ) from error
+    tolerance = TOLERANCE[precision.lowest]
+    if largest_error(again, expected) > tolerance:
+        raise ValueError(
+            "the model returns something else each time it runs the example. Take out what is random in eval"
+        )
+    said = "the example" if len(examples) == 1 else f"{len(examples)} examples"
+    if check is not None:
+        try:
+            more = run_all(unfolded, check, outputs)
+        except Exception as error:
+            raise ValueError(f"the model does not run on check: {type(error).__name__}: {error}") from error
+        return Lane(model, examples + check, expected + more, precision.lowest, tolerance), f"{said} and check"
+    seconds, more = [], []
+    for second in map(redrawn, examples):
+        try:
+            (found,) = run_all(unfolded, [second], outputs)
+        except Exception:  # not all that is redrawn is an input: then the example must do
+            continue
+        if finite(found):
+            seconds.append(second)
+            more.append(found)
+    said += " and a second input" if seconds else ""
+    return Lane(model, examples + seconds, expected + more, precision.lowest, tolerance), said
+
+
+def _untie(model: nn.Module) -> dict[str, str]:
+    """Give every module its own copy of a parameter it shares, and name for each such parameter another owner's.
+
+    So the trace tells who reads which. Of these copies a folded model keeps those that folding changes.
+    """
+    owners: dict[int, list[tuple[nn.Module, str, str]]] = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                full = f"{name}.{attribute}" if name else attribute
+                owners.setdefault(id(parameter), []).append((module, attribute, full))
+    tied = {}
+    for (_, _, first), *rest in owners.values():
+        for module, attribute, name in rest:
+            tied[name] = first
+            tied.setdefault(first, name)
+            shared = getattr(module, attribute)
+            setattr(module, attribute, nn.Parameter(shared.detach().clone(), shared.requires_grad))
+    return tied

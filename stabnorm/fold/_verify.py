@@ -1,0 +1,63 @@
+"""Whether a folded model computes what the model did."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stabnorm.fold._examples import Example, run, tensors_in
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+Outputs = list[list[Tensor]]
+Picker = Callable[[Any], Any] | None
+
+
+def run_all(model: nn.Module, examples: Sequence[Example], outputs: Picker) -> Outputs:
+    """The floating tensors the model returns for each example."""
+    returned = []
+    for example in examples:
+        result = run(model, example)
+        tensors = tensors_in(outputs(result) if outputs else result)
+        returned.append([t for t in tensors if t.is_floating_point()])
+    return returned
+
+
+def largest_error(found: Outputs, expected: Outputs) -> float:
+    """Largest difference of a tensor's elements, relative to its largest element; inf where one is not finite."""
+    worst = 0.0
+    for tensors, references in zip(found, expected, strict=True):
+        if [t.shape for t in tensors] != [t.shape for t in references]:
+            return float("inf")
+        for t, reference in zip(tensors, references, strict=True):
+            if t.numel():
+                wide, other = t.double(), reference.double()
+                same = (wide == other) | (wide.isnan() & other.isnan())
+                difference = torch.where(same, 0.0, (wide - other).abs()).max()
+                size = other[other.isfinite()].abs().max() if bool(other.isfinite().any()) else other.new_ones(())
+                error = float(difference / size.clamp(min=1e-300))
+                worst = max(worst, error) if error == error else float("inf")
+    return worst
+
+
+def finite(outputs: Sequence[Tensor]) -> bool:
+    """Whether there is something, and none of it NaN."""
+    return bool(outputs) and not any(bool(t.isnan().any()) for t in outputs)
+
+
+class Precision(TorchDispatchMode):
+    """The lowest floating precision that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lowest = torch.float64
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(out):
+            if isinstance(t, Tensor) and t.dtype in TOLERANCE and TOLERANCE[t.dtype] > TOLERANCE[self.lowest]:
+                self.lowest = t.dtype
+        return out

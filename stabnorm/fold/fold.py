@@ -1,0 +1,254 @@
+"""`fold_norms`: trace, plan, apply, verify."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from stabnorm.errors import StabNormError
+from stabnorm.fold._apply import apply_plan, set_gain
+from stabnorm.fold._examples import read_examples
+from stabnorm.fold._lanes import Lanes, copied, make_lanes
+from stabnorm.fold._plan import FOLDED, Plan, plan_folds
+from stabnorm.fold._sites import Site, find_gains, find_sites
+from stabnorm.fold._verify import TOLERANCE, Picker, largest_error, run_all
+from stabnorm.fold.folded import FrozenAffine
+from stabnorm.fold.manifest import manifest_of, replace
+from stabnorm.fold.result import FoldedSite, FoldResult
+
+
+def fold_norms(
+    model: nn.Module,
+    example: Any,
+    *,
+    check: Any = None,
+    residual: bool | Literal["auto"] = True,
+    tied: Literal["untie", "refuse"] = "untie",
+    outputs: Callable[[Any], Any] | None = None,
+    strict: bool = False,
+    inplace: bool = False,
+) -> FoldResult:
+    r"""Fold every norm that is one affine map per channel in eval into the weights around it, and verify the result.
+
+    .. math:: W (a \odot x + c) + b = (W \operatorname{diag}(a))\, x + (b + W c)
+
+    The model runs once on the example while each norm's channels are followed to whatever reads them. A norm goes
+    forward into the linear and convolution layers that read it, or along the residual stream of a post-norm model, or
+    backward into the layer before it; what finds no place becomes one multiply-add. A LayerNorm or RMSNorm stays and is
+    named. Then both models run, in float64 where a ``.double()`` copy can, on the example and on a second input; what
+    does not hold is rolled back.
+
+    A path that the example does not take is not seen: pass several examples where there are several paths, and where a
+    multiplication by ``x.shape[1] ** -0.5`` or the like depends on the shape. What a forward stores aside, or a hook
+    takes out, may be unnormalised afterwards.
+
+    Args:
+        model: in eval mode. RepBN, UnifiedNorm, PRepBN at lam = 0, torch's BatchNorm1d, 2d and 3d, and any module with
+            ``fold_affine()`` fold.
+        example: a tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple ``(args, kwargs)`` of
+            these, or a list of such; a small batch will do.
+        check: further inputs to verify on, in the same formats. Default: the example with floating tensors redrawn with
+            another mean and scale, integers shuffled, masks and scalars kept.
+        residual: whether a residual stream may carry a norm's scale (post-norm models). Weights grow with depth then,
+            see `FoldResult.max_gauge`; "auto": not where parameters are float16. Default: True.
+        tied: what to do with a weight that is also used elsewhere under another name, such as an output layer tied to
+            the embedding: "untie" gives it a copy, "refuse" leaves its norm. Default: "untie".
+        outputs: picks the outputs that matter from what the model returns. A norm whose own output is among them cannot
+            go. Default: all.
+        strict: raise when a norm is kept. Default: False.
+        inplace: fold `model` itself instead of a copy. Default: False.
+
+    Returns:
+        The folded model, and for each norm where it went or why it did not; see `FoldResult`.
+
+    Raises:
+        TypeError: `example` or `check` has none of the formats.
+        ValueError: an option is unknown, the example does not run, or the model cannot be copied.
+        StabNormError: the model is in training mode, compiled, scripted or itself a norm; or `strict` and one is kept.
+
+    RepBN's fold is arXiv:2405.11582, eq. 4; the method here is ours.
+
+    >>> from stabnorm.nn import RepBN
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), RepBN(8), nn.Linear(8, 2)).eval()
+    >>> result = fold_norms(model, torch.randn(3, 4))
+    >>> [(norm.name, norm.status, norm.into) for norm in result.norms]
+    [('2', 'forward', ('3',))]
+    >>> result.max_rel_error < 1e-12, result.model[2]
+    (True, FoldedNorm())
+    """
+    if residual not in (True, False, "auto"):
+        raise ValueError(f"residual={residual!r} is unknown. Choose True, False or 'auto'")
+    if residual == "auto":
+        residual = not any(p.dtype == torch.float16 for p in model.parameters())
+    result = _fold(find_sites, model, example, check, residual, tied, outputs, strict, inplace)
+    if result.vacuous:
+        warnings.warn(_VACUOUS.format("fold_norms"), stacklevel=2)
+    return result
+
+
+def fold_gains(
+    model: nn.Module,
+    example: Any,
+    *,
+    check: Any = None,
+    tied: Literal["untie", "refuse"] = "untie",
+    outputs: Callable[[Any], Any] | None = None,
+    inplace: bool = False,
+) -> FoldResult:
+    r"""Fold gain and bias of the LayerNorms and RMSNorms that stay into the weights that read them, and verify.
+
+    .. math:: W (\gamma \odot n(x) + \beta) + b = (W \operatorname{diag}(\gamma))\, n(x) + (b + W \beta)
+
+    The norms stay where they are, with gain 1 and bias 0, and every one has the status "kept"; `into` names the layers
+    that took its gain and bias in, `reason` says why there are none. The method is `fold_norms`', and so are the
+    arguments.
+
+    Args:
+        model: in eval mode.
+        example: see `fold_norms`.
+        check: see `fold_norms`. Default: the example, redrawn.
+        tied: see `fold_norms`. Default: "untie".
+        outputs: see `fold_norms`. Default: all.
+        inplace: fold `model` itself instead of a copy. Default: False.
+
+    Returns:
+        The model, and for each norm where its gain and bias went; see `FoldResult`.
+
+    Raises:
+        TypeError: `example` or `check` has none of the formats.
+        ValueError: an option is unknown, the example does not run, or the model cannot be copied.
+        StabNormError: the model is in training mode, compiled, scripted or itself a norm.
+
+    >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)).eval()
+    >>> nn.init.uniform_(model[0].weight), nn.init.normal_(model[0].bias)
+    (...)
+    >>> result = fold_gains(model, torch.randn(3, 8))
+    >>> result.norms[0].into, result.model[0].weight.unique().tolist()
+    (('1',), [1.0])
+    """
+    result = _fold(find_gains, model, example, check, False, tied, outputs, False, inplace)
+    if result.vacuous:
+        warnings.warn(_VACUOUS.format("fold_gains"), stacklevel=2)
+    return result
+
+
+_VACUOUS = (
+    "{}: the model's output does not change when its norms do, so the check says nothing. Is a head or a layer scale "
+    "still at zero, or the output saturated? Pass outputs= or check= with something that varies."
+)
+
+
+def _fold(
+    find: Callable[[nn.Module], tuple[list[Site], dict[str, str]]],
+    model: nn.Module,
+    example: Any,
+    check: Any,
+    residual: bool,
+    tied: str,
+    outputs: Picker,
+    strict: bool,
+    inplace: bool,
+) -> FoldResult:
+    if tied not in ("untie", "refuse"):
+        raise ValueError(f"tied={tied!r} is unknown. Choose 'untie' or 'refuse'")
+    _check_model(model)
+    examples = read_examples("example", example)
+    others = None if check is None else read_examples("check", check)
+    sites, staying = find(model)
+    if "" in staying or any(not site.name for site in sites):
+        raise StabNormError(
+            "the model is itself a norm: there is nothing around it to fold it into. Fold what holds it"
+        )
+    lanes = make_lanes(model, sites, examples, others, outputs)
+    plan, error = _settle(lanes, {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}, outputs)
+    norms = _report(model, plan, staying)
+    kept = [norm for norm in norms if norm.status == "kept"]
+    if strict and kept:
+        raise StabNormError(
+            f"{len(kept)} norms are kept, the first is {kept[0].name!r}: {kept[0].reason}. strict=False folds the rest"
+        )
+    vacuous = not _shows_faults(lanes, outputs)
+    lowest = torch.float64 if error <= TOLERANCE[torch.float64] else lanes.lanes[0].lowest
+    precision, manifest = str(lowest).removeprefix("torch."), manifest_of(plan)
+    folded = model if inplace else copied(model)
+    apply_plan(plan, manifest, folded)
+    return FoldResult(folded, norms, error, precision, lanes.checked_on, vacuous, plan.max_gauge, manifest)
+
+
+# --- what cannot be folded at all ---
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"'{name}'" if name else "the model"
+        if module.training:
+            raise StabNormError(f"{where} is in training mode, where a norm is no affine map. Call model.eval() first")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise StabNormError(f"{where} is scripted, so its operations cannot be followed. Fold first, then script")
+        if type(module).__name__ == "OptimizedModule":
+            raise StabNormError(f"{where} is compiled, so its operations cannot be followed. Fold first, then compile")
+
+
+# --- plan, try, roll back ---
+
+
+def _settle(lanes: Lanes, options: dict[str, Any], outputs: Picker) -> tuple[Plan, float]:
+    """The plan that holds, and its error in the first lane."""
+    refused: dict[str, str] = {}
+    fixed: dict[str, str] = {}
+    while True:
+        plan = plan_folds(lanes.trace, **options, refused=refused, fixed=fixed)
+        error, problem = _try(plan, lanes, outputs)
+        if not problem:
+            return plan, error
+        folded = [fold.name for fold in plan.folds if fold.status in FOLDED or fold.into]
+        assert folded or plan.affine, "a plan that changes nothing holds"
+        culprits = {}
+        for name in [*folded, *plan.affine]:
+            others = {site.name: "not on trial" for site in lanes.trace.sites if site.name != name}
+            as_it_is = {} if name in folded else {name: "on trial as one multiply-add"}
+            alone = plan_folds(lanes.trace, **options, refused=as_it_is, fixed=others)
+            fault = _try(alone, lanes, outputs)[1]
+            if fault:
+                culprits[name] = fault
+        for name, fault in (culprits or dict.fromkeys(folded or plan.affine, problem)).items():
+            (refused if name in folded else fixed)[name] = fault
+
+
+def _try(plan: Plan, lanes: Lanes, outputs: Picker) -> tuple[float, str]:
+    """The error in the first lane, and what is wrong; empty if nothing is."""
+    errors = []
+    for lane in lanes.lanes:
+        folded = copied(lane.model)
+        try:
+            apply_plan(plan, manifest_of(plan), folded)
+            errors.append(largest_error(run_all(folded, lane.examples, outputs), lane.expected))
+        except Exception as raised:
+            return float("inf"), f"rolled back: the folded model does not run ({type(raised).__name__}: {raised})"
+        if not errors[-1] <= lane.tolerance:
+            return errors[0], f"rolled back: the output would be off by {errors[-1]:.1e} of its largest element"
+    return errors[0], ""
+
+
+def _shows_faults(lanes: Lanes, outputs: Picker) -> bool:
+    """Whether the outputs change when every norm is off by a hundredth."""
+    lane = lanes.lanes[0]
+    reached = [lanes.trace.sites[index] for index in sorted({call.site for call in lanes.trace.calls})]
+    faulty = copied(lane.model)
+    like = next((t for t in (*faulty.parameters(), *faulty.buffers()) if t.is_floating_point()), torch.empty(0))
+    for site in reached:
+        scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
+        if site.gain is None:
+            replace(faulty, site.name, FrozenAffine(scale.to(like), shift.to(like), site.channel_dim))
+        else:
+            set_gain(faulty, site, scale, shift)
+    error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)
+    return not reached or not error <= lane.tolerance
+
+
+def _report(model: nn.Module, plan: Plan, staying: dict[str, str]) -> list[FoldedSite]:
+    found = {fold.name: FoldedSite(fold.name, fold.status, fold.into, fold.reason) for fold in plan.folds}
+    found |= {name: FoldedSite(name, "kept", (), reason) for name, reason in staying.items()}
+    return [found[name] for name, _ in model.named_modules() if name in found]

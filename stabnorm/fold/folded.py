@@ -1,0 +1,74 @@
+"""What stands where a norm was: nothing, or one multiply-add. No class here names a normalization."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm.nn._channel_norm import Float32Buffers
+
+
+class _Unfused(nn.Module):
+    """Torch's encoder layers run a fused kernel on ``norm1.weight`` where both norms' eps are equal; NaN never is."""
+
+    eps = float("nan")
+    weight: Any = None
+    bias: Any = None
+
+
+class FoldedNorm(_Unfused, nn.Identity):
+    """The identity, where a norm was folded into the weights around it; further arguments, such as a mask, are ignored.
+
+    >>> x = torch.randn(2, 3)
+    >>> FoldedNorm()(x) is x
+    True
+    """
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The input."""
+        return input
+
+
+class FrozenAffine(_Unfused, Float32Buffers):
+    r"""y = scale x + shift per channel, in one operation: a norm that is affine in eval and found no weight to go into.
+
+    Scale and shift stay float32 under ``.to(torch.bfloat16)``, as the statistics they come from.
+
+    Args:
+        scale: ``[C]``.
+        shift: ``[C]``.
+        channel_dim: axis of the input that holds the channels. Default: -1.
+
+    Shape:
+        as the input; the axis `channel_dim` holds C.
+
+    >>> affine = FrozenAffine(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
+    >>> affine(torch.ones(1, 2))
+    tensor([[2., 4.]])
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor, channel_dim: int = -1) -> None:
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Scale x + shift; further arguments are ignored."""
+        scale, shift = self.scale, self.shift
+        if self.channel_dim not in (-1, x.ndim - 1):
+            shape = [1] * x.ndim
+            shape[self.channel_dim] = -1
+            scale, shift = scale.view(shape), shift.view(shape)
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+    def fold_affine(self) -> tuple[Tensor, Tensor, int]:
+        """``(scale, shift, channel_dim)``, float64: it can be folded again, say after the model was changed."""
+        return self.scale.double(), self.shift.double(), self.channel_dim
+
+    def extra_repr(self) -> str:
+        """Channels, and their axis where it is not the last."""
+        return f"{self.scale.numel()}" + ("" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}")

@@ -1,0 +1,112 @@
+"""What folding changed in a model's structure, as JSON: with it a fresh model takes the folded weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from stabnorm.fold._plan import FOLDED, Plan
+from stabnorm.fold._readers import NewBias
+from stabnorm.fold.folded import FoldedNorm, FrozenAffine
+
+FORMAT = 1
+
+
+def manifest_of(plan: Plan) -> dict[str, Any]:
+    """The structural part of a plan."""
+    new = [edit.linear.bias for edit in plan.edits if edit.shifts]
+    return {
+        "format": FORMAT,
+        "folded": [fold.name for fold in plan.folds if fold.status in FOLDED],
+        "affine": {
+            name: {"num_features": scale.numel(), "channel_dim": channel_dim}
+            for name, (scale, _, channel_dim) in plan.affine.items()
+        },
+        "biases": {f"{b.owner}.{b.attribute}".lstrip("."): b.size for b in new if isinstance(b, NewBias)},
+        "untied": plan.untied,
+    }
+
+
+def apply_manifest(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
+    """Give a fresh model the structure of a folded one, so that the folded weights load.
+
+    Args:
+        model: built like the model that was folded, norms and all; changed in place.
+        manifest: `fold_norms(...).manifest`, possibly read back from JSON.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the manifest has another format, or names what the model does not have.
+
+    >>> from stabnorm import apply_manifest, fold_norms
+    >>> from stabnorm.nn import RepBN
+    >>> build = lambda: nn.Sequential(RepBN(4), nn.Linear(4, 2, bias=False)).eval()
+    >>> result = fold_norms(build(), torch.randn(3, 4))
+    >>> fresh = apply_manifest(build(), result.manifest)
+    >>> fresh.load_state_dict(result.model.state_dict(), strict=True)
+    <All keys matched successfully>
+    """
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"the manifest has format {manifest.get('format')!r}, not {FORMAT}. Fold the model again")
+    names = [*manifest["folded"], *manifest["affine"], *(name.rpartition(".")[0] for name in manifest["biases"])]
+    missing = [name for name in names if name not in dict(model.named_modules(remove_duplicate=False))]
+    if missing:
+        raise ValueError(
+            f"the model has no {missing[0]!r}, which the manifest names. Build it as it was before the fold"
+        )
+    restructure(model, manifest)
+    return model
+
+
+def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Replace norms, register biases and copy tied parameters as a manifest says; numbers come later."""
+    for name in manifest["untied"]:
+        owner, attribute = _owner(model, name)
+        tied = getattr(owner, attribute)
+        setattr(owner, attribute, nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad))
+    config = getattr(model, "config", None)
+    if config is not None and manifest["untied"] and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # or saving the model would tie them again
+    for name, size in manifest["biases"].items():
+        owner, attribute = _owner(model, name)
+        if owner._parameters.get(attribute) is None:
+            _register_zeros(owner, attribute, size)
+        if isinstance(owner, nn.MultiheadAttention) and owner.out_proj.bias is None:
+            _register_zeros(owner.out_proj, "bias", owner.embed_dim)  # its fast path wants both or none
+    for name in manifest["folded"]:
+        replace(model, name, FoldedNorm())
+    for name, said in manifest["affine"].items():
+        norm = model.get_submodule(name)
+        like = next((t for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()), torch.empty(0))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        scale = torch.ones(said["num_features"], dtype=dtype, device=like.device)
+        replace(model, name, FrozenAffine(scale, torch.zeros_like(scale), said["channel_dim"]))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, FoldedNorm | FrozenAffine) for m in module.modules()
+        ):
+            module.use_nested_tensor = module.enable_nested_tensor = False  # goes with the fused layers only
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, attribute = name.rpartition(".")
+    return model.get_submodule(owner), attribute
+
+
+def _register_zeros(owner: nn.Module, attribute: str, size: int) -> None:
+    like = next(owner.parameters())
+    zeros = torch.zeros(size, dtype=like.dtype, device=like.device)
+    owner.register_parameter(attribute, nn.Parameter(zeros, requires_grad=like.requires_grad))
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` wherever the module of this name stands."""
+    old = model.get_submodule(name)
+    new.train(old.training)
+    for module in list(model.modules()):
+        for child, there in module._modules.items():
+            if there is old:
+                module._modules[child] = new

@@ -1,0 +1,74 @@
+"""What `fold_norms` hands back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from stabnorm.fold._plan import Status
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    """What became of one norm.
+
+    Args:
+        name: Its name in the model.
+        status: "forward": into the weights that read it; "backward": into the layer before it; "residual": forward,
+            with its scale carried along a residual stream; "affine": one multiply-add is left; "kept": it stays as it
+            was.
+        into: The layers, or norms, that took it in.
+        reason: Why it went no further; empty when nothing of it is left.
+    """
+
+    name: str
+    status: Status
+    into: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """A folded model, and what became of each norm; printed, it is a table.
+
+    Args:
+        model: The folded model.
+        norms: One entry for each norm, in module order.
+        max_rel_error: Largest difference between the outputs before and after, relative to the largest output.
+        precision: What that was computed in: "float64", or the lowest precision in the model's own forward.
+        checked_on: On what inputs.
+        vacuous: True when the outputs do not change when the norms do, so that the check says nothing.
+        max_gauge: The largest factor by which a channel of a residual stream is scaled, either way. Weights grow by as
+            much: beyond 1e3 or so do not store them in float16, or in int8 with one scale per tensor.
+        manifest: What changed in the model's structure, JSON-able; see `apply_manifest`.
+    """
+
+    model: nn.Module
+    norms: list[FoldedSite]
+    max_rel_error: float
+    precision: str
+    checked_on: str
+    vacuous: bool
+    max_gauge: float
+    manifest: dict[str, Any]
+
+    @property
+    def summary(self) -> str:
+        """One line: how many norms went where, and how exact the result is."""
+        counts = {status: sum(norm.status == status for norm in self.norms) for status in _ORDER}
+        went = ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
+        text = f"{len(self.norms)} norms: {went}; largest relative error {self.max_rel_error:.1e} in {self.precision}"
+        return f"{text}, on {self.checked_on}" + (
+            "; but the output does not depend on the norms: this check says nothing" * self.vacuous
+        )
+
+    def __str__(self) -> str:
+        width = max((len(norm.name) for norm in self.norms), default=0)
+        lines = [
+            f"{norm.name:{width}}  {norm.status:8}  {', '.join(norm.into) or norm.reason}".rstrip()
+            for norm in self.norms
+        ]
+        return "\n".join([self.summary, *lines])
+
+
+_ORDER: tuple[Status, ...] = ("forward", "residual", "backward", "affine", "kept")

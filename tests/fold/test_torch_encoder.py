@@ -1,0 +1,55 @@
+"""torch.nn.TransformerEncoder has a fused path for eval that reads its norms' weights and never calls them."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from stabnorm import fold_norms
+from stabnorm.fold import FoldedNorm, FrozenAffine
+from tests.families import FAMILIES
+from tests.fold.nets import error_of, ready, swapped
+
+
+def encoder(name: str) -> tuple[nn.Module, nn.Module]:
+    family = FAMILIES[name]
+    model = ready(swapped(family.build()))
+    return model, fold_norms(model, tuple(family.example())).model
+
+
+@pytest.mark.parametrize("name", ["torch encoder, pre-norm", "torch encoder, post-norm"])
+def test_what_is_folded_is_computed_without_hooks_and_with_the_fast_path_on(name: str) -> None:
+    model, folded = encoder(name)
+    (ids,), _ = FAMILIES[name].example(4)
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad():
+        expected = model(ids)
+    torch.backends.mha.set_fastpath_enabled(True)
+    with torch.no_grad():
+        assert torch.allclose(folded(ids), expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
+
+
+def test_padding_masks_go_without_nested_tensors() -> None:
+    model, folded = encoder("torch encoder, post-norm")
+    (ids,), _ = FAMILIES["torch encoder, post-norm"].example(4)
+    padding = torch.zeros(ids.shape, dtype=torch.bool)
+    padding[1, -2:] = True
+    assert error_of(folded, model, [(ids, padding)]) < 1e-12
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # the fast path on: no nested tensor is built
+        folded(ids, padding)
+
+
+@pytest.mark.parametrize("left", [FoldedNorm(), FrozenAffine(torch.ones(4), torch.zeros(4))])
+def test_what_stands_for_a_norm_never_has_another_s_eps(left: nn.Module) -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    layer.norm1 = left  # type: ignore[assignment]
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        fast = layer(x)
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad():
+        slow = layer(x)
+    torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.allclose(fast, slow, atol=1e-6)  # attention has a fused path of its own

@@ -108,10 +108,10 @@ def convert_norms(
         exclude: The same, for norms to leave alone; it wins over `include`. Default: none.
         **norm_options: Further arguments of `PRepBN` and its `RepBN`, `RepBN`, `UnifiedNorm` or `PowerNorm`. Three
             defaults differ: RepBN has ``filtration="calibrated"``, so that a burst stays out of its running statistics,
-            and ``center=False``, scale only, for an rms norm; UnifiedNorm has a bias where the norm has one. `init`
-            stays "vision" (gamma = eta = 1), the paper's choice for DeiT, PVT and Swin; its language models start with
-            both at 0 (``init="language"``), after 10000 steps at lam = 1. `eps` is the new norm's, 1e-5 unless given;
-            the old one keeps its own.
+            and ``center=False``, scale only, for an rms norm; UnifiedNorm has a bias where the norm has one. With
+            "prepbn" `init` is "norm": RepBN starts as what the norm is per channel, see `PRepBN`; the paper has
+            "vision" (gamma = eta = 1) for DeiT, PVT and Swin, and "language" (both 0) for language models after 10000
+            steps at lam = 1. `eps` is the new norm's, 1e-5 unless given; the old one keeps its own.
 
     Returns:
         What was converted, what was left, and why.

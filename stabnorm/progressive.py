@@ -153,7 +153,11 @@ class ProgressiveSwitch:
     def move_to(self, steps_done: int) -> None:
         """Lam and counters as they are after so many optimizer steps."""
         self.steps_done = steps_done
+        before = self.lam or self._ceiling
         self.lam = [min(lam, most) for lam, most in zip(self._plan(steps_done), self._ceiling, strict=True)]
+        for norm, was, now in zip(self.norms.values(), before, self.lam, strict=True):
+            if was == 1 > now:
+                norm.start_from_norm()
         if self.gate is not None:
             for change in self.gate.changes:
                 if self.recorder is not None:
@@ -213,6 +217,7 @@ class ProgressiveSwitch:
             "steps_done": self.steps_done,
             "row": self.row,
             "ceiling": list(self._ceiling),
+            "lam": list(self.lam),
             "gate": None if self.gate is None else self.gate.state_dict(),
             "pending": {} if self._feed is None else self._feed.state_dict(),
         }
@@ -235,7 +240,7 @@ class ProgressiveSwitch:
                 f"of the checkpoint's schedule and this run's only {adaptive} is adaptive, and lam would jump. Resume "
                 "with the schedule of that run"
             )
-        self._ceiling = list(state["ceiling"])
+        self._ceiling, self.lam = list(state["ceiling"]), list(state["lam"])
         if self.gate is not None:
             self.gate.load_state_dict(state["gate"])
         if self._feed is not None:

@@ -244,3 +244,41 @@ def test_what_does_not_fit_is_refused() -> None:
         other.load_state_dict(saved)
     with pytest.raises(StabNormError, match="only this run's is adaptive"):
         ProgressiveSwitch(two(), 10, "adaptive").load_state_dict(saved)
+
+
+def test_rep_takes_over_what_the_norm_has_become_as_lam_leaves_one_and_never_again() -> None:
+    model = two()
+    norms: list[Any] = [norm for norm in model.modules() if isinstance(norm, PRepBN)]
+    switch = ProgressiveSwitch(model, 10, start=3, fraction=0.5)
+    for step in range(6):
+        for norm in norms:
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+        then = [norm.weight.detach().clone() for norm in norms]
+        before = [norm.rep.weight.detach().clone() for norm in norms]
+        switch.begin()
+        switch.step()
+        leaves = step == 3  # lam is below 1 for the first time after the fourth step
+        assert (switch.lam[0] < 1) == (step >= 3)
+        for norm, gain, old in zip(norms, then, before, strict=True):
+            assert torch.equal(norm.rep.weight, gain if leaves else old)
+            assert norm.rep.eta == 0
+
+
+def test_resumed_past_the_beginning_rep_keeps_what_it_has_learned() -> None:
+    model = two()
+    switch = ProgressiveSwitch(model, 10)
+    for _ in range(3):
+        switch.begin()
+        switch.step()
+    for norm in progressive_norms(model).values():
+        nn.init.normal_(norm.rep.weight)
+    saved, weights = json.loads(json.dumps(switch.state_dict())), copy.deepcopy(model.state_dict())
+    fresh = two()
+    fresh.load_state_dict(weights)
+    resumed = ProgressiveSwitch(fresh, 10)
+    resumed.load_state_dict(saved)
+    resumed.begin()
+    resumed.step()
+    for name, norm in progressive_norms(fresh).items():
+        assert torch.equal(norm.rep.weight, weights[f"{name}.rep.weight"])

@@ -11,7 +11,7 @@ from stabnorm.norms import register_norm
 from stabnorm.ops.rows import affine_of_rows
 from stabnorm.ops.running import track_batch_
 
-Init = Literal["vision", "language"]
+Init = Literal["vision", "language", "norm"]
 WINDOW = 4  # of the outlier filter; Unified Normalization's
 
 
@@ -32,7 +32,8 @@ class RepBN(ChannelNorm):
             everywhere. `running_var` then is the mean square. Default: True.
         filtration: "calibrated": an outlying batch does not enter the running statistics (Unified Normalization's
             filter); None: every finite batch does. Default: None.
-        init: "vision": gamma = eta = 1; "language": both 0, so that beside another norm it starts silent.
+        init: "vision": gamma = eta = 1, best from the first step on; "language": both 0, so that beside another norm
+            it starts silent; "norm": gamma = 1 and eta = 0, plain batch norm, and in a `PRepBN` what its norm is.
             Default: "vision".
         channel_dim: axis of the input that holds the channels. Default: -1.
         sync: merge statistics over ranks. Default: False.
@@ -84,9 +85,8 @@ class RepBN(ChannelNorm):
 
     def reset_parameters(self) -> None:
         """Start again: parameters, statistics and counters."""
-        start = 1.0 if self.init == "vision" else 0.0
-        nn.init.constant_(self.weight, start)
-        nn.init.constant_(self.eta, start)
+        nn.init.constant_(self.weight, 0.0 if self.init == "language" else 1.0)
+        nn.init.constant_(self.eta, 1.0 if self.init == "vision" else 0.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         self.reset_running_stats()

@@ -201,5 +201,5 @@ def test_a_model_that_was_compiled_before_notices() -> None:
     assert convert_norms(compiled).converted == ["1"]
     assert torch.equal(compiled(x), y)
     model[1].lam.zero_()  # type: ignore[operator]
-    rep = RepBN(8)
+    rep = RepBN(8, init="norm")
     torch.testing.assert_close(compiled(x), rep(model[0](x)))

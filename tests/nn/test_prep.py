@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stabnorm.convert import convert_norms
 from stabnorm.errors import StabNormError
 from stabnorm.nn import PRepBN, RepBN
 from stabnorm.nn.prep import prep_class
@@ -69,7 +70,7 @@ def test_at_lam_zero_it_is_rep_and_what_the_norm_computes_does_not_matter() -> N
 def test_between_it_is_the_blend_and_its_gradient() -> None:
     norm = PRepBN(8)
     norm.lam.fill_(0.3)
-    layer, rep = nn.LayerNorm(8), RepBN(8)
+    layer, rep = nn.LayerNorm(8), RepBN(8, init="norm")
     x, dy = inputs(True)
     y, dx = run(norm, x, dy)
     x.requires_grad_()
@@ -113,7 +114,7 @@ def test_two_checked_out_axes_are_normalised_together() -> None:
     x = torch.randn(5, 3, 4)
     assert torch.equal(norm(x), nn.functional.layer_norm(x, (3, 4)))
     norm.lam.zero_()
-    torch.testing.assert_close(norm(x).flatten(1), RepBN(12)(x.flatten(1)))
+    torch.testing.assert_close(norm(x).flatten(1), RepBN(12, init="norm")(x.flatten(1)))
 
 
 class Scaled(nn.Module):
@@ -228,3 +229,24 @@ def test_a_norm_that_was_left_out_is_back_when_a_state_is_loaded() -> None:
     norm.load_state_dict(before)
     x = torch.randn(4, 8)
     assert torch.equal(norm(x), nn.functional.layer_norm(x, (8,)))
+
+
+def test_rep_starts_with_the_norms_gain_and_bias_and_no_skip_path() -> None:
+    norm = nn.LayerNorm(8)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    convert_norms(nn.ModuleList([norm]))
+    assert isinstance(norm, PRepBN)
+    assert torch.equal(norm.rep.weight, norm.weight)
+    assert norm.rep.bias is not None
+    assert torch.equal(norm.rep.bias, norm.bias)
+    assert norm.rep.eta == 0
+
+
+def test_with_an_init_of_the_papers_it_stays_as_that_says() -> None:
+    norm = PRepBN(8, init="vision")
+    nn.init.normal_(norm.get_parameter("weight"))
+    norm.start_from_norm()
+    assert torch.equal(norm.rep.weight, torch.ones(8))
+    assert norm.rep.eta == 1
+    assert PRepBN(8, variant="official").rep.init == "vision"

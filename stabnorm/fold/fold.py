@@ -169,8 +169,8 @@ def _fold(
 def _warn(manifest: dict[str, Any], vacuous: bool) -> None:
     if vacuous:
         warnings.warn(
-            "the model's output does not change when its norms do, so the check of the fold says nothing. Is a head or a "
-            "layer scale still at zero, or the output saturated? Pass outputs= or check= with something that varies.",
+            "the model's output does not change when its norms do, so the check of the fold says nothing. Is a head or "
+            "a layer scale still at zero, or the output saturated? Pass outputs= or check= with something that varies.",
             stacklevel=4,
         )
     adapters = [name for name in manifest["biases"] if "lora_" in name]

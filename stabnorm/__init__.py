@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from stabnorm.fold.fold import fold_norms as fold_norms
     from stabnorm.fold.guard import guard_folds as guard_folds
     from stabnorm.fold.manifest import apply_manifest as apply_manifest
+    from stabnorm.fold.pre_rms import to_pre_rms as to_pre_rms
     from stabnorm.masks import valid_tokens as valid_tokens
     from stabnorm.monitor.detect import Alert as Alert
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
@@ -30,6 +31,7 @@ _HOME = {
     "fold_norms": "stabnorm.fold.fold",
     "guard_folds": "stabnorm.fold.guard",
     "register_norm": "stabnorm.norms",
+    "to_pre_rms": "stabnorm.fold.pre_rms",
     "valid_tokens": "stabnorm.masks",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "fold_norms",
     "guard_folds",
     "register_norm",
+    "to_pre_rms",
     "valid_tokens",
 ]
 

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from stabnorm.errors import StabNormError as StabNormError
     from stabnorm.fold.fold import fold_gains as fold_gains
     from stabnorm.fold.fold import fold_norms as fold_norms
+    from stabnorm.fold.guard import guard_folds as guard_folds
     from stabnorm.fold.manifest import apply_manifest as apply_manifest
+    from stabnorm.fold.pre_rms import to_pre_rms as to_pre_rms
     from stabnorm.masks import valid_tokens as valid_tokens
     from stabnorm.monitor.detect import Alert as Alert
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
@@ -30,8 +32,10 @@ _HOME = {
     "find_norms": "stabnorm.norms",
     "fold_gains": "stabnorm.fold.fold",
     "fold_norms": "stabnorm.fold.fold",
+    "guard_folds": "stabnorm.fold.guard",
     "recalibrate_norms": "stabnorm.recalibrate",
     "register_norm": "stabnorm.norms",
+    "to_pre_rms": "stabnorm.fold.pre_rms",
     "valid_tokens": "stabnorm.masks",
 }
 
@@ -44,8 +48,10 @@ __all__ = [
     "find_norms",
     "fold_gains",
     "fold_norms",
+    "guard_folds",
     "recalibrate_norms",
     "register_norm",
+    "to_pre_rms",
     "valid_tokens",
 ]
 

@@ -59,7 +59,8 @@ class _Follow(TorchDispatchMode):
         self.owners: dict[int, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
             self.owners.setdefault(_storage(parameter), []).append((name, parameter))
-        self.constant_storages = {*self.owners, *(_storage(buffer) for buffer in model.buffers())}
+        self.buffers = list(model.buffers())  # held, so that no activation takes the place of a freed one
+        self.constant_storages = {*self.owners, *map(_storage, self.buffers)}
         self.constants = WeakTensorKeyDictionary()  # what was computed from parameters and buffers alone
 
     # --- modules ---
@@ -337,7 +338,8 @@ class _Follow(TorchDispatchMode):
             return "its bias is computed, not a Parameter"
         groups, outputs = view.size[0], view.size[2]
         picked = found.pick(found.align(found.bias).expand(out.shape))
-        if found.bias.numel() != groups * outputs or picked.unique().numel() == 0:
+        spread = any(size > 1 and stride == 0 for size, stride in zip(picked.shape, picked.stride(), strict=True))
+        if found.bias.numel() != groups * outputs or spread:
             return "its bias is not one number for each output"
         return View(bias.name, tuple(picked.shape), tuple(picked.stride()), bias.offset)
 

@@ -25,7 +25,7 @@ from stabnorm.fold._readers import Linear, View
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Trace
 
-Status = Literal["forward", "backward", "residual", "affine", "kept"]
+Status = Literal["forward", "backward", "residual", "affine", "rms", "kept"]
 FOLDED = ("forward", "backward", "residual")  # nothing of the norm is left
 UNSEEN = "no example reaches it, so nothing about it can be verified: pass one that does"
 VANISHING = 1e-6  # of the largest scale in a stream: dividing a branch by less loses its digits

@@ -84,6 +84,9 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         dtype = torch.promote_types(like.dtype, torch.float32)
         scale = torch.ones(said["num_features"], dtype=dtype, device=like.device)
         replace(model, name, FrozenAffine(scale, torch.zeros_like(scale), said["channel_dim"]))
+    for name, said in manifest.get("rms", {}).items():
+        like = next(model.get_submodule(name).parameters(), next(model.parameters()))
+        replace(model, name, nn.RMSNorm(said["num_features"], said["eps"], device=like.device, dtype=like.dtype))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(m, FoldedNorm | FrozenAffine) for m in module.modules()

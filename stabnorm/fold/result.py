@@ -15,8 +15,8 @@ class FoldedSite:
     Args:
         name: Its name in the model.
         status: "forward": into the weights that read it; "backward": into the layer before it; "residual": forward,
-            with its scale carried along a residual stream; "affine": one multiply-add is left; "kept": it stays as it
-            was.
+            with its scale carried along a residual stream; "affine": one multiply-add is left; "rms": an RMSNorm is
+            (`to_pre_rms`); "kept": it stays as it was.
         into: The layers, or norms, that took it in.
         reason: Why it went no further; empty when nothing of it is left.
     """
@@ -64,11 +64,9 @@ class FoldResult:
 
     def __str__(self) -> str:
         width = max((len(norm.name) for norm in self.norms), default=0)
-        lines = [
-            f"{norm.name:{width}}  {norm.status:8}  {', '.join(norm.into) or norm.reason}".rstrip()
-            for norm in self.norms
-        ]
+        told = [". ".join(filter(None, [", ".join(norm.into), norm.reason])) for norm in self.norms]
+        lines = [f"{norm.name:{width}}  {norm.status:8}  {text}" for norm, text in zip(self.norms, told, strict=True)]
         return "\n".join([self.summary, *lines])
 
 
-_ORDER: tuple[Status, ...] = ("forward", "residual", "backward", "affine", "kept")
+_ORDER: tuple[Status, ...] = ("forward", "residual", "backward", "affine", "rms", "kept")

@@ -142,6 +142,15 @@ CASES = {
         reader(lambda m, x: m.norm(x) @ m.w + m.b, w=nn.Parameter(torch.ones(C, D)), b=nn.Parameter(torch.ones(4, D))),
         "no bias",
     ),
+    "bias by row": Case(
+        reader(
+            lambda m, x: torch.addmm(m.b, m.norm(x), m.w),
+            w=nn.Parameter(torch.ones(C, D)),
+            b=nn.Parameter(torch.ones(D, 1)),
+        ),
+        "not one number for each output",
+        shape=(D, C),
+    ),
     "weight norm": Case(reader(lambda m, x: m.fc(m.norm(x)), fc=weight_norm(nn.Linear(C, D))), "Parameter"),
     "spectral norm": Case(reader(lambda m, x: m.fc(m.norm(x)), fc=spectral_norm(nn.Linear(C, D))), "Parameter"),
     "zero-padded tokens": Case(reader(lambda m, x: m.fc(F.pad(m.norm(x), (0, 0, 1, 0)))), "zeros of a padding"),

@@ -1,0 +1,199 @@
+"""Who writes what the norms read: the layers, embeddings and parameters whose sum a residual stream is.
+
+Tags are channels here, counted from 1. A tensor also has the set of writers it is a sum of. Only what treats all
+channels alike keeps them: movement, averages, sums with other streams, multiplication by a number. Anything else needs
+the stream as it is, and is written down against its writers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from stabnorm.fold._examples import Example, run, tensors_in
+from stabnorm.fold._readers import Operands, View, operands
+from stabnorm.fold._shadow import ZERO, Shadow, averaged, moved
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Writer:
+    """Parameters that write channels: weight ``[groups, inputs, channels, *kernel]``, bias ``[groups, channels]``."""
+
+    name: str
+    weight: View
+    bias: View | None
+    problem: str = ""
+
+
+@dataclass
+class Streams:
+    """What was seen: writers, the norms that read each set of them, and the norms that read something else."""
+
+    writers: list[Writer] = field(default_factory=list)
+    reads: list[tuple[str, frozenset[int]]] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def find_streams(
+    model: nn.Module, norms: Sequence[str], examples: Sequence[Example], outputs: Callable[[Any], Any] | None
+) -> Streams:
+    """Run `model` and write down what the named norms read; their channels are on the last axis."""
+    mode = _FollowStreams(model)
+    handles = []
+    for name in norms:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(mode.reading(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(mode.returning))
+    try:
+        for example in examples:
+            with mode:
+                result = run(model, example)
+            mode.stop(tensors_in(outputs(result) if outputs else result), "the model returns it")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return mode.streams
+
+
+class _FollowStreams(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.streams = Streams()
+        self.stream = WeakTensorKeyDictionary()  # tensor -> (Shadow, frozenset of writers)
+        self.pauses = 0
+        self.index_of: dict[View, int] = {}
+        self.owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters()}
+
+    def reading(self, name: str) -> Callable[..., None]:
+        """A hook that says what a norm reads."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+            self.pauses += 1
+            if x not in self.stream:
+                self.streams.problems[name] = "it reads more than a sum of linear layers and embeddings"
+                return
+            shadow, writers = self.stream[x]
+            channels = torch.arange(1, x.shape[-1] + 1, device=x.device)
+            if not bool(((shadow.tags == channels) | (shadow.tags == ZERO)).all()):
+                self.streams.problems[name] = "it reads more than a sum of linear layers and embeddings"
+                self._blame(writers, f"norm '{name}' reads it mixed with something else")
+            self.streams.reads.append((name, writers))
+
+        return hook
+
+    def returning(self, module: nn.Module, args: Any, out: Any) -> None:
+        """A hook for the end of a norm."""
+        self.pauses -= 1
+
+    def stop(self, tensors: Sequence[Tensor], why: str) -> None:
+        """Write down that the streams in `tensors` are needed as they are."""
+        for t in tensors:
+            if t in self.stream:
+                self._blame(self.stream[t][1], why)
+
+    def _blame(self, writers: frozenset[int], why: str) -> None:
+        for index in writers:
+            self.streams.writers[index].problem = self.streams.writers[index].problem or why
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with self:
+            out = func.decompose(*args, **kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+            if not self.pauses:
+                self._follow(func, args, kwargs, out)
+        return out
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        followed = [t for t in inputs if t in self.stream]
+        where = func.overloadpacket.__name__
+        found = operands(func, args, kwargs, lambda t: self._view(t) is not None)
+        if isinstance(found, Operands):
+            self.stop(followed, f"{where} reads it without a norm")
+            self._written(found, out)
+            return
+        if func.overloadpacket is aten.embedding and self._view(args[0]) is not None:
+            self._add_writer(out, args[0][None], None, torch.arange(1, out.shape[-1] + 1, device=out.device))
+            return
+        if not followed:
+            return
+        if func.overloadpacket in (aten.add, aten.cat):
+            self._take_in_parameters(inputs, self.stream[followed[0]][0])
+        writers = frozenset().union(*(self.stream[t][1] for t in inputs if t in self.stream))
+        shadows = None if func._schema.is_mutable else self._passed(func, args, kwargs, out)
+        if shadows is None:
+            self._blame(writers, f"{where} reads it without a norm")
+            return
+        for t, shadow in zip(pytree.tree_leaves(out), shadows, strict=True):
+            self.stream[t] = (shadow, writers)
+
+    def _passed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Shadow] | None:
+        shadows = moved(func, args, kwargs, self._shadow, out)
+        if shadows is not None:
+            return shadows
+        average = averaged(func, args, kwargs, self._shadow, out)
+        if average is not None:
+            return [average]
+        one, other = (*args[:2], None)[:2]
+        mine, others = self._shadow(one), self._shadow(other)
+        if func.overloadpacket in (aten.mul, aten.div) and mine and isinstance(other, int | float):
+            return [mine]
+        if func.overloadpacket is aten.add and mine and others:
+            sums = torch.broadcast_tensors(mine.tags, others.tags)
+            return [Shadow(sums[0])] if torch.equal(*sums) else None
+        return None
+
+    def _take_in_parameters(self, inputs: Sequence[Tensor], like: Shadow) -> None:
+        """A parameter added to a stream, or joined to it, writes to it: positions, a class token."""
+        channels = torch.arange(1, like.tags.shape[-1] + 1, device=like.tags.device)
+        for t in inputs:
+            if t not in self.stream and self._view(t) is not None and t.shape[-1] == len(channels):
+                _, whole = self.owners[t.untyped_storage().data_ptr()]
+                if whole.shape[-1] == len(channels) and whole.is_contiguous():
+                    self._add_writer(t, whole.detach().view(1, -1, len(channels)), None, channels)
+
+    def _written(self, found: Operands, out: Tensor) -> None:
+        groups, _, outputs = found.form.shape[:3]
+        bias = None
+        if found.bias is not None:
+            picked = found.pick(found.align(found.bias).expand(out.shape))
+            bias = self._view(picked)
+            if bias is None:
+                return
+        if groups == 1:  # the mean over outputs of several groups is not one group's
+            channels = found.spread(torch.arange(1.0, outputs + 1, device=out.device)[None])
+            self._add_writer(out, found.form, bias, channels)
+
+    def _add_writer(self, out: Tensor, form: Tensor, bias: View | None, channels: Tensor) -> None:
+        view = self._view(form)
+        assert view is not None
+        if view not in self.index_of:
+            self.index_of[view] = len(self.streams.writers)
+            self.streams.writers.append(Writer(view.name, view, bias))
+        index = self.index_of[view]
+        if self.streams.writers[index].bias != bias:
+            self.streams.writers[index].problem = "it is used in two ways"
+        self.stream[out] = (Shadow(channels.double().expand(out.shape)), frozenset([index]))
+
+    def _shadow(self, value: Any) -> Shadow | None:
+        found = self.stream.get(value) if isinstance(value, Tensor) else None
+        return None if found is None else found[0]
+
+    def _view(self, t: Any) -> View | None:
+        owner = self.owners.get(t.untyped_storage().data_ptr()) if isinstance(t, Tensor) else None
+        if owner is None or t.dtype != owner[1].dtype:
+            return None
+        name, parameter = owner
+        return View(name, tuple(t.shape), tuple(t.stride()), int(t.storage_offset() - parameter.storage_offset()))

@@ -1,10 +1,10 @@
-"""See and switch, on a small vision transformer: `make demo`.
+"""See, switch and ship, on a small vision transformer: `make demo`.
 
 Three runs on scikit-learn's digit images, 600 steps each, about a minute and a half together. The first is healthy. The
 second one is the first until step 300; from there on a weight decay with its sign turned makes every weight matrix grow
 by one percent a step. Its LayerNorms divide the growth out again, and for more than fifty steps the loss goes on as if
 nothing had happened. What the norms read tells within twenty. The third is the first with `ProgressiveNormCallback()`:
-it ends without LayerNorm.
+it ends without LayerNorm, and its norms then are folded into the weights around them.
 """
 
 import argparse
@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from examples.digits import Destabilize, DigitsViT, digits_loaders
-from stabnorm import Alert
+from stabnorm import Alert, find_norms, fold_norms
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.dashboard.heatmap import heatmap
+from stabnorm.fold import FoldResult
 from stabnorm.monitor.record import Record, read_record
 
 STEPS = 600
@@ -82,6 +84,21 @@ def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: 
     return Run(accuracy, stability.monitor.alerts, read_record(logger.log_dir), str(stability.monitor.cost), model)
 
 
+def ship(model: DigitsViT) -> FoldResult:
+    """Fold the norms of the switched model, and print what that changed."""
+    _, test = digits_loaders()
+    images, digits = next(iter(test))
+    result = fold_norms(model.eval(), images[:4])
+    with torch.no_grad():
+        before, after = ((m(images).argmax(1) == digits).float().mean().item() for m in (model, result.model))
+    left = len(find_norms(result.model))
+    print(
+        f"folded: {len(result.norms) - left} norms are gone, {left} left; largest relative error "
+        f"{result.max_rel_error:.0e}; accuracy {100 * before:.1f} % before, {100 * after:.1f} % after"
+    )
+    return result
+
+
 def draw(run: Run, path: str) -> None:
     """The scale of what each norm reads, over the run, with its alerts."""
     marks = [(alert.step, alert.layer) for alert in run.alerts]
@@ -115,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
         f"accuracy with LayerNorm {100 * healthy.accuracy:.1f} %, switched {100 * switched.accuracy:.1f} %; "
         f"{norms - kept} of {norms} norms are affine now"
     )
+    ship(switched.model)
     print("(A model this small pays the most for being watched; `make bench` measures a ViT-Tiny.)")
     if options.picture:
         draw(unstable, options.picture)

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stabnorm.convert import convert_norms as convert_norms
     from stabnorm.errors import StabNormError as StabNormError
     from stabnorm.fold.fold import fold_gains as fold_gains
     from stabnorm.fold.fold import fold_norms as fold_norms
@@ -26,6 +27,7 @@ _HOME = {
     "StabNormError": "stabnorm.errors",
     "StabilityMonitor": "stabnorm.monitor.monitor",
     "apply_manifest": "stabnorm.fold.manifest",
+    "convert_norms": "stabnorm.convert",
     "find_norms": "stabnorm.norms",
     "fold_gains": "stabnorm.fold.fold",
     "fold_norms": "stabnorm.fold.fold",
@@ -40,6 +42,7 @@ __all__ = [
     "StabNormError",
     "StabilityMonitor",
     "apply_manifest",
+    "convert_norms",
     "find_norms",
     "fold_gains",
     "fold_norms",

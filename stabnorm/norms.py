@@ -140,10 +140,8 @@ def find_norms(
         >>> [layer.name for layer in find_norms(model, exclude=r"^1$")]
         ['3']
     """
-    search = _Search(_patterns("include", include), _patterns("exclude", exclude))
-    search.visit(model, "")
-    if search.lazy or search.unknown:
-        warnings.warn(_complaint(search.lazy, search.unknown), stacklevel=2)
+    search = NormSearch(model, include, exclude)
+    search.warn(stacklevel=3)
     return search.found
 
 
@@ -202,23 +200,31 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # of torch.compile and 
 _Named = list[tuple[str, nn.Module]]
 
 
-class _Search:
-    """One walk over a model: what was found, and what looks like a norm and was not understood."""
+class NormSearch:
+    """One walk over a model, as `find_norms` does it: `found`, and what looks like a norm: `lazy` and `unknown`."""
 
-    def __init__(self, include: list[re.Pattern[str]] | None, exclude: list[re.Pattern[str]] | None) -> None:
-        self.include, self.exclude = include, exclude
+    def __init__(
+        self, model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
+    ) -> None:
+        self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
         self.found: list[NormLayer] = []
         self.lazy: _Named = []
         self.unknown: _Named = []
         self._holds_norm: dict[int, bool] = {}
+        self._visit(model, "")
 
-    def visit(self, module: nn.Module, name: str) -> bool:
+    def warn(self, stacklevel: int) -> None:
+        """Name what was not understood."""
+        if self.lazy or self.unknown:
+            warnings.warn(_complaint(self.lazy, self.unknown), stacklevel=stacklevel)
+
+    def _visit(self, module: nn.Module, name: str) -> bool:
         """List the norms in `module`, and say whether it is one or holds one."""
         if id(module) not in self._holds_norm:
             self._holds_norm[id(module)] = (
                 self._known(module, name)
                 # A list, not a generator: every child is visited, also after the first that holds a norm.
-                or any([self.visit(child, _join(name, part)) for part, child in module.named_children()])
+                or any([self._visit(child, _join(name, part)) for part, child in module.named_children()])
                 or self._ask(module, name)  # last: what holds a norm, such as a PreNorm, is not one itself
             )
         return self._holds_norm[id(module)]
@@ -256,7 +262,8 @@ def _join(name: str, part: str) -> str:
 def _looks_like_norm(module: nn.Module) -> bool:
     if isinstance(module, nn.Identity) or type(module).__module__.startswith("torch.nn.utils."):
         return False  # what stands where a norm was; weight_norm and spectral_norm, which normalise weights
-    return "norm" in type(module).__name__.lower()
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return "norm" in str(module.original_name if scripted else type(module).__name__).lower()
 
 
 def _complaint(lazy: _Named, unknown: _Named) -> str:
@@ -290,6 +297,11 @@ def _patterns(argument: str, given: str | Sequence[str] | None) -> list[re.Patte
 
 
 # --- known by registration ---
+
+
+def is_registered(norm_class: type[nn.Module]) -> bool:
+    """Whether `register_norm` was told about the class or one it derives from."""
+    return any(cls in _REGISTERED for cls in norm_class.__mro__)
 
 
 class _Registration(NamedTuple):
@@ -362,7 +374,7 @@ _SPATIAL_DIMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 
 
 def _torch_own(name: str, module: nn.Module) -> NormLayer | None:
     """Torch's norms, and subclasses that keep their `forward`: one that overrides it may compute anything."""
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)  # a scripted module's class has none
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
         kind: Kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
         shape = module.normalized_shape

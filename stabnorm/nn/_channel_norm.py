@@ -23,8 +23,11 @@ from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
 class Float32Buffers(nn.Module):
     """Floating buffers stay float32 under `.to(torch.bfloat16)` and `.half()`: a running mean needs its digits."""
 
+    def _own_buffers(self) -> dict[str, Tensor | None]:
+        return self._buffers
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        kept = {name: buffer for name, buffer in self._own_buffers().items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]

@@ -9,19 +9,20 @@ from stabnorm.errors import StabNormError
 from stabnorm.nn._channel_norm import Float32Buffers
 from stabnorm.nn.rep import RepBN
 from stabnorm.nn.unified import check_variant
-from stabnorm.norms import Kind, register_norm
+from stabnorm.norms import Kind, is_registered, register_norm
 from stabnorm.ops.blend import blend, join_gradients
 
 EvalMode = Literal["blend", "rep"]
 _BASES: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-_CLASSES: dict[type[nn.Module], type["PRepBN"]] = {}
+_CLASSES: dict[tuple[Any, ...], type["PRepBN"]] = {}
 
 
 class PRepBN(Float32Buffers):
     r"""Progressive re-parameterised batch norm (arXiv:2405.11582, SLAB, eq. 3): lam norm(x) + (1 - lam) RepBN(x).
 
     `lam` is a 0-dim buffer, 1 at first; write it in place as training goes on. At lam = 1 outputs and gradients are bit
-    for bit the norm's, while `rep` gathers statistics; at lam = 0 the norm is RepBN, and folds.
+    for bit the norm's, while `rep` gathers statistics; at lam = 0 the norm is RepBN, and folds. A checkpoint of the
+    norm itself loads, too (strict): where it holds nothing of `rep` and `lam`, those stay as they are.
 
     The class is a mixin over a norm class: ``PRepBN(d)`` is an instance of `PRepBN` and of `nn.LayerNorm`, with the
     norm's own parameters under their own names and the child `rep` (a `RepBN`) beside them.
@@ -57,7 +58,10 @@ class PRepBN(Float32Buffers):
     rep: RepBN
     eval_mode: EvalMode
     channel_dim: int
+    norm_channel_dim: int
+    feature_dims: int
     leave_out_norm: bool
+    _made_of: tuple[Any, ...]  # of the class: the arguments of `prep_class`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PRepBN":
         """An instance of the mixin over the class that `kind` names."""
@@ -91,9 +95,12 @@ class PRepBN(Float32Buffers):
             "rep" if variant == "official" else eval_mode,
             len(shape),
         )
+        self.norm_channel_dim = -1  # torch's norms take channels last
 
     def adopt(self, rep: RepBN, eval_mode: EvalMode = "blend", feature_dims: int = 1) -> None:
         """Give a norm whose `__class__` was set to `prep_class(...)` what it needs beside its own.
+
+        The norm itself is taken to hold the channels on the same axis as `rep`.
 
         Args:
             rep: the RepBN to switch to.
@@ -112,8 +119,9 @@ class PRepBN(Float32Buffers):
             )
         self.rep = rep.train(self.training)
         self.eval_mode, self.channel_dim, self.feature_dims = eval_mode, rep.channel_dim, feature_dims
+        self.norm_channel_dim = rep.channel_dim
         self.leave_out_norm = False  # set it in all layers at once when lam is 0 in all: one compilation more
-        self.register_buffer("lam", torch.ones((), device=rep.weight.device))
+        self.register_buffer("lam", rep.running_var.new_ones(()))
 
     @property
     def sync(self) -> bool:
@@ -126,7 +134,8 @@ class PRepBN(Float32Buffers):
 
     def reset_parameters(self) -> None:
         """Start again: both norms' parameters, statistics, and lam = 1."""
-        super().reset_parameters()  # type: ignore[misc]  # the norm's
+        if hasattr(super(), "reset_parameters"):  # the norm's
+            super().reset_parameters()  # type: ignore[misc]
         if "rep" in self._modules:  # the norm's constructor comes here before there is one
             self.rep.reset_parameters()
             self.lam.fill_(1)
@@ -134,21 +143,21 @@ class PRepBN(Float32Buffers):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The blend at the current lam; in training mode `rep` also gathers statistics."""
         if self.leave_out_norm or (not self.training and self.eval_mode == "rep"):
-            return self._rep(x, mask, *self._rep_parameters())
-        weight, bias, eta = self._rep_parameters()
+            return self.__rep(x, mask, *self.__rep_parameters())
+        weight, bias, eta = self.__rep_parameters()
         for_norm, for_rep, weight, bias, eta = _Fork.apply(self.lam, x, weight, bias, eta)  # type: ignore[no-untyped-call]
-        rep = self._rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
-        return _Blend.apply(self.lam, self._norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
+        rep = self.__rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
+        return _Blend.apply(self.lam, self.__norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
+    def __rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
         return self.rep.weight, self.rep.bias, self.rep.eta
 
-    def _norm(self, x: Tensor) -> Tensor:
-        channels_last = self.channel_dim in (-1, x.ndim - 1)
-        y: Tensor = super().forward(x if channels_last else x.movedim(self.channel_dim, -1))
-        return y if channels_last else y.movedim(-1, self.channel_dim)
+    def __norm(self, x: Tensor) -> Tensor:
+        as_it_is = self.norm_channel_dim == self.channel_dim or self.channel_dim == x.ndim - 1
+        y: Tensor = super().forward(x if as_it_is else x.movedim(self.channel_dim, -1))
+        return y if as_it_is else y.movedim(-1, self.channel_dim)
 
-    def _rep(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
+    def __rep(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
         if self.feature_dims == 1:
             return self.rep.apply_with(x, mask, weight, bias, eta)
         flat = x.flatten(x.ndim - self.feature_dims) if x.ndim > self.feature_dims else x.reshape(1, -1)
@@ -163,8 +172,8 @@ class PRepBN(Float32Buffers):
         lam = float(self.lam)
         if lam != 0 and self.eval_mode == "blend":
             raise StabNormError(
-                f"PRepBN at lam={lam:.4g} still holds a share of {type(self).__mro__[2].__name__}, so it is no affine "
-                "map in eval. Finish the schedule: lam reaches 0, then it folds"
+                f"PRepBN at lam={lam:.4g} still holds a share of {self._made_of[0].__name__}, so it is no affine map "
+                "in eval. Finish the schedule: lam reaches 0, then it folds"
             )
         if self.feature_dims > 1:
             raise StabNormError(
@@ -174,44 +183,56 @@ class PRepBN(Float32Buffers):
 
     def extra_repr(self) -> str:
         """The norm's own, and how eval goes."""
-        options = "" if self.eval_mode == "blend" else f", eval_mode={self.eval_mode!r}"
-        options += "" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}"
-        return super().extra_repr() + options
+        options = [super().extra_repr()]
+        options += [f"eval_mode={self.eval_mode!r}"] if self.eval_mode != "blend" else []
+        options += [f"channel_dim={self.channel_dim}"] if self.channel_dim != -1 else []
+        return ", ".join(filter(None, options))
+
+    def _own_buffers(self) -> dict[str, Tensor | None]:
+        return {"lam": self._buffers["lam"]} if "lam" in self._buffers else {}  # the others are the norm's affair
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        added = (prefix + "lam", prefix + "rep.")
+        if not any(key.startswith(added) for key in state_dict):  # a checkpoint of the norm alone
+            state_dict.update(self.rep.state_dict(prefix=added[1], keep_vars=True))
+            state_dict[added[0]] = self.lam
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
-        bases = [base for base in type(self).__mro__ if base in _CLASSES]
-        if not bases or _CLASSES[bases[0]] is not type(self):
+        made_of = vars(type(self)).get("_made_of")
+        if made_of is None:
             return super().__reduce_ex__(protocol)  # a subclass somebody wrote, which pickle finds by its name
-        return _blank, (bases[0],), self.__dict__
+        return _blank, made_of, self.__dict__
 
 
 def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: Any) -> type[PRepBN]:
-    """The class that is `PRepBN` over `base`; the same one each time. Its `find_norms` entry is that of `base`.
+    """The class that is `PRepBN` over `base`; the same one each time for the same arguments.
 
     Args:
         base: a norm class whose `forward` takes the input.
-        kind: what `register_norm` needs to know of a class that is not torch's own; None: `base` is a LayerNorm, an
-            RMSNorm or registered itself. Default: None.
+        kind: what `register_norm` needs to know of a class that is neither torch's own nor registered. Default: None.
         **registration: further arguments of `register_norm`.
 
     >>> prep_class(nn.LayerNorm) is type(PRepBN(8))
     True
     """
-    if base not in _CLASSES:
-        made = type(f"PRepBN{base.__name__}", (PRepBN, base), {"__module__": __name__, "__doc__": PRepBN.__doc__})
-        _CLASSES[base] = made
-        if kind is None and issubclass(base, nn.LayerNorm | nn.RMSNorm):
+    made_of = (base, kind, tuple(sorted(registration.items())))
+    if made_of not in _CLASSES:
+        content = {"__module__": __name__, "__doc__": PRepBN.__doc__, "_made_of": made_of}
+        made = type(f"PRepBN{base.__name__}", (PRepBN, base), content)
+        if kind is None and not is_registered(base) and issubclass(base, nn.LayerNorm | nn.RMSNorm):
             kind = "layer" if issubclass(base, nn.LayerNorm) else "rms"
             registration = {"num_features": "normalized_shape", "channel_dim": "channel_dim"}
             registration["bias"] = "bias" if kind == "layer" else None
         if kind is not None:
             register_norm(made, kind, **registration)
-    return _CLASSES[base]
+        _CLASSES[made_of] = made
+    return _CLASSES[made_of]
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
+def _blank(base: type[nn.Module], kind: Kind | None, registration: tuple[tuple[str, Any], ...]) -> nn.Module:
     """For pickle and deepcopy: an empty instance of the class over `base`."""
-    made = prep_class(base)
+    made = prep_class(base, kind, **dict(registration))
     return made.__new__(made)
 
 

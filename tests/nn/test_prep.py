@@ -130,13 +130,14 @@ def test_an_object_of_somebodys_own_class_changes_its_class_and_stays_itself() -
     theirs = Scaled(8)
     scale, x = theirs.scale, torch.randn(4, 6, 8)
     before = theirs(x)
-    theirs.__class__ = prep_class(Scaled, "rms", num_features=8, eps=1e-6, weight="scale", bias=None)  # type: ignore[assignment]
+    what_it_is = {"num_features": 8, "eps": 1e-6, "weight": "scale", "bias": None}
+    theirs.__class__ = prep_class(Scaled, "rms", **what_it_is)  # type: ignore[assignment]
     assert isinstance(theirs, PRepBN)
     theirs.adopt(RepBN(8, center=False))
     assert isinstance(theirs, Scaled)
     assert theirs.scale is scale
     assert torch.equal(theirs(x), before)
-    assert prep_class(Scaled) is type(theirs)
+    assert prep_class(Scaled, "rms", **what_it_is) is type(theirs)
     twin = pickle.loads(pickle.dumps(theirs))
     assert torch.equal(twin(x), before)
 

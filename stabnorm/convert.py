@@ -1,0 +1,232 @@
+"""convert_norms: give a model's layer and rms norms a successor that is affine in eval, in place.
+
+First everything is planned, and whatever can fail fails there; then the plan is carried out. So a model is converted as
+the report says or, after an error, is what it was.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from stabnorm._surgery import Plan, Target, Tree, leave_fused_path, plan_conversion
+from stabnorm.errors import StabNormError
+from stabnorm.nn.power import PowerNorm
+from stabnorm.nn.prep import PRepBN
+from stabnorm.nn.rep import RepBN
+from stabnorm.nn.unified import UnifiedNorm
+from stabnorm.norms import Kind, NormSearch
+
+__all__ = ["ConversionReport", "NormConversion", "Target", "convert_norms"]
+
+
+@dataclass(frozen=True)
+class NormConversion:
+    """What became of one norm.
+
+    Args:
+        name: Dotted name in the model.
+        converted: Whether this call converted it.
+        kind: "layer", "rms", "batch", "group" or "instance"; "unknown" for what only looks like a norm.
+        reason: Why it was left; of a converted one, what was kept of it.
+    """
+
+    name: str
+    converted: bool
+    kind: Kind | Literal["unknown"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert_norms` did, norm by norm; printed, a table.
+
+    Args:
+        to: What was converted to.
+        norms: One entry for each norm, in module order.
+    """
+
+    to: Target
+    norms: tuple[NormConversion, ...]
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the norms that this call converted."""
+        return [norm.name for norm in self.norms if norm.converted]
+
+    @property
+    def left(self) -> dict[str, str]:
+        """Names of those it left, and why."""
+        return {norm.name: norm.reason for norm in self.norms if not norm.converted}
+
+    def __str__(self) -> str:
+        head = f"{len(self.converted)} of {len(self.norms)} norms converted to {self.to}"
+        return "\n".join([head, *_table(self.norms)])
+
+
+def convert_norms(
+    model: nn.Module,
+    to: Target = "prepbn",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    **norm_options: Any,
+) -> ConversionReport:
+    r"""Convert a model's layer and rms norms, in place, to norms that are affine in eval.
+
+    ``to="prepbn"`` changes the class of each norm object to `PRepBN` over its own class: its parameters, their names,
+    its hooks, its places in the model and ``isinstance`` stay, and with lam = 1 it computes bit for bit what it did. It
+    gains the child `rep` and the buffer `lam`; move lam to 0 while the model trains.
+
+    .. math:: y = \lambda\, \mathrm{norm}(x) + (1 - \lambda)\, \mathrm{RepBN}(x)
+
+    The other three put a new module in the norm's place, under every name the norm has, and change what the model
+    computes at once. The norm's weight and bias go on as the new module's, the same Parameters, so an optimizer that
+    was built before still trains them. Where that cannot be (a gain of 1 + weight, another shape), a new Parameter has
+    the value; what the norm did not have (`eta`, a bias for PowerNorm, a weight where there was none) starts as in a
+    new module; a norm whose bias would be lost is left. Forward and backward hooks move over. Whatever else the object
+    carried is gone, and a reference to it outside of the module tree, say in a list, still leads to the old norm.
+
+    Convert before the optimizer is built and before the model is wrapped for several processes, in ``__init__`` or
+    ``configure_model``, say; then converted checkpoints load, and so does, with "prepbn", a checkpoint of the model as
+    it was. Calling it again changes nothing.
+
+    Gradients at lam = 1 are the same bits, too, where the norm is one operation; a norm that is written out in several,
+    like Llama's, has its own gradients added up before the residual's join them.
+
+    ``nn.TransformerEncoder`` has a fused path for eval that reads the norms' weights and never calls the norms. It is
+    switched off in the layers concerned, along with nested tensors, so that eval computes what was trained: with a
+    padding mask, places that are padding then hold numbers in place of zeros.
+
+    Args:
+        model: Any module.
+        to: "prepbn", "repbn", "unified" or "power". Default: "prepbn".
+        include: Regular expression, or several, searched for in a norm's name. Default: all norms.
+        exclude: The same, for norms to leave alone; it wins over `include`. Default: none.
+        **norm_options: Further arguments of `PRepBN` and its `RepBN`, `RepBN`, `UnifiedNorm` or `PowerNorm`. Three
+            defaults differ: RepBN has ``filtration="calibrated"``, so that a burst stays out of its running statistics,
+            and ``center=False``, scale only, for an rms norm; UnifiedNorm has a bias where the norm has one. `init`
+            stays "vision" (gamma = eta = 1), the paper's choice for DeiT, PVT and Swin; its language models start with
+            both at 0 (``init="language"``), after 10000 steps at lam = 1. `eps` is the new norm's, 1e-5 unless given;
+            the old one keeps its own.
+
+    Returns:
+        What was converted, what was left, and why.
+
+    Raises:
+        ValueError: `to` is unknown, `include` or `exclude` is invalid or matches no norm, or an option is out of range.
+        TypeError: the target has no such option.
+        StabNormError: there is no norm to convert, or the model is wrapped in DDP or FSDP already.
+
+    Source: arXiv:2405.11582 (PRepBN and RepBN), 2208.01313 (UnifiedNorm), 2003.07845 (PowerNorm).
+
+    Example:
+        >>> from stabnorm import convert_norms
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.BatchNorm1d(8))
+        >>> x = torch.randn(3, 4)
+        >>> before = model(x)
+        >>> print(convert_norms(model))
+        1 of 2 norms converted to prepbn
+          1  layer  converted  class PRepBNLayerNorm
+          2  batch  left       it is batch norm, affine in eval already
+        >>> torch.equal(model(x), before), isinstance(model[1], nn.LayerNorm)
+        (True, True)
+        >>> convert_norms(model).left["1"]
+        'already converted to PRepBN'
+    """
+    if to not in get_args(Target):
+        raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, get_args(Target)))}")
+    _check_options(to, norm_options)
+    _check_not_wrapped(model)
+    every = NormSearch(model)
+    search = every if include is None and exclude is None else NormSearch(model, include, exclude)
+    _check_patterns(model, every, include=include, exclude=exclude)
+    tree = Tree(model)
+    plans = {id(layer.module): plan_conversion(layer, to, norm_options, tree) for layer in search.found}
+    report = _report(to, search, plans, tree)
+    if not any(plan.carry_out or plan.done_before for plan in plans.values()):
+        there = "\n".join(_table(report.norms)) or f"  {len(every.found)} norms, none of them included"
+        raise StabNormError(
+            f"{type(model).__name__} has no norm to convert. What there is:\n{there}\n"
+            "Convert a model that has layer or rms norms, after it has built them"
+        )
+    search.warn(stacklevel=3)
+    for plan in plans.values():
+        if plan.carry_out:
+            plan.carry_out()
+    leave_fused_path(model)
+    return report
+
+
+# --- the report ---
+
+_LAZY = "it does not know its size yet: run one batch first"
+
+
+def _report(to: Target, search: NormSearch, plans: dict[int, Plan], tree: Tree) -> ConversionReport:
+    entries: list[tuple[nn.Module, NormConversion]] = []
+    for layer in search.found:
+        plan = plans[id(layer.module)]
+        entries.append((layer.module, NormConversion(layer.name, bool(plan.carry_out), layer.kind, plan.reason)))
+    for name, module in search.unknown:
+        reason = f"what {type(module).__name__} computes is not known: tell stabnorm.register_norm"
+        if isinstance(module, torch.jit.ScriptModule):
+            reason = "it is compiled by torch.jit: convert the model, then compile it"
+        entries.append((module, NormConversion(name, False, "unknown", reason)))
+    entries += [(module, NormConversion(name, False, "unknown", _LAZY)) for name, module in search.lazy]
+    return ConversionReport(
+        to, tuple(norm for _, norm in sorted(entries, key=lambda entry: tree.position[id(entry[0])]))
+    )
+
+
+def _table(norms: Iterable[NormConversion]) -> list[str]:
+    rows = [
+        (norm.name or "(model)", norm.kind, "converted" if norm.converted else "left", norm.reason) for norm in norms
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+# --- what is wrong with the call ---
+
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+_OPTIONS: dict[Target, tuple[Callable[..., None], ...]] = {
+    "prepbn": (PRepBN.__init__, RepBN.__init__),
+    "repbn": (RepBN.__init__,),
+    "unified": (UnifiedNorm.__init__,),
+    "power": (PowerNorm.__init__,),
+}
+_OF_THE_LAYER = {"self", "num_features", "normalized_shape", "channel_dim", "kind", "rep_options"}  # nobody's to choose
+
+
+def _check_options(to: Target, options: dict[str, Any]) -> None:
+    signatures = [inspect.signature(constructor).parameters for constructor in _OPTIONS[to]]
+    known = sorted({name for signature in signatures for name in signature} - _OF_THE_LAYER)
+    for name in options:
+        if name not in known:
+            raise TypeError(f"to={to!r} has no option {name!r}. It takes {', '.join(known)}")
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        wrapper = _WRAPPERS.intersection(cls.__name__ for cls in type(module).__mro__)
+        if wrapper:
+            raise StabNormError(
+                f"{name or 'the model'} is wrapped in {min(wrapper)} already, which would not know the parameters that "
+                "conversion adds. Convert the model first, then wrap it"
+            )
+
+
+def _check_patterns(model: nn.Module, every: NormSearch, **filters: str | Sequence[str] | None) -> None:
+    """Each pattern is there for a norm; one that matches none is a slip."""
+    norms = [name for name, _ in every.unknown + every.lazy] + [layer.name for layer in every.found]
+    for argument, patterns in filters.items():
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+            if norms and not any(re.search(pattern, name) for name in norms):
+                some = ", ".join(map(repr, norms[:8])) + (", ..." if norms[8:] else "")
+                raise ValueError(
+                    f"{argument}={pattern!r} matches none of the {len(norms)} norms of {type(model).__name__}: {some}"
+                )

@@ -1,7 +1,7 @@
 """Examples: what the user passes to run a model with, a second input made from them, and the tensors in an output."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,16 @@ class Example:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def map(self, change: Any) -> "Example":
-        """The same with every tensor changed."""
-        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Example":
+        """The same with every tensor changed; what was one tensor twice still is."""
+        changed: dict[int, Tensor] = {}
+
+        def once(t: Tensor) -> Tensor:
+            if id(t) not in changed:
+                changed[id(t)] = change(t)
+            return changed[id(t)]
+
+        args, kwargs = pytree.tree_map_only(Tensor, once, (self.args, self.kwargs))
         return Example(args, kwargs)
 
 

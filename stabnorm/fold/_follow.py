@@ -288,7 +288,7 @@ class _Follow(TorchDispatchMode):
         """Write a linear operation down, tag its output, and return its parameters; none if it is no such operation."""
         found = operands(func, args, kwargs, self._is_parameter)
         view = self._view(found.form) if isinstance(found, Operands) else None
-        if view is None or not isinstance(found, Operands):
+        if view is None or not isinstance(found, Operands) or view.is_expanded:
             return []
         index = self._index_of(func, view, found, out)
         linear = self.trace.linears[index]
@@ -338,10 +338,10 @@ class _Follow(TorchDispatchMode):
             return "its bias is computed, not a Parameter"
         groups, outputs = view.size[0], view.size[2]
         picked = found.pick(found.align(found.bias).expand(out.shape))
-        spread = any(size > 1 and stride == 0 for size, stride in zip(picked.shape, picked.stride(), strict=True))
-        if found.bias.numel() != groups * outputs or spread:
+        slot = View(bias.name, tuple(picked.shape), tuple(picked.stride()), bias.offset)
+        if found.bias.numel() != groups * outputs or slot.is_expanded:
             return "its bias is not one number for each output"
-        return View(bias.name, tuple(picked.shape), tuple(picked.stride()), bias.offset)
+        return slot
 
     # --- parameters ---
 

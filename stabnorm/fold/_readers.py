@@ -27,6 +27,11 @@ class View:
         last = sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
         return self.offset, self.offset + last
 
+    @property
+    def is_expanded(self) -> bool:
+        """Whether one number of the parameter stands in several places."""
+        return any(size > 1 and stride == 0 for size, stride in zip(self.size, self.stride, strict=True))
+
     def overlaps(self, other: "View") -> bool:
         """Whether the two may share an element."""
         (low, high), (other_low, other_high) = self.reach, other.reach

@@ -100,6 +100,16 @@ def test_a_model_that_draws_in_eval_is_told() -> None:
         fold_norms(model, draw(3, C))
 
 
+def test_one_tensor_passed_three_times_stays_one() -> None:
+    def same(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        assert q is k is v
+        return m.fc(m.norm(q))
+
+    x = draw(3, C)
+    model = ready(Net(same, norm=RepBN(C), fc=nn.Linear(C, D)))
+    assert fold_norms(model, (x, x, x)).checked_on == "the example and a second input"
+
+
 # --- what it leaves alone ---
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from stabnorm import find_norms, fold_gains, fold_norms
 from stabnorm.nn import RepBN
 from tests.families import FAMILIES, Family, randomize_
-from tests.fold.nets import draw, error_of, ready
+from tests.fold.nets import Net, draw, error_of, ready
 from tests.fold.test_families import cast, error
 
 pytestmark = pytest.mark.filterwarnings("ignore:a bias was added to .* LoRA adapters")
@@ -43,6 +43,14 @@ def test_norms_fold_first_and_the_gains_of_those_that_stay_after_them() -> None:
     assert [(norm.name, norm.into) for norm in folded.norms] == [("2", ("3",))]
     assert folded.manifest["biases"] == {"3.bias": 5}
     assert error_of(folded.model, model, [(draw(2, 6, seed=1),)]) < 1e-12
+
+
+def test_a_gain_that_another_norm_reads_too_is_left() -> None:
+    parts = {"norm": nn.LayerNorm(6), "fc": nn.Linear(6, 5), "after": nn.LayerNorm(6), "head": nn.Linear(6, 5)}
+    model = ready(Net(lambda m, x: (lambda h: m.fc(h) * m.head(m.after(h)))(m.norm(x)), **parts))
+    result = fold_gains(model, draw(3, 6))
+    assert result.norms[0].reason == "norm 'after' normalises it"
+    assert result.norms[1].into == ("head",)
 
 
 def test_a_norm_without_gain_says_so() -> None:

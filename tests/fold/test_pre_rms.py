@@ -87,10 +87,11 @@ def stream(read: Any) -> nn.Module:
     [
         lambda m, x: (lambda h: (m.head(m.last(h + m.up(m.norm(h)))), h))(m.fc(x)),
         lambda m, x: (lambda h: m.head(m.last(h + m.up(m.norm(h)))) + h.relu()[..., :5])(m.fc(x)),
+        lambda m, x: (lambda h: m.head(m.last(h + m.up(m.norm(h)))) + m.head(h))(m.fc(x)),
         lambda m, x: (lambda h: m.head(m.last(h.flip(-1) + m.up(m.norm(h)))))(m.fc(x)),
         lambda m, x: (lambda h: m.head(m.last(h + m.up(m.norm(h)))))(m.fc(x) + x),
     ],
-    ids=["returned", "read raw", "channels in another order", "a raw input joins"],
+    ids=["returned", "read raw", "read by a linear", "channels in another order", "a raw input joins"],
 )
 def test_a_stream_that_is_seen_otherwise_is_left(read: Any) -> None:
     model = stream(read)

@@ -142,6 +142,9 @@ CASES = {
         reader(lambda m, x: m.norm(x) @ m.w + m.b, w=nn.Parameter(torch.ones(C, D)), b=nn.Parameter(torch.ones(4, D))),
         "no bias",
     ),
+    "one row for all": Case(
+        reader(lambda m, x: m.norm(x) @ m.w.expand(C, D), w=nn.Parameter(torch.ones(1, D))), "mm in the model's own"
+    ),
     "bias by row": Case(
         reader(
             lambda m, x: torch.addmm(m.b, m.norm(x), m.w),

@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,12 +190,13 @@ def run(outcome: Outcome, data: Path | None) -> Outcome:
     model.get_submodule("blocks").register_forward_pre_hook(Disturb(setting, outcome.seed))
     outcome.norms = sum(isinstance(module, nn.LayerNorm) for module in model.modules())
     callbacks = use_norm(model, outcome.method, steps)
-    trainer = Trainer(
-        accelerator="cpu", max_steps=steps, gradient_clip_val=1.0, limit_val_batches=0, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
-    )  # fmt: skip
     start = time.perf_counter()
-    trainer.fit(model, train)
+    with tempfile.TemporaryDirectory() as scratch:  # the callback's record, which nobody reads
+        Trainer(
+            accelerator="cpu", max_steps=steps, gradient_clip_val=1.0, limit_val_batches=0, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+            default_root_dir=scratch,
+        ).fit(model, train)  # fmt: skip
     outcome.seconds = round(time.perf_counter() - start, 1)
     (batch,) = test
     outcome.loss, outcome.error = judge(model.eval(), batch)

@@ -22,7 +22,8 @@ class BatchMask:
         self._open: valid_tokens | None = None
 
     def enter(self, batch: Any) -> None:
-        """A batch begins."""
+        """A batch begins; the one before may have been left early, with no word that it is over."""
+        self.leave()
         if self.mask is not None:
             self._open = valid_tokens(*self._masks_of(batch))
             self._open.__enter__()

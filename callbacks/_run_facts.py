@@ -5,13 +5,14 @@ Classes of Lightning are told by name: each exists twice, once in each namespace
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from stabnorm.errors import StabNormError
+from stabnorm.nn.prep import PRepBN
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -34,7 +35,7 @@ def steps_of_training(
         ValueError: nobody knows, or the Trainer ends earlier than the user says.
     """
     known = _known_steps(trainer, pl_module)
-    total = planned or asked or known
+    total = next((steps for steps in (planned, asked, known) if steps is not None), None)
     if total is None:
         why = "the training has no known end" if pl_module.automatic_optimization else "optimization is manual"
         raise ValueError(
@@ -42,20 +43,34 @@ def steps_of_training(
             "Give Trainer(max_steps=...) or ProgressiveNormCallback(total_steps=...), counted as trainer.global_step "
             "counts: the steps of all optimizers together"
         )
-    if asked is not None and known is not None and asked > known:
+    if asked is not None and known and asked > known:
         raise ValueError(
             f"total_steps={asked}, but the Trainer ends after {known} optimizer steps: lam might not reach 0. Leave "
             "total_steps out, or train longer"
         )
-    return total, known or total
+    return total, total if known is None else known
 
 
 def _known_steps(trainer: "Trainer", pl_module: "LightningModule") -> int | None:
     if not pl_module.automatic_optimization:
         # Batches are no measure there: how many optimizer steps one takes is in the user's hands.
-        return trainer.max_steps if trainer.max_steps > 0 else None
+        return trainer.max_steps if trainer.max_steps >= 0 else None
+    if trainer.limit_train_batches == 0:
+        return 0
     estimated = trainer.estimated_stepping_batches
-    return int(estimated) if math.isfinite(estimated) and estimated > 0 else None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if any(cls.__name__ == "GradientAccumulationScheduler" for cls in type(callback).__mro__):
+            estimated = _accumulated_steps(trainer, callback, estimated)
+    return int(estimated) if math.isfinite(estimated) and estimated >= 0 else None
+
+
+def _accumulated_steps(trainer: "Trainer", scheduler: Any, estimated: float) -> float:
+    """Lightning's estimate takes every epoch for one like the first."""
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is None or epochs < 0 or not math.isfinite(batches):
+        return estimated
+    steps: float = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
 def refuse_earlier_copies(trainer: "Trainer", pl_module: "LightningModule", mine: Any) -> None:
@@ -74,6 +89,48 @@ def refuse_earlier_copies(trainer: "Trainer", pl_module: "LightningModule", mine
                 f"{type(callback).__name__} stands before {type(mine).__name__} in the Trainer's callbacks, so it has "
                 f"copied the model before its norms are converted. Put {type(mine).__name__} first"
             )
+
+
+def refuse_other_checkpoint(trainer: "Trainer", pl_module: "LightningModule", checkpoint: Mapping[str, Any]) -> None:
+    """A run goes on only from a checkpoint of a run that had the switch, for its optimizer knows all parameters.
+
+    Raises:
+        StabNormError: nothing in it was converted.
+    """
+    lams = [f"{name}.lam" for name, module in pl_module.named_modules() if isinstance(module, PRepBN)]
+    resumes = trainer.state.fn == "fit" and checkpoint.get("optimizer_states")
+    if resumes and lams and not any(lam in checkpoint["state_dict"] for lam in lams):
+        raise StabNormError(
+            "the checkpoint is of a training without the switch, and its optimizer states are without the parameters "
+            "that conversion adds. Fine-tune from its weights: load them into the model (load_from_checkpoint, say), "
+            "and call fit without ckpt_path"
+        )
+
+
+def refuse_lost_conversion(trainer: "Trainer") -> None:
+    """Worker processes that the Trainer starts itself send tensors back by name, and no converted modules.
+
+    Raises:
+        StabNormError: this is such a process.
+    """
+    launcher = trainer.strategy.launcher
+    if any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(launcher).__mro__):
+        raise StabNormError(
+            "this strategy (ddp_spawn, ddp_fork or ddp_notebook) trains copies of the model in other processes, and "
+            "the norms were converted there only: afterwards the model of the caller would have the weights of a "
+            "switched model and LayerNorms. Call stabnorm.convert_norms(model) yourself before fit, in the model's "
+            "__init__, say, or use strategy='ddp'"
+        )
+
+
+def averages(trainer: "Trainer") -> list[nn.Module]:
+    """The averages of models that callbacks hold (WeightAveraging, EMAWeightAveraging)."""
+    return [
+        value.module
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        for value in vars(callback).values()
+        if isinstance(value, AveragedModel)
+    ]
 
 
 def refuse_untrained(trainer: "Trainer", pl_module: "LightningModule", norms: Iterable[tuple[str, nn.Module]]) -> None:

@@ -14,7 +14,10 @@ from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask, MaskOfBatch
 from stabnorm.callbacks._outputs import HeadlineScalars, log_text, output_directory, record_writers
 from stabnorm.callbacks._run_facts import (
+    averages,
     refuse_earlier_copies,
+    refuse_lost_conversion,
+    refuse_other_checkpoint,
     refuse_untrained,
     steps_of_training,
     warn_of_early_judges,
@@ -26,7 +29,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.monitor.record import RecordWriter
 from stabnorm.progressive import ProgressiveSwitch
 from stabnorm.schedules import Order, check_order, check_schedule, check_span, make_schedule, schedule_end
-from stabnorm.switch import progressive_norms, running_norms
+from stabnorm.switch import progressive_norms, running_norms, write_lam
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -72,8 +75,9 @@ class ProgressiveNormCallback(Callback):
     Raises:
         ValueError: an argument is out of range; at the start of `fit`: the schedule is longer than the training, or
             nobody knows how long that is.
-        StabNormError: at the start of `fit`: there is no norm to convert, a converted parameter is in no optimizer, or
-            a callback has copied the model before.
+        StabNormError: at the start of `fit`: there is no norm to convert, a converted parameter is in no optimizer, a
+            callback has copied the model before, the strategy trains in processes of its own and their conversion would
+            be lost (ddp_spawn, ddp_notebook), or the checkpoint is of a run without this callback.
 
     Source: arXiv:2405.11582 (SLAB).
 
@@ -130,11 +134,11 @@ class ProgressiveNormCallback(Callback):
             convert_norms, to=self.to, include=self.include, exclude=self.exclude, **self.norm_options
         )
         # Callbacks after this one may copy the model as it is now. What is wrong is said once the model is whole.
+        self._reports = []
         with warnings.catch_warnings(), contextlib.suppress(StabNormError, ValueError):
             warnings.simplefilter("ignore")
-            convert(pl_module)
+            self._reports.append(convert(pl_module))
         own = vars(pl_module).get("configure_model")
-        self._reports = []
         pl_module.configure_model = functools.partial(  # type: ignore[method-assign]  # an instance's own is called, too
             _configure_and_convert, pl_module, own, convert, self._reports, stage == "fit"
         )
@@ -142,6 +146,8 @@ class ProgressiveNormCallback(Callback):
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Whatever can be known to go wrong is said here, before the first batch."""
         _unwrap(pl_module)
+        if any(report.converted for report in self._reports):
+            refuse_lost_conversion(trainer)
         progressive = progressive_norms(pl_module)
         converted: Mapping[str, nn.Module] = progressive or running_norms(pl_module)
         refuse_untrained(trainer, pl_module, converted.items())
@@ -151,6 +157,8 @@ class ProgressiveNormCallback(Callback):
         saved = self._resumed(trainer)
         planned = None if saved is None else int(saved["total_steps"])
         self._total, known = steps_of_training(trainer, pl_module, self.total_steps, planned)
+        if known == 0:
+            return  # no batch will come
         schedule, start = self._schedule(trainer)
         end = self._total if callable(schedule) else schedule_end(self._total, start=start, fraction=self.fraction)
         if end > known:
@@ -195,6 +203,7 @@ class ProgressiveNormCallback(Callback):
         if saved is not None:
             self.switch.load_state_dict(saved)
         self.switch.move_to(trainer.global_step)
+        self._move_averages(trainer)
         self._loaded = self._counted = False
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and self.switch.layers:
             if monitor is None:
@@ -231,6 +240,15 @@ class ProgressiveNormCallback(Callback):
         assert self.switch is not None
         if trainer.global_step != self.switch.steps_done:
             self.switch.step(trainer.global_step)
+            self._move_averages(trainer)
+
+    def _move_averages(self, trainer: "Trainer") -> None:
+        """Lam of the averaged weights is lam: an average of it would reach 0 late or never, and they would not fold."""
+        assert self.switch is not None
+        for average in averages(trainer):
+            norms = progressive_norms(average)
+            if tuple(norms) == self.switch.layers:
+                write_lam(norms.values(), self.switch.lam)
 
     # -- afterwards ----------------------------------------------------------------------------------------------------
 
@@ -263,6 +281,7 @@ class ProgressiveNormCallback(Callback):
         for writer in self._own_writers:
             writer.close()
         self._own_writers = []
+        self._loaded = False  # the run it was loaded for is over, if only because it could not start
 
     def _release(self) -> None:
         self._batch_mask.leave()
@@ -291,6 +310,10 @@ class ProgressiveNormCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The plan and where it stands, as plain containers: Lightning loads weights only."""
         return dict(self._saved or {}) if self.switch is None else self.switch.state_dict()
+
+    def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
+        """A checkpoint of a run without the switch cannot be gone on with, and says why."""
+        refuse_other_checkpoint(trainer, pl_module, checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what was saved until the training starts."""

@@ -16,11 +16,13 @@ from stabnorm import find_norms
 from stabnorm.callbacks import ProgressiveNormCallback
 
 
-def fit(model: DigitsViT, steps: int, callbacks: list[Callback], *, progress: bool) -> tuple[Trainer, float]:
-    """Train, and give the accuracy of the result."""
+def fit(
+    model: DigitsViT, steps: int, callbacks: list[Callback], root: Path, *, progress: bool
+) -> tuple[Trainer, float]:
+    """Train, and give the accuracy of the result; lam's record goes to the root."""
     train, test = digits_loaders()
     trainer = Trainer(
-        accelerator="cpu", max_steps=steps, limit_val_batches=0, logger=False, callbacks=callbacks,
+        accelerator="cpu", max_steps=steps, limit_val_batches=0, logger=False, callbacks=callbacks, default_root_dir=root,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress,
     )  # fmt: skip
     trainer.fit(model, train)
@@ -32,19 +34,19 @@ def fit(model: DigitsViT, steps: int, callbacks: list[Callback], *, progress: bo
 def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     """Train, save, load, convert, fine-tune; give both accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs/finetune"), help="where checkpoints go")
+    parser.add_argument("--root", type=Path, default=Path("runs/finetune"), help="where checkpoint and record go")
     parser.add_argument("--steps", type=int, default=400, help="of the training; the fine-tuning takes as many")
     parser.add_argument("--no-progress", action="store_true", help="hide the progress bars")
     options = parser.parse_args(arguments)
     seed_everything(0, verbose=False)
-    trainer, before = fit(DigitsViT(), options.steps, [], progress=not options.no_progress)
+    trainer, before = fit(DigitsViT(), options.steps, [], options.root, progress=not options.no_progress)
     path = options.root / "layernorm.ckpt"
     trainer.save_checkpoint(path)
     print(f"trained with LayerNorm: {100 * before:.1f} %, saved as {path}")
     # A third of the learning rate: these weights have been trained already.
     model = DigitsViT.load_from_checkpoint(path, lr=1e-3)
     switch = ProgressiveNormCallback()
-    _, after = fit(model, options.steps, [switch], progress=not options.no_progress)
+    _, after = fit(model, options.steps, [switch], options.root, progress=not options.no_progress)
     norms = find_norms(model)
     assert switch.switch is not None
     kept = switch.switch.kept

@@ -178,7 +178,6 @@ class ProgressiveSwitch:
             self._gap.detach()
         if self._feed is not None:
             self._feed.close()
-            self._feed = None
         if self._monitor is not None:
             self._monitor.detach()
 

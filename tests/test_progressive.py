@@ -1,6 +1,6 @@
 """The switch in a plain training loop: lam's sequence, the gate that is fed with a lag, resume, and what is said."""
 
-import copy
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -135,21 +135,26 @@ def test_a_monitor_that_lacks_a_layer_or_the_statistic_is_not_relied_on() -> Non
             assert not any(residual != residual for residual in switch.gate.residuals)
 
 
+@functools.cache
+def uninterrupted(schedule: str, total: int) -> tuple[Two, ProgressiveSwitch, list[list[float]]]:
+    model = two()
+    switch = ProgressiveSwitch(model, total, schedule)
+    return model, switch, train(model, switch, range(total), spread=late_trouble)
+
+
 @pytest.mark.parametrize(
     ("schedule", "stop"),
     [("linear", 17), ("linear", 190), *(("adaptive", stop) for stop in (4, 11, 118, 122, 126, 130))],
 )
 def test_resumed_from_plain_containers_it_goes_on_with_the_same_lam(schedule: str, stop: int) -> None:
     total = 200
-    torch.manual_seed(1)
-    whole_model = two()
-    resumed_model = copy.deepcopy(whole_model)
-    switch = ProgressiveSwitch(whole_model, total, schedule)
-    whole = train(whole_model, switch, range(total), spread=late_trouble)
+    whole_model, switch, whole = uninterrupted(schedule, total)
+    resumed_model = two()
     first = ProgressiveSwitch(resumed_model, total, schedule)
     train(resumed_model, first, range(stop), spread=late_trouble)
     state = json.loads(json.dumps(first.state_dict()))
     first.close()
+    assert first.state_dict() == state  # saved after the training, it still goes on from there
     fresh = two()
     fresh.load_state_dict(resumed_model.state_dict())
     second = ProgressiveSwitch(fresh, total, schedule)

@@ -1,5 +1,6 @@
 """Recalibration against medians in float64, and that nothing else moves, whatever happens."""
 
+import collections
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,12 +272,20 @@ def test_batches_come_as_tensors_tuples_or_mappings() -> None:
             return y
 
     found = []
-    for wrap in (lambda x: x, lambda x: (x, torch.zeros(1)), lambda x: {"x": x}):
+    pair = collections.namedtuple("pair", "x y")
+    wraps: list[tuple[Any, Any]] = [
+        (lambda x: x, None),
+        (lambda x: (x, torch.zeros(1)), None),
+        (lambda x: {"x": x}, None),
+        (lambda x: pair(x, torch.zeros(1)), None),
+        (lambda x: {"pair": pair(x, 0)}, lambda model, batch: model(batch["pair"].x)),
+    ]
+    for wrap, forward in wraps:
         model = Named()
-        recalibrate_norms(model, [wrap(x) for x in batches()], BATCHES)
+        recalibrate_norms(model, [wrap(x) for x in batches()], BATCHES, forward=forward)
         found.append(model.norm.running_var)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
 
 
 def test_a_compiled_model_is_measured_too() -> None:

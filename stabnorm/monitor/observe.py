@@ -189,7 +189,7 @@ class _InputHook(_Hook):
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], op: Callable[..., None], *, fresh: bool) -> None:
         layer = self.layer
-        x: Any = args[0] if args else kwargs.get(self.input_name)
+        x: Any = args[0] if args else kwargs.get(self.input_name, kwargs.get("x"))
         why_not = self.not_understood(x)
         if why_not is not None:
             if not self.refused and not torch.compiler.is_compiling():

@@ -42,8 +42,9 @@ class ResidualFeed:
         monitor.listeners.append(self._listen)
 
     def close(self) -> None:
-        """Take no more."""
-        self._monitor.listeners.remove(self._listen)
+        """Take no more; what was not handed over yet can still be saved."""
+        if self._listen in self._monitor.listeners:
+            self._monitor.listeners.remove(self._listen)
 
     def _listen(self, step: int, statistics: Tensor) -> None:
         if step % MEASURE_EVERY == 0:

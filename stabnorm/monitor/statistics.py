@@ -134,7 +134,7 @@ def _affine_residual(now: Moments, past: Past) -> Tensor:
     # A channel of n that does not vary is reproduced by a constant, one of x that does not vary reproduces nothing.
     constant_n = now.var_n <= 1e-12 * now.mean_n.square()
     power = now.var * now.var_n
-    correlated = torch.where(power > 0, now.cov_xn.square() / power.clamp(min=torch.finfo(power.dtype).tiny), 0)
+    correlated = torch.where(power > 0, now.cov_xn.square() / power.clamp(min=torch.finfo(power.dtype).tiny), power * 0)
     explained = torch.where(constant_n, torch.where(now.var_n.isnan(), torch.nan, 1), correlated)
     residual = (1 - now.mean_over_channels(explained)).clamp(min=0)
     return torch.where(now.layout.per_channel, 0, residual)

@@ -1,5 +1,8 @@
 """PRepBN: from LayerNorm to RepBN while the model trains, as a mixin over the norm's own class."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -168,6 +171,7 @@ class PRepBN(Float32Buffers):
         if "rep" in self._modules:  # the norm's constructor comes here before there is one
             self.rep.reset_parameters()
             self.lam.fill_(1)
+            self.leave_out_norm = False
             self.start_from_norm()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -258,6 +262,8 @@ class PRepBN(Float32Buffers):
 def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: Any) -> type[PRepBN]:
     """The class that is `PRepBN` over `base`; the same one each time for the same arguments.
 
+    Its forward takes the input by the name that `base` gives it, too.
+
     Args:
         base: a norm class whose `forward` takes the input.
         kind: what `register_norm` needs to know of a class that is neither torch's own nor registered. Default: None.
@@ -268,7 +274,8 @@ def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: 
     """
     made_of = (base, kind, tuple(sorted(registration.items())))
     if made_of not in _CLASSES:
-        content = {"__module__": __name__, "__doc__": PRepBN.__doc__, "_made_of": made_of}
+        content: dict[str, Any] = {"__module__": __name__, "__doc__": PRepBN.__doc__, "_made_of": made_of}
+        content["forward"] = _forward_like(base.forward)
         made = type(f"PRepBN{base.__name__}", (PRepBN, base), content)
         if kind is None and not is_registered(base) and issubclass(base, nn.LayerNorm | nn.RMSNorm):
             kind = "layer" if issubclass(base, nn.LayerNorm) else "rms"
@@ -278,6 +285,19 @@ def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: 
             register_norm(made, kind, **registration)
         _CLASSES[made_of] = made
     return _CLASSES[made_of]
+
+
+def _forward_like(own: Callable[..., Any]) -> Callable[..., Tensor]:
+    """`PRepBN.forward`, which also takes the input by the name that the norm's own forward has for it."""
+    name = [*inspect.signature(own).parameters][1]
+
+    @functools.wraps(own)
+    def forward(self: PRepBN, *args: Any, **kwargs: Any) -> Tensor:
+        if name in kwargs:
+            args = (kwargs.pop(name), *args)
+        return PRepBN.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _blank(base: type[nn.Module], kind: Kind | None, registration: tuple[tuple[str, Any], ...]) -> nn.Module:

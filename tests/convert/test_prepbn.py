@@ -88,6 +88,31 @@ def test_a_shared_module_stays_one_and_hooks_go_on() -> None:
     assert seen == ["before", "after"] * 2 + ["before"]
 
 
+def test_the_input_may_still_come_by_the_name_the_norm_gave_it() -> None:
+    class NamedNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8))
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            y: Tensor = self.weight * nn.functional.rms_norm(hidden_states, (8,), eps=1e-6)
+            return y
+
+    x, mask = torch.randn(2, 3, 8), torch.rand(2, 3) > 0.3
+    for norm, name in ((NamedNorm(), "hidden_states"), (nn.LayerNorm(8), "input")):
+        before = norm(**{name: x})
+        convert_norms(norm)
+        assert isinstance(norm, PRepBN)
+        assert torch.equal(norm(**{name: x}), before)
+        norm.lam.fill_(0.3)
+        by_position = norm.eval()(x)
+        assert not torch.equal(by_position, before)
+        for call in ({name: x}, {"x": x}, {name: x, "mask": mask}):
+            assert torch.equal(norm(**call), by_position)
+        with pytest.raises(TypeError, match="'y'"):
+            norm(y=x)
+
+
 def test_options_reach_every_norm_and_the_defaults_are_those_of_a_switched_model() -> None:
     model = mixed()
     convert_norms(model, momentum=0.2, init="language", sync=True, eval_mode="rep", eps=1e-4, filtration=None)

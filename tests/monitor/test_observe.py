@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor, StabNormError, register_norm, valid_tokens
+from stabnorm.nn import PRepBN
 
 
 class ScaleFirst(nn.Module):
@@ -78,6 +79,15 @@ def test_an_input_given_by_keyword_is_found() -> None:
         model(torch.randn(5, 8))
         monitor.step()
     assert tokens(monitor) == [5]
+
+
+def test_a_converted_norm_is_seen_under_every_name_its_input_has() -> None:
+    norm = PRepBN(8)
+    with StabilityMonitor(nn.Sequential(norm), ["amax"]) as monitor:
+        norm(input=torch.randn(5, 8))
+        norm(x=torch.randn(4, 8))
+        monitor.step()
+    assert tokens(monitor) == [9]
 
 
 @pytest.mark.parametrize("preset", ["economy", "standard"])

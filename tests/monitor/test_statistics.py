@@ -242,6 +242,20 @@ def test_accumulation_gives_the_figures_of_one_batch(case: str) -> None:
         assert float(difference) <= 1e-6 * scale, name
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_step_that_is_not_finite_has_no_affine_residual(bad: float) -> None:
+    model = nn.Sequential(nn.LayerNorm(8))
+    with StabilityMonitor(model, ["affine_residual"], gradients=False) as monitor:
+        for step in range(3):
+            x = torch.randn(16, 8)
+            x[:, 0] = 2.0  # reproduces nothing
+            if step == 1:
+                x[3, 2] = bad
+            model(x)
+            monitor.step()
+    assert monitor.history()["affine_residual"][:, 0].isnan().tolist() == [False, True, False]
+
+
 def test_the_catalogue_is_whole() -> None:
     assert {s.number for s in CATALOGUE.values()} == {"F1", "F2", "F3", "F4", "F5", "S1", "S2", "O1", "O4", "A"}
     assert set(PRESETS["economy"]) < set(PRESETS["standard"]) == set(CATALOGUE)

@@ -267,6 +267,9 @@ def test_it_starts_again(name: str) -> None:
         run(norm, x + 3, dy)
     norm.reset_parameters()  # type: ignore[operator]
     if isinstance(norm, PRepBN):
+        norm.leave_out_norm = True
+        norm.reset_parameters()
+        assert (float(norm.lam), norm.leave_out_norm) == (1, False)
         norm.lam.fill_(0.4)
     for key, value in norm.state_dict().items():
         assert torch.equal(value, fresh[key]), key

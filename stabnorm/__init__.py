@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stabnorm.errors import StabNormError as StabNormError
     from stabnorm.fold.fold import fold_gains as fold_gains
     from stabnorm.fold.fold import fold_norms as fold_norms
+    from stabnorm.fold.guard import guard_folds as guard_folds
     from stabnorm.fold.manifest import apply_manifest as apply_manifest
     from stabnorm.masks import valid_tokens as valid_tokens
     from stabnorm.monitor.detect import Alert as Alert
@@ -30,6 +31,7 @@ _HOME = {
     "find_norms": "stabnorm.norms",
     "fold_gains": "stabnorm.fold.fold",
     "fold_norms": "stabnorm.fold.fold",
+    "guard_folds": "stabnorm.fold.guard",
     "recalibrate_norms": "stabnorm.recalibrate",
     "register_norm": "stabnorm.norms",
     "valid_tokens": "stabnorm.masks",
@@ -44,6 +46,7 @@ __all__ = [
     "find_norms",
     "fold_gains",
     "fold_norms",
+    "guard_folds",
     "recalibrate_norms",
     "register_norm",
     "valid_tokens",

@@ -2,7 +2,18 @@
 
 from stabnorm.fold.fold import fold_gains, fold_norms
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
+from stabnorm.fold.guard import FoldGuard, guard_folds
 from stabnorm.fold.manifest import apply_manifest
 from stabnorm.fold.result import FoldedSite, FoldResult
 
-__all__ = ["FoldResult", "FoldedNorm", "FoldedSite", "FrozenAffine", "apply_manifest", "fold_gains", "fold_norms"]
+__all__ = [
+    "FoldGuard",
+    "FoldResult",
+    "FoldedNorm",
+    "FoldedSite",
+    "FrozenAffine",
+    "apply_manifest",
+    "fold_gains",
+    "fold_norms",
+    "guard_folds",
+]

@@ -33,11 +33,11 @@ def read_examples(name: str, given: Any) -> list[Example]:
     if isinstance(given, list):
         if not given:
             raise ValueError(f"{name}=[] holds no input. Pass at least one")
-        return [_read(name, one) for one in given]
-    return [_read(name, given)]
+        return [read_example(name, one) for one in given]
+    return [read_example(name, given)]
 
 
-def _read(name: str, given: Any) -> Example:
+def read_example(name: str, given: Any) -> Example:
     if isinstance(given, Tensor):
         return Example((given,), {})
     if isinstance(given, tuple):

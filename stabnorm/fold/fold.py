@@ -82,10 +82,7 @@ def fold_norms(
         raise ValueError(f"residual={residual!r} is unknown. Choose True, False or 'auto'")
     if residual == "auto":
         residual = not any(p.dtype == torch.float16 for p in model.parameters())
-    result = _fold(find_sites, model, example, check, residual, tied, outputs, strict, inplace)
-    if result.vacuous:
-        warnings.warn(_VACUOUS.format("fold_norms"), stacklevel=2)
-    return result
+    return _fold(find_sites, model, example, check, residual, tied, outputs, strict, inplace)
 
 
 def fold_gains(
@@ -128,16 +125,7 @@ def fold_gains(
     >>> result.norms[0].into, result.model[0].weight.unique().tolist()
     (('1',), [1.0])
     """
-    result = _fold(find_gains, model, example, check, False, tied, outputs, False, inplace)
-    if result.vacuous:
-        warnings.warn(_VACUOUS.format("fold_gains"), stacklevel=2)
-    return result
-
-
-_VACUOUS = (
-    "{}: the model's output does not change when its norms do, so the check says nothing. Is a head or a layer scale "
-    "still at zero, or the output saturated? Pass outputs= or check= with something that varies."
-)
+    return _fold(find_gains, model, example, check, False, tied, outputs, False, inplace)
 
 
 def _fold(
@@ -169,12 +157,29 @@ def _fold(
         raise StabNormError(
             f"{len(kept)} norms are kept, the first is {kept[0].name!r}: {kept[0].reason}. strict=False folds the rest"
         )
-    vacuous = not _shows_faults(lanes, outputs)
+    manifest, vacuous = manifest_of(plan), not _shows_faults(lanes, outputs)
+    _warn(manifest, vacuous)
     lowest = torch.float64 if error <= TOLERANCE[torch.float64] else lanes.lanes[0].lowest
-    precision, manifest = str(lowest).removeprefix("torch."), manifest_of(plan)
-    folded = model if inplace else copied(model)
+    precision = str(lowest).removeprefix("torch.")
+    folded = model if inplace else copied(model)  # the first change to what is the user's
     apply_plan(plan, manifest, folded)
     return FoldResult(folded, norms, error, precision, lanes.checked_on, vacuous, plan.max_gauge, manifest)
+
+
+def _warn(manifest: dict[str, Any], vacuous: bool) -> None:
+    if vacuous:
+        warnings.warn(
+            "the model's output does not change when its norms do, so the check of the fold says nothing. Is a head or "
+            "a layer scale still at zero, or the output saturated? Pass outputs= or check= with something that varies.",
+            stacklevel=4,
+        )
+    adapters = [name for name in manifest["biases"] if "lora_" in name]
+    if adapters:
+        warnings.warn(
+            f"a bias was added to {len(adapters)} LoRA adapters, first {adapters[0]!r}, and merging them later would "
+            "leave it out. Merge the adapters into their layers first, then fold.",
+            stacklevel=4,
+        )
 
 
 # --- what cannot be folded at all ---

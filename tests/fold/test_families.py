@@ -11,6 +11,7 @@ from stabnorm.fold import FoldResult
 from tests.families import FAMILIES, Example, Family, randomize_
 from tests.fold.nets import error_of, swapped
 
+pytestmark = pytest.mark.filterwarnings("ignore:a bias was added to .* LoRA adapters")
 FOLDED = ("forward", "residual", "backward")
 # How many norms go forward, along a residual stream and backward, and how many are left: with a mean, without one.
 TABLE: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {

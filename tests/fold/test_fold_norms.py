@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stabnorm import StabNormError, fold_norms
 from stabnorm.fold import FoldedNorm, FrozenAffine
 from stabnorm.nn import PRepBN, RepBN
-from tests.fold.nets import Net, draw, error_of, net, ready
+from tests.families import FAMILIES
+from tests.fold.nets import Net, draw, error_of, net, ready, swapped
 
 C, D = 6, 5
 
@@ -211,6 +212,13 @@ def test_a_tied_head_is_left_on_request_and_stays_tied() -> None:
     assert result.model.get_parameter("embedding.weight") is result.model.get_submodule("head").weight
 
 
+def test_a_bias_on_a_lora_adapter_is_warned_of() -> None:
+    family = FAMILIES["nanogpt with lora"]
+    model = ready(swapped(family.build()))
+    with pytest.warns(UserWarning, match=r"4 LoRA adapters, first 'h\.0\.attn\.c_attn\.lora_A\.bias'.*Merge"):
+        fold_norms(model, tuple(family.example()))
+
+
 # --- what it verifies and takes back ---
 
 
@@ -260,7 +268,7 @@ def test_a_stream_changed_in_place_behind_a_norm_is_taken_back() -> None:
 def test_a_check_that_cannot_see_a_fault_is_said_to_be_vacuous() -> None:
     model = simple()
     nn.init.zeros_(model.get_parameter("fc.weight"))
-    with pytest.warns(UserWarning, match="the check says nothing"):
+    with pytest.warns(UserWarning, match="check of the fold says nothing"):
         result = fold_norms(model, draw(3, C))
     assert result.vacuous
     assert "says nothing" in result.summary

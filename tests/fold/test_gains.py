@@ -10,6 +10,7 @@ from tests.families import FAMILIES, Family, randomize_
 from tests.fold.nets import draw, error_of, ready
 from tests.fold.test_families import cast, error
 
+pytestmark = pytest.mark.filterwarnings("ignore:a bias was added to .* LoRA adapters")
 # How many gains no linear layer reads: on the residual stream, before positions are mixed, in front of attention.
 STAY = {
     "vit, qk-norm": 4, "mixer": 2, "swin": 1, "swin, padded windows": 5, "swin v2": 10, "convnext": 1, "pvt": 3,

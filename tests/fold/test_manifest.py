@@ -11,6 +11,8 @@ from tests.families import FAMILIES, Family
 from tests.fold.nets import swapped
 from tests.fold.test_families import error, ready
 
+pytestmark = pytest.mark.filterwarnings("ignore:a bias was added to .* LoRA adapters")
+
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
 def test_a_fresh_model_takes_the_folded_weights(family: Family) -> None:

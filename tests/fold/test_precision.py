@@ -13,6 +13,7 @@ from stabnorm.nn import RepBN
 from tests.families import FAMILIES, Example, Family
 from tests.fold.test_families import cast, ready
 
+pytestmark = pytest.mark.filterwarnings("ignore:a bias was added to .* LoRA adapters")
 # The look-alikes below multiply tables in float32 into their activations and do not run in bfloat16.
 FLOAT32_ONLY = {"swin v2", "llama", "llama, tied head", "gemma 2", "qwen 3", "olmo 2", "mixture of experts"}
 

@@ -22,8 +22,8 @@ def fit(
     """Train, and give the accuracy of the result; lam's record goes to the root."""
     train, test = digits_loaders()
     trainer = Trainer(
-        accelerator="cpu", max_steps=steps, limit_val_batches=0, logger=False, callbacks=callbacks, default_root_dir=root,
-        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress,
+        accelerator="cpu", max_steps=steps, limit_val_batches=0, logger=False, callbacks=callbacks,
+        default_root_dir=root, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress,
     )  # fmt: skip
     trainer.fit(model, train)
     judge = Trainer(accelerator="cpu", logger=False, enable_model_summary=False, enable_progress_bar=False)

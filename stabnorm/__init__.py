@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stabnorm.fold.fold import fold_norms as fold_norms
     from stabnorm.fold.guard import guard_folds as guard_folds
     from stabnorm.fold.manifest import apply_manifest as apply_manifest
+    from stabnorm.fold.planned import plan_fold as plan_fold
     from stabnorm.fold.pre_rms import to_pre_rms as to_pre_rms
     from stabnorm.masks import valid_tokens as valid_tokens
     from stabnorm.monitor.detect import Alert as Alert
@@ -33,6 +34,7 @@ _HOME = {
     "fold_gains": "stabnorm.fold.fold",
     "fold_norms": "stabnorm.fold.fold",
     "guard_folds": "stabnorm.fold.guard",
+    "plan_fold": "stabnorm.fold.planned",
     "recalibrate_norms": "stabnorm.recalibrate",
     "register_norm": "stabnorm.norms",
     "to_pre_rms": "stabnorm.fold.pre_rms",
@@ -49,6 +51,7 @@ __all__ = [
     "fold_gains",
     "fold_norms",
     "guard_folds",
+    "plan_fold",
     "recalibrate_norms",
     "register_norm",
     "to_pre_rms",

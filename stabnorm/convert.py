@@ -137,10 +137,7 @@ def convert_norms(
         >>> convert_norms(model).left["1"]
         'already converted to PRepBN'
     """
-    if to not in get_args(Target):
-        raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, get_args(Target)))}")
-    _check_options(to, norm_options)
-    _check_not_wrapped(model)
+    check_conversion(model, to, norm_options)
     every = NormSearch(model)
     search = every if include is None and exclude is None else NormSearch(model, include, exclude)
     _check_patterns(model, every, include=include, exclude=exclude)
@@ -202,15 +199,21 @@ _OPTIONS: dict[Target, tuple[Callable[..., None], ...]] = {
 _OF_THE_LAYER = {"self", "num_features", "normalized_shape", "channel_dim", "kind", "rep_options"}  # nobody's to choose
 
 
-def _check_options(to: Target, options: dict[str, Any]) -> None:
+def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> None:
+    """What can be wrong before a norm is looked at.
+
+    Raises:
+        ValueError: `to` is unknown.
+        TypeError: the target has no such option.
+        StabNormError: the model is wrapped in DDP or FSDP already.
+    """
+    if to not in get_args(Target):
+        raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, get_args(Target)))}")
     signatures = [inspect.signature(constructor).parameters for constructor in _OPTIONS[to]]
     known = sorted({name for signature in signatures for name in signature} - _OF_THE_LAYER)
     for name in options:
         if name not in known:
             raise TypeError(f"to={to!r} has no option {name!r}. It takes {', '.join(known)}")
-
-
-def _check_not_wrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
         wrapper = _WRAPPERS.intersection(cls.__name__ for cls in type(module).__mro__)
         if wrapper:

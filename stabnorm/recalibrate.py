@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stabnorm._random import random_state_kept
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments
 from stabnorm.masks import mask_for
@@ -276,8 +276,7 @@ def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with random_state_kept(device):
         try:
             model.eval()
             yield
@@ -287,5 +286,3 @@ def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 buffer.copy_(value)
-            random.setstate(python)
-            np.random.set_state(numpy)

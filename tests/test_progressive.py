@@ -1,5 +1,6 @@
 """The switch in a plain training loop: lam's sequence, the gate that is fed with a lag, resume, and what is said."""
 
+import copy
 import functools
 import json
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """What `fold_norms` hands back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,7 @@ class FoldResult:
     @property
     def summary(self) -> str:
         """One line: how many norms went where, and how exact the result is."""
-        counts = {status: sum(norm.status == status for norm in self.norms) for status in _ORDER}
-        went = ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
+        went = counts_of(self.norms)
         text = f"{len(self.norms)} norms: {went}; largest relative error {self.max_rel_error:.1e} in {self.precision}"
         return f"{text}, on {self.checked_on}" + (
             "; but the output does not depend on the norms: this check says nothing" * self.vacuous
@@ -67,6 +67,12 @@ class FoldResult:
         told = [". ".join(filter(None, [", ".join(norm.into), norm.reason])) for norm in self.norms]
         lines = [f"{norm.name:{width}}  {norm.status:8}  {text}" for norm, text in zip(self.norms, told, strict=True)]
         return "\n".join([self.summary, *lines])
+
+
+def counts_of(norms: Sequence[FoldedSite]) -> str:
+    """How many have which status, in words."""
+    counts = {status: sum(norm.status == status for norm in norms) for status in _ORDER}
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
 
 
 _ORDER: tuple[Status, ...] = ("forward", "residual", "backward", "affine", "rms", "kept")

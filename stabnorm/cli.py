@@ -1,0 +1,134 @@
+"""The command `stabnorm`. Nothing heavy is imported before a subcommand runs."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stabnorm.errors import StabNormError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for what went wrong, 2 for a call it does not understand.
+
+    >>> main(["plan", "nowhere:factory"])
+    1
+    """
+    parser = argparse.ArgumentParser(prog="stabnorm", description="See, switch and ship normalization layers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_plan(commands)
+    options = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], str] = options.run
+    try:
+        print(run(options))
+    except _Failure as failure:
+        print(f"stabnorm {options.command}: error: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Failure(Exception):
+    """What the user is told, without our own traceback."""
+
+
+# --- stabnorm plan ---
+
+_PLAN = """\
+For each norm of a model, what switching it would lose, what it would gain, and where fold_norms would put it.
+
+The factory takes no arguments and returns (model, example): the model fresh or trained, in whatever mode; the example a
+tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple (args, kwargs), or a list of these. Affine
+residuals want real data and many tokens: a list of batches. Modules are looked for in the current directory, too."""
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what switching and folding a model would bring",
+        description=_PLAN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("factory", type=_reference, help="what builds model and example, as package.module:factory")
+    parser.set_defaults(run=_plan)
+
+
+def _reference(text: str) -> tuple[str, str]:
+    module, colon, name = text.partition(":")
+    if not (module and colon and name):
+        raise argparse.ArgumentTypeError(f"{text!r} is no factory: write package.module:factory")
+    return module, name
+
+
+def _plan(options: argparse.Namespace) -> str:
+    factory, called = _find(*options.factory)
+    model, example = _model_and_example(_call(factory, called), called)
+    from stabnorm.fold.planned import plan_fold
+
+    try:
+        return str(plan_fold(model, example))
+    except (StabNormError, TypeError, ValueError) as error:
+        raise _Failure(str(error)) from error
+
+
+def _find(module_name: str, name: str) -> tuple[Callable[[], Any], str]:
+    called = f"{module_name}:{name}"
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does; an installed command does not
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise _Failure(
+                f"there is no module {error.name!r} here, nor among the installed packages. Run from the folder that "
+                "holds it, and write it with dots"
+            ) from error
+        raise _of_the_user(error, f"{module_name} cannot be imported") from error
+    except Exception as error:
+        raise _of_the_user(error, f"{module_name} cannot be imported") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise _Failure(f"{module_name} has no {name!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise _Failure(
+            f"{called} is no function but of type {type(found).__name__}. Name one that returns (model, example)"
+        )
+    return found, called
+
+
+def _call(factory: Callable[[], Any], called: str) -> Any:
+    try:
+        return factory()
+    except Exception as error:
+        raise _of_the_user(error, f"{called} failed") from error
+
+
+def _of_the_user(error: BaseException, what: str) -> _Failure:
+    """Their traceback, from where their code begins."""
+    frame = error.__traceback__
+    while frame is not None and _is_machinery(frame.tb_frame.f_code.co_filename):
+        frame = frame.tb_next
+    traceback.print_exception(type(error), error, frame)
+    return _Failure(f"{what}: {type(error).__name__}: {error}")
+
+
+def _is_machinery(file: str) -> bool:
+    return file == __file__ or "importlib" in file
+
+
+def _model_and_example(made: Any, called: str) -> tuple[Any, Any]:
+    from torch import nn
+
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
+        what = type(made).__name__
+        if isinstance(made, tuple):
+            what = f"tuple ({', '.join(type(part).__name__ for part in made)})"
+        raise _Failure(f"{called} returned a {what}. Return (model, example), the model an nn.Module")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -59,9 +59,9 @@ class ProgressiveNormCallback(Callback):
     Args:
         to: "prepbn"; or "repbn", "unified", "power": these have no lam, the norms are replaced at once and this
             callback keeps their step counters and loss scale. Default: "prepbn".
-        schedule: "linear", "cosine", "constant" (no transition), "adaptive" (a layer is switched when its norm has
-            become nearly affine, and keeps it else, see `stabnorm.gate.AffineGate`), or a function of the step that
-            gives lam. Default: "linear".
+        schedule: "adaptive" (a layer is switched when its norm has become nearly affine, and keeps it else, see
+            `stabnorm.gate.AffineGate`), "linear", "cosine", "constant" (no transition), or a function of the step that
+            gives lam. Default: "adaptive".
         start: the optimizer step at which the switch begins. Default: 0.
         fraction: how long it takes, as a share of the training. Default: 0.8.
         order: "together", or one layer after the other, "shallow_first" or "deep_first". Default: "together".
@@ -91,7 +91,7 @@ class ProgressiveNormCallback(Callback):
     def __init__(
         self,
         to: Target = "prepbn",
-        schedule: str | Callable[[int], float] = "linear",
+        schedule: str | Callable[[int], float] = "adaptive",
         start: int = 0,
         fraction: float = 0.8,
         order: Order = "together",
@@ -107,7 +107,7 @@ class ProgressiveNormCallback(Callback):
         check_span(start, fraction)
         if to not in get_args(Target):
             raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, get_args(Target)))}")
-        if to != "prepbn" and schedule != "linear":
+        if to != "prepbn" and schedule != "adaptive":
             raise ValueError(f"schedule={schedule!r} moves lam, and to={to!r} has none. Leave the schedule out")
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps={total_steps} is no training. Give a number of optimizer steps, or leave it")
@@ -176,7 +176,8 @@ class ProgressiveNormCallback(Callback):
     def _schedule(self, trainer: "Trainer") -> tuple[str | Callable[[int], float], int]:
         """Schedule and start; a `fast_dev_run` goes through the whole switch in its few steps."""
         short = bool(getattr(trainer, "fast_dev_run", False))
-        return ("linear", 0) if short and (callable(self.schedule) or self.start) else (self.schedule, self.start)
+        too_long = callable(self.schedule) or self.schedule == "adaptive" or self.start > 0
+        return ("linear", 0) if short and too_long else (self.schedule, self.start)
 
     def _resumed(self, trainer: "Trainer") -> dict[str, Any] | None:
         """The state of the run this one goes on with: from a checkpoint, or of the same Trainer's last fit."""

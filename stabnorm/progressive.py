@@ -39,7 +39,8 @@ class ProgressiveSwitch:
     Args:
         model: a converted model.
         total_steps: optimizer steps of the training.
-        schedule: "linear", "cosine", "constant", "adaptive", or a function of the step. Default: "linear".
+        schedule: "linear", "cosine", "constant", "adaptive", or a function of the step.
+            Default: "adaptive".
         start: the step at which the switch begins. Default: 0.
         fraction: how long it takes, as a share of `total_steps`. Default: 0.8.
         order: "together", "shallow_first" or "deep_first", see `stabnorm.schedules.linear`. Default: "together".
@@ -52,7 +53,7 @@ class ProgressiveSwitch:
     >>> import torch
     >>> from stabnorm.nn import PRepBN
     >>> model = nn.Sequential(nn.Linear(4, 8), PRepBN(8))
-    >>> switch = ProgressiveSwitch(model, total_steps=10)
+    >>> switch = ProgressiveSwitch(model, total_steps=10, schedule="linear")
     >>> lams = []
     >>> for _ in range(10):
     ...     switch.begin()
@@ -70,7 +71,7 @@ class ProgressiveSwitch:
         self,
         model: nn.Module,
         total_steps: int,
-        schedule: str | Callable[[int], float] = "linear",
+        schedule: str | Callable[[int], float] = "adaptive",
         *,
         start: int = 0,
         fraction: float = 0.8,

@@ -75,7 +75,7 @@ def train(
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_lam_follows_the_optimizer_steps(accumulate: int) -> None:
     model = two()
-    switch = ProgressiveSwitch(model, 20, start=4, fraction=0.5, order="deep_first")
+    switch = ProgressiveSwitch(model, 20, "linear", start=4, fraction=0.5, order="deep_first")
     lams = train(model, switch, range(20), accumulate)
     for step, lam in enumerate(lams):
         wanted = [min(max(1 - (step - begin) / 5, 0), 1) for begin in (9, 4)]
@@ -173,7 +173,7 @@ def test_a_layer_that_was_switched_before_stays_switched() -> None:
     norms = progressive_norms(model)
     norms["heavy"].lam.zero_()
     norms["plain"].lam.fill_(0.6)
-    switch = ProgressiveSwitch(model, 10)
+    switch = ProgressiveSwitch(model, 10, "linear")
     lams = train(model, switch, range(10))
     assert [lam[1] for lam in lams] == [0.0] * 10
     assert [lam[0] for lam in lams][:5] == pytest.approx([0.6, 0.6, 0.6, 0.6, 0.5], abs=1e-7)
@@ -222,7 +222,7 @@ def test_the_summary_names_what_was_kept_and_why() -> None:
 
 def test_the_summary_says_when_the_training_ended_early() -> None:
     model = two()
-    switch = ProgressiveSwitch(model, 10)
+    switch = ProgressiveSwitch(model, 10, "linear")
     train(model, switch, range(4))
     assert switch.summary().splitlines() == [
         "0 of 2 layers switched to RepBN, which is affine in eval",
@@ -233,7 +233,7 @@ def test_the_summary_says_when_the_training_ended_early() -> None:
 
 def test_norms_without_lam_are_told_their_steps() -> None:
     model = nn.Sequential(UnifiedNorm(16, warmup_steps=5))
-    switch = ProgressiveSwitch(model, 10)
+    switch = ProgressiveSwitch(model, 10, "linear")
     train(model, switch, range(7), accumulate=3)
     assert model[0].step == 7
     assert switch.lam == []
@@ -241,11 +241,11 @@ def test_norms_without_lam_are_told_their_steps() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(StabNormError, match=r"Two has no norm to switch\. Convert it first"):
-        ProgressiveSwitch(Two(), 10)
+        ProgressiveSwitch(Two(), 10, "linear")
     with pytest.raises(ValueError, match=r"the schedule ends at step 13 .* and the training already at step 10"):
-        ProgressiveSwitch(two(), 10, start=5)
-    saved = ProgressiveSwitch(two(), 10).state_dict()
-    other: Any = ProgressiveSwitch(nn.Sequential(PRepBN(16)), 10)
+        ProgressiveSwitch(two(), 10, "linear", start=5)
+    saved = ProgressiveSwitch(two(), 10, "linear").state_dict()
+    other: Any = ProgressiveSwitch(nn.Sequential(PRepBN(16)), 10, "linear")
     with pytest.raises(StabNormError, match=r"it has \['heavy', 'plain'\], and lacks \['0'\]"):
         other.load_state_dict(saved)
     with pytest.raises(StabNormError, match="only this run's is adaptive"):
@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_rep_takes_over_what_the_norm_has_become_as_lam_leaves_one_and_never_again() -> None:
     model = two()
     norms: list[Any] = [norm for norm in model.modules() if isinstance(norm, PRepBN)]
-    switch = ProgressiveSwitch(model, 10, start=3, fraction=0.5)
+    switch = ProgressiveSwitch(model, 10, "linear", start=3, fraction=0.5)
     for step in range(6):
         for norm in norms:
             nn.init.normal_(norm.weight)
@@ -273,7 +273,7 @@ def test_rep_takes_over_what_the_norm_has_become_as_lam_leaves_one_and_never_aga
 
 def test_resumed_past_the_beginning_rep_keeps_what_it_has_learned() -> None:
     model = two()
-    switch = ProgressiveSwitch(model, 10)
+    switch = ProgressiveSwitch(model, 10, "linear")
     for _ in range(3):
         switch.begin()
         switch.step()
@@ -282,7 +282,7 @@ def test_resumed_past_the_beginning_rep_keeps_what_it_has_learned() -> None:
     saved, weights = json.loads(json.dumps(switch.state_dict())), copy.deepcopy(model.state_dict())
     fresh = two()
     fresh.load_state_dict(weights)
-    resumed = ProgressiveSwitch(fresh, 10)
+    resumed = ProgressiveSwitch(fresh, 10, "linear")
     resumed.load_state_dict(saved)
     resumed.begin()
     resumed.step()

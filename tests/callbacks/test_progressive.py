@@ -1,6 +1,7 @@
 """The switch on real Trainers: what is converted when, what lam is at which step, and what is refused beforehand."""
 
 import copy
+import functools
 import logging
 import pickle
 import warnings
@@ -19,6 +20,8 @@ from stabnorm.schedules import cosine, linear
 from stabnorm.switch import progressive_norms
 from tests.lightning_small import BATCHES, WIDTH, fit, hooks, loader, module, trainer
 
+LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
+
 
 def lam_of(total: int, **options: Any) -> list[list[Any]]:
     return [[pytest.approx(linear(step, total, **options), abs=1e-7)] * 2 for step in range(total)]
@@ -29,7 +32,7 @@ def test_it_works_in_both_namespaces_and_needs_no_argument(
     tmp_path: Path, namespace: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = module(namespace)
-    fit(trainer(tmp_path, ProgressiveNormCallback(), namespace=namespace), model)
+    fit(trainer(tmp_path, LinearSwitch(), namespace=namespace), model)
     assert model.lams == lam_of(BATCHES)
     assert model.lam() == [0.0, 0.0]
     for norm in progressive_norms(model).values():
@@ -44,7 +47,7 @@ def test_it_works_in_both_namespaces_and_needs_no_argument(
 
 @pytest.mark.parametrize("place", ["init", "setup", "configure_model"])
 def test_a_model_built_late_is_converted_trained_and_resumed(tmp_path: Path, place: str) -> None:
-    callback, model = ProgressiveNormCallback(), module(place=place)
+    callback, model = LinearSwitch(), module(place=place)
     run = trainer(tmp_path, callback, max_steps=6, max_epochs=-1)
     fit(run, model)
     assert model.lams == lam_of(6)
@@ -54,7 +57,9 @@ def test_a_model_built_late_is_converted_trained_and_resumed(tmp_path: Path, pla
     run.save_checkpoint(tmp_path / "six.ckpt")
     again = module(place=place)
     fit(
-        trainer(tmp_path, ProgressiveNormCallback(), max_steps=9, max_epochs=-1), again, ckpt_path=tmp_path / "six.ckpt"
+        trainer(tmp_path, LinearSwitch(), max_steps=9, max_epochs=-1),
+        again,
+        ckpt_path=tmp_path / "six.ckpt",
     )
     assert again.at == [6, 7, 8]
     assert again.lams == [[0.0, 0.0]] * 3
@@ -114,8 +119,8 @@ def test_several_optimizers_count_as_global_step_does(tmp_path: Path) -> None:
 
     model.configure_optimizers, model.training_step = optimizers, training_step
     with pytest.raises(ValueError, match=r"not known beforehand \(optimization is manual\).*total_steps=\.\.\."):
-        fit(trainer(tmp_path, ProgressiveNormCallback()), model)
-    fit(trainer(tmp_path, ProgressiveNormCallback(total_steps=2 * BATCHES)), model)
+        fit(trainer(tmp_path, LinearSwitch()), model)
+    fit(trainer(tmp_path, LinearSwitch(total_steps=2 * BATCHES)), model)
     assert model.at == list(range(0, 2 * BATCHES, 2))
     assert model.lams == lam_of(2 * BATCHES)[::2]
     assert model.lam() == [0.0, 0.0]
@@ -158,12 +163,12 @@ def test_resumed_within_an_epoch_lam_is_identical_at_each_optimizer_step(tmp_pat
 
 def test_a_run_made_longer_goes_on_as_planned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = module()
-    run = trainer(tmp_path, ProgressiveNormCallback(), max_steps=10, max_epochs=-1)
+    run = trainer(tmp_path, LinearSwitch(), max_steps=10, max_epochs=-1)
     fit(run, model)
     run.save_checkpoint(tmp_path / "ten.ckpt")
     longer = module()
     with caplog.at_level(logging.INFO, "stabnorm"):
-        run = trainer(tmp_path, ProgressiveNormCallback(), max_steps=20, max_epochs=-1)
+        run = trainer(tmp_path, LinearSwitch(), max_steps=20, max_epochs=-1)
         fit(run, longer, ckpt_path=tmp_path / "ten.ckpt")
     assert longer.lams == [[0.0, 0.0]] * 10  # and not back to 0.375
     assert "the run now lasts 20 steps; lam goes on as planned for 10" in caplog.text
@@ -173,16 +178,16 @@ def test_a_run_made_longer_goes_on_as_planned(tmp_path: Path, caplog: pytest.Log
 
 
 def test_a_run_made_shorter_than_the_switch_is_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path, ProgressiveNormCallback(total_steps=20), Stop(at=6), max_steps=30, max_epochs=-1)
+    run = trainer(tmp_path, LinearSwitch(total_steps=20), Stop(at=6), max_steps=30, max_epochs=-1)
     fit(run, module())
     run.save_checkpoint(tmp_path / "six.ckpt")
-    short = trainer(tmp_path, ProgressiveNormCallback(), max_steps=12, max_epochs=-1)
+    short = trainer(tmp_path, LinearSwitch(), max_steps=12, max_epochs=-1)
     with pytest.raises(ValueError, match=r"planned with 20 optimizer steps and lam = 0 from step 16 on, but now it"):
         fit(short, module(), ckpt_path=tmp_path / "six.ckpt")
 
 
 def test_used_for_another_run_it_starts_afresh_and_a_switched_model_stays_switched(tmp_path: Path) -> None:
-    callback, model, other = ProgressiveNormCallback(), module(), module()
+    callback, model, other = LinearSwitch(), module(), module()
     fit(trainer(tmp_path, callback), model)
     fit(trainer(tmp_path, callback), other)
     assert other.lams == model.lams
@@ -201,7 +206,7 @@ def test_arguments_out_of_range_are_refused_at_once() -> None:
         ({"schedule": "linaer"}, "schedule='linaer' is unknown"),
         ({"order": "up"}, "order='up' is unknown"),
         ({"to": "batch"}, "to='batch' is unknown"),
-        ({"to": "unified", "schedule": "adaptive"}, "schedule='adaptive' moves lam, and to='unified' has none"),
+        ({"to": "unified", "schedule": "cosine"}, "schedule='cosine' moves lam, and to='unified' has none"),
         ({"total_steps": 0}, "total_steps=0 is no training"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -245,16 +250,16 @@ def test_what_cannot_work_is_refused_before_the_first_batch(
 ) -> None:
     model = make()
     with pytest.raises(error, match=said):
-        fit(trainer(tmp_path, ProgressiveNormCallback(**options)), model)
+        fit(trainer(tmp_path, LinearSwitch(**options)), model)
     assert model.losses == []
     assert "configure_model" not in vars(model)
 
 
 def test_a_training_without_an_end_is_refused_unless_its_length_is_given(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not known beforehand \(the training has no known end\)"):
-        fit(trainer(tmp_path, ProgressiveNormCallback(), max_epochs=-1), module())
+        fit(trainer(tmp_path, LinearSwitch(), max_epochs=-1), module())
     model = module()
-    fit(trainer(tmp_path, ProgressiveNormCallback(total_steps=5), Stop(at=7), max_epochs=-1), model)
+    fit(trainer(tmp_path, LinearSwitch(total_steps=5), Stop(at=7), max_epochs=-1), model)
     assert model.lam() == [0.0, 0.0]
 
 
@@ -277,7 +282,7 @@ def test_a_model_judged_before_the_end_of_the_switch_is_warned_of(tmp_path: Path
     from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
     judges = [ModelCheckpoint(tmp_path / "a", monitor="val/loss"), EarlyStopping("val/loss", patience=9)]
-    first, second = said(trainer(tmp_path, ProgressiveNormCallback(), *judges, enable_checkpointing=True), module())
+    first, second = said(trainer(tmp_path, LinearSwitch(), *judges, enable_checkpointing=True), module())
     assert first.startswith("EarlyStopping(monitor='val/loss') judges the model before step 10, where lam is 0")
     assert second.startswith("ModelCheckpoint(monitor='val/loss') judges the model before step 10, where lam is 0")
     for options in ({"schedule": "constant"}, {"to": "repbn"}):
@@ -285,7 +290,7 @@ def test_a_model_judged_before_the_end_of_the_switch_is_warned_of(tmp_path: Path
         run = trainer(tmp_path, ProgressiveNormCallback(**options), judge, enable_checkpointing=True)  # type: ignore[arg-type]
         assert said(run, module()) == []
     last = ModelCheckpoint(tmp_path / "c", save_last=True)
-    assert said(trainer(tmp_path, ProgressiveNormCallback(), last, enable_checkpointing=True), module()) == []
+    assert said(trainer(tmp_path, LinearSwitch(), last, enable_checkpointing=True), module()) == []
 
 
 def test_constant_is_repbn_from_its_start_on(tmp_path: Path) -> None:
@@ -296,7 +301,7 @@ def test_constant_is_repbn_from_its_start_on(tmp_path: Path) -> None:
 
 def test_only_what_is_included_is_switched(tmp_path: Path) -> None:
     model = module()
-    fit(trainer(tmp_path, ProgressiveNormCallback(exclude=r"net\.5")), model)
+    fit(trainer(tmp_path, LinearSwitch(exclude=r"net\.5")), model)
     assert isinstance(model.net[1], PRepBN)
     assert type(model.net[5]) is nn.LayerNorm
 
@@ -311,7 +316,7 @@ def test_a_replacing_conversion_trains_too(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_copies_and_pickles_carry_the_state_and_no_model(tmp_path: Path) -> None:
-    callback = ProgressiveNormCallback(fraction=0.5, mask="mask")
+    callback = LinearSwitch(fraction=0.5, mask="mask")
     fit(trainer(tmp_path, callback), module())
     for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert twin.switch is None

@@ -1,5 +1,6 @@
 """The switch beside other callbacks, loggers and loops: one monitor, one record, copies of the model, exceptions."""
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from stabnorm.monitor.record import Record, read_record
 from stabnorm.nn import PRepBN
 from stabnorm.switch import progressive_norms
 from tests.lightning_small import BATCHES, fit, hooks, loader, module, trainer
+
+LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
 
 
 def run_with(tmp_path: Path, *callbacks: Any, **options: Any) -> tuple[Any, Record]:
@@ -63,7 +66,7 @@ def test_alone_or_beside_the_monitor_in_either_order_the_run_and_the_record_are_
 def test_a_norm_that_fades_raises_no_alert(tmp_path: Path) -> None:
     watch = StabilityCallback()
     options: dict[str, Any] = dict(max_steps=400, max_epochs=-1, val_check_interval=1.0)
-    fit(trainer(tmp_path, ProgressiveNormCallback(), watch, **options), module())
+    fit(trainer(tmp_path, LinearSwitch(), watch, **options), module())
     assert watch.monitor is not None
     assert [alert for alert in watch.monitor.alerts if alert.statistic.startswith("grad")] == []
 
@@ -83,7 +86,7 @@ def test_there_is_one_monitor_where_one_will_do(tmp_path: Path) -> None:
 def test_the_headline_is_not_disturbed_and_the_mean_lam_is_a_scalar(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run_with(tmp_path, ProgressiveNormCallback(), StabilityCallback(flush_every=50))
+    run_with(tmp_path, LinearSwitch(), StabilityCallback(flush_every=50))
     events = EventAccumulator(str(next(tmp_path.glob("*/version_0"))))
     events.Reload()
     assert [event.step for event in events.Scalars("stability/amax_worst")] == [4 * BATCHES - 1]
@@ -95,17 +98,17 @@ def test_the_headline_is_not_disturbed_and_the_mean_lam_is_a_scalar(tmp_path: Pa
 
 def test_without_a_logger_the_record_is_files(tmp_path: Path) -> None:
     model = module()
-    fit(trainer(tmp_path, ProgressiveNormCallback()), model)
+    fit(trainer(tmp_path, LinearSwitch()), model)
     record = read_record(tmp_path / "stabnorm" / "run_0")
     np.testing.assert_allclose(record.series["lam"], model.lams, rtol=0, atol=1e-7)
     logger = CSVLogger(tmp_path)
-    fit(trainer(tmp_path, ProgressiveNormCallback(), logger=logger), module())
+    fit(trainer(tmp_path, LinearSwitch(), logger=logger), module())
     assert read_record(Path(logger.log_dir) / "stabnorm").steps.tolist() == list(range(BATCHES))
 
 
 def test_fast_dev_run_goes_through_the_switch_and_writes_nothing(tmp_path: Path) -> None:
     for callback in (
-        ProgressiveNormCallback(start=1000),
+        LinearSwitch(start=1000),
         ProgressiveNormCallback(schedule=lambda step: max(0.0, 1 - step / 1000)),
         ProgressiveNormCallback(schedule="adaptive"),
     ):
@@ -118,7 +121,7 @@ def test_fast_dev_run_goes_through_the_switch_and_writes_nothing(tmp_path: Path)
 def test_an_exception_leaves_no_trace_but_the_converted_norms_and_keeps_the_record(tmp_path: Path) -> None:
     for callbacks in (
         [ProgressiveNormCallback("prepbn", "adaptive")],
-        [StabilityCallback(), ProgressiveNormCallback()],
+        [StabilityCallback(), LinearSwitch()],
     ):
         model = module(poison=7)
         with pytest.raises(RuntimeError, match="boom"):
@@ -127,7 +130,7 @@ def test_an_exception_leaves_no_trace_but_the_converted_norms_and_keeps_the_reco
         assert "configure_model" not in vars(model)
         (record,) = (read_record(path) for path in sorted((tmp_path / "stabnorm").glob("run_*"))[-1:])
         assert record.series["lam"].shape == (7, 2)
-        fit(trainer(tmp_path, ProgressiveNormCallback()), module())  # the same callback class, another run
+        fit(trainer(tmp_path, LinearSwitch()), module())  # the same callback class, another run
 
 
 def test_callbacks_that_copy_the_model_come_after(tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_callbacks_that_copy_the_model_come_after(tmp_path: Path) -> None:
 
     for copying in (WeightAveraging(), EMAWeightAveraging(), StochasticWeightAveraging(1e-2)):
         with pytest.raises(StabNormError, match=f"{type(copying).__name__} stands before ProgressiveNormCallback"):
-            fit(trainer(tmp_path, copying, ProgressiveNormCallback()), module())
+            fit(trainer(tmp_path, copying, LinearSwitch()), module())
 
 
 def test_a_home_made_average_before_it_is_noticed(tmp_path: Path) -> None:
@@ -148,9 +151,9 @@ def test_a_home_made_average_before_it_is_noticed(tmp_path: Path) -> None:
             self.average = copy.deepcopy(pl_module)
 
     with pytest.raises(StabNormError, match="Average stands before ProgressiveNormCallback"):
-        fit(trainer(tmp_path, Average(), ProgressiveNormCallback()), module())
+        fit(trainer(tmp_path, Average(), LinearSwitch()), module())
     after = Average()
-    fit(trainer(tmp_path, ProgressiveNormCallback(), after), module())
+    fit(trainer(tmp_path, LinearSwitch(), after), module())
     assert progressive_norms(after.average)
     after.average.configure_model()  # its own, whatever stood there when it was copied
     assert list(progressive_norms(after.average)) == ["net.1", "net.5"]
@@ -162,7 +165,7 @@ def test_averaged_weights_end_at_lam_0_and_resume(tmp_path: Path, place: str) ->
     from pytorch_lightning.callbacks import EMAWeightAveraging
 
     model = module(place=place)
-    run = trainer(tmp_path, ProgressiveNormCallback(), EMAWeightAveraging(decay=0.8), max_epochs=2)
+    run = trainer(tmp_path, LinearSwitch(), EMAWeightAveraging(decay=0.8), max_epochs=2)
     fit(run, model)
     assert model.lam() == [0.0, 0.0]
     for norm in progressive_norms(model).values():
@@ -174,7 +177,7 @@ def test_a_learning_rate_search_does_not_move_lam(tmp_path: Path) -> None:
     from pytorch_lightning.callbacks import LearningRateFinder
 
     model = module(lr=0.01)
-    fit(trainer(tmp_path, ProgressiveNormCallback(), LearningRateFinder(num_training_steps=5)), model)
+    fit(trainer(tmp_path, LinearSwitch(), LearningRateFinder(num_training_steps=5)), model)
     assert model.at[-BATCHES:] == list(range(BATCHES))
     assert model.lams[-BATCHES] == [1.0, 1.0]
     assert model.lam() == [0.0, 0.0]
@@ -184,7 +187,7 @@ def test_a_learning_rate_search_does_not_move_lam(tmp_path: Path) -> None:
 def test_padding_does_not_reach_the_statistics(tmp_path: Path) -> None:
     for mask in ("mask", lambda batch: batch["mask"]):
         model = module(clean=False)
-        fit(trainer(tmp_path, ProgressiveNormCallback(mask=mask)), model)
+        fit(trainer(tmp_path, LinearSwitch(mask=mask)), model)
         for norm in progressive_norms(model).values():
             assert norm.rep.running_mean is not None
             assert norm.rep.running_mean.abs().max() < 100
@@ -192,21 +195,19 @@ def test_padding_does_not_reach_the_statistics(tmp_path: Path) -> None:
 
 def test_validate_test_and_predict_alone_take_converted_checkpoints_and_models_without_norms(tmp_path: Path) -> None:
     model = module()
-    run = trainer(tmp_path, ProgressiveNormCallback())
+    run = trainer(tmp_path, LinearSwitch())
     fit(run, model)
     run.save_checkpoint(tmp_path / "done.ckpt")
     fresh, bare = module(), module()
     bare.net = nn.Sequential(nn.Linear(24, 24))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer(tmp_path, ProgressiveNormCallback()).test(
-            fresh, loader(), ckpt_path=tmp_path / "done.ckpt", verbose=False
-        )
+        trainer(tmp_path, LinearSwitch()).test(fresh, loader(), ckpt_path=tmp_path / "done.ckpt", verbose=False)
         assert isinstance(fresh.net[1], PRepBN)
         assert "configure_model" not in vars(fresh)
         for a, b in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True):
             assert torch.equal(a, b)
-        trainer(tmp_path, ProgressiveNormCallback()).validate(bare, loader(), verbose=False)
+        trainer(tmp_path, LinearSwitch()).validate(bare, loader(), verbose=False)
     assert hooks(bare) == 0
 
 
@@ -216,14 +217,14 @@ def test_a_user_who_converts_by_hand_gets_the_same_run(tmp_path: Path) -> None:
     by_hand, by_itself = module(), module()
     convert_norms(by_hand)
     for model in (by_hand, by_itself):
-        fit(trainer(tmp_path, ProgressiveNormCallback()), model)
+        fit(trainer(tmp_path, LinearSwitch()), model)
     assert by_hand.losses == by_itself.losses
 
 
 def test_up_to_the_start_the_run_is_the_layernorm_run_bit_for_bit(tmp_path: Path) -> None:
     plain, switched = module(), module()
     fit(trainer(tmp_path), plain)
-    fit(trainer(tmp_path, ProgressiveNormCallback(start=6, fraction=0.5)), switched)
+    fit(trainer(tmp_path, LinearSwitch(start=6, fraction=0.5)), switched)
     assert switched.losses[:7] == plain.losses[:7]
     assert switched.losses[7] != plain.losses[7]
 

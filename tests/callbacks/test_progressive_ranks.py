@@ -1,5 +1,6 @@
 """Two processes under DDP, through every phase: same lam, same weights, no parameter without a gradient."""
 
+import functools
 import os
 import socket
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch.multiprocessing as mp
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.switch import progressive_norms
 from tests.lightning_small import BATCHES, fit, module, trainer
+
+LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
+
 
 STEPS = 2 * BATCHES
 
@@ -30,7 +34,7 @@ def one_rank(rank: int, port: int, folder: str, options: dict[str, Any], run_opt
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     model = module(heavy=True)
     callbacks = [
-        ProgressiveNormCallback(**options),
+        LinearSwitch(**options),
         *([StabilityCallback()] if options.get("start") else []),
     ]
     defaults = dict(strategy="ddp", devices=2, max_epochs=4, use_distributed_sampler=True)

@@ -1,5 +1,6 @@
 """The switch in runs that end early, go on elsewhere, or never begin."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from stabnorm.callbacks._run_facts import refuse_lost_conversion
 from stabnorm.convert import convert_norms
 from stabnorm.switch import progressive_norms
 from tests.lightning_small import BATCHES, Body, fit, module, trainer
+
+LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
 
 
 class Plain(Body, LightningModule):
@@ -31,7 +34,7 @@ class Plain(Body, LightningModule):
 
 
 def test_processes_that_would_lose_the_conversion_are_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path, ProgressiveNormCallback(), strategy="ddp_fork", devices=1)
+    run = trainer(tmp_path, LinearSwitch(), strategy="ddp_fork", devices=1)
     with pytest.raises(Exception, match=r"StabNormError: this strategy .* Call stabnorm\.convert_norms\(model\) your"):
         fit(run, Plain())
     refuse_lost_conversion(trainer(tmp_path, strategy="ddp", devices=1))  # launched anew, each with its own script
@@ -44,9 +47,9 @@ def test_a_model_that_was_converted_before_is_not(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("stabnorm.callbacks.progressive.refuse_lost_conversion", refuse)
     model = module()
     convert_norms(model)
-    fit(trainer(tmp_path, ProgressiveNormCallback()), model)
+    fit(trainer(tmp_path, LinearSwitch()), model)
     with pytest.raises(AssertionError):
-        fit(trainer(tmp_path, ProgressiveNormCallback()), module(place="configure_model"))
+        fit(trainer(tmp_path, LinearSwitch()), module(place="configure_model"))
 
 
 def test_a_checkpoint_of_a_run_without_the_switch_is_refused_by_name(tmp_path: Path) -> None:
@@ -55,7 +58,7 @@ def test_a_checkpoint_of_a_run_without_the_switch_is_refused_by_name(tmp_path: P
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     model = module()
     with pytest.raises(StabNormError, match=r"of a training without the switch.* call fit without ckpt_path"):
-        fit(trainer(tmp_path, ProgressiveNormCallback()), model, ckpt_path=tmp_path / "plain.ckpt")
+        fit(trainer(tmp_path, LinearSwitch()), model, ckpt_path=tmp_path / "plain.ckpt")
     assert model.losses == []
 
 
@@ -66,7 +69,7 @@ def test_accumulation_that_changes_between_epochs_is_counted(tmp_path: Path) -> 
     for options, steps in cases:
         model = module()
         change = GradientAccumulationScheduler({1: 5})  # 12 batches: 5, 5 and 2
-        run = trainer(tmp_path, ProgressiveNormCallback(fraction=1.0), change, max_epochs=4, **options)
+        run = trainer(tmp_path, LinearSwitch(fraction=1.0), change, max_epochs=4, **options)
         fit(run, model)
         assert run.global_step == steps
         assert model.lam() == [0.0, 0.0]
@@ -76,20 +79,20 @@ def test_accumulation_that_changes_between_epochs_is_counted(tmp_path: Path) -> 
 @pytest.mark.parametrize("nothing", [{"limit_train_batches": 0}, {"max_steps": 0}], ids=str)
 def test_a_fit_without_a_batch_has_nothing_to_refuse(tmp_path: Path, nothing: dict[str, Any]) -> None:
     model = module()
-    fit(trainer(tmp_path, ProgressiveNormCallback(), **nothing), model)
+    fit(trainer(tmp_path, LinearSwitch(), **nothing), model)
     assert model.lams == []
     assert "configure_model" not in vars(model)
 
 
 def test_after_a_resume_that_could_not_start_the_next_run_is_a_new_one(tmp_path: Path) -> None:
-    run = trainer(tmp_path, ProgressiveNormCallback(), max_steps=6, max_epochs=-1)
+    run = trainer(tmp_path, LinearSwitch(), max_steps=6, max_epochs=-1)
     fit(run, module())
     run.save_checkpoint(tmp_path / "six.ckpt")
-    callback, model, fresh = ProgressiveNormCallback(), module(), module()
+    callback, model, fresh = LinearSwitch(), module(), module()
     with pytest.raises(ValueError, match="planned with 6 optimizer steps"):
         fit(trainer(tmp_path, callback, max_steps=3, max_epochs=-1), model, ckpt_path=tmp_path / "six.ckpt")
     fit(trainer(tmp_path, callback), model)
-    fit(trainer(tmp_path, ProgressiveNormCallback()), fresh)
+    fit(trainer(tmp_path, LinearSwitch()), fresh)
     assert fresh.lams[:2] == [[1.0, 1.0], [0.8999999761581421] * 2]
     assert callback.switch is not None
     assert callback.switch.total_steps == BATCHES

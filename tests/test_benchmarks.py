@@ -23,6 +23,7 @@ def test_a_study_leaves_nothing_but_its_outcomes(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.rglob("*")) == []
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The .* does not have many workers")
 def test_fine_tuning_keeps_to_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     finetune.main(["--root", "here", "--steps", "5", "--no-progress"])

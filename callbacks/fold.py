@@ -1,0 +1,232 @@
+"""`FoldCallback`: the model without its norms, as files, at the end of a Lightning Trainer's fit."""
+
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stabnorm._random import random_state_kept
+from stabnorm.callbacks._lightning import Callback
+from stabnorm.callbacks._outputs import log_text, output_directory
+from stabnorm.errors import StabNormError
+from stabnorm.fold import FoldResult, fold_norms
+from stabnorm.fold._examples import Example, read_examples, tensors_in
+from stabnorm.fold._lanes import copied
+from stabnorm.fold._sites import affine_in_eval
+from stabnorm.norms import find_norms
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+ROWS = 4  # of the first batch; folding takes some twenty forwards
+_SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+
+
+class FoldCallback(Callback):
+    """Folds a copy of the trained model with `fold_norms` and writes it down; needs no argument.
+
+    When a fit is over, the folder ``stabnorm`` in the logger's own has ``folded.pt`` (the state dict of the folded
+    model), ``folded_manifest.json`` (what changed in its structure) and ``folded_report.txt``; the report is printed,
+    and logged to TensorBoard. With the manifest the weights load into a model that is built like the one that was
+    trained::
+
+        model = apply_manifest(build(), json.load(open("folded_manifest.json")))
+        model.load_state_dict(torch.load("folded.pt"))
+
+    That is a model with its own norms where all were folded; where the report says that some are kept, call
+    `convert_norms` before `apply_manifest`, because they are PRepBN.
+
+    The LightningModule stays as it was trained: it trains on, and checkpoints hold its norms. Where the callback stands
+    among others makes no difference: it acts in `teardown`, after each of them has left the model as it is to be.
+
+    Something must be there to fold: put `ProgressiveNormCallback` beside it, or convert the model with `convert_norms`
+    and move lam to 0 yourself; BatchNorm folds as well. The model is folded once before the first training step, for
+    trial, so that an example that does not run, a compiled part or the like is said then. What goes wrong at the end
+    is a warning, and nothing is written: the training is not lost with it. Both times it happens on the CPU, where
+    Lightning has put the model by then, takes some seconds, and the memory of a few copies of the model, half of them
+    in float64. With several processes the first one does it.
+
+    Args:
+        module: name of the part to fold, ``"net"`` say. Default: the LightningModule itself, by its `forward`.
+        example: what `fold_norms` runs that part on, in its formats; or a function that makes it of a batch. Default:
+            the first rows of the first batch, of validation or training: a tensor as it is, the first entry of a tuple
+            or list, a mapping as keyword arguments.
+        options: further arguments of `fold_norms`. Default: none.
+
+    Attributes:
+        result: what `fold_norms` returned at the end, the folded model in it; None before.
+        directory: where the files are; None where none were written.
+
+    Raises:
+        TypeError: `example` has none of the formats, or `fold_norms` no such option.
+        ValueError: at the start of `fit`: there is no such part, or it does not run on the example.
+        StabNormError: at the start of `fit`: nothing could fold at its end, the strategy shards the model, or the part
+            is compiled or scripted.
+
+    >>> from stabnorm.callbacks import FoldCallback
+    >>> FoldCallback(options={"stricht": True})
+    Traceback (most recent call last):
+    ...
+    TypeError: fold_norms has no option 'stricht'. It takes check, outputs, residual, strict, tied
+    """
+
+    def __init__(
+        self,
+        module: str = "",
+        example: Any | Callable[[Any], Any] = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        known = sorted(set(inspect.signature(fold_norms).parameters) - {"model", "example", "inplace"})
+        for name in options or {}:
+            if name not in known:
+                raise TypeError(f"fold_norms has no option {name!r}. It takes {', '.join(known)}")
+        self.module, self.options = module, dict(options or {})
+        self._of_batch: Callable[[Any], Any] = example if callable(example) else _input_of
+        self._given = None if example is None or callable(example) else read_examples("example", example)
+        self._examples: list[Example] | None = None
+        self._fitting = False
+        self.result: FoldResult | None = None
+        self.directory: Path | None = None
+
+    # -- before the training: say what cannot work ---------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Whatever converts or builds the model has done so by now."""
+        sharding = _SHARDING.intersection(cls.__name__ for cls in type(trainer.strategy).__mro__)
+        if sharding:
+            raise StabNormError(
+                f"{min(sharding)} shards the parameters, and folding wants them whole. Fold afterwards, with "
+                "fold_norms on a model that has loaded the checkpoint"
+            )
+        part = self._part(pl_module)
+        if not any(map(_may_fold, part.modules())):
+            norms = find_norms(part)
+            there = f"its norms are {type(norms[0].module).__name__} and the like" if norms else "it has no norms"
+            raise StabNormError(
+                f"nothing in {self.module or type(pl_module).__name__} could be folded at the end: {there}. Add "
+                "ProgressiveNormCallback(), or convert the model with stabnorm.convert_norms"
+            )
+        self._fitting, self._examples, self.result, self.directory = True, None, None, None
+        if self._given is not None and trainer.is_global_zero:
+            self._try(pl_module, [self._given])
+
+    def on_validation_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """The sanity check's first batch, if there is one, makes the example."""
+        self._take(trainer, pl_module, batch)
+
+    def on_train_batch_start(
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        """Else the training's."""
+        self._take(trainer, pl_module, batch)
+
+    def _part(self, pl_module: "LightningModule") -> nn.Module:
+        try:
+            return pl_module.get_submodule(self.module)
+        except AttributeError as error:
+            parts = ", ".join(name for name, _ in pl_module.named_children())
+            raise ValueError(f"{type(pl_module).__name__} has no part {self.module!r}. It has {parts}") from error
+
+    def _take(self, trainer: "Trainer", pl_module: "LightningModule", batch: Any) -> None:
+        if not self._fitting or self._examples is not None or not trainer.is_global_zero:
+            return
+        examples = [example.map(torch.clone) for example in read_examples("example", self._of_batch(batch))]
+        few = [_first_rows(example) for example in examples]
+        self._try(pl_module, [few, examples])
+
+    def _try(self, pl_module: "LightningModule", candidates: list[list[Example]]) -> None:
+        """Fold on the first of these that the model runs on, and keep it for the end."""
+        error: ValueError | None = None
+        for examples in candidates:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of a head that is still at zero, say
+                    self._fold(pl_module, examples)
+            except ValueError as failed:
+                error = failed
+            else:
+                self._examples = examples
+                return
+        what = self.module or type(pl_module).__name__
+        raise ValueError(
+            f"FoldCallback cannot fold {what}: {error}. Say what it is called with, example=lambda batch: batch['x'] "
+            "for instance, or name the part that is the model itself, module='net' for instance"
+        ) from error
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _fold(self, pl_module: "LightningModule", examples: list[Example]) -> FoldResult:
+        cpu = torch.device("cpu")
+        with random_state_kept(cpu):
+            copy = copied(self._part(pl_module)).to(cpu).eval()
+            moved = [example.map(lambda t: t.to(cpu)) for example in examples]
+            return fold_norms(copy, [(e.args, e.kwargs) for e in moved], inplace=True, **self.options)
+
+    def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Fold and write, when it was a fit that went through to its end."""
+        fitting, self._fitting = self._fitting, False
+        if not fitting or not trainer.is_global_zero:
+            return
+        try:
+            if self._examples is None:
+                raise StabNormError("no batch was seen to take an example from. Pass example=")
+            result = self._fold(pl_module, self._examples)
+            if all(norm.status == "kept" for norm in result.norms):
+                raise StabNormError(f"every norm stays.\n{result}")
+        except (StabNormError, TypeError, ValueError) as error:
+            warnings.warn(f"FoldCallback wrote no folded model: {error}", stacklevel=1)  # not Lightning's fault
+            return
+        self.result = result
+        print(result)
+        log_text(trainer, "stability/fold", f"```\n{result}\n```", trainer.global_step)
+        if not getattr(trainer, "fast_dev_run", False):
+            self.directory = output_directory(trainer)
+            _write(result, self.directory)
+            print(f"the folded model is in {self.directory}")
+
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        """What is not trained to its end is not shipped."""
+        self._fitting = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.update(result=None, _examples=None, _fitting=False)
+        # The Trainer hangs the module's bound methods on every callback: pickling them would pickle the model.
+        for name in ("log", "log_dict"):
+            state.pop(name, None)
+        return state
+
+
+def _may_fold(module: nn.Module) -> bool:
+    try:
+        return affine_in_eval(module) is not None
+    except StabNormError:  # not in the state it is in now
+        return True
+
+
+def _input_of(batch: Any) -> Any:
+    """A batch as models mostly take it; as in `recalibrate_norms`."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return (batch[0],) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _first_rows(example: Example) -> Example:
+    """The same with fewer rows, where all tensors have as many."""
+    rows = {t.shape[0] if t.ndim else 0 for t in tensors_in((example.args, example.kwargs))}
+    return example.map(lambda t: t[:ROWS].clone()) if len(rows) == 1 else example
+
+
+def _write(result: FoldResult, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(result.model.state_dict(), directory / "folded.pt")
+    (directory / "folded_manifest.json").write_text(json.dumps(result.manifest, indent=2) + "\n")
+    (directory / "folded_report.txt").write_text(f"{result}\n")

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import Callback, LightningModule
 from torch import Tensor
 
 from stabnorm import StabNormError, masks
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.callbacks._run_facts import refuse_lost_conversion
 from stabnorm.convert import convert_norms
+from stabnorm.monitor.record import read_record
 from stabnorm.switch import progressive_norms
-from tests.lightning_small import BATCHES, Body, fit, module, trainer
+from tests.lightning_small import BATCHES, WIDTH, Body, fit, module, trainer
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
 
@@ -131,3 +132,39 @@ def test_averaged_weights_are_judged_and_saved_at_the_lam_of_the_step(tmp_path: 
     convert_norms(fresh)
     fresh.load_state_dict(saved["state_dict"])
     progressive_norms(fresh)["net.1"].fold_affine()
+
+
+def test_the_record_counts_optimizer_steps_and_is_written_as_it_grows(tmp_path: Path) -> None:
+    model, sizes = module(), []
+
+    def on_train_batch_start(batch: Any, batch_idx: int) -> None:
+        sizes.append(len(list(tmp_path.rglob("block-*"))))
+
+    model.on_train_batch_start = on_train_batch_start
+    options: dict[str, Any] = dict(max_epochs=14, accumulate_grad_batches=3, check_val_every_n_epoch=20)
+    fit(trainer(tmp_path, ProgressiveNormCallback(), **options), model)
+    record = read_record(tmp_path / "stabnorm" / "run_0")
+    assert record.steps.tolist() == list(range(14 * BATCHES // 3))
+    assert record.series["lam"][:, 0].tolist() == [lam for lam, _ in model.lams[::3]]
+    assert sizes[3 * 50 :] == [1] * (14 * BATCHES - 3 * 50)  # the 56 steps are a block of 50 and one of 6
+
+
+def test_whatever_is_done_to_the_buffers_at_the_end_lam_is_right(tmp_path: Path) -> None:
+    class Blur(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            for buffer in pl_module.buffers():
+                if buffer.is_floating_point():
+                    buffer.mul_(0.9).add_(0.01)
+
+    model = module(heavy=True)
+    fit(trainer(tmp_path, ProgressiveNormCallback(schedule="adaptive"), Blur(), max_epochs=4), model)
+    assert model.lam() == [0.0, 1.0]
+
+
+def test_frozen_parameters_need_no_optimizer(tmp_path: Path) -> None:
+    model = module()
+    model.net[1].requires_grad_(False)
+    model.configure_optimizers = lambda: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    fit(trainer(tmp_path, ProgressiveNormCallback()), model)
+    assert model.lam() == [0.0, 0.0]
+    assert torch.equal(model.net[1].weight, torch.ones(WIDTH))

@@ -27,27 +27,43 @@ def free_port() -> int:
         return port
 
 
-def one_rank(rank: int, port: int, folder: str, options: dict[str, Any], run_options: dict[str, Any]) -> None:
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the callback, and of the Trainer
+    "together": ({"start": 4, "fraction": 0.5}, {}),
+    "deep first": ({"start": 4, "fraction": 0.6, "order": "deep_first"}, {}),
+    "adaptive": ({"schedule": "adaptive"}, {}),
+    "synchronised": ({}, {"sync_batchnorm": True}),
+}
+
+
+def one_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     # With these in place Lightning takes the processes as they are.
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    model = module(heavy=True)
-    callbacks = [
-        LinearSwitch(**options),
-        *([StabilityCallback()] if options.get("start") else []),
-    ]
-    defaults = dict(strategy="ddp", devices=2, max_epochs=4, use_distributed_sampler=True)
-    fit(trainer(Path(folder), *callbacks, **{**defaults, **run_options}), model)
-    flags = [(norm.leave_out_norm, norm.sync) for norm in progressive_norms(model).values()]
-    gate = callbacks[0].switch.gate  # type: ignore[attr-defined]
-    residuals = None if gate is None else gate.residuals
-    torch.save((model.lams, model.state_dict(), flags, residuals), f"{folder}/{rank}.pt")
+    for case, (options, run_options) in CASES.items():
+        model = module(heavy=True)
+        callbacks = [
+            LinearSwitch(**options),
+            *([StabilityCallback()] if options.get("start") else []),
+        ]
+        defaults = dict(strategy="ddp", devices=2, max_epochs=4, use_distributed_sampler=True)
+        fit(trainer(Path(folder), *callbacks, **{**defaults, **run_options}), model)
+        flags = [(norm.leave_out_norm, norm.sync) for norm in progressive_norms(model).values()]
+        gate = callbacks[0].switch.gate  # type: ignore[attr-defined]
+        residuals = None if gate is None else gate.residuals
+        torch.save((model.lams, model.state_dict(), flags, residuals), f"{folder}/{case}.{rank}.pt")
 
 
-def both(tmp_path: Path, options: dict[str, Any], **run_options: Any) -> tuple[Any, Any]:
-    mp.spawn(one_rank, (free_port(), str(tmp_path), options, run_options), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What came of each case; two processes for all of them, for it takes them long to start."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(one_rank, (free_port(), str(folder)), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    return folder
+
+
+def both(folder: Path, case: str) -> tuple[Any, Any]:
+    first, second = (torch.load(folder / f"{case}.{rank}.pt") for rank in (0, 1))
     assert first[0] == second[0]
     assert len(first[0]) == STEPS
     for name, value in first[1].items():
@@ -56,11 +72,9 @@ def both(tmp_path: Path, options: dict[str, Any], **run_options: Any) -> tuple[A
     return first, second
 
 
-@pytest.mark.parametrize(
-    "options", [{"start": 4, "fraction": 0.5}, {"start": 4, "fraction": 0.6, "order": "deep_first"}]
-)
-def test_all_phases_of_a_schedule(tmp_path: Path, options: dict[str, Any]) -> None:
-    (lams, state, flags, _), _ = both(tmp_path, options)
+@pytest.mark.parametrize("case", ["together", "deep first"])
+def test_all_phases_of_a_schedule(folder: Path, case: str) -> None:
+    (lams, state, flags, _), _ = both(folder, case)
     assert lams[4] == [1.0, 1.0]  # the norm alone
     assert any(0 < lam < 1 for lam in lams[12])  # both
     assert lams[-1] == [0.0, 0.0]  # RepBN alone, the norm left out
@@ -68,15 +82,15 @@ def test_all_phases_of_a_schedule(tmp_path: Path, options: dict[str, Any]) -> No
     assert state["net.1.lam"] == 0
 
 
-def test_the_gate_decides_alike_from_what_both_measure(tmp_path: Path) -> None:
-    first, second = both(tmp_path, {"schedule": "adaptive"})
+def test_the_gate_decides_alike_from_what_both_measure(folder: Path) -> None:
+    first, second = both(folder, "adaptive")
     assert first[3] == second[3]
     assert first[0][-1] == [0.0, 1.0]
     assert first[2] == [(False, False)] * 2
 
 
-def test_sync_batchnorm_is_respected(tmp_path: Path) -> None:
-    first, second = both(tmp_path, {}, sync_batchnorm=True)
+def test_sync_batchnorm_is_respected(folder: Path) -> None:
+    first, second = both(folder, "synchronised")
     assert first[2] == [(True, True)] * 2
     for name, value in first[1].items():
         assert torch.equal(value, second[1][name]), name

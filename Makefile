@@ -1,4 +1,4 @@
-# make demo   a healthy and an unstable run of a small ViT, watched; about a minute
+# make demo   a healthy and an unstable run of a small ViT, watched, and one that is switched and folded
 # make test   lint, types, tests and doctests
 # make bench  the figures of the README, measured on this machine
 .PHONY: demo test bench clean

@@ -149,7 +149,7 @@ class FoldCallback(Callback):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of a head that is still at zero, say
-                    self._fold(pl_module, examples)
+                    self._fold(pl_module, examples, strict=False)  # before the switch is over norms may stay
             except ValueError as failed:
                 error = failed
             else:
@@ -163,12 +163,12 @@ class FoldCallback(Callback):
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    def _fold(self, pl_module: "LightningModule", examples: list[Example]) -> FoldResult:
+    def _fold(self, pl_module: "LightningModule", examples: list[Example], **changed: Any) -> FoldResult:
         cpu = torch.device("cpu")
         with random_state_kept(cpu):
             copy = copied(self._part(pl_module)).to(cpu).eval()
             moved = [example.map(lambda t: t.to(cpu)) for example in examples]
-            return fold_norms(copy, [(e.args, e.kwargs) for e in moved], inplace=True, **self.options)
+            return fold_norms(copy, [(e.args, e.kwargs) for e in moved], inplace=True, **{**self.options, **changed})
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Fold and write, when it was a fit that went through to its end."""

@@ -4,7 +4,7 @@ Three runs on scikit-learn's digit images, 600 steps each, about a minute and a 
 second one is the first until step 300; from there on a weight decay with its sign turned makes every weight matrix grow
 by one percent a step. Its LayerNorms divide the growth out again, and for more than fifty steps the loss goes on as if
 nothing had happened. What the norms read tells within twenty. The third is the first with `ProgressiveNormCallback()`:
-it ends without LayerNorm, and its norms then are folded into the weights around them.
+it ends without LayerNorm, and `FoldCallback()` writes it down without any norm at all.
 """
 
 import argparse
@@ -21,10 +21,9 @@ from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from examples.digits import Destabilize, DigitsViT, digits_loaders
-from stabnorm import Alert, find_norms, fold_norms
-from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
+from stabnorm import Alert, find_norms
+from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityCallback
 from stabnorm.dashboard.heatmap import heatmap
-from stabnorm.fold import FoldResult
 from stabnorm.monitor.record import Record, read_record
 
 STEPS = 600
@@ -84,27 +83,20 @@ def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: 
     return Run(accuracy, stability.monitor.alerts, read_record(logger.log_dir), str(stability.monitor.cost), model)
 
 
-def ship(model: DigitsViT) -> FoldResult:
-    """Fold the norms of the switched model, and print what that changed."""
-    _, test = digits_loaders()
-    images, digits = next(iter(test))
-    result = fold_norms(model.eval(), images[:4])
-    with torch.no_grad():
-        before, after = ((m(images).argmax(1) == digits).float().mean().item() for m in (model, result.model))
-    left = len(find_norms(result.model))
-    print(
-        f"folded: {len(result.norms) - left} norms are gone, {left} left; largest relative error "
-        f"{result.max_rel_error:.0e}; accuracy {100 * before:.1f} % before, {100 * after:.1f} % after"
-    )
-    return result
-
-
 def draw(run: Run, path: str) -> None:
     """The scale of what each norm reads, over the run, with its alerts."""
     marks = [(alert.step, alert.layer) for alert in run.alerts]
     scale = run.record.series["token_std_mean"]
     title = "token_std_mean: how large the input of each norm is"
     Image.fromarray(heatmap(scale, run.record.steps, run.record.layers, title, marks=marks)).save(path, optimize=True)
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module) -> float:
+    """The share of test images read correctly, without a Trainer."""
+    ((images, digits),) = digits_loaders()[1]
+    right: torch.Tensor = model.eval()(images).argmax(1) == digits
+    return float(right.float().mean())
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
@@ -119,9 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
     print(f"--- unstable: the same, with a weight decay whose sign is turned from step {FAULT_AT} on ---")
     unstable = watch("unstable", options.root, Destabilize(start=FAULT_AT), progress=not options.no_progress)
     print("--- switched: the healthy one, whose norms leave LayerNorm while it trains ---")
-    callback = ProgressiveNormCallback()
-    switched = watch("switched", options.root, callback, progress=not options.no_progress)
+    callback, fold = ProgressiveNormCallback(), FoldCallback()
+    switched = watch("switched", options.root, callback, fold, progress=not options.no_progress)
     assert callback.switch is not None
+    assert fold.result is not None
     print("--- what there was to see ---")
     for name, run in (("healthy", healthy), ("unstable", unstable), ("switched", switched)):
         first = f"first alert at step {run.alerts[0].step}" if run.alerts else "no alert"
@@ -132,7 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
         f"accuracy with LayerNorm {100 * healthy.accuracy:.1f} %, switched {100 * switched.accuracy:.1f} %; "
         f"{norms - kept} of {norms} norms are affine now"
     )
-    ship(switched.model)
+    print(
+        f"folded: {len(find_norms(fold.result.model))} norms left, accuracy {100 * accuracy(fold.result.model):.1f} % "
+        f"(switched {100 * switched.accuracy:.1f} %), largest relative error {fold.result.max_rel_error:.1e} in "
+        f"{fold.result.precision}; it is in {os.path.relpath(fold.directory or options.root)}"
+    )
     print("(A model this small pays the most for being watched; `make bench` measures a ViT-Tiny.)")
     if options.picture:
         draw(unstable, options.picture)

@@ -28,6 +28,8 @@ def test_an_alert_comes_before_the_loss_has_doubled_and_none_on_the_healthy_run(
     assert "stabnorm: nothing alarming was seen in 600 steps" in printed
     assert "monitoring cost" in printed
     assert "9 of 9 norms are affine now" in printed
-    assert "folded: 9 norms are gone, 0 left" in printed
+    assert "9 norms: 9 forward" in printed
+    assert f"folded: 0 norms left, accuracy {100 * switched.accuracy:.1f} %" in printed
+    assert len(list(tmp_path.glob("switched/*/stabnorm/folded*"))) == 3
     assert f"tensorboard --logdir {tmp_path}" in printed
     assert {path.parts[-3] for path in tmp_path.rglob("events*")} == {"healthy", "unstable", "switched"}

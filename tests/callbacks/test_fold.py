@@ -310,6 +310,16 @@ def test_what_does_not_run_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, FoldCallback("body"), switch).match("Module has no part 'body'. It has net")
 
 
+class OptimizedModule(nn.Sequential):
+    """By its name, as the fold knows torch.compile's."""
+
+
+def test_a_compiled_part_is_refused(tmp_path: Path) -> None:
+    model = module()
+    model.net = OptimizedModule(*model.net)
+    refused(tmp_path, folding(), ProgressiveNormCallback(), model=model).match("the model is compiled.*Fold first")
+
+
 def test_a_strategy_that_shards_is_refused(tmp_path: Path) -> None:
     from pytorch_lightning.strategies import SingleDeviceStrategy
 
@@ -339,6 +349,16 @@ def test_norms_that_never_left_are_a_warning_and_the_training_stays(tmp_path: Pa
     assert callback.result is None
     assert callback.directory is None
     assert not list(tmp_path.rglob("folded*"))
+
+
+def test_strict_is_about_the_end_and_not_about_the_trial(tmp_path: Path) -> None:
+    callback, model = folding(options={"strict": True}), module()
+    fit(trainer(tmp_path, callback, ProgressiveNormCallback()), model)
+    assert written(callback.directory) == FILES
+    callback, model = folding(options={"strict": True}), module(heavy=True)
+    with pytest.warns(UserWarning, match=r"wrote no folded model: 1 norms are kept, the first is '5'"):
+        fit(trainer(tmp_path, callback, ProgressiveNormCallback(schedule="adaptive"), max_epochs=4), model)
+    assert callback.directory is None
 
 
 def test_a_fold_that_fails_at_the_end_is_a_warning(tmp_path: Path) -> None:

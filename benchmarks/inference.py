@@ -23,31 +23,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from benchmarks.monitor_overhead import WIDTHS, ViT
+from benchmarks.monitor_overhead import WIDTHS, Block, ViT
 from stabnorm import fold_norms
 from stabnorm.nn import RepBN
 
 WARM_UP = 3
 Example: TypeAlias = Callable[[int, torch.device, torch.dtype], Tensor]
-
-
-class CausalBlock(nn.Module):
-    """A Pre-LN transformer block in which no token sees those after it."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attention and MLP, each normalised before and added after."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
 
 
 class GPT(nn.Module):
@@ -56,7 +37,7 @@ class GPT(nn.Module):
     def __init__(self, vocabulary: int = 50257, dim: int = 768, depth: int = 12, heads: int = 12) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, dim), nn.Embedding(1024, dim)
-        self.blocks = nn.Sequential(*(CausalBlock(dim, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(dim, heads, causal=True) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ Small transformers, trained from scratch with LayerNorm, with other norms from t
 that differences to LayerNorm are paired. What is judged is the final model in eval mode, with running statistics: that
 is what folds. The gap is its loss minus the loss with the statistics of the test batch itself.
 
-Tasks: digits (the ViT of `examples.digits`), characters (the transformer of `examples.characters`), and with
-`--data DIR` also cifar (CIFAR-10 as JPEGs, `cifar10_jpeg.npz`) and shakespeare (`text/tinyshakespeare.txt`).
+Tasks: digits (the ViT of `examples.digits`), "wide digits" (the same, twice as wide, in batches of 64), characters (the
+transformer of `examples.characters`), and with `--data DIR` also cifar (CIFAR-10 as JPEGs, `cifar10_jpeg.npz`) and
+shakespeare (`text/tinyshakespeare.txt`).
 Settings: calm, and the hostile ones of `SETTINGS`. A run is lost when it does not end finite, or ends more than 0.1
 nats (text) or 5 points of error (images) above LayerNorm with the same seed.
 
@@ -16,6 +17,7 @@ Args: --tasks, --settings, --methods, --seeds N, --first-seed N, --steps N, --jo
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -82,8 +84,9 @@ SETTINGS = {
     "log-normal gain per sample": Setting(sample_gain=1.2),
     "2 % of tokens x30": Setting(loud_tokens=0.02),
 }
-METHODS = ("LayerNorm", "BatchNorm", "RepBN", "UnifiedNorm", "linear", "adaptive")
-SWITCHED = ("linear", "adaptive")
+PUBLISHED = "linear, published start"  # eta = gamma = 1
+METHODS = ("LayerNorm", "BatchNorm", "RepBN", "UnifiedNorm", PUBLISHED, "linear", "adaptive")
+SWITCHED = (PUBLISHED, "linear", "adaptive")
 
 
 @dataclass
@@ -112,6 +115,7 @@ def tasks(data: Path | None) -> dict[str, Task]:
     """The tasks there is data for."""
     found = {
         "digits": Task(DigitsViT, digits_loaders, 32, 3e-3, "error"),
+        "wide digits": Task(functools.partial(DigitsViT, dim=96), digits_loaders, 64, 3e-3, "error"),
         "characters": Task(CharacterTransformer, text_loaders, 12, 3e-3, "loss"),
     }
     if data is not None:
@@ -163,7 +167,9 @@ def use_norm(model: nn.Module, method: str, steps: int) -> list[Callback]:
     from stabnorm.callbacks import ProgressiveNormCallback
 
     if method in SWITCHED:
-        return [cast(Callback, ProgressiveNormCallback(schedule=method))]
+        options = {"init": "vision"} if method == PUBLISHED else {}
+        schedule = "linear" if method == PUBLISHED else method
+        return [cast(Callback, ProgressiveNormCallback(schedule=schedule, norm_options=options))]
     if method == "RepBN":
         convert_norms(model, to="repbn")
     elif method == "UnifiedNorm":

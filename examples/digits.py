@@ -55,11 +55,12 @@ def augment(images: Tensor, shift: int = 1, noise: float = 0.1) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens."""
+    """Multi-head self-attention over tokens; in a causal one no token sees those after it."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -67,17 +68,18 @@ class Attention(nn.Module):
         """Maps (batch, tokens, dim) to the same shape."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, dim / heads)
-        y: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        y: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return y
 
 
 class Block(nn.Module):
     """A Pre-LN transformer block: each branch normalises what it reads, and the residual stream itself stays bare."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, causal)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
@@ -86,6 +88,17 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         y: Tensor = x + self.mlp(self.norm2(x))
         return y
+
+
+def with_warmup_and_cosine(optimizer: Optimizer, warmup_steps: int, steps: int) -> OptimizerLRSchedulerConfig:
+    """Lets the learning rate rise over `warmup_steps`, then follow half a cosine down to zero at `steps`."""
+
+    def factor(step: int) -> float:
+        warmup = (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return min(warmup, (1 + math.cos(math.pi * max(0.0, progress))) / 2)
+
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
 class DigitsViT(LightningModule):
@@ -143,14 +156,7 @@ class DigitsViT(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW; the learning rate warms up linearly, then follows half a cosine down to zero."""
         optimizer = AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-
-        def factor(step: int) -> float:
-            warmup = (step + 1) / self.warmup_steps
-            progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
-            return min(warmup, (1 + math.cos(math.pi * max(0.0, progress))) / 2)
-
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        return with_warmup_and_cosine(optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches))
 
 
 class Destabilize(Callback):

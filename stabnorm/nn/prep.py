@@ -30,8 +30,7 @@ class PRepBN(Float32Buffers):
 
     `rep` starts where the norm stands, with its gain and bias and eta = 0, and takes them over once more as lam leaves
     1 (`start_from_norm`). The published start, eta = 1, adds the input itself; but a norm divides out whatever scale
-    its input grows to, and by then eta x may be the larger part: on the digits of `examples.digits`, 96 wide, that cost
-    two to seven points of accuracy.
+    its input grows to, and by then eta x may be the larger part (`python -m benchmarks.switch_study`, "wide digits").
 
     The class is a mixin over a norm class: ``PRepBN(d)`` is an instance of `PRepBN` and of `nn.LayerNorm`, with the
     norm's own parameters under their own names and the child `rep` (a `RepBN`) beside them.

@@ -1,4 +1,4 @@
-"""A small LightningModule and its Trainer, for the tests of the progressive callback."""
+"""A small LightningModule for the tests of the progressive callback, and the Trainer of all callbacks' tests."""
 
 import importlib
 import warnings

@@ -141,6 +141,9 @@ def _swap(layer: NormLayer, like: Tensor, options: dict[str, Any]) -> Plan:
     def carry_out() -> None:
         module.__class__ = made
         assert isinstance(module, PRepBN)
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            scratch.rep.requires_grad_(False)  # frozen before, frozen after
         module.adopt(scratch.rep, scratch.eval_mode, layer.feature_dims)
 
     return Plan(f"class {made.__name__}", carry_out)

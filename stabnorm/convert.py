@@ -79,7 +79,7 @@ def convert_norms(
 
     ``to="prepbn"`` changes the class of each norm object to `PRepBN` over its own class: its parameters, their names,
     its hooks, its places in the model and ``isinstance`` stay, and with lam = 1 it computes bit for bit what it did. It
-    gains the child `rep` and the buffer `lam`; move lam to 0 while the model trains.
+    gains the child `rep` and the buffer `lam`; move lam to 0 while the model trains. Of a frozen norm `rep` is frozen.
 
     .. math:: y = \lambda\, \mathrm{norm}(x) + (1 - \lambda)\, \mathrm{RepBN}(x)
 

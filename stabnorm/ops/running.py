@@ -3,10 +3,11 @@
 Each works on a handful of ``[C]`` vectors. They are registered with the dispatcher, so that in a compiled model each is
 one opaque node whose body runs at run time, where a recomputed forward can be recognised (see `stabnorm.ops.moments`):
 it changes nothing and gets back what the first one got. Decisions are `torch.where` on the device. A batch that is not
-accepted, because it holds something non-finite, no valid token or an outlier, changes `step` and `skips` and no more.
+accepted, because it holds something non-finite, no valid token or an outlier, changes counters and no more.
 
-`progress` is an int64 ``[3]``: batches accepted so far, `skips` when the last one was, and how many of the accepted
-ones came since the warm-up began. `gate` is a bool ``[2]``: was the batch accepted, and is it past the warm-up.
+`progress` is an int64 ``[3]``: batches accepted so far; from which number of `skips` on the bursts are counted that
+have come since; and how many of the accepted ones came since the warm-up began. `gate` is a bool ``[2]``: was the batch
+accepted, and is it past the warm-up.
 """
 
 import functools
@@ -287,6 +288,7 @@ def _judge(
     if not filtered:
         return sound, torch.zeros_like(sound), after
     burst = past & is_burst(window, after, eps)
+    progress[1].add_(~sound)  # it will be skipped, but patience counts bursts
     # A frozen window would refuse a permanent change of scale for ever.
     restart = sound & burst & (skips - progress[1] + 1 >= patience)
     accepted = sound & (~burst | restart)

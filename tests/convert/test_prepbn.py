@@ -174,6 +174,14 @@ def test_a_model_on_meta_is_converted_on_meta_and_comes_to_life_with_it() -> Non
     assert torch.equal(model(x), F.layer_norm(model[0](x), (8,)))
 
 
+def test_what_was_frozen_stays_frozen() -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8, elementwise_affine=False))
+    model[0].requires_grad_(False)
+    convert_norms(model)
+    trains = [any("rep" in name and p.requires_grad for name, p in norm.named_parameters()) for norm in model]
+    assert trains == [False, True, True]
+
+
 class OwnBufferNorm(nn.Module):
     """A frozen gain, kept as a buffer."""
 

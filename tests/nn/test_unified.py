@@ -228,6 +228,19 @@ def test_patience_is_two_windows_unless_given() -> None:
 
 
 @pytest.mark.parametrize("kind", ["unified", "rep"])
+def test_batches_that_are_not_finite_do_not_use_up_the_patience_for_bursts(kind: str) -> None:
+    norm = UnifiedNorm(16, warmup_steps=0, patience=8) if kind == "unified" else RepBN(16, filtration="calibrated")
+    for _ in range(20):
+        norm(torch.randn(64, 16))
+    for scale in (float("nan"), 10.0):  # either alone would end the patience of 8
+        for _ in range(7):
+            norm(scale * torch.randn(64, 16))
+    assert norm.skips == 14
+    norm(10 * torch.randn(64, 16))
+    assert norm.skips == 14  # the eighth burst is the new regime
+
+
+@pytest.mark.parametrize("kind", ["unified", "rep"])
 def test_a_change_of_regime_is_accepted_after_exactly_patience_bursts(kind: str) -> None:
     norm = UnifiedNorm(16, warmup_steps=0, patience=8) if kind == "unified" else RepBN(16, filtration="calibrated")
     randomised(norm)

@@ -123,6 +123,12 @@ class AffineGate:
         """Why each layer is in that state."""
         return list(self._reasons)
 
+    @property
+    def settled(self) -> bool:
+        """Whether no lam will change any more: each layer is switched, or back at its norm for good."""
+        switched, back = self._lam == 0, (self._state == "refused") & (self._lam == 1)
+        return bool((switched & (self.step >= self.end) | back).all())
+
     def observe(self, step: int, residuals: Sequence[float] | Array) -> None:
         """Take a step's affine residuals in, one for each layer; NaN where a layer did not run.
 

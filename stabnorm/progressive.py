@@ -168,7 +168,7 @@ class ProgressiveSwitch:
 
     def write(self) -> None:
         """Lam and counters into the model once more, in case something has overwritten its buffers."""
-        write_lam(self.norms.values(), self.lam)
+        write_lam(self.norms.values(), self.lam, settled=self.gate is not None and self.gate.settled)
         write_step(self._running.values(), self.steps_done)
 
     def close(self) -> None:

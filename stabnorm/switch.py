@@ -34,8 +34,8 @@ def _own(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def write_lam(norms: Iterable[PRepBN], lam: Sequence[float]) -> None:
-    """Give each layer its lam, in place; once it is 0 in all of them, none computes its norm any more.
+def write_lam(norms: Iterable[PRepBN], lam: Sequence[float], *, settled: bool = False) -> None:
+    """Give each layer its lam, in place; once no lam will change any more, the layers at 0 compute their norm no more.
 
     Call it between the optimizer step and the next forward. Nothing is read from the device, and a compiled model is
     compiled again only once, at the end.
@@ -43,6 +43,7 @@ def write_lam(norms: Iterable[PRepBN], lam: Sequence[float]) -> None:
     Args:
         norms: what `progressive_norms` found.
         lam: one for each.
+        settled: no lam will change any more, though it is not 0 in all of them. Default: False.
 
     >>> from stabnorm.nn import PRepBN
     >>> norm = PRepBN(8)
@@ -50,10 +51,11 @@ def write_lam(norms: Iterable[PRepBN], lam: Sequence[float]) -> None:
     >>> norm.lam, norm.leave_out_norm
     (tensor(0.2500), False)
     """
-    done = not any(lam)  # one flag for all: Dynamo compiles a function for eight different ones, and then no more
+    # At one moment for all: Dynamo compiles a function for eight sets of flags, and then no more.
+    settled = settled or not any(lam)
     for norm, value in zip(norms, lam, strict=True):
         norm.lam.fill_(value)
-        norm.leave_out_norm = done
+        norm.leave_out_norm = settled and value == 0
 
 
 def write_step(norms: Iterable[ChannelNorm], step: int) -> None:

@@ -220,6 +220,19 @@ def test_the_summary_names_what_was_kept_and_why() -> None:
     ]
 
 
+def test_what_is_switched_computes_its_norm_no_more_though_another_layer_keeps_its_own() -> None:
+    model = two()
+    switch = ProgressiveSwitch(model, 100, "adaptive")
+    flags = []
+    for step in range(100):
+        train(model, switch, range(step, step + 1))
+        flags.append((switch.norms["plain"].leave_out_norm, switch.norms["heavy"].leave_out_norm))
+    changes = [step for step in range(1, 100) if flags[step] != flags[step - 1]]
+    assert flags[0] == (False, False)
+    assert flags[-1] == (True, False)
+    assert changes == [79]  # once, where the switch is over: each change is a compilation
+
+
 def test_the_summary_says_when_the_training_ended_early() -> None:
     model = two()
     switch = ProgressiveSwitch(model, 10, "linear")

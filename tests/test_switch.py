@@ -34,6 +34,8 @@ def test_each_layer_gets_its_lam_and_the_norms_are_left_out_when_all_are_0() -> 
         write_lam(norms.values(), lam)
         assert [float(norm.lam) for norm in norms.values()] == list(lam)
         assert [norm.leave_out_norm for norm in norms.values()] == [left_out] * 2
+    write_lam(norms.values(), (0.0, 1.0), settled=True)
+    assert [norm.leave_out_norm for norm in norms.values()] == [True, False]
     assert all(norm.lam is buffer for norm, buffer in zip(norms.values(), buffers, strict=True))
 
 

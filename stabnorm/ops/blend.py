@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stabnorm import functional
+from stabnorm.ops.dispatch import REFERENCE, execution
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -19,7 +20,7 @@ def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
     >>> blend(torch.tensor(1.0), torch.ones(2), torch.full((2,), torch.nan))
     tensor([1., 1.])
     """
-    if not _by_bits(norm, rep):
+    if not _by_bits("blend", norm, rep):
         return functional.blend(lam, norm, rep)
     of_norm = torch.where(lam == 0, -0.0, lam)
     of_rep = torch.where(lam == 1, -0.0, 1 - lam)
@@ -28,15 +29,15 @@ def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
 
 def join_gradients(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
     """`functional.join_gradients`, their sum."""
-    if not _by_bits(of_norm, of_rep):
+    if not _by_bits("join_gradients", of_norm, of_rep):
         return functional.join_gradients(lam, of_norm, of_rep)
     sign = torch.where(lam == 1, -0.0, torch.ones_like(lam)).to(of_norm.dtype)
     return torch.addcmul(_unless(lam == 0, of_norm), _unless(lam == 1, of_rep), sign)
 
 
-def _by_bits(*both: Tensor) -> bool:
+def _by_bits(op: str, *both: Tensor) -> bool:
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or torch.compiler.is_compiling() or both[0].device.type != "cpu":
+    if tracing or execution(op, both[0]) == REFERENCE:
         return False
     # A gradient of the gradient does not pass through a view as integers.
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in both))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import Kind, RawMoments, merge_moments_, normalize_groups, raw_moments
+from stabnorm.ops.dispatch import execution
 
 _library = torch.library.Library("stabnorm", "DEF")
 _library.define(
@@ -79,7 +80,7 @@ def accumulate_moments_(
         by_groups, variances = normalize_groups(channels_first, groups, eps)
         by_groups = as_rows(by_groups, 1) if normalized else None
     keep = None if valid is None else valid.reshape(-1)
-    if rows.device.type == "cpu":
+    if execution("accumulate_moments_", rows, valid) == "aten":
         from stabnorm.ops._cpu_moments import add_moments_of_rows_
 
         into = RawMoments(seen, channel, token)

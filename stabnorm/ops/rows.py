@@ -1,7 +1,6 @@
 """The passes of a norm over its rows: the batch's moments, the affine map, the backward's sums, the input's gradient.
 
-Each is a formula of `stabnorm.functional`. In eager mode on a CPU, without a mask, a faster body runs; a compiled graph
-gets the formula, which its compiler fuses.
+Each is a formula of `stabnorm.functional`, or a faster body that equals it: `stabnorm.ops.dispatch` says which.
 """
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from stabnorm import functional
 from stabnorm.functional import BatchMoments
+from stabnorm.ops.dispatch import execution
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -18,15 +18,9 @@ def widened(rows: Tensor) -> Tensor:
     return rows.float() if rows.dtype in LOW_PRECISION else rows
 
 
-def _by_hand(rows: Tensor, valid: Tensor | None = None) -> bool:
-    if torch.compiler.is_compiling() or valid is not None:
-        return False
-    return rows.device.type == "cpu" and rows.dtype != torch.float64 and rows.numel() > 0
-
-
 def moments_of_rows(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
     """`functional.batch_moments` of ``[R, C]`` in any floating dtype."""
-    if _by_hand(rows, valid):
+    if execution("moments_of_rows", rows, valid) == "aten":
         from stabnorm.ops import _cpu_rows
 
         return _cpu_rows.moments(rows, center)
@@ -39,7 +33,7 @@ def affine_of_rows(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     >>> affine_of_rows(torch.ones(1, 2), torch.tensor([2.0, 3.0]), None)
     tensor([[2., 3.]])
     """
-    if rows.dtype in LOW_PRECISION and _by_hand(rows):
+    if execution("affine_of_rows", rows) == "aten" and rows.dtype in LOW_PRECISION:
         from stabnorm.ops import _cpu_rows
 
         return _cpu_rows.affine(rows, scale, shift)
@@ -52,7 +46,7 @@ def sums_of_rows(
     dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`functional.upstream_sums` with the rows' deviations from `mean`, or the rows where there is none."""
-    if _by_hand(rows, valid):
+    if execution("sums_of_rows", rows, valid) == "aten":
         from stabnorm.ops import _cpu_rows
 
         return _cpu_rows.sums(dy, rows, mean) * 2
@@ -70,7 +64,7 @@ def gradient_of_rows(
     offset: Tensor | None,
 ) -> Tensor:
     """`functional.input_gradient` in the dtype of the rows."""
-    if _by_hand(rows, valid):
+    if execution("gradient_of_rows", rows, valid) == "aten":
         from stabnorm.ops import _cpu_rows
 
         shift = torch.zeros_like(slope) if mean is None else slope * mean

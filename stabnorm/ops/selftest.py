@@ -1,0 +1,242 @@
+"""Every execution of every op against its formula in float64: `python -m stabnorm.ops.selftest`.
+
+Runs what can run on this machine, in the dtypes and at the sizes of `cases`, twice: the second time must give the same
+bits. Kernels that pass on a GPU are recorded (`stabnorm.ops.tested`), and from then on `auto` uses them there. An error
+is measured against what the result naturally is, say a sum against the root of its sum of squares, and must stay below
+`TOLERANCES`. `tests/ops` holds the same comparisons.
+
+Args: --device cpu|cuda|cuda:N ...; default: all there are.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stabnorm import functional
+from stabnorm.functional import COV_XN, MAX, MIN, REST_N, REST_X, SHIFT_N, SHIFT_X, VAR_N, VAR_X, RawMoments
+from stabnorm.ops import dispatch, tested
+from stabnorm.ops.blend import blend, join_gradients
+from stabnorm.ops.dispatch import use_kernels
+from stabnorm.ops.moments import accumulate_moments_
+from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
+
+# The largest error of a statistic, which is float32 whatever the rows are, and of rows in their own dtype.
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    torch.float32: (3e-6, 3e-6),
+    torch.bfloat16: (3e-6, 8e-3),
+    torch.float16: (3e-6, 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The input of one comparison."""
+
+    name: str
+    x: Tensor  # [R, C]
+    dy: Tensor
+    valid: Tensor | None
+    vectors: Tensor  # [6, C], float32: gains, means and the like
+
+    def double(self) -> "Case":
+        """In float64, for the truth."""
+        return replace(self, x=self.x.double(), dy=self.dy.double(), vectors=self.vectors.double())
+
+
+# What an op gives, each with its natural size, and whether it is rows in the input's dtype.
+Results = dict[str, tuple[Tensor, Tensor | float, bool]]
+
+
+def cases(device: torch.device | str, *, small: bool = False) -> Iterator[Case]:
+    """Sizes around every block, one row, one channel, means far from 0, padding full of NaN; dtypes of `TOLERANCES`."""
+    shapes = [(1, 1), (1, 7), (3, 1), (129, 33), (65, 192)]
+    shapes += [] if small else [(1366, 384), (20001, 3), (5, 4100)]
+    kinds = [(torch.float32, 0.0, False), (torch.float32, 0.0, True), (torch.float32, 1e4, False)]
+    kinds += [(torch.bfloat16, 0.0, False), (torch.bfloat16, 0.0, True), (torch.float16, 0.0, True)]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    for rows, channels in shapes:
+        for dtype, offset, masked in kinds:
+            x = (normal(rows, channels) * (normal(channels).abs() + 0.5) + normal(channels) + offset).to(dtype)
+            dy, valid = normal(rows, channels).to(dtype), None
+            if masked:
+                valid = torch.rand(rows, generator=generator) < 0.7
+                x[~valid], dy[~valid] = torch.nan, 0
+            vectors = normal(6, channels)
+            vectors[0] += offset  # the mean
+            name = f"{rows} x {channels}, {str(dtype)[6:]}, mean {offset:g}{', masked' if masked else ''}"
+            there = None if valid is None else valid.to(device)
+            yield Case(name, x.to(device), dy.to(device), there, vectors.to(device))
+
+
+# --- the ops ---
+
+
+def _moments(case: Case, kind: functional.Kind) -> Results:
+    size, channels = case.x.shape
+    if case.x.dtype == torch.float64:
+        moments = functional.raw_moments(case.x, kind, 1e-5, normalized=None, valid=case.valid)
+    else:
+        account = functional.empty_moments(1, channels, case.x.device)
+        moments = RawMoments(*(part[0] for part in account))
+        half = size // 2  # two forwards, so that they merge
+        for x, valid in ((part, None if case.valid is None else case.valid[i]) for i, part in _halves(case.x, half)):
+            accumulate_moments_(x, valid, *moments, kind, -1)
+    channel, token = moments.channel.double(), moments.token.double()
+    largest = case.x.double().nan_to_num(0).abs().amax().clamp(min=1)
+    spread = channel[VAR_X].amax().sqrt().clamp(min=1)
+    return {
+        "seen": (moments.seen.double(), 0.0, False),
+        "mean of x": (channel[SHIFT_X] + channel[REST_X], spread, False),
+        "mean of n": (channel[SHIFT_N] + channel[REST_N], 1.0, False),
+        "variance of x": (channel[VAR_X], spread.square(), False),
+        "covariance": (channel[COV_XN], spread, False),
+        "variance of n": (channel[VAR_N], 1.0, False),
+        "extremes": (channel[[MAX, MIN]], 0.0, False),
+        "tokens": (token, spread if largest < 1e3 else spread * 1e2, False),
+    }
+
+
+def _halves(x: Tensor, at: int) -> Iterator[tuple[slice, Tensor]]:
+    for part in (slice(0, at), slice(at, None)):
+        yield part, x[part]
+
+
+def _batch(case: Case) -> Results:
+    results: Results = {}
+    for center in (True, False):
+        rows, mean, square = moments_of_rows(case.x, case.valid, center=center)
+        results[f"rows, {center}"] = (rows, 0.0, False)
+        results[f"square, {center}"] = (square, square.amax(), False)
+        if mean is not None:
+            results["mean"] = (mean, square.sqrt() + mean.abs() / 10, False)
+    return results
+
+
+def _affine(case: Case) -> Results:
+    _, scale, shift, *_ = case.vectors.unbind()
+    clean = case.x.nan_to_num(0)
+    natural = (clean * scale).abs() + shift.abs()
+    return {
+        "with shift": (affine_of_rows(clean, scale, shift), natural, True),
+        "without": (affine_of_rows(clean, scale, None), natural, True),
+    }
+
+
+def _sums(case: Case) -> Results:
+    results: Results = {}
+    for mean in (case.vectors[0], None):
+        names = ("dy", "dy x", "dy of valid", "dy x of valid")
+        sums = sums_of_rows(case.dy, case.x, mean, case.valid)
+        x = case.x.double().nan_to_num(0)
+        product = case.dy.double() * (x if mean is None else x - mean)
+        for name, result in zip(names, sums, strict=True):
+            terms = product if "x" in name else case.dy.double()
+            results[f"{name}, {mean is not None}"] = (result, terms.square().sum(0).sqrt() + 1e-3, False)
+    return results
+
+
+def _gradient(case: Case) -> Results:
+    mean, scale, _, slope, offset, _ = case.vectors.unbind()
+    results: Results = {}
+    for name, m, o in (("centred", mean, offset), ("not centred", None, None)):
+        dx = gradient_of_rows(case.dy, case.x, m, case.valid, scale, slope, o)
+        dx = dx if case.valid is None else torch.where(case.valid[:, None], dx, 0)  # padding's: see functional
+        natural = (case.dy * scale).abs() + (case.x.nan_to_num(0) * slope).abs() + (mean * slope).abs() + offset.abs()
+        results[name] = (dx, natural, True)
+    return results
+
+
+def _blend(case: Case, op: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Results:
+    clean, results = case.x.nan_to_num(0), Results()
+    for lam in (0.0, 0.3, 1.0):
+        y = op(torch.tensor(lam, device=clean.device), clean, case.dy)
+        results[f"lam {lam}"] = (y, clean.abs() + case.dy.abs(), True)
+    return results
+
+
+CHECKS: dict[str, tuple[Callable[[Case], Results], ...]] = {
+    "accumulate_moments_": (
+        lambda case: _moments(case, "layer"),
+        lambda case: _moments(case, "rms"),
+        lambda case: _moments(case, "batch"),
+    ),
+    "moments_of_rows": (_batch,),
+    "affine_of_rows": (_affine,),
+    "sums_of_rows": (_sums,),
+    "gradient_of_rows": (_gradient,),
+    "blend": (lambda case: _blend(case, blend),),
+    "join_gradients": (lambda case: _blend(case, join_gradients),),
+}
+
+
+def truth(op: str, case: Case) -> list[Results]:
+    """What the formulas give in float64."""
+    with use_kernels(dispatch.REFERENCE):
+        return [check(case.double()) for check in CHECKS[op]]
+
+
+def failures(op: str, setting: str, case: Case, right: list[Results]) -> list[str]:
+    """What is wrong with `op` on this case with this setting of `use_kernels`; empty where nothing is."""
+    statistic, rows = TOLERANCES[case.x.dtype]
+    found = []
+    for check, wanted in zip(CHECKS[op], right, strict=True):
+        with use_kernels(setting):
+            once, again = check(case), check(case)
+        for name, (got, _, in_rows) in once.items():
+            want, natural, _ = wanted[name]
+            want, got, repeated = want.double(), got.double(), again[name][0].double()
+            if not torch.equal(got.nan_to_num(0.5), repeated.nan_to_num(0.5)):
+                found.append(f"{case.name}, {name}: not the same bits twice")
+            allowed = (rows if in_rows else statistic) * (want.abs() + natural)
+            error = torch.where(got == want, 0, (got - want).abs())  # the least of no rows is infinite
+            if not bool((error <= allowed).all()):
+                worst = float((error / allowed.clamp(min=1e-30)).max())
+                found.append(f"{case.name}, {name}: {worst:.3g} times the error allowed")
+    return found
+
+
+def executions(op: str, device: torch.device) -> dict[str, str]:
+    """The executions of an op that can run on a device: the setting of `use_kernels` by their names."""
+    found = {dispatch.REFERENCE: dispatch.REFERENCE}
+    for body in dispatch.BODIES[op]:
+        setting = "auto" if body.execution == "aten" else body.execution
+        if dispatch.why_not(setting, body.execution, op, device.type, device.index) is None:
+            found[body.execution] = setting
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print, record; the number of executions that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everything = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    parser.add_argument("--device", nargs="+", default=everything)
+    failed = 0
+    for device in map(torch.device, parser.parse_args(arguments).device):
+        passed = []
+        for op in CHECKS:
+            there = executions(op, device)
+            wrong: dict[str, list[str]] = {execution: [] for execution in there}
+            for case in cases(device):
+                right = truth(op, case)
+                for execution, setting in there.items():
+                    wrong[execution] += failures(op, setting, case, right)
+            for execution, lines in wrong.items():
+                print(f"{device}  {op:20}  {execution:9}  {lines[0] if lines else 'passed'}", flush=True)
+            failed += sum(map(bool, wrong.values()))
+            if "triton" in wrong and not wrong["triton"]:
+                passed.append(op)
+        if passed:
+            print(f"{device}: recorded in {tested.record(device.index, passed)}")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

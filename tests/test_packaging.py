@@ -40,3 +40,11 @@ def test_python_requirement_of_make_and_package_agree() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert pyproject["project"]["requires-python"] == ">=3.10"
     assert "version_info < (3, 10)" in (ROOT / "Makefile").read_text()
+
+
+def test_data_that_the_code_reads_is_in_the_wheel() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["stabnorm"]
+    packed = {path for pattern in patterns for path in (ROOT / "stabnorm").glob(pattern)}
+    read = {path for path in (ROOT / "stabnorm").rglob("*") if path.is_file() and path.suffix in (".cpp", ".h", ".json")}
+    assert read <= packed

@@ -25,7 +25,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from stabnorm.ops import tested
+from stabnorm.ops import _cpp, tested
 
 KERNELS = ("auto", "cpp", "triton", "reference")
 VARIABLE = "STABNORM_KERNELS"
@@ -43,11 +43,12 @@ class Body:
 
 # In order of preference.
 BODIES: dict[str, tuple[Body, ...]] = {
-    "accumulate_moments_": (Body("aten", in_graphs=True),),  # the whole op is opaque to a compiled graph
-    "moments_of_rows": (Body("aten", masks=False),),
-    "affine_of_rows": (Body("aten"),),
-    "sums_of_rows": (Body("aten", masks=False),),
-    "gradient_of_rows": (Body("aten", masks=False),),
+    # The whole op is opaque to a compiled graph.
+    "accumulate_moments_": (Body("cpp", in_graphs=True), Body("aten", in_graphs=True)),
+    "moments_of_rows": (Body("cpp", in_graphs=True), Body("aten", masks=False)),
+    "affine_of_rows": (Body("cpp", in_graphs=True), Body("aten")),
+    "sums_of_rows": (Body("cpp", in_graphs=True), Body("aten", masks=False)),
+    "gradient_of_rows": (Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "blend": (Body("aten"),),
     "join_gradients": (Body("aten"),),
 }
@@ -112,9 +113,12 @@ def execution(op: str, rows: Tensor, valid: Tensor | None = None) -> str:
     return REFERENCE
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _may_run(kernels: str, execution: str, op: str, device: str, index: int | None) -> bool:
     return why_not(kernels, execution, op, device, index) is None
+
+
+# What torch.compiler.assume_constant_result does; that one loads the whole compiler, which takes seconds.
+_may_run.__dict__["_dynamo_marked_constant"] = True
 
 
 def why_not(kernels: str, execution: str, op: str, device: str, index: int | None) -> str | None:
@@ -125,6 +129,8 @@ def why_not(kernels: str, execution: str, op: str, device: str, index: int | Non
         return _why_no_triton(kernels, op, device, index)
     if device != "cpu":
         return "is for CPUs"
+    if execution == "cpp":
+        return _cpp.why_not() if kernels == "cpp" else f"is opt-in: set {VARIABLE}=cpp"
     return None
 
 

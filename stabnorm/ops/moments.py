@@ -71,23 +71,33 @@ def accumulate_moments_(
     if is_recompute() or x.numel() == 0:
         return
     x = x.detach()
+    if x.dtype == torch.float64:
+        x = x.float()
+    keep = None if valid is None else valid.reshape(-1)
+    into = RawMoments(seen, channel, token)
+    grouped = kind in ("group", "instance")
+    body = execution("accumulate_moments_", x, keep)
+    if body == "cpp" and not grouped:
+        from stabnorm.ops import _cpp_moments
+
+        rows = as_rows(x, channel_dim, feature_dims)
+        _cpp_moments.add_moments_of_rows_(into, rows, kind, eps, keep, tokens, normalized, fresh)
+        return
     if x.dtype != torch.float32:
         x = x.float()
     rows = as_rows(x, channel_dim, feature_dims)
     by_groups = variances = None
-    if kind in ("group", "instance") and (normalized or tokens):
+    if grouped and (normalized or tokens):
         channels_first = (x if x.ndim != -channel_dim else x[None]).movedim(channel_dim, 1)
         by_groups, variances = normalize_groups(channels_first, groups, eps)
         by_groups = as_rows(by_groups, 1) if normalized else None
-    keep = None if valid is None else valid.reshape(-1)
-    if execution("accumulate_moments_", rows, valid) == "aten":
-        from stabnorm.ops._cpu_moments import add_moments_of_rows_
+    if body in ("aten", "cpp"):
+        from stabnorm.ops import _cpu_moments
 
-        into = RawMoments(seen, channel, token)
-        add_moments_of_rows_(into, rows, kind, eps, by_groups, variances, keep, tokens, normalized, fresh)
+        _cpu_moments.add_moments_of_rows_(into, rows, kind, eps, by_groups, variances, keep, tokens, normalized, fresh)
     else:
         new = raw_moments(rows, kind, eps, normalized=by_groups, divided_by=variances, valid=keep)
-        merge_moments_(RawMoments(seen, channel, token), new)
+        merge_moments_(into, new)
 
 
 _library.impl("accumulate_moments_", accumulate_moments_, "CompositeExplicitAutograd")

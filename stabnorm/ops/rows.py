@@ -20,7 +20,12 @@ def widened(rows: Tensor) -> Tensor:
 
 def moments_of_rows(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
     """`functional.batch_moments` of ``[R, C]`` in any floating dtype."""
-    if execution("moments_of_rows", rows, valid) == "aten":
+    body = execution("moments_of_rows", rows, valid)
+    if body == "cpp":
+        from stabnorm.ops import _cpp_rows
+
+        return _cpp_rows.moments(rows, valid, center)
+    if body == "aten":
         from stabnorm.ops import _cpu_rows
 
         return _cpu_rows.moments(rows, center)
@@ -33,7 +38,12 @@ def affine_of_rows(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     >>> affine_of_rows(torch.ones(1, 2), torch.tensor([2.0, 3.0]), None)
     tensor([[2., 3.]])
     """
-    if execution("affine_of_rows", rows) == "aten" and rows.dtype in LOW_PRECISION:
+    body = execution("affine_of_rows", rows)
+    if body == "cpp":
+        from stabnorm.ops import _cpp_rows
+
+        return _cpp_rows.cpp_affine(rows, scale, shift)
+    if body == "aten" and rows.dtype in LOW_PRECISION:
         from stabnorm.ops import _cpu_rows
 
         return _cpu_rows.affine(rows, scale, shift)
@@ -46,7 +56,12 @@ def sums_of_rows(
     dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`functional.upstream_sums` with the rows' deviations from `mean`, or the rows where there is none."""
-    if execution("sums_of_rows", rows, valid) == "aten":
+    body = execution("sums_of_rows", rows, valid)
+    if body == "cpp":
+        from stabnorm.ops import _cpp_rows
+
+        return _cpp_rows.sums(dy, rows, mean, valid)
+    if body == "aten":
         from stabnorm.ops import _cpu_rows
 
         return _cpu_rows.sums(dy, rows, mean) * 2
@@ -64,7 +79,12 @@ def gradient_of_rows(
     offset: Tensor | None,
 ) -> Tensor:
     """`functional.input_gradient` in the dtype of the rows."""
-    if execution("gradient_of_rows", rows, valid) == "aten":
+    body = execution("gradient_of_rows", rows, valid)
+    if body == "cpp":
+        from stabnorm.ops import _cpp_rows
+
+        return _cpp_rows.cpp_gradient(dy, rows, mean, valid, scale, slope, offset)
+    if body == "aten":
         from stabnorm.ops import _cpu_rows
 
         shift = torch.zeros_like(slope) if mean is None else slope * mean

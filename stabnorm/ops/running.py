@@ -10,48 +10,21 @@ have come since; and how many of the accepted ones came since the warm-up began.
 accepted, and is it past the warm-up.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
 import torch
 from torch import Tensor
 
 from stabnorm.functional import geometric_mean, is_burst
+from stabnorm.ops._register import registered
 from stabnorm.ops.moments import is_recompute
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 REMEMBERED = 16  # forwards of one module between a forward and its recompute; beyond, the batch is its own statistic
-_library = torch.library.Library("stabnorm", "FRAGMENT")
-
-
-def _op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Register the decorated body as an op. What is called runs the body, and in a compiled graph the op."""
-
-    def register(body: Callable[_P, _T]) -> Callable[_P, _T]:
-        name = body.__name__
-        _library.define(name + schema)
-        _library.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"stabnorm::{name}", fake)
-        op = getattr(torch.ops.stabnorm, name).default
-
-        @functools.wraps(body)
-        def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            if torch.compiler.is_compiling():
-                return op(*args, **kwargs)  # type: ignore[no-any-return]
-            return body(*args, **kwargs)
-
-        return call
-
-    return register
 
 
 def _gate_like(square: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(square), square.new_empty(2, dtype=torch.bool)
 
 
-@_op(
+@registered(
     "(Tensor square, Tensor count, Tensor(a!) window, Tensor(b!) running, Tensor(c!) recent, Tensor(d!) step, "
     "Tensor(e!) skips, Tensor(f!) progress, int warmup, int patience, float momentum, float eps, bool filtered, "
     "bool counting) -> (Tensor, Tensor)",
@@ -107,7 +80,7 @@ def smooth_square_(
     return divisor, gate
 
 
-@_op(
+@registered(
     "(Tensor gradient, Tensor gate, Tensor(a!) window, Tensor(b!) average, Tensor(c!) filled, float momentum) "
     "-> Tensor",
     lambda gradient, *_: torch.empty_like(gradient),
@@ -138,7 +111,7 @@ def smooth_gradient_(
     return psi
 
 
-@_op(
+@registered(
     "(Tensor? mean, Tensor square, Tensor count, Tensor(a!)? running_mean, Tensor(b!) running_var, "
     "Tensor(c!)? window, Tensor(d!) step, Tensor(e!) skips, Tensor(f!) progress, int patience, float momentum, "
     "float eps, bool counting) -> ()",
@@ -193,7 +166,7 @@ def track_batch_(
     _count_(step, skips, progress, accepted, restart, counting)
 
 
-@_op(
+@registered(
     "(Tensor square, Tensor count, Tensor(a!) running, Tensor(b!) recent, Tensor(c!) step, Tensor(d!) skips, "
     "Tensor(e!) progress, int warmup, float alpha, bool counting) -> (Tensor, Tensor)",
     lambda square, *_: _gate_like(square),
@@ -237,7 +210,7 @@ def track_quadratic_(
     return divisor, gate
 
 
-@_op(
+@registered(
     "(Tensor gradient, Tensor power, Tensor gate, Tensor(a!) nu, float alpha) -> Tensor",
     lambda gradient, *_: torch.empty_like(gradient),
 )

@@ -1,0 +1,228 @@
+// `accumulate_moments_`: the moments of a norm's input x, of what it normalises it to, n, and of its tokens, in one read of
+// memory. Every tile of rows goes through the innermost caches two or three times: mean and variance of each token, then
+// column sums of deviations from a shift. Tiles add up in float64; blocks, each with the mean of its first tile as the
+// shift, and then threads, merge by Chan's rule.
+#include "vectors.h"
+
+namespace {
+
+constexpr int TILE = 64;            // rows; their column sums are float32
+constexpr int64_t BLOCK = 16 * TILE;  // rows with a common shift: it is off by at most four standard deviations
+
+enum Kind { BATCH, LAYER, RMS };
+enum { S_X, S_N, M_XX, M_XN, M_NN, SUMS };
+enum { SHIFT_X, SHIFT_N, REST_X, REST_N, VAR_X, COV_XN, VAR_N, MAX, MIN, CHANNEL_ROWS };
+enum { STD_MEAN, MEAN_MEAN, EPS_SHARE, STD_MIN, MEAN_MIN, STD_MAX, MEAN_MAX, TOKEN_ROWS };
+
+struct Account {  // of one thread
+  int64_t C, width, count = 0, block = 0;  // rows in all, and in the block
+  std::vector<float> shift, extreme;       // x, n; most, least
+  std::vector<double> now, mean, moment;   // sums of the block; x, n; xx, xn, nn
+  double token_sum[2] = {0, 0}, below = 0;
+  float token_min[2], token_max[2];
+
+  explicit Account(int64_t C) : C(C), width(padded(C)), shift(2 * width), extreme(2 * width), now(SUMS * width),
+                                mean(2 * width), moment(3 * width) {
+    const float inf = std::numeric_limits<float>::infinity();
+    std::fill_n(extreme.begin(), width, -inf);
+    std::fill_n(extreme.begin() + width, width, inf);
+    for (int i = 0; i < 2; i++) token_min[i] = inf, token_max[i] = -inf;
+  }
+
+  // Chan's rule, with rows of these means and sums of products around them.
+  void merge(int64_t n, const double* mean_b, const double* moment_b) {
+    if (n == 0) return;
+    double total = double(count + n), weight = n / total, spread = double(count) * n / total;
+    for (int64_t c = 0; c < C; c++) {
+      double dx = mean_b[c] - mean[c], dn = mean_b[width + c] - mean[width + c];
+      mean[c] += weight * dx, mean[width + c] += weight * dn;
+      moment[c] += moment_b[c] + spread * dx * dx;
+      moment[width + c] += moment_b[width + c] + spread * dx * dn;
+      moment[2 * width + c] += moment_b[2 * width + c] + spread * dn * dn;
+    }
+    count += n;
+  }
+
+  void end_block() {
+    if (block == 0) return;
+    std::vector<double> mean_b(2 * width), moment_b(3 * width);
+    for (int64_t c = 0; c < C; c++) {
+      double sx = now[S_X * width + c], sn = now[S_N * width + c];
+      mean_b[c] = shift[c] + sx / block, mean_b[width + c] = shift[width + c] + sn / block;
+      moment_b[c] = now[M_XX * width + c] - sx * sx / block;
+      moment_b[width + c] = now[M_XN * width + c] - sx * sn / block;
+      moment_b[2 * width + c] = now[M_NN * width + c] - sn * sn / block;
+    }
+    merge(block, mean_b.data(), moment_b.data());
+    std::fill(now.begin(), now.end(), 0.0);
+    block = 0;
+  }
+
+  void merge(const Account& other) {
+    merge(other.count, other.mean.data(), other.moment.data());
+    for (int64_t c = 0; c < C; c++) {
+      extreme[c] = std::max(extreme[c], other.extreme[c]);
+      extreme[width + c] = std::min(extreme[width + c], other.extreme[width + c]);
+    }
+    below += other.below;
+    for (int i = 0; i < 2; i++) {
+      token_sum[i] += other.token_sum[i];
+      token_min[i] = std::min(token_min[i], other.token_min[i]);
+      token_max[i] = std::max(token_max[i], other.token_max[i]);
+    }
+  }
+};
+
+template <class T> struct Tile {
+  const T* rows[TILE];
+  float mean[TILE], scale[TILE];  // what a token is normalised with: n = (x - origin - mean) scale
+  int size = 0;
+};
+
+// Mean (less the origin) and variance of a token, in two passes.
+template <class T> void token_moments(const T* row, int64_t C, float origin, float& mean, float& var) {
+  vf total[2] = {splat(0), splat(0)};
+  int64_t whole = C / (2 * W) * (2 * W), c = 0;
+  for (; c < whole; c += 2 * W) for (int k = 0; k < 2; k++) total[k] += load(row + c + k * W) - origin;
+  float rest = 0;
+  for_columns(C - whole, [&](int64_t at, int n, auto) {
+    float parts[W]; store(parts, load_some(row + whole + at, n) - origin);
+    for (int j = 0; j < n; j++) rest += parts[j];
+  });
+  mean = (sum(total[0] + total[1]) + rest) / C;
+  total[0] = total[1] = splat(0);
+  rest = 0;
+  for (c = 0; c < whole; c += 2 * W) for (int k = 0; k < 2; k++) {
+    vf d = load(row + c + k * W) - origin - mean;
+    total[k] += d * d;
+  }
+  for_columns(C - whole, [&](int64_t at, int n, auto) {
+    float parts[W]; store(parts, load_some(row + whole + at, n) - origin - mean);
+    for (int j = 0; j < n; j++) rest += parts[j] * parts[j];
+  });
+  var = (sum(total[0] + total[1]) + rest) / C;
+}
+
+// The normalised value of a row's columns; its scale and mean are the same in all of them.
+template <int kind> inline vf normalised(vf x, float origin, float mean, float scale) {
+  if (kind == LAYER) return (x - origin - mean) * scale;
+  return x * scale;
+}
+
+// The mean of the tile's columns, as the shift of a block that begins.
+template <class T, int kind> void set_shift(Account& a, const Tile<T>& t, float origin) {
+  for_columns(a.C, [&](int64_t c, int n, auto whole) {
+    vf of_x = splat(0), of_n = splat(0);
+    for (int r = 0; r < t.size; r++) {
+      vf x = take<whole>(t.rows[r] + c, n);
+      of_x += x;
+      if (kind != BATCH) of_n += normalised<kind>(x, origin, t.mean[r], t.scale[r]);
+    }
+    store(&a.shift[c], of_x / float(t.size));
+    store(&a.shift[a.width + c], of_n / float(t.size));
+  });
+}
+
+template <class T, int kind> void add_tile(Account& a, const Tile<T>& t, float origin) {
+  for_columns(a.C, [&](int64_t c, int n, auto whole) {
+    vf sum_x = splat(0), sum_n = splat(0), xx = splat(0), xn = splat(0), nn = splat(0);
+    vf most = load(&a.extreme[c]), least = load(&a.extreme[a.width + c]);
+    const vf shift_x = load(&a.shift[c]), shift_n = load(&a.shift[a.width + c]);
+    for (int r = 0; r < t.size; r++) {
+      vf x = take<whole>(t.rows[r] + c, n);
+      most = max(most, x), least = min(least, x);
+      vf d = x - shift_x;
+      sum_x += d, xx += d * d;
+      if (kind != BATCH) {
+        vf e = normalised<kind>(x, origin, t.mean[r], t.scale[r]) - shift_n;
+        sum_n += e, xn += d * e, nn += e * e;
+      }
+    }
+    store(&a.extreme[c], most), store(&a.extreme[a.width + c], least);
+    const vf sums[SUMS] = {sum_x, sum_n, xx, xn, nn};
+    for (int k = 0; k < SUMS; k++) {
+      double* into = &a.now[k * a.width + c];
+      for (int j = 0; j < W; j++) into[j] += sums[k][j];
+    }
+  });
+}
+
+// `kind` is what the columns are normalised to, `of_tokens` what the layer divides by.
+template <class T, int kind>
+void add_rows(Account& a, const T* x, int64_t first, int64_t last, const uint8_t* valid, int of_tokens, bool tokens,
+              float eps) {
+  Tile<T> t;
+  float origin = 0;
+  bool begun = false;
+  auto finish = [&] {
+    if (t.size == 0) return;
+    if (a.block == 0) set_shift<T, kind>(a, t, origin);
+    add_tile<T, kind>(a, t, origin);
+    a.block += t.size;
+    if (a.block >= BLOCK) a.end_block();
+    t.size = 0;
+  };
+  for (int64_t r = first; r < last; r++) {
+    if (valid && !valid[r]) continue;
+    const T* row = x + r * a.C;
+    if (kind != BATCH || tokens) {
+      float mean, var;
+      if (!begun) token_moments(row, a.C, 0.f, origin, var), begun = true;
+      token_moments(row, a.C, origin, mean, var);
+      double whole = double(origin) + mean, square = of_tokens == RMS ? var + whole * whole : var;
+      t.mean[t.size] = mean, t.scale[t.size] = float(1 / std::sqrt(square + eps));
+      a.below += square < 10.0 * eps;
+      const float of_token[2] = {std::sqrt(var), float(whole)};
+      for (int i = 0; i < 2; i++) {
+        a.token_sum[i] += i ? whole : of_token[0];
+        a.token_min[i] = std::min(a.token_min[i], of_token[i]);
+        a.token_max[i] = std::max(a.token_max[i], of_token[i]);
+      }
+    }
+    t.rows[t.size++] = row;
+    if (t.size == TILE) finish();
+  }
+  finish();
+  a.end_block();
+}
+
+}  // namespace
+
+// Returns the number of valid rows, and leaves the account as it is where there is none. `channel` has rows of `stride`.
+extern "C" int64_t stabnorm_moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
+                                    int tokens, int normalized, float eps, int threads, float* channel, int64_t stride, float* token) {
+  const int parts = parts_of(rows, C, threads), columns = normalized ? kind : BATCH;
+  std::vector<Account> accounts(parts, Account(C));
+  in_parallel(parts, [&](int part) {
+    int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
+    with_type(type, [&](auto* typed) {
+      using T = std::remove_pointer_t<decltype(typed)>;
+      auto add = columns == LAYER ? add_rows<T, LAYER> : columns == RMS ? add_rows<T, RMS> : add_rows<T, BATCH>;
+      add(accounts[part], (const T*)x, first, last, valid, kind, tokens, eps);
+    });
+  });
+  Account& a = accounts[0];
+  for (int part = 1; part < parts; part++) a.merge(accounts[part]);
+  if (a.count == 0) return 0;
+  const double n = double(a.count);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (int64_t c = 0; c < C; c++) {
+    auto out = [&](int row) -> float& { return channel[row * stride + c]; };
+    float most = a.extreme[c], least = a.extreme[a.width + c];
+    if (std::isnan(a.mean[c]) && std::isfinite(most) && std::isfinite(least)) most = least = nan;  // a maximum passes over it
+    out(MAX) = most, out(MIN) = least;
+    out(SHIFT_X) = float(a.mean[c]), out(REST_X) = float(a.mean[c] - out(SHIFT_X));
+    out(VAR_X) = float(a.moment[c] / n);
+    if (columns == BATCH) continue;
+    out(SHIFT_N) = float(a.mean[a.width + c]), out(REST_N) = float(a.mean[a.width + c] - out(SHIFT_N));
+    out(COV_XN) = float(a.moment[a.width + c] / n), out(VAR_N) = float(a.moment[2 * a.width + c] / n);
+  }
+  if (columns == BATCH && !tokens) return a.count;
+  token[STD_MEAN] = float(a.token_sum[0] / n), token[MEAN_MEAN] = float(a.token_sum[1] / n);
+  token[EPS_SHARE] = kind == BATCH ? 0.f : float(a.below / n);
+  for (int i = 0; i < 2; i++) {
+    bool spoilt = std::isnan(a.token_sum[i]);
+    token[STD_MIN + i] = spoilt ? nan : a.token_min[i], token[STD_MAX + i] = spoilt ? nan : a.token_max[i];
+  }
+  return a.count;
+}

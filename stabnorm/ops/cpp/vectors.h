@@ -1,0 +1,115 @@
+// Vectors of floats as wide as the machine's registers, loaded from and stored to float, bfloat16 and half; and loops over
+// rows. Plain C++17 with GCC's vector extensions, which clang has too: nothing of torch, so that it builds in seconds.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vs __attribute__((vector_size(2 * W)));
+
+struct bf16 { uint16_t bits; };
+struct half { uint16_t bits; };
+
+static inline vf splat(float a) { return vf{} + a; }
+
+static inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+static inline vf load(const bf16* p) {
+  vs s; std::memcpy(&s, p, sizeof s);
+  vu u = __builtin_convertvector(s, vu) << 16;
+  vf v; std::memcpy(&v, &u, sizeof v); return v;
+}
+static inline void store(bf16* p, vf v) {
+  vu u; std::memcpy(&u, &v, sizeof u);
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  vu quiet = (u >> 16) | 0x40;                        // rounding could carry a NaN over to infinity
+  vu is_nan = (vu)(v != v);
+  vs s = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), vs);
+  std::memcpy(p, &s, sizeof s);
+}
+
+#if defined(__AVX512F__)
+static inline vf load(const half* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline void store(half* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif defined(__F16C__)
+static inline vf load(const half* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline void store(half* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+#define NO_HALF 1
+static inline vf load(const half*) { return splat(NAN); }
+static inline void store(half*, vf) {}
+#endif
+
+// The first n < W numbers, and zeros.
+template <class T> static inline vf load_some(const T* p, int n) {
+  T padded[W]; std::memset(padded, 0, sizeof padded);
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+template <class T> static inline void store_some(T* p, vf v, int n) {
+  T padded[W]; store(padded, v);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+template <bool whole, class T> static inline vf take(const T* p, int n) { return whole ? load(p) : load_some(p, n); }
+template <bool whole, class T> static inline void put(T* p, vf v, int n) { if (whole) store(p, v); else store_some(p, v, n); }
+
+static inline vf max(vf a, vf b) { return a > b ? a : b; }
+static inline vf min(vf a, vf b) { return a < b ? a : b; }
+static inline float sum(vf v) {
+  float parts[W]; store(parts, v);
+  for (int half = W / 2; half; half /= 2) for (int j = 0; j < half; j++) parts[j] += parts[j + half];
+  return parts[0];
+}
+
+// f(first column, columns, whole?) for every vector of a row of C columns.
+template <class F> static inline void for_columns(int64_t C, F f) {
+  int64_t c = 0;
+  for (; c + W <= C; c += W) f(c, W, std::true_type{});
+  if (c < C) f(c, (int)(C - c), std::false_type{});
+}
+
+static inline int64_t padded(int64_t C) { return (C + 4 * W - 1) / (4 * W) * (4 * W); }
+
+// f(part) for every part, on as many threads. The split depends on their number only, so sums come out the same each time.
+template <class F> static void in_parallel(int parts, F f) {
+#if defined(_OPENMP)
+  if (parts > 1) {
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+    for (int part = 0; part < parts; part++) f(part);
+    return;
+  }
+#endif
+  for (int part = 0; part < parts; part++) f(part);
+}
+
+static inline int parts_of(int64_t rows, int64_t C, int threads) {
+  int64_t worth = std::max<int64_t>(1, rows * C / 16384);  // less is not worth waking a thread
+  return (int)std::min<int64_t>(std::max(threads, 1), std::min(worth, rows));
+}
+
+enum Type { FLOAT, BFLOAT16, HALF };
+
+// f(pointer of the right type) for data of a type that is known at run time.
+template <class F> static inline void with_type(int type, F f) {
+  if (type == FLOAT) f((float*)nullptr);
+  else if (type == BFLOAT16) f((bf16*)nullptr);
+  else f((half*)nullptr);
+}

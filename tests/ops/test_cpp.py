@@ -1,0 +1,179 @@
+"""The C++ bodies for CPUs: built only when asked for, kept, missed without harm, and the same in compiled graphs."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stabnorm import StabilityMonitor
+from stabnorm.nn import PowerNorm, RepBN, UnifiedNorm
+from stabnorm.ops import _cpp, backends, dispatch, use_kernels
+from stabnorm.ops.rows import moments_of_rows, sums_of_rows
+
+
+@pytest.fixture
+def not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """As in a new process with an empty cache."""
+    monkeypatch.setenv("STABNORM_CACHE", str(tmp_path))
+    monkeypatch.setattr(_cpp, "_failure", None)
+    _cpp._load.cache_clear()
+    yield tmp_path
+    _cpp._load.cache_clear()
+
+
+@pytest.fixture
+def compiler() -> None:
+    reason = _cpp.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def cpp(compiler: None) -> Iterator[None]:
+    with use_kernels("cpp"):
+        yield
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_nothing_is_built_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_called(*_: object) -> None:
+        raise AssertionError("a compiler was called")
+
+    monkeypatch.setattr(_cpp, "_run", not_called)
+    with use_kernels("auto"):
+        assert "cpp is opt-in: set STABNORM_KERNELS=cpp" in str(backends(["cpu"]))
+        RepBN(8)(torch.randn(4, 8))
+    with use_kernels("cpp"), pytest.raises(AssertionError, match="a compiler was called"):
+        backends(["cpu"])
+
+
+@pytest.mark.parametrize(("compiler_", "said"), [("false", "false failed: exit status 1"), ("nowhere/c++", "nowhere")])
+def test_without_a_working_compiler_atens_bodies_run_and_one_warning_says_why(
+    compiler_: str, said: str, not_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", compiler_)
+    x = torch.randn(9, 8)
+    with use_kernels("cpp"), caplog.at_level(logging.WARNING, "stabnorm"):
+        assert dispatch.execution("moments_of_rows", x) == "aten"
+        RepBN(8)(x)
+        assert said in str(backends(["cpu"]))
+    assert len(caplog.records) == 1
+    assert said in caplog.text
+    assert list(not_loaded.iterdir()) == []
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_no_compiler_at_all_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert _cpp.why_not() == "no C++ compiler found. Install g++ or clang++, or set CXX"
+
+
+@pytest.mark.usefixtures("compiler")
+def test_what_was_built_is_found_again(not_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    run = _cpp._run
+
+    def counted(compiler: str, *arguments: str) -> str:
+        if "-shared" not in arguments:
+            return run(compiler, *arguments)
+        built.append(compiler)
+        Path(arguments[-1]).write_bytes(b"")
+        return ""
+
+    monkeypatch.setattr(_cpp, "_run", counted)
+    first, second = _cpp._built(), _cpp._built()
+    assert first == second
+    assert len(built) == 1
+    monkeypatch.setattr(_cpp, "FLAGS", (*_cpp.FLAGS, "-DOTHER"))
+    assert _cpp._built() != first
+    assert len(built) == 2
+    assert len(list(not_loaded.iterdir())) == 2  # and no draft
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_threads_change_nothing_but_the_last_digits(dtype: torch.dtype) -> None:
+    x, dy = (torch.randn(2, 3001, 70) * 3 + 1).to(dtype).unbind()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            _, mean, square = moments_of_rows(x, None, center=True)
+            assert mean is not None
+            found.append(torch.stack([mean, square, *sums_of_rows(dy, x, mean, None)]))
+            again = moments_of_rows(x, None, center=True)
+            assert torch.equal(again.square, square)
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=3e-3)  # of sums around 500
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("norm", [RepBN, UnifiedNorm, PowerNorm])
+def test_a_compiled_module_calls_them_and_gives_what_eager_gives(norm: type[nn.Module], masked: bool) -> None:
+    torch.compiler.reset()
+    module, twin = norm(24), norm(24)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    mask = torch.rand(5, 9) < 0.7 if masked else None
+    for _ in range(2):
+        x, dy = torch.randn(5, 9, 24), torch.randn(5, 9, 24)
+        results: list[Tensor] = []
+        for forward in (module, compiled):
+            x = x.detach().requires_grad_()
+            y = forward(x, mask)
+            y.backward(dy)
+            assert x.grad is not None
+            results += [y.detach(), x.grad]
+        torch.testing.assert_close(results[:2], results[2:], rtol=1e-6, atol=1e-6)
+    for name, buffer in module.state_dict().items():
+        torch.testing.assert_close(buffer, twin.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("cpp")
+def test_the_ops_tell_the_truth_about_themselves() -> None:
+    rows, dy, vector = torch.randn(6, 8), torch.randn(6, 8), torch.randn(8)
+    valid, ops = torch.rand(6) < 0.5, torch.ops.stabnorm
+    for op, arguments in (
+        (ops.cpp_batch_moments, (rows, valid, True)),
+        (ops.cpp_affine, (rows, vector, None)),
+        (ops.cpp_sums, (dy, rows, vector, valid)),
+        (ops.cpp_gradient, (dy, rows, None, None, vector, vector, vector)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.usefixtures("cpp")
+def test_layouts_that_are_not_rows_side_by_side() -> None:
+    x = torch.randn(4, 12, 5, 6).to(memory_format=torch.channels_last)
+    norm, upstream = RepBN(12, channel_dim=1), torch.randn(4, 12, 1, 1).expand(4, 12, 5, 6)
+    results = []
+    for setting in ("cpp", "reference"):
+        with use_kernels(setting):
+            leaf = x.detach().requires_grad_()
+            y = norm(leaf)
+            y.backward(upstream)
+            assert leaf.grad is not None
+            results.append((y.detach(), leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_monitor_sees_the_same_with_them() -> None:
+    histories = []
+    for setting in ("cpp", "auto"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.RMSNorm(16), nn.Linear(16, 4))
+        with use_kernels(setting), StabilityMonitor(model, flush_every=3) as monitor:
+            for _ in range(5):
+                for _ in range(2):  # micro-batches merge
+                    model(torch.randn(7, 9, 8)).backward(torch.randn(7, 9, 4))
+                monitor.step()
+            histories.append(monitor.history())
+    for name, values in histories[0].items():
+        torch.testing.assert_close(values, histories[1][name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)

@@ -354,3 +354,37 @@ def join_gradients(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
     Nothing, not 0 times its gradient: that may be NaN, and even +0 would turn a -0 of the other.
     """
     return torch.where(lam == 1, of_norm, torch.where(lam == 0, of_rep, of_norm + of_rep))
+
+
+def blended_norm(
+    lam: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""PRepBN's blend of LayerNorm and an affine map (arXiv:2405.11582, eq. 3), and each token's mean and 1 / std.
+
+    .. math:: y = \lambda (w n + b) + (1 - \lambda) (\mathrm{scale}\, x + \mathrm{shift}),\quad n = (x - m) r
+    """
+    mean, var = token_mean_var(rows)
+    norm = normalize_tokens(rows, "layer", eps)
+    norm = norm if weight is None else norm * weight
+    rep = rows * scale
+    y = blend(lam, norm if bias is None else norm + bias, rep if shift is None else rep + shift)
+    return y, mean, torch.rsqrt(var + eps)
+
+
+def blended_gradient(
+    lam: Tensor, dy: Tensor, normalized: Tensor, token_rstd: Tensor, weight: Tensor | None, of_rep: Tensor
+) -> Tensor:
+    r"""Dx of `blended_norm` from ``of_rep``, the `input_gradient` of its affine map, without the weight.
+
+    .. math:: dx = \lambda r (g - \overline{g} - n\,\overline{g n}) + (1 - \lambda)\,\mathrm{of\_rep},\quad g = w\,dy
+    """
+    g = dy if weight is None else dy * weight
+    along = (g * normalized).mean(-1, keepdim=True)
+    of_norm = (g - g.mean(-1, keepdim=True) - normalized * along) * token_rstd[:, None]
+    return blend(lam, of_norm, of_rep)

@@ -11,7 +11,7 @@ from stabnorm.nn._channel_norm import ChannelNorm, normalize
 from stabnorm.nn.official import OfficialPowerNorm
 from stabnorm.nn.unified import check_variant
 from stabnorm.norms import register_norm
-from stabnorm.ops.rows import widened
+from stabnorm.ops.rows import gradient_of_groups, scaled_groups, widened
 from stabnorm.ops.running import REMEMBERED, track_quadratic_
 
 
@@ -168,31 +168,19 @@ class PowerNorm(ChannelNorm):
 
 
 class _GroupScaling(torch.autograd.Function):
-    r"""`functional.scale_groups` with its gradient written out; autograd of the formula takes twice the passes.
-
-    .. math:: y = x r,\quad r = 1 / \sqrt{\overline{x^2} + \epsilon},\qquad dx = (dy - y\,\overline{dy\,y})\, r
-    """
+    """`functional.scale_groups` with its gradient written out; autograd of the formula takes twice the passes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, groups: int, eps: float, masked: bool) -> Tensor:
-        grouped = rows.unflatten(-1, (groups, -1))
-        wide = widened(grouped)
-        size = torch.linalg.vector_norm(wide, 2, -1, keepdim=True)
-        r = torch.rsqrt(size.square() / wide.shape[-1] + eps)
-        y = (wide * r).to(rows.dtype)
+        y, r = scaled_groups(rows, groups, eps)
         ctx.save_for_backward(y, r)
         ctx.masked = masked
-        return y.flatten(-2)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         y, r = ctx.saved_tensors
-        dy, y = widened(grad_y.view_as(y)), widened(y)
-        along = (dy * y).mean(-1, keepdim=True)
-        dx = torch.addcmul(dy, y, along, value=-1).mul_(r)
-        if ctx.masked:  # padding may hold NaN, and what comes back to it is 0
-            dx = torch.where((dy == 0).all(-1, keepdim=True), 0, dx)
-        return dx.to(grad_y.dtype).flatten(-2), None, None, None
+        return gradient_of_groups(grad_y, y, r, ctx.masked), None, None, None
 
 
 register_norm(PowerNorm, "batch", channel_dim="channel_dim")

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from stabnorm.functional import channel_affine
+from stabnorm.functional import BatchMoments, channel_affine
 from stabnorm.nn._channel_norm import ChannelNorm, normalize
 from stabnorm.norms import register_norm
 from stabnorm.ops.rows import affine_of_rows
@@ -110,16 +110,20 @@ class RepBN(ChannelNorm):
         if not self.training:
             y = self.eval_affine(rows, self.running_mean, self.running_var, weight, bias, eta)
             return self.like_input(y, x)
-        moments = self.moments(rows, valid, center=self.center)
-        with torch.no_grad():
-            track_batch_(
-                moments.mean, moments.square, moments.rows, self.running_mean, self.running_var, self.window,
-                self.step, self.skips, self.progress, 2 * WINDOW, -1.0 if self.momentum is None else self.momentum,
-                self.eps, self.counts_steps,
-            )  # fmt: skip
-            rstd = torch.rsqrt(moments.square + self.eps)
+        moments, rstd = self.gather(rows, valid)
         y = normalize(rows, valid, weight, bias, eta, moments, rstd, self.sync)
         return self.like_input(y, x)
+
+    @torch.no_grad()
+    def gather(self, rows: Tensor, valid: Tensor | None) -> tuple[BatchMoments, Tensor]:
+        """The batch's moments and 1 / sigma ``[C]``; the running statistics take the batch in."""
+        moments = self.moments(rows, valid, center=self.center)
+        track_batch_(
+            moments.mean, moments.square, moments.rows, self.running_mean, self.running_var, self.window,
+            self.step, self.skips, self.progress, 2 * WINDOW, -1.0 if self.momentum is None else self.momentum,
+            self.eps, self.counts_steps,
+        )  # fmt: skip
+        return moments, torch.rsqrt(moments.square + self.eps)
 
     @torch.no_grad()
     def of_batch(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -48,9 +48,9 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "affine": (None, (_POINTER, *_ROWS, _POINTER, _POINTER, _INT, _POINTER)),
     "sums": (None, (_POINTER, _POINTER, *_ROWS, _POINTER, _POINTER, _INT, _POINTER)),
     "gradient": (None, (_POINTER, _POINTER, *_ROWS, *[_POINTER] * 5, _INT, _POINTER)),
-    "blend": (None, (_POINTER, *_ROWS, _INT, _FLOAT, *[_POINTER] * 3, _INT, *[_POINTER] * 3)),
+    "blend": (None, (_POINTER, *_ROWS, _FLOAT, *[_POINTER] * 3, _INT, *[_POINTER] * 3)),
     "blend_sums": (None, (_POINTER, _POINTER, *_ROWS, *[_POINTER] * 4, _INT, _POINTER)),
-    "blend_gradient": (None, (_POINTER, _POINTER, *_ROWS, _POINTER, _INT, *[_POINTER] * 7, _INT, _POINTER)),
+    "blend_gradient": (None, (_POINTER, _POINTER, *_ROWS, *[_POINTER] * 8, _INT, _POINTER)),
     "scale_groups": (None, (_POINTER, *_ROWS, _SIZE, _FLOAT, _INT, _POINTER, _POINTER)),
     "scale_groups_gradient": (None, (_POINTER, _POINTER, *_ROWS, _SIZE, _POINTER, _INT, _POINTER)),
 }

@@ -76,6 +76,26 @@ def cpp_gradient(
     return dx
 
 
+@registered(
+    "(Tensor rows, int groups, float eps) -> (Tensor, Tensor)",
+    lambda rows, groups, eps: (_empty(rows), rows.new_empty(len(rows), groups, dtype=torch.float32)),
+)
+def cpp_scale_groups(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """See `functional.scale_groups`; and what it multiplied with."""
+    rows = rows.contiguous()
+    y, r = _empty(rows), rows.new_empty(len(rows), groups, dtype=torch.float32)
+    call("scale_groups", rows, *_shape(rows), groups, eps, torch.get_num_threads(), y, r)
+    return y, r
+
+
+@registered("(Tensor dy, Tensor y, Tensor r) -> Tensor", lambda dy, y, r: _empty(y))
+def cpp_gradient_of_groups(dy: Tensor, y: Tensor, r: Tensor) -> Tensor:
+    """See `ops.rows.gradient_of_groups`."""
+    dx = _empty(y)
+    call("scale_groups_gradient", _like(dy, y), y, *_shape(y), r.shape[1], r, torch.get_num_threads(), dx)
+    return dx
+
+
 def _shape(rows: Tensor) -> tuple[int, int, int]:
     return TYPES[rows.dtype], rows.shape[0], rows.shape[1]
 

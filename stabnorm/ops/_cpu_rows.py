@@ -22,11 +22,13 @@ def _block_rows(channels: int) -> int:
     return max(1, BLOCK // channels)
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, a block at a time."""
     return zip(*(t.split(_block_rows(t.shape[1])) for t in tensors), strict=True)
 
 
-def _scratch(rows: Tensor) -> Tensor:
+def scratch(rows: Tensor) -> Tensor:
+    """Float32 memory for a block."""
     size = min(len(rows), _block_rows(rows.shape[1]))
     return rows.new_empty(size, rows.shape[1], dtype=torch.float32)
 
@@ -59,11 +61,11 @@ def moments(rows: Tensor, center: bool) -> BatchMoments:
     The mean of the first block is subtracted from all. It is off the mean by at most sqrt(1 / f) standard deviations
     when the block holds a share f of the rows, so that what is subtracted at the end cannot eat the variance.
     """
-    scratch = _scratch(rows)
-    total, square, zero = scratch.new_zeros(3, rows.shape[1])
+    memory = scratch(rows)
+    total, square, zero = memory.new_zeros(3, rows.shape[1])
     origin: Tensor | None = None
-    for (block,) in _blocks(rows):
-        work = scratch[: len(block)]
+    for (block,) in blocks(rows):
+        work = memory[: len(block)]
         wide = block if block.dtype == torch.float32 else work.copy_(block)
         if center:
             origin = wide.mean(0) if origin is None else origin
@@ -71,7 +73,7 @@ def moments(rows: Tensor, center: bool) -> BatchMoments:
         sums = _column_sums(wide, wide, zero)
         total += sums[0]
         square += sums[1]
-    count = scratch.new_full((), len(rows))
+    count = memory.new_full((), len(rows))
     if origin is None:
         return BatchMoments(count, None, square / count)
     rest = total / count
@@ -80,9 +82,9 @@ def moments(rows: Tensor, center: bool) -> BatchMoments:
 
 def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """``rows scale + shift`` for rows in low precision."""
-    y, scratch = torch.empty_like(rows), _scratch(rows)
-    for block, out in _blocks(rows, y):
-        work = scratch[: len(block)]
+    y, memory = torch.empty_like(rows), scratch(rows)
+    for block, out in blocks(rows, y):
+        work = memory[: len(block)]
         work.copy_(block)
         if shift is None:
             work.mul_(scale)
@@ -95,7 +97,7 @@ def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 def sums(dy: Tensor, rows: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
     """Column sums of ``dy`` and of ``dy (rows - mean)``."""
     plain, weighted, zero = rows.new_zeros(3, rows.shape[1], dtype=torch.float32)
-    for upstream, block in _blocks(dy, rows):
+    for upstream, block in blocks(dy, rows):
         sums = _column_sums(upstream.float(), block.float(), zero if mean is None else mean)
         plain += sums[0]
         weighted += sums[1]
@@ -106,8 +108,8 @@ def gradient(dy: Tensor, rows: Tensor, scale: Tensor, slope: Tensor, shift: Tens
     """``dy scale + rows slope + shift``."""
     if dy.dtype == rows.dtype == torch.float32:
         return torch.addcmul(shift, rows, slope).addcmul_(dy, scale)
-    dx, work, wide = torch.empty_like(rows), _scratch(rows), _scratch(rows)
-    for upstream, block, out in _blocks(dy, rows, dx):
+    dx, work, wide = torch.empty_like(rows), scratch(rows), scratch(rows)
+    for upstream, block, out in blocks(dy, rows, dx):
         size = len(block)
         torch.addcmul(shift, wide[:size].copy_(block), slope, out=work[:size])
         out.copy_(work[:size].addcmul_(wide[:size].copy_(upstream), scale))

@@ -51,6 +51,8 @@ BODIES: dict[str, tuple[Body, ...]] = {
     "gradient_of_rows": (Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "blend": (Body("aten"),),
     "join_gradients": (Body("aten"),),
+    "blended_norm": (Body("cpp", in_graphs=True), Body("aten", masks=False)),
+    "scale_groups": (Body("cpp", in_graphs=True),),
 }
 
 

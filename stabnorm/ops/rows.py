@@ -92,3 +92,33 @@ def gradient_of_rows(
     wide = widened(rows)
     deviations = wide if mean is None else wide - mean
     return functional.input_gradient(widened(dy), deviations, valid, scale, slope, offset).to(rows.dtype)
+
+
+def scaled_groups(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """`functional.scale_groups` in the dtype of the rows, and what it multiplied with, ``[R, groups]``."""
+    if execution("scale_groups", rows) == "cpp":
+        from stabnorm.ops import _cpp_rows
+
+        return _cpp_rows.cpp_scale_groups(rows, groups, eps)
+    grouped = widened(rows.unflatten(-1, (groups, -1)))
+    size = torch.linalg.vector_norm(grouped, 2, -1, keepdim=True)
+    r = torch.rsqrt(size.square() / grouped.shape[-1] + eps)
+    return (grouped * r).to(rows.dtype).flatten(-2), r.squeeze(-1)
+
+
+def gradient_of_groups(dy: Tensor, y: Tensor, r: Tensor, masked: bool) -> Tensor:
+    r"""Dx of `scaled_groups`; padding, which may hold NaN, gets 0 where 0 comes back to it.
+
+    .. math:: dx = (dy - y\,\overline{dy\,y})\, r
+    """
+    if execution("scale_groups", y) == "cpp":
+        from stabnorm.ops import _cpp_rows
+
+        return _cpp_rows.cpp_gradient_of_groups(dy, y, r)
+    shape = (r.shape[-1], -1)
+    grouped, scaled = widened(dy).unflatten(-1, shape), widened(y).unflatten(-1, shape)
+    along = (grouped * scaled).mean(-1, keepdim=True)
+    dx = torch.addcmul(grouped, scaled, along, value=-1).mul_(r[..., None])
+    if masked:
+        dx = torch.where((grouped == 0).all(-1, keepdim=True), 0, dx)
+    return dx.to(dy.dtype).flatten(-2)

@@ -9,6 +9,7 @@ Args: --device cpu|cuda|cuda:N ...; default: all there are.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +21,17 @@ from stabnorm import functional
 from stabnorm.functional import COV_XN, MAX, MIN, REST_N, REST_X, SHIFT_N, SHIFT_X, VAR_N, VAR_X, RawMoments
 from stabnorm.ops import dispatch, tested
 from stabnorm.ops.blend import blend, join_gradients
-from stabnorm.ops.dispatch import use_kernels
+from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
+from stabnorm.ops.dispatch import execution, use_kernels
 from stabnorm.ops.moments import accumulate_moments_
-from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
+from stabnorm.ops.rows import (
+    affine_of_rows,
+    gradient_of_groups,
+    gradient_of_rows,
+    moments_of_rows,
+    scaled_groups,
+    sums_of_rows,
+)
 
 # The largest error of a statistic, which is float32 whatever the rows are, and of rows in their own dtype.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
@@ -162,6 +171,57 @@ def _blend(case: Case, op: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Result
     return results
 
 
+def _blended(case: Case, lam_: float) -> Results:
+    """Both norms of a PRepBN, there and back, as its autograd function calls them."""
+    mean, scale, shift, slope, weight, bias = case.vectors.unbind()
+    scale = scale / 4
+    lam, natural = torch.tensor(lam_, device=case.x.device), case.x.double().nan_to_num(0)
+    body = execution("blended_norm", case.x, case.valid)
+    y, *tokens = blended_norm(body, lam, case.x, weight, bias, 1e-5, scale, shift)
+    sums = blended_sums(body, lam, case.dy, case.x, mean, case.valid, *tokens)
+    dx, of_weight, of_bias = blended_gradient(
+        body, lam, case.dy, case.x, weight, bias, scale, mean, case.valid, slope, shift, tokens[0], tokens[1], sums
+    )
+    keep = torch.ones_like(case.x[:, :1], dtype=torch.bool) if case.valid is None else case.valid[:, None]
+    y, dx = (torch.where(keep, t, 0) for t in (y, dx))
+    dy, width = case.dy.double(), case.x.shape[1] ** 0.5
+    # What ATen's LayerNorm, which runs in some bodies, loses where a token's mean is far above its spread.
+    spread = natural.var(1, correction=0, keepdim=True).add(1e-5).rsqrt().clamp(min=1) * (1 + natural.abs())
+    total = dy.square().sum(0).sqrt() * 10 + 1e-3
+    results: Results = {
+        "y": (y, weight.abs() * width * spread + (natural * scale).abs() + shift.abs() + bias.abs(), True)
+    }
+    if lam_ == 1:  # LayerNorm's own bits from here on, whatever they are worth
+        return results
+    of_dx = (dy * weight).abs().amax(1, keepdim=True) * spread + ((natural - mean) * slope).abs() + 1
+    results["dx"] = (dx, of_dx, True)
+    if lam_ > 0 and case.valid is None:  # padding full of NaN is in LayerNorm's own gradient
+        results |= {"gain": (of_weight, total * width * spread.amax(), True), "bias": (of_bias, total, True)}
+    of_x = (natural - mean).abs().amax() + 1
+    for name, found in (("plain", sums.plain_valid), ("weighted", sums.weighted_valid)):
+        results[name] = (found, total * of_x, False)
+    return results
+
+
+def _groups(case: Case) -> Results:
+    """Where the channels split in three, in three; there and back."""
+    groups = 3 if case.x.shape[1] % 3 == 0 else 1
+    y, r = scaled_groups(case.x, groups, 1e-5)
+    dx = gradient_of_groups(case.dy, case.x, r, case.valid is not None)
+    keep = torch.ones_like(case.x[:, :1], dtype=torch.bool) if case.valid is None else case.valid[:, None]
+    natural = torch.where(keep, case.x.double(), 0).abs().amax(1, keepdim=True)
+    size = (
+        case.dy.double().abs().amax(1, keepdim=True)
+        * (1 + natural * natural)
+        * r.double().nan_to_num(0).amax(1, keepdim=True)
+    )
+    return {
+        "y": (torch.where(keep, y, 0), 1.0, True),
+        "r": (torch.where(keep, r, 0), 1.0, False),
+        "dx": (torch.where(keep, dx, 0), size, True),
+    }
+
+
 CHECKS: dict[str, tuple[Callable[[Case], Results], ...]] = {
     "accumulate_moments_": (
         lambda case: _moments(case, "layer"),
@@ -174,6 +234,8 @@ CHECKS: dict[str, tuple[Callable[[Case], Results], ...]] = {
     "gradient_of_rows": (_gradient,),
     "blend": (lambda case: _blend(case, blend),),
     "join_gradients": (lambda case: _blend(case, join_gradients),),
+    "blended_norm": tuple(functools.partial(_blended, lam_=lam) for lam in (0.0, 0.3, 1.0)),
+    "scale_groups": (_groups,),
 }
 
 
@@ -223,13 +285,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         passed = []
         for op in CHECKS:
             there = executions(op, device)
-            wrong: dict[str, list[str]] = {execution: [] for execution in there}
+            wrong: dict[str, list[str]] = {name: [] for name in there}
             for case in cases(device):
                 right = truth(op, case)
-                for execution, setting in there.items():
-                    wrong[execution] += failures(op, setting, case, right)
-            for execution, lines in wrong.items():
-                print(f"{device}  {op:20}  {execution:9}  {lines[0] if lines else 'passed'}", flush=True)
+                for name, setting in there.items():
+                    wrong[name] += failures(op, setting, case, right)
+            for name, lines in wrong.items():
+                print(f"{device}  {op:20}  {name:9}  {lines[0] if lines else 'passed'}", flush=True)
             failed += sum(map(bool, wrong.values()))
             if "triton" in wrong and not wrong["triton"]:
                 passed.append(op)

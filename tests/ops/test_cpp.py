@@ -1,15 +1,18 @@
 """The C++ bodies for CPUs: built only when asked for, kept, missed without harm, and the same in compiled graphs."""
 
+import copy
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from stabnorm import StabilityMonitor
-from stabnorm.nn import PowerNorm, RepBN, UnifiedNorm
+from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from stabnorm.ops import _cpp, backends, dispatch, use_kernels
 from stabnorm.ops.rows import moments_of_rows, sums_of_rows
 
@@ -115,8 +118,10 @@ def test_threads_change_nothing_but_the_last_digits(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("cpp")
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("norm", [RepBN, UnifiedNorm, PowerNorm])
-def test_a_compiled_module_calls_them_and_gives_what_eager_gives(norm: type[nn.Module], masked: bool) -> None:
+@pytest.mark.parametrize("norm", [RepBN, UnifiedNorm, PowerNorm, PRepBN, functools.partial(PowerNorm, groups=3)])
+def test_a_compiled_module_calls_them_and_gives_what_eager_gives(
+    norm: Callable[[int], nn.Module], masked: bool
+) -> None:
     torch.compiler.reset()
     module, twin = norm(24), norm(24)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
@@ -177,3 +182,71 @@ def test_a_monitor_sees_the_same_with_them() -> None:
             histories.append(monitor.history())
     for name, values in histories[0].items():
         torch.testing.assert_close(values, histories[1][name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("setting", ["auto", "cpp"])
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_both_norms_at_once_are_the_one_or_the_other_bit_for_bit_at_the_ends(lam: float, setting: str) -> None:
+    norm = PRepBN(40)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_()
+    norm.lam.fill_(lam)
+    alone: nn.Module = copy.deepcopy(norm.rep)
+    if lam == 1:
+        alone = nn.LayerNorm(40)
+        alone.load_state_dict({name: norm.get_parameter(name) for name in ("weight", "bias")})
+    idle = norm.rep if lam == 1 else nn.ParameterList([norm.get_parameter("weight"), norm.get_parameter("bias")])
+    busy = {name: norm.get_parameter(name if lam == 1 else f"rep.{name}") for name, _ in alone.named_parameters()}
+    for dtype in (torch.float32, torch.bfloat16):
+        norm, alone = norm.to(dtype), alone.to(dtype)
+        x, dy = torch.randn(7, 11, 40).to(dtype), torch.randn(7, 11, 40).to(dtype)
+        results: list[Tensor] = []
+        with use_kernels(setting):
+            for module in (norm, alone):
+                module.zero_grad()
+                leaf = x.clone().requires_grad_()
+                y = module(leaf)
+                y.backward(dy)
+                assert leaf.grad is not None
+                results += [y.detach(), leaf.grad]
+        assert torch.equal(results[0], results[2])
+        assert torch.equal(results[1], results[3])
+        for name, parameter in alone.named_parameters():
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, busy[name].grad), name  # type: ignore[arg-type]
+        assert all(p.grad is not None and not p.grad.any() for p in idle.parameters())
+
+
+@pytest.mark.usefixtures("cpp")
+def test_the_ops_of_both_norms_at_once_tell_the_truth_about_themselves() -> None:
+    rows, dy, vector, token = torch.randn(6, 8), torch.randn(6, 8), torch.randn(8), torch.rand(6)
+    lam, ops = torch.tensor(0.5), torch.ops.stabnorm
+    for op, arguments in (
+        (ops.cpp_blended_norm, (lam, rows, vector, None, 1e-5, vector, vector)),
+        (ops.cpp_blended_sums, (lam, dy, rows, None, None, token, token)),
+        (
+            ops.cpp_blended_gradient,
+            (lam, dy, rows, vector, None, vector, None, None, vector, None, token, token, vector, vector),
+        ),
+        (ops.cpp_scale_groups, (rows, 2, 1e-5)),
+        (ops.cpp_gradient_of_groups, (dy, rows, torch.rand(6, 2))),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.usefixtures("cpp")
+def test_moving_lam_compiles_nothing_anew() -> None:
+    torch.compiler.reset()
+    norm = PRepBN(24)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(norm, fullgraph=True, backend=counter)
+    twin = copy.deepcopy(norm)
+    for lam in (1.0, 0.7, 0.0):
+        x, dy = torch.randn(5, 9, 24), torch.randn(5, 9, 24)
+        for module, forward in ((norm, compiled), (twin, twin)):
+            module.lam.fill_(lam)
+            forward(x).backward(dy)
+    assert counter.frame_count == 1
+    for (name, parameter), other in zip(norm.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-6, atol=1e-6, msg=name)

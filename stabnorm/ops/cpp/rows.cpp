@@ -257,15 +257,15 @@ void stabnorm_gradient(const void* dy, const void* x, int type, int64_t R, int64
 }
 
 // y = n gain + x scale + shift with n = (x - m) r, a token's own m and r, which are kept.
-void stabnorm_blend(const void* x, int type, int64_t R, int64_t C, int rms, float eps, const float* gain,
-                    const float* scale, const float* shift, int threads, void* y, float* means, float* scales) {
+void stabnorm_blend(const void* x, int type, int64_t R, int64_t C, float eps, const float* gain, const float* scale,
+                    const float* shift, int threads, void* y, float* means, float* scales) {
   with_type(type, [&](auto* typed) {
     using T = element<decltype(typed)>;
     split_rows(R, C, threads, [&](int, int64_t first, int64_t last) {
       for (int64_t row = first; row < last; row++) {
         const T* in = (const T*)x + row * C;
         T* out = (T*)y + row * C;
-        token_scale(in, C, rms, eps, means[row], scales[row]);
+        token_scale(in, C, false, eps, means[row], scales[row]);
         const float m = means[row], r = scales[row];
         for_columns(C, [&](int64_t c, int n, auto whole) {
           vf v = take<whole>(in + c, n);
@@ -289,8 +289,8 @@ void stabnorm_blend_sums(const void* dy, const void* x, int type, int64_t R, int
   });
 }
 
-// dx = r (g - [layer] mean(g) - n mean(g n)) + scale dy - [valid] (slope (x - mean) + offset) with g = gain dy.
-void stabnorm_blend_gradient(const void* dy, const void* x, int type, int64_t R, int64_t C, const uint8_t* valid, int rms,
+// dx = r (g - mean(g) - n mean(g n)) + scale dy - [valid] (slope (x - mean) + offset) with g = gain dy.
+void stabnorm_blend_gradient(const void* dy, const void* x, int type, int64_t R, int64_t C, const uint8_t* valid,
                              const float* mean, const float* means, const float* scales, const float* gain,
                              const float* scale, const float* slope, const float* offset, int threads, void* dx) {
   with_type(type, [&](auto* typed) {
@@ -307,7 +307,7 @@ void stabnorm_blend_gradient(const void* dy, const void* x, int type, int64_t R,
           vf p = g * ((take<whole>(in + c, n) - m) * r);
           plain += g, along += valid ? (g == splat(0) ? splat(0) : p) : p;
         });
-        const float a = rms ? 0 : sum(plain) / C, b = sum(along) / C;
+        const float a = sum(plain) / C, b = sum(along) / C;
         for_columns(C, [&](int64_t c, int n, auto whole) {
           vf g = take<whole>(up + c, n), v = take<whole>(in + c, n);
           vf u = (g * take<whole>(gain + c, n) - a - (v - m) * (r * b)) * r + g * take<whole>(scale + c, n);

@@ -1,0 +1,111 @@
+"""The C++ body of `blended`, see `cpp/rows.cpp`. At the ends of lam ATen's LayerNorm, or the affine map, runs alone."""
+
+import torch
+from torch import Tensor
+
+from stabnorm.ops import _cpp_rows, _cpu_blended
+from stabnorm.ops._cpp import TYPES, call
+from stabnorm.ops._register import registered
+
+
+@registered(
+    "(Tensor lam, Tensor rows, Tensor? weight, Tensor? bias, float eps, Tensor scale, Tensor? shift) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda lam, rows, *_: (torch.empty_like(rows), _floats(rows, len(rows)), _floats(rows, len(rows))),
+)
+def cpp_blended_norm(
+    lam: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `functional.blended_norm`."""
+    share, rows = float(lam), rows.contiguous()
+    if share == 1:
+        return _cpu_blended.own_norm(rows, weight, bias, eps)
+    means, scales = _floats(rows, len(rows)), _floats(rows, len(rows))
+    if share == 0:
+        return _cpp_rows.cpp_affine(rows, scale, shift), means, scales
+    gain = share * (torch.ones_like(scale) if weight is None else weight.float())
+    constant = torch.zeros_like(scale) if shift is None else (1 - share) * shift
+    if bias is not None:
+        constant = constant.add(bias.float(), alpha=share)
+    y, vectors = torch.empty_like(rows), (gain, (1 - share) * scale, constant)
+    call("blend", rows, *_shape(rows), eps, *vectors, torch.get_num_threads(), y, means, scales)
+    return y, means, scales
+
+
+@registered(
+    "(Tensor lam, Tensor dy, Tensor rows, Tensor? mean, Tensor? valid, Tensor means, Tensor scales) -> Tensor",
+    lambda lam, dy, rows, *_: rows.new_empty(6, rows.shape[1], dtype=torch.float32),
+)
+def cpp_blended_sums(
+    lam: Tensor,
+    dy: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
+    valid: Tensor | None,
+    means: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """Column sums of dy, dy (x - mean), dy n over all rows, then over the valid ones: ``[6, C]``."""
+    rows, dy, valid = rows.contiguous(), dy.contiguous(), None if valid is None else valid.contiguous()
+    out = rows.new_zeros(6, rows.shape[1], dtype=torch.float32)
+    share = float(lam)
+    if share == 0:
+        out[[0, 1, 3, 4]] = _cpp_rows.cpp_sums(dy, rows, mean, valid)
+    elif share < 1:  # at 1 nobody asks
+        center = torch.zeros_like(out[0]) if mean is None else mean
+        call("blend_sums", dy, rows, *_shape(rows), valid, center, means, scales, torch.get_num_threads(), out)
+    return out
+
+
+@registered(
+    "(Tensor lam, Tensor dy, Tensor rows, Tensor? weight, Tensor? bias, Tensor scale, Tensor? mean, Tensor? valid, "
+    "Tensor slope, Tensor? offset, Tensor means, Tensor scales, Tensor plain, Tensor through) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda lam, dy, rows, *rest: (torch.empty_like(rows), _floats(rows, rows.shape[1]), _floats(rows, rows.shape[1])),
+)
+def cpp_blended_gradient(
+    lam: Tensor,
+    dy: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    mean: Tensor | None,
+    valid: Tensor | None,
+    slope: Tensor,
+    offset: Tensor | None,
+    means: Tensor,
+    scales: Tensor,
+    plain: Tensor,
+    through: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.blended.blended_gradient`."""
+    rows, dy, valid = rows.contiguous(), dy.contiguous(), None if valid is None else valid.contiguous()
+    share = float(lam)
+    if share == 1:
+        dx, of_weight, of_bias = _cpu_blended.own_gradient(dy, rows, weight, bias, means, scales)
+        return dx, of_weight.float(), of_bias.float()
+    if share == 0:
+        dx = _cpp_rows.cpp_gradient(dy, rows, mean, valid, scale, slope, offset)
+        return dx, torch.zeros_like(scale), torch.zeros_like(scale)
+    zero = torch.zeros_like(scale)
+    gain = share * (torch.ones_like(scale) if weight is None else weight.float())
+    of_rep = [zero if t is None else (1 - share) * t for t in (scale, slope, offset)]
+    dx, center = torch.empty_like(rows), zero if mean is None else mean
+    vectors = (center, means, scales, gain, *of_rep)
+    call("blend_gradient", dy, rows, *_shape(rows), valid, *vectors, torch.get_num_threads(), dx)
+    return dx, share * through, share * plain
+
+
+def _floats(rows: Tensor, size: int) -> Tensor:
+    return rows.new_empty(size, dtype=torch.float32)
+
+
+def _shape(rows: Tensor) -> tuple[int, int, int]:
+    return TYPES[rows.dtype], rows.shape[0], rows.shape[1]

@@ -178,6 +178,8 @@ void add_rows(Account& a, const T* x, int64_t first, int64_t last, const uint8_t
         a.token_min[i] = std::min(a.token_min[i], of_token[i]);
         a.token_max[i] = std::max(a.token_max[i], of_token[i]);
       }
+    } else {
+      fetch(row, a.C);
     }
     t.rows[t.size++] = row;
     if (t.size == TILE) finish();

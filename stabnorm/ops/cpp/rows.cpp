@@ -99,6 +99,7 @@ void moments_of(Moments& into, const T* x, int64_t C, int64_t first, int64_t las
   for (int64_t r = first; r < last; r++) {
     if (valid && !valid[r]) continue;
     rows[size++] = x + r * C;
+    fetch(x + r * C, C);
     if (size == TILE) end_tile();
   }
   end_tile();
@@ -132,7 +133,7 @@ void add_products(double* into, int64_t width, const T* dy, int64_t C, const int
 
 // out [2][1 + count][C]: these sums over all rows, then over the valid ones.
 template <class T, int count, class F>
-void column_sums(const T* dy, int64_t R, int64_t C, const uint8_t* valid, int threads, float* out, F f) {
+void column_sums(const T* dy, const T* x, int64_t R, int64_t C, const uint8_t* valid, int threads, float* out, F f) {
   const int64_t width = padded(C), size = (1 + count) * width;
   const int parts = parts_of(R, C, threads);
   std::vector<double> sums(parts * 2 * size);  // of each part: over valid rows, over the others
@@ -141,7 +142,11 @@ void column_sums(const T* dy, int64_t R, int64_t C, const uint8_t* valid, int th
     for_tiles(R * part / parts, R * (part + 1) / parts, [&](int64_t first, int64_t last) {
       int64_t rows[2][TILE];
       int sizes[2] = {0, 0};
-      for (int64_t r = first; r < last; r++) { int kind = valid && !valid[r]; rows[kind][sizes[kind]++] = r; }
+      for (int64_t r = first; r < last; r++) {
+        int kind = valid && !valid[r];
+        rows[kind][sizes[kind]++] = r;
+        fetch(dy + r * C, C), fetch(x + r * C, C);
+      }
       for (int kind = 0; kind < 2; kind++)
         if (sizes[kind]) add_products<T, count>(mine + kind * size, width, dy, C, rows[kind], sizes[kind], valid, f);
     });
@@ -226,7 +231,7 @@ void stabnorm_sums(const void* dy, const void* x, int type, int64_t R, int64_t C
                    int threads, float* out) {
   with_type(type, [&](auto* typed) {
     using T = element<decltype(typed)>;
-    column_sums<T, 1>((const T*)dy, R, C, valid, threads, out, [&](int64_t r, auto columns, int k, int) {
+    column_sums<T, 1>((const T*)dy, (const T*)x, R, C, valid, threads, out, [&](int64_t r, auto columns, int k, int) {
       return columns.get((const T*)x + r * C, k) - columns.get(mean, k);
     });
   });
@@ -282,7 +287,7 @@ void stabnorm_blend_sums(const void* dy, const void* x, int type, int64_t R, int
                          const float* mean, const float* means, const float* scales, int threads, float* out) {
   with_type(type, [&](auto* typed) {
     using T = element<decltype(typed)>;
-    column_sums<T, 2>((const T*)dy, R, C, valid, threads, out, [&](int64_t r, auto columns, int k, int factor) {
+    column_sums<T, 2>((const T*)dy, (const T*)x, R, C, valid, threads, out, [&](int64_t r, auto columns, int k, int factor) {
       vf v = columns.get((const T*)x + r * C, k);
       return factor == 0 ? v - columns.get(mean, k) : (v - means[r]) * scales[r];
     });

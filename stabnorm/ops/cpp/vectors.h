@@ -86,6 +86,11 @@ template <class F> static inline void for_columns(int64_t C, F f) {
   if (c < C) f(c, (int)(C - c), std::false_type{});
 }
 
+// Into the cache, in the order of memory, what will be read column by column.
+template <class T> static inline void fetch(const T* row, int64_t C) {
+  for (int64_t c = 0; c < C; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + c, 0, 2);
+}
+
 static inline int64_t padded(int64_t C) { return (C + 4 * W - 1) / (4 * W) * (4 * W); }
 
 // f(part) for every part, on as many threads. The split depends on their number only, so sums come out the same each time.

@@ -15,7 +15,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks.monitor_overhead
+	$(BIN)/python -m benchmarks
 
 # The stamp is newer than what it was made from, so a changed dependency list installs again.
 $(VENV)/installed: pyproject.toml constraints.txt

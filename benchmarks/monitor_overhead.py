@@ -6,7 +6,10 @@ turns from round to round, so that whatever else the machine does hits all of th
 * inside: time in hooks, `step()` and flush, measured around them, as a share of the bare step;
 * A/B: the difference to the bare step of the same round (median, and the middle half of the rounds).
 
-Args: --model vit-tiny|vit-small, --rounds N, --batch N, --threads N, --dtype float32|bfloat16, --device cpu|cuda.
+With --peers the same is measured of what people use today, see `benchmarks.peers`.
+
+Args: --model vit-tiny|vit-small, --rounds N, --batch N, --threads N, --dtype float32|bfloat16, --device cpu|cuda,
+--peers.
 """
 
 import argparse
@@ -16,10 +19,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import peers
 from stabnorm import StabilityMonitor
 
 FLUSH_EVERY = 10
@@ -65,12 +70,29 @@ class ViT(nn.Module):
         return logits
 
 
+class Watcher(Protocol):
+    """What hooks on a model and counts its own time: a `StabilityMonitor` or a peer."""
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far."""
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+
+    def detach(self) -> None:
+        """Take them off."""
+
+    def step(self, *, loss: Tensor) -> None:
+        """End a step."""
+
+
 @dataclass
 class Variant:
     """One way to take the step, and what it took."""
 
     name: str
-    monitor: StabilityMonitor | None
+    monitor: Watcher | None
     seconds: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)  # in hooks, step and flush, of the step
 
@@ -88,7 +110,7 @@ def measure(options: argparse.Namespace) -> list[Variant]:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def step(monitor: StabilityMonitor | None) -> None:
+    def step(monitor: Watcher | None) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
@@ -103,6 +125,8 @@ def measure(options: argparse.Namespace) -> list[Variant]:
     variants.append(
         Variant("standard, no gradients", StabilityMonitor(model, flush_every=FLUSH_EVERY, gradients=False))
     )
+    others = peers(model) if options.peers else []
+    variants += [Variant(peer.name, peer) for peer in others]
     for number in range(WARM_UP + options.rounds):
         for turn in range(len(variants)):
             variant = variants[(number + turn) % len(variants)]
@@ -121,10 +145,12 @@ def measure(options: argparse.Namespace) -> list[Variant]:
                 variant.inside.append(_inside(variant.monitor) - before)
         if sys.stderr.isatty():
             print(f"\rround {number + 1} of {WARM_UP + options.rounds}", end="", file=sys.stderr)
+    for peer in others:
+        peer.close()
     return variants
 
 
-def _inside(monitor: StabilityMonitor | None) -> float:
+def _inside(monitor: Watcher | None) -> float:
     return 0.0 if monitor is None else monitor.seconds
 
 
@@ -163,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peers", action="store_true", help="what people use today, too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import monitor_overhead, switch_study
+from benchmarks import __main__ as suite
+from benchmarks import monitor_overhead, peers, switch_study
 from examples import finetune
 
 
@@ -29,3 +31,33 @@ def test_fine_tuning_keeps_to_its_folder(tmp_path: Path, monkeypatch: pytest.Mon
     finetune.main(["--root", "here", "--steps", "5", "--no-progress"])
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     assert (tmp_path / "here" / "layernorm.ckpt").exists()
+
+
+def test_make_bench_runs_every_section_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "new" / "page.md"
+    suite.main(["--quick", "--device", "cpu", "--output", str(page)])
+    written = page.read_text()
+    assert written in capsys.readouterr().out
+    for heading in ("Kernels", "Norm modules, as they come", "Monitor, as they come", "Memory", "Inference"):
+        assert f"## {heading}\n" in written
+    for row in ("| column moments | aten |", "| PRepBN, eager |", "| standard |", "| folded |", "| economy |"):
+        assert row in written
+    for peer in peers.peers(torch.nn.LayerNorm(2)):
+        assert f"| {peer.name} |" in written
+        peer.close()
+
+
+def test_a_peer_looks_at_every_norm_and_leaves_nothing_behind() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.LayerNorm(4))
+    for peer in peers.peers(model):
+        peer.attach()
+        model(torch.randn(5, 3)).sum().backward()
+        spent = peer.seconds
+        assert spent > 0
+        assert len(peer.found) >= 2
+        peer.step()
+        peer.detach()
+        model(torch.randn(5, 3)).sum().backward()
+        assert peer.seconds == spent
+        assert peer.found == []
+        peer.close()

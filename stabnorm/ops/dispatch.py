@@ -44,11 +44,11 @@ class Body:
 # In order of preference.
 BODIES: dict[str, tuple[Body, ...]] = {
     # The whole op is opaque to a compiled graph.
-    "accumulate_moments_": (Body("cpp", in_graphs=True), Body("aten", in_graphs=True)),
-    "moments_of_rows": (Body("cpp", in_graphs=True), Body("aten", masks=False)),
-    "affine_of_rows": (Body("cpp", in_graphs=True), Body("aten")),
-    "sums_of_rows": (Body("cpp", in_graphs=True), Body("aten", masks=False)),
-    "gradient_of_rows": (Body("cpp", in_graphs=True), Body("aten", masks=False)),
+    "accumulate_moments_": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", in_graphs=True)),
+    "moments_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
+    "affine_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten")),
+    "sums_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
+    "gradient_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "blend": (Body("aten"),),
     "join_gradients": (Body("aten"),),
     "blended_norm": (Body("cpp", in_graphs=True), Body("aten", masks=False)),

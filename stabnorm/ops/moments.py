@@ -83,15 +83,19 @@ def accumulate_moments_(
         rows = as_rows(x, channel_dim, feature_dims)
         _cpp_moments.add_moments_of_rows_(into, rows, kind, eps, keep, tokens, normalized, fresh)
         return
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 and body != "triton":  # a kernel widens what it has read
         x = x.float()
     rows = as_rows(x, channel_dim, feature_dims)
     by_groups = variances = None
     if grouped and (normalized or tokens):
         channels_first = (x if x.ndim != -channel_dim else x[None]).movedim(channel_dim, 1)
-        by_groups, variances = normalize_groups(channels_first, groups, eps)
+        by_groups, variances = normalize_groups(channels_first.float(), groups, eps)
         by_groups = as_rows(by_groups, 1) if normalized else None
-    if body in ("aten", "cpp"):
+    if body == "triton":
+        from stabnorm.ops import _triton_moments
+
+        _triton_moments.add_moments_of_rows_(into, rows, kind, eps, by_groups, variances, keep, tokens, normalized)
+    elif body in ("aten", "cpp"):
         from stabnorm.ops import _cpu_moments
 
         _cpu_moments.add_moments_of_rows_(into, rows, kind, eps, by_groups, variances, keep, tokens, normalized, fresh)

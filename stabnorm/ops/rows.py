@@ -21,6 +21,10 @@ def widened(rows: Tensor) -> Tensor:
 def moments_of_rows(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
     """`functional.batch_moments` of ``[R, C]`` in any floating dtype."""
     body = execution("moments_of_rows", rows, valid)
+    if body == "triton":
+        from stabnorm.ops import _triton_rows
+
+        return _triton_rows.moments(rows, valid, center)
     if body == "cpp":
         from stabnorm.ops import _cpp_rows
 
@@ -39,6 +43,10 @@ def affine_of_rows(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     tensor([[2., 3.]])
     """
     body = execution("affine_of_rows", rows)
+    if body == "triton":
+        from stabnorm.ops import _triton_rows
+
+        return _triton_rows.affine(rows, scale, shift)
     if body == "cpp":
         from stabnorm.ops import _cpp_rows
 
@@ -57,6 +65,10 @@ def sums_of_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`functional.upstream_sums` with the rows' deviations from `mean`, or the rows where there is none."""
     body = execution("sums_of_rows", rows, valid)
+    if body == "triton":
+        from stabnorm.ops import _triton_rows
+
+        return _triton_rows.sums(dy, rows, mean, valid)
     if body == "cpp":
         from stabnorm.ops import _cpp_rows
 
@@ -80,6 +92,10 @@ def gradient_of_rows(
 ) -> Tensor:
     """`functional.input_gradient` in the dtype of the rows."""
     body = execution("gradient_of_rows", rows, valid)
+    if body == "triton":
+        from stabnorm.ops import _triton_rows
+
+        return _triton_rows.gradient(dy, rows, mean, valid, scale, slope, offset)
     if body == "cpp":
         from stabnorm.ops import _cpp_rows
 

@@ -18,6 +18,8 @@ def test_every_execution_of_an_op_equals_its_formula(op: str) -> None:
     for case in cases(CPU, small=True):
         right = truth(op, case)
         for execution, setting in executions(op, CPU).items():
+            if execution == "triton":  # in its interpreter: tests/ops/test_triton_*.py, at sizes for that
+                continue
             assert failures(op, setting, case, right) == [], execution
 
 
@@ -41,6 +43,7 @@ def test_the_selftest_prints_a_line_for_each(
         return list(cases(device, small=True))[:3]
 
     monkeypatch.setattr("stabnorm.ops.selftest.cases", few)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # kernels would run on a CPU
     assert main(["--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == sum(len(executions(op, CPU)) for op in dispatch.BODIES)

@@ -22,6 +22,7 @@ from stabnorm.ops._triton_shared import (
     merged,
     side_by_side,
     split_tile,
+    tile_from_the_end,
 )
 
 
@@ -103,10 +104,14 @@ def _merge_moments(
 
 @triton.jit
 def _sums(
-    dy_ptr, x_ptr, mean_ptr, valid_ptr, out_ptr, rows, channels, dy_stride, x_stride,
-    CENTER: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
+    dy_ptr, x_ptr, mean_ptr, valid_ptr, tokens_ptr, rstds_ptr, out_ptr, rows, channels, dy_stride, x_stride,
+    CENTER: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dy and dy (x - mean) over one split, of all rows and, where there is a mask, of the valid ones."""
+    """Sums over one split of dy, dy (x - mean), with a mask these of the valid rows, and with NORMAL dy n.
+
+    n is LayerNorm's normalised input, from each token's mean and 1 / std.
+    """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split, splits = tl.program_id(1), tl.num_programs(1)
     there = c < channels
@@ -114,6 +119,7 @@ def _sums(
     weighted = tl.zeros([ROWS, CHANNELS], tl.float32)
     plain_valid = tl.zeros([ROWS, CHANNELS], tl.float32)
     weighted_valid = tl.zeros([ROWS, CHANNELS], tl.float32)
+    through = tl.zeros([ROWS, CHANNELS], tl.float32)
     mean = tl.zeros([CHANNELS], tl.float32)
     if CENTER:
         mean = tl.load(mean_ptr + c, mask=there, other=0.0)
@@ -133,12 +139,21 @@ def _sums(
                 weighted_valid += tl.where(keep, product, 0.0)
             plain += dy
             weighted += product
-    out = out_ptr + c + split * channels * (4 if MASKED else 2)
+            if NORMAL:
+                token = tl.load(tokens_ptr + r, mask=inside, other=0.0)[:, None]
+                rstd = tl.load(rstds_ptr + r, mask=inside, other=0.0)[:, None]
+                product = dy * ((x - token) * rstd)
+                if MASKED:
+                    product = tl.where(dy == 0, 0.0, product)
+                through += product
+    out = out_ptr + c + split * channels * ((4 if MASKED else 2) + (1 if NORMAL else 0))
     tl.store(out, tl.sum(plain, 0), mask=there)
     tl.store(out + channels, tl.sum(weighted, 0), mask=there)
     if MASKED:
         tl.store(out + 2 * channels, tl.sum(plain_valid, 0), mask=there)
         tl.store(out + 3 * channels, tl.sum(weighted_valid, 0), mask=there)
+    if NORMAL:
+        tl.store(out + (4 if MASKED else 2) * channels, tl.sum(through, 0), mask=there)
 
 
 @triton.jit
@@ -158,7 +173,7 @@ def _affine(
     x_ptr, scale_ptr, shift_ptr, y_ptr, rows, channels, row_stride,
     SHIFTED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    r, c, mask = _tile_from_the_end(rows, channels, ROWS, CHANNELS)
+    r, c, mask = tile_from_the_end(rows, channels, ROWS, CHANNELS)
     there = c < channels
     scale = tl.load(scale_ptr + c, mask=there, other=0.0)
     x = tl.load(x_ptr + r[:, None] * row_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -173,7 +188,7 @@ def _gradient(
     dy_ptr, x_ptr, mean_ptr, valid_ptr, scale_ptr, slope_ptr, offset_ptr, dx_ptr, rows, channels, dy_stride, x_stride,
     CENTER: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    r, c, mask = _tile_from_the_end(rows, channels, ROWS, CHANNELS)
+    r, c, mask = tile_from_the_end(rows, channels, ROWS, CHANNELS)
     there = c < channels
     dy = tl.load(dy_ptr + r[:, None] * dy_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + r[:, None] * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -187,16 +202,6 @@ def _gradient(
         through = tl.where(keep[:, None], through, 0.0)
     dx = dy * tl.load(scale_ptr + c, mask=there, other=0.0)[None, :] - through
     tl.store(dx_ptr + r[:, None] * channels + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _tile_from_the_end(rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Rows (64 bits wide), channels and mask of this program's tile; the first program has the last rows."""
-    blocks = tl.cdiv(channels, CHANNELS)
-    tile = tl.cdiv(rows, ROWS) - 1 - tl.program_id(0) // blocks
-    r = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    return r, c, (r < rows)[:, None] & (c < channels)[None, :]
 
 
 # --- the ops ---
@@ -230,13 +235,23 @@ def moments(rows: Tensor, valid: Tensor | None, center: bool) -> BatchMoments:
 
 
 @triton_op("stabnorm::triton_sums_of_rows", mutates_args={})
-def _sums_op(dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None) -> Tensor:
+def sums_op(
+    dy: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
+    valid: Tensor | None,
+    token_mean: Tensor | None = None,
+    token_rstd: Tensor | None = None,
+) -> Tensor:
+    """Sums ``[2, C]``, with a mask ``[4, C]``, and with the tokens' statistics one more, see `_sums`."""
     length, channels = rows.shape
     where, masked = columns(channels, rows.device), valid is not None
-    parts = rows.new_empty((where.splits, 4 if masked else 2, channels), dtype=torch.float32)
+    normal = token_mean is not None and token_rstd is not None
+    parts = rows.new_empty((where.splits, (4 if masked else 2) + normal, channels), dtype=torch.float32)
     wrap_triton(_sums)[(where.blocks, where.splits)](
-        dy, rows, rows if mean is None else mean, as_bytes(valid, rows), parts, length, channels,
-        dy.stride(0), rows.stride(0), CENTER=mean is not None, MASKED=masked, **_layout(where),
+        dy, rows, rows if mean is None else mean, as_bytes(valid, rows), token_mean if normal else rows,
+        token_rstd if normal else rows, parts, length, channels, dy.stride(0), rows.stride(0),
+        CENTER=mean is not None, MASKED=masked, NORMAL=normal, **_layout(where),
     )  # fmt: skip
     out = rows.new_empty(parts.shape[1:], dtype=torch.float32)
     tile = split_tile(where.splits)
@@ -248,7 +263,7 @@ def _sums_op(dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None
 
 def sums(dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `functional.upstream_sums`."""
-    found = _sums_op(laid_out(dy), laid_out(rows), side_by_side(mean), valid).unbind()
+    found = sums_op(laid_out(dy), laid_out(rows), side_by_side(mean), valid).unbind()
     return (*found, *found) if valid is None else found
 
 

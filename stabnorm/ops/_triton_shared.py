@@ -63,8 +63,8 @@ class Rows(NamedTuple):
 def rows_of_tile(channels: int, tile: int = TILE) -> Rows:
     """The layout for so many channels."""
     width = max(16, triton.next_power_of_2(channels))
-    rows = max(1, min(16, tile // width))
-    return Rows(width, rows, min(32, max(4, width * rows // 1024)))
+    rows = max(1, min(64, tile // width))
+    return Rows(width, rows, min(32, max(4, width * rows // 512)))
 
 
 class Map(NamedTuple):
@@ -162,3 +162,19 @@ def largest_of(lanes):
 def least_of(lanes):
     """Over the first axis; NaN where one is."""
     return -largest_of(-lanes)
+
+
+@triton.jit
+def tile_from_the_end(rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Rows (64 bits wide), channels and mask of this program's tile; the first program has the last rows."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    tile = tl.cdiv(rows, ROWS) - 1 - tl.program_id(0) // blocks
+    r = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    return r, c, (r < rows)[:, None] & (c < channels)[None, :]
+
+
+@triton.jit
+def blended(lam, norm, rep):
+    """``lam norm + (1 - lam) rep``; at 1 and 0 the one or the other, whatever the other holds."""
+    return tl.where(lam == 1, norm, tl.where(lam == 0, rep, norm * lam + rep * (1 - lam)))

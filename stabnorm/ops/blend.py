@@ -20,7 +20,12 @@ def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
     >>> blend(torch.tensor(1.0), torch.ones(2), torch.full((2,), torch.nan))
     tensor([1., 1.])
     """
-    if not _by_bits("blend", norm, rep):
+    body = _body("blend", norm, rep)
+    if body == "triton":
+        from stabnorm.ops import _triton_blended
+
+        return _triton_blended.blend(lam, norm, rep)
+    if body == REFERENCE:
         return functional.blend(lam, norm, rep)
     of_norm = torch.where(lam == 0, -0.0, lam)
     of_rep = torch.where(lam == 1, -0.0, 1 - lam)
@@ -29,18 +34,23 @@ def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
 
 def join_gradients(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
     """`functional.join_gradients`, their sum."""
-    if not _by_bits("join_gradients", of_norm, of_rep):
+    body = _body("join_gradients", of_norm, of_rep)
+    if body == "triton":
+        from stabnorm.ops import _triton_blended
+
+        return _triton_blended.join_gradients(lam, of_norm, of_rep)
+    if body == REFERENCE:
         return functional.join_gradients(lam, of_norm, of_rep)
     sign = torch.where(lam == 1, -0.0, torch.ones_like(lam)).to(of_norm.dtype)
     return torch.addcmul(_unless(lam == 0, of_norm), _unless(lam == 1, of_rep), sign)
 
 
-def _by_bits(op: str, *both: Tensor) -> bool:
+def _body(op: str, *both: Tensor) -> str:
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or execution(op, both[0]) == REFERENCE:
-        return False
-    # A gradient of the gradient does not pass through a view as integers.
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in both))
+    # A gradient of the gradient passes neither through a kernel nor through a view as integers.
+    if tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in both)):
+        return REFERENCE
+    return execution(op, both[0])
 
 
 def _unless(silent: Tensor, t: Tensor) -> Tensor:

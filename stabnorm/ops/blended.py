@@ -1,7 +1,7 @@
 """The passes of PRepBN over its rows, both norms at once: output, the backward's column sums, the gradients.
 
 The formulas are `functional.blended_norm` and `functional.blended_gradient`; `stabnorm.ops.dispatch` says which body
-runs, under the name "blended_norm" for all three, and a backward takes its forward's. In every faster body lam = 1
+runs, under the name "blended_norm" for all three, and a backward takes its forward's. In the bodies for CPUs lam = 1
 gives LayerNorm's own bits, there and back; what the branch of weight 0 holds, NaN too, goes nowhere.
 """
 
@@ -34,6 +34,10 @@ def blended_norm(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`functional.blended_norm` in the dtype of the rows; means and 1 / std of the tokens are float32."""
+    if body == "triton":
+        from stabnorm.ops import _triton_blended
+
+        return _triton_blended.norm(lam, rows, weight, bias, eps, scale, shift)
     if body == "cpp":
         from stabnorm.ops import _cpp_blended
 
@@ -57,6 +61,10 @@ def blended_sums(
     token_rstd: Tensor,
 ) -> BlendedSums:
     """The column sums that the gradients need; at lam = 1 those that do not matter may be 0."""
+    if body == "triton":
+        from stabnorm.ops import _triton_blended
+
+        return BlendedSums(*_triton_blended.sums(dy, rows, mean, valid, token_mean, token_rstd))
     if body == "cpp":
         from stabnorm.ops import _cpp_blended
 
@@ -106,6 +114,12 @@ def blended_gradient(
         token_rstd: from the forward.
         sums: from `blended_sums`.
     """
+    if body == "triton":
+        from stabnorm.ops import _triton_blended
+
+        return _triton_blended.gradient(
+            lam, dy, rows, weight, scale, mean, valid, slope, offset, token_mean, token_rstd, sums.through, sums.plain
+        )
     if body == "cpp":
         from stabnorm.ops import _cpp_blended
 

@@ -10,7 +10,8 @@ The environment variable STABNORM_KERNELS, or `use_kernels`, says which of them 
 
 * auto: what is always there and does not change from machine to machine: ATen on CPUs, tested kernels on GPUs. Default.
 * cpp: as auto, and on CPUs the C++ body. It is built when first needed, which takes seconds, and kept.
-* triton: as auto, and Triton kernels untested too, on a CPU under Triton's interpreter: for their tests.
+* triton: as auto, and Triton kernels that round LayerNorm otherwise than torch, or are untested; on a CPU under
+  Triton's interpreter, for their tests.
 * reference: the formulas, everywhere.
 
 `backends` lists the outcome. To add a body: a function in its own module, an entry in `BODIES`, a branch in the op's
@@ -39,6 +40,7 @@ class Body:
     execution: str
     masks: bool = True
     in_graphs: bool = False  # is an op of the dispatcher, so that a compiled graph calls it too
+    same_bits: bool = True  # False: rounds a user's LayerNorm otherwise than torch does, so that it is opt-in
 
 
 # In order of preference.
@@ -49,10 +51,15 @@ BODIES: dict[str, tuple[Body, ...]] = {
     "affine_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten")),
     "sums_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "gradient_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
-    "blend": (Body("aten"),),
-    "join_gradients": (Body("aten"),),
-    "blended_norm": (Body("cpp", in_graphs=True), Body("aten", masks=False)),
-    "scale_groups": (Body("cpp", in_graphs=True),),
+    "blend": (Body("triton", in_graphs=True), Body("aten")),
+    "join_gradients": (Body("triton", in_graphs=True), Body("aten")),
+    # A kernel's lam stays on the device, so that it cannot leave the norm to the norm where lam is 1.
+    "blended_norm": (
+        Body("triton", in_graphs=True, same_bits=False),
+        Body("cpp", in_graphs=True),
+        Body("aten", masks=False),
+    ),
+    "scale_groups": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True)),
 }
 
 
@@ -145,6 +152,8 @@ def _why_no_triton(kernels: str, op: str, device: str, index: int | None) -> str
         return "Triton is not installed"
     if kernels == "triton":
         return None
+    if not all(body.same_bits for body in BODIES[op] if body.execution == "triton"):
+        return f"changes bits of LayerNorm, so that it is opt-in: set {VARIABLE}=triton"
     return tested.why_untested(op, index)
 
 

@@ -112,7 +112,12 @@ def gradient_of_rows(
 
 def scaled_groups(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """`functional.scale_groups` in the dtype of the rows, and what it multiplied with, ``[R, groups]``."""
-    if execution("scale_groups", rows) == "cpp":
+    body = execution("scale_groups", rows)
+    if body == "triton":
+        from stabnorm.ops import _triton_groups
+
+        return _triton_groups.scaled(rows, groups, eps)
+    if body == "cpp":
         from stabnorm.ops import _cpp_rows
 
         return _cpp_rows.cpp_scale_groups(rows, groups, eps)
@@ -127,7 +132,12 @@ def gradient_of_groups(dy: Tensor, y: Tensor, r: Tensor, masked: bool) -> Tensor
 
     .. math:: dx = (dy - y\,\overline{dy\,y})\, r
     """
-    if execution("scale_groups", y) == "cpp":
+    body = execution("scale_groups", y)
+    if body == "triton":
+        from stabnorm.ops import _triton_groups
+
+        return _triton_groups.gradient(dy, y, r, masked)
+    if body == "cpp":
         from stabnorm.ops import _cpp_rows
 
         return _cpp_rows.cpp_gradient_of_groups(dy, y, r)

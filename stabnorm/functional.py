@@ -91,6 +91,16 @@ def merge_moments_(into: RawMoments, new: RawMoments) -> None:
     into.seen.copy_(total)
 
 
+def merge_splits(parts: RawMoments) -> RawMoments:
+    """One account for each layer, ``seen [L]``, from the accounts of its splits, ``seen [L, S]``."""
+    layers, splits, _, channels = parts.channel.shape
+    whole = empty_moments(layers, channels, parts.seen.device)
+    whole = RawMoments(whole.seen, whole.channel.to(parts.channel.dtype), whole.token.to(parts.token.dtype))
+    for split in range(splits):
+        merge_moments_(whole, RawMoments(*(part[:, split] for part in parts)))
+    return whole
+
+
 def token_mean_var(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every token over its channels: ``rows [R, C] -> [R], [R]``.
 

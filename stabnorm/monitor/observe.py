@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stabnorm.functional import RawMoments, clear_moments_, empty_moments, merge_moments_
+from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
 from stabnorm.masks import mask_for
 from stabnorm.norms import NormLayer
-from stabnorm.ops.moments import accumulate_moments_, as_rows
+from stabnorm.ops.moments import accumulate_moments_, as_rows, empty_accounts, merge_accounts
 
 logger = logging.getLogger("stabnorm")
 
@@ -90,20 +90,22 @@ class Observer:
     def slab(self, device: torch.device) -> RawMoments:
         """The slab on a device; a model spread over several has one on each, of which the others stay empty."""
         if device not in self._slabs:
-            self._slabs[device] = empty_moments(len(self.layers), self.width, device)
+            self._slabs[device] = empty_accounts(len(self.layers), self.width, device)
         return self._slabs[device]
 
     def account(self, index: int, device: torch.device) -> RawMoments:
         """A layer's row of the slab, as views."""
         slab, channels = self.slab(device), self.layers[index].num_features
-        return RawMoments(slab.seen[index], slab.channel[index, :, :channels], slab.token[index])
+        return RawMoments(slab.seen[index], slab.channel[index, ..., :channels], slab.token[index])
 
     def take(self, device: torch.device) -> tuple[RawMoments, Tensor]:
         """Merged moments of all layers and gradient sums (NaN where none came), on one device; views of the slab."""
-        merged = self.slab(device)
+        merged = merge_accounts(self.slab(device))
         for other, slab in self._slabs.items():
             if other != device:
-                merge_moments_(merged, RawMoments(*(part.to(device, non_blocking=True) for part in slab)))
+                merge_moments_(
+                    merged, RawMoments(*(part.to(device, non_blocking=True) for part in merge_accounts(slab)))
+                )
         gradient = self.gradient_slab(device)
         for other, sums in self._gradients.items():
             if other != device:

@@ -47,6 +47,7 @@ class Body:
 BODIES: dict[str, tuple[Body, ...]] = {
     # The whole op is opaque to a compiled graph.
     "accumulate_moments_": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", in_graphs=True)),
+    "merge_accounts": (Body("triton"),),
     "moments_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "affine_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten")),
     "sums_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),

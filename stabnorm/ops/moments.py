@@ -9,7 +9,8 @@ while tracing counts `checkpoint(compiled_block)` twice.
 import torch
 from torch import Tensor
 
-from stabnorm.functional import Kind, RawMoments, merge_moments_, normalize_groups, raw_moments
+from stabnorm import functional
+from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_, normalize_groups, raw_moments
 from stabnorm.ops.dispatch import execution
 
 _library = torch.library.Library("stabnorm", "DEF")
@@ -56,9 +57,9 @@ def accumulate_moments_(
     Args:
         x: a norm's input, any layout and floating dtype; computed in float32.
         valid: bool, x's shape without the channel axis, True = valid token; None: all are.
-        seen: int64 scalar, see `functional.RawMoments`.
-        channel: ``[9, C]`` float32.
-        token: ``[7]`` float32.
+        seen: int64 scalar, see `functional.RawMoments`; or ``[S]``, an account in splits, see `empty_accounts`.
+        channel: ``[9, C]`` float32, or ``[S, 9, C]``.
+        token: ``[7]`` float32, or ``[S, 7]``.
         kind: what the layer is.
         channel_dim: the axis of x that holds the channels.
         feature_dims: how many trailing axes the layer normalises together.
@@ -77,6 +78,8 @@ def accumulate_moments_(
     into = RawMoments(seen, channel, token)
     grouped = kind in ("group", "instance")
     body = execution("accumulate_moments_", x, keep)
+    if seen.ndim == 1 and body != "triton":
+        into = RawMoments(seen[0], channel[0], token[0])  # one of the splits will do
     if body == "cpp" and not grouped:
         from stabnorm.ops import _cpp_moments
 
@@ -102,6 +105,33 @@ def accumulate_moments_(
     else:
         new = raw_moments(rows, kind, eps, normalized=by_groups, divided_by=variances, valid=keep)
         merge_moments_(into, new)
+
+
+def empty_accounts(layers: int, channels: int, device: torch.device) -> RawMoments:
+    """Accounts of layers for `accumulate_moments_` to fill: ``seen [L]``, or ``[L, S]`` where a kernel fills splits.
+
+    Splits of a layer stay apart until `merge_accounts` merges those of all layers in one launch.
+
+    >>> empty_accounts(2, 3, torch.device("cpu")).channel.shape
+    torch.Size([2, 9, 3])
+    """
+    if execution("accumulate_moments_", torch.empty(1, device=device)) != "triton":
+        return empty_moments(layers, channels, device)
+    from stabnorm.ops._triton_moments import splits_of
+
+    splits = splits_of(channels, device)
+    return RawMoments(*(p.unflatten(0, (layers, splits)) for p in empty_moments(layers * splits, channels, device)))
+
+
+def merge_accounts(accounts: RawMoments) -> RawMoments:
+    """One account for each layer, ``seen [L]``: `functional.merge_splits`, or the same where there are no splits."""
+    if accounts.seen.ndim == 1:
+        return accounts
+    if execution("merge_accounts", accounts.channel) == "triton":
+        from stabnorm.ops import _triton_moments
+
+        return _triton_moments.merge_splits(accounts)
+    return functional.merge_splits(accounts)
 
 
 _library.impl("accumulate_moments_", accumulate_moments_, "CompositeExplicitAutograd")

@@ -23,7 +23,7 @@ from stabnorm.ops import dispatch, tested
 from stabnorm.ops.blend import blend, join_gradients
 from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
 from stabnorm.ops.dispatch import execution, use_kernels
-from stabnorm.ops.moments import accumulate_moments_
+from stabnorm.ops.moments import accumulate_moments_, merge_accounts
 from stabnorm.ops.rows import (
     affine_of_rows,
     gradient_of_groups,
@@ -110,6 +110,29 @@ def _moments(case: Case, kind: functional.Kind) -> Results:
         "variance of n": (channel[VAR_N], 1.0, False),
         "extremes": (channel[[MAX, MIN]], 0.0, False),
         "tokens": (token, spread if largest < 1e3 else spread * 1e2, False),
+    }
+
+
+def _splits(case: Case) -> Results:
+    """Accounts of two layers, each in as many splits as there are rows; a split of a masked row saw nothing."""
+    x = case.x[:200].nan_to_num(0).to(case.vectors.dtype)
+    size, channels = x.shape
+    parts = functional.empty_moments(2 * size, channels, x.device)
+    parts = RawMoments(parts.seen, parts.channel.to(x.dtype), parts.token.to(x.dtype))
+    seen = torch.arange(size, device=x.device) % 3 + 1
+    parts.seen.copy_((seen if case.valid is None else seen * case.valid[:200]).repeat(2))
+    parts.channel[:, SHIFT_X] = x.repeat(2, 1)
+    parts.channel[:, VAR_X] = 1
+    parts.channel[:, VAR_N] = 2
+    parts.token.zero_()
+    accounts = RawMoments(*(part.unflatten(0, (2, size)) for part in parts))
+    seen, channel, token = merge_accounts(accounts)
+    spread = x.abs().amax().clamp(min=1)
+    return {
+        "seen": (seen.double(), 0.0, False),
+        "mean": (channel[:, SHIFT_X].double() + channel[:, REST_X], spread, False),
+        "variances": (channel[:, [VAR_X, VAR_N]], spread.square(), False),
+        "tokens": (token, 1.0, False),
     }
 
 
@@ -228,6 +251,7 @@ CHECKS: dict[str, tuple[Callable[[Case], Results], ...]] = {
         lambda case: _moments(case, "rms"),
         lambda case: _moments(case, "batch"),
     ),
+    "merge_accounts": (_splits,),
     "moments_of_rows": (_batch,),
     "affine_of_rows": (_affine,),
     "sums_of_rows": (_sums,),

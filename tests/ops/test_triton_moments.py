@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stabnorm import StabilityMonitor, functional
 from stabnorm.functional import (
     COV_XN,
     EPS_SHARE,
@@ -18,12 +19,11 @@ from stabnorm.functional import (
     Kind,
     RawMoments,
     empty_moments,
-    merge_moments_,
     normalize_groups,
     raw_moments,
 )
 from stabnorm.ops import use_kernels
-from stabnorm.ops.moments import accumulate_moments_, as_rows
+from stabnorm.ops.moments import accumulate_moments_, as_rows, empty_accounts, merge_accounts
 from tests.triton_kernels import DEVICE, MARKS, assert_close, nan_in_new_memory, random_rows
 
 pytestmark = MARKS
@@ -139,12 +139,37 @@ def test_the_splits_of_all_layers_merge_in_one_launch() -> None:
     parts.token.normal_()
     parts.channel[parts.seen == 0], parts.token[parts.seen == 0] = 0, empty_moments(1, 1, DEVICE).token[0]
     parts = RawMoments(*(part.unflatten(0, (layers, splits)) for part in parts))
-    want = empty_moments(layers, channels, DEVICE)
-    wide = RawMoments(want.seen, want.channel.double(), want.token.double())
-    for split in range(splits):
-        merge_moments_(wide, RawMoments(parts.seen[:, split], *(p[:, split].double() for p in parts[1:])))
+    wide = functional.merge_splits(RawMoments(parts.seen, parts.channel.double(), parts.token.double()))
     got, again = merge_splits(parts), merge_splits(parts)
     assert all(map(torch.equal, got, again))
     assert got.seen[0] == 0
     for layer in range(layers):
         assert_same(RawMoments(*(p[layer] for p in got)), RawMoments(*(p[layer] for p in wide)), 4.0)
+
+
+def test_a_monitor_whose_kernels_fill_splits_sees_what_the_formulas_see() -> None:
+    histories = []
+    for setting in ("triton", "reference"):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.LayerNorm(20), nn.Linear(20, 12), nn.RMSNorm(12)).to(DEVICE)
+        with use_kernels(setting), StabilityMonitor(net, flush_every=2) as monitor:
+            for _ in range(2):
+                for size in (15, 4):  # two forwards a step
+                    net(torch.randn(size, 20).to(DEVICE)).backward(torch.randn(size, 12).to(DEVICE))
+                monitor.step()
+            histories.append(monitor.history())
+    for name, values in histories[0].items():
+        torch.testing.assert_close(values, histories[1][name], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_splits_filled_by_kernels_are_read_and_filled_without_them() -> None:
+    x, more = random_rows(30, 20), random_rows(9, 20)
+    with use_kernels("triton"):
+        accounts = empty_accounts(1, 20, DEVICE)
+        seen, channel, token = (part[0] for part in accounts)
+        accumulate_moments_(x, None, seen, channel, token, "layer", -1)
+    with use_kernels("reference"):
+        accumulate_moments_(more, None, seen, channel, token, "layer", -1)
+        merged = merge_accounts(accounts)
+    assert accounts.seen.shape[1] > 1
+    assert_same(RawMoments(*(part[0] for part in merged)), truth(torch.cat([x, more]), "layer", None), 3.0)

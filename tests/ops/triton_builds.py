@@ -1,0 +1,102 @@
+"""Traces the ops on fake CUDA tensors and compiles the kernels for a GPU that is not there; a script of its own.
+
+Not under the interpreter, so not in the process of the tests: `tests/ops/test_triton_builds.py` runs it. Prints a line
+for each kernel, and whether it needs local memory. An argument is the compute capability, 90 unless given.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
+
+from stabnorm.functional import RawMoments, empty_moments
+from stabnorm.ops import _triton_blended, _triton_groups, _triton_moments, _triton_rows, _triton_shared
+
+CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+
+
+class Driver:
+    """Names a target, and is never asked to run anything."""
+
+    def get_current_target(self) -> GPUTarget:
+        """The GPU compiled for."""
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self) -> int:
+        """The first."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """None in particular."""
+        return device
+
+
+def compile_only(kernel: Any) -> Any:
+    """What stands for a kernel: a launch compiles."""
+
+    class Launch:
+        def __getitem__(self, grid: object) -> Any:
+            return functools.partial(self.run, grid)
+
+        def run(self, grid: object, *args: Any, **options: Any) -> None:
+            built = kernel.warmup(*args, grid=grid, **options)
+            local = sum(line.count("__local_depot") for line in built.asm["ptx"].splitlines())
+            assert "cubin" in built.asm
+            print(f"{kernel.__module__.rpartition('.')[2]}.{kernel.fn.__name__} local {local}", flush=True)
+
+    return Launch()
+
+
+def passes(x: Tensor, w: Tensor, valid: Tensor, token: Tensor, lam: Tensor) -> list[Tensor]:
+    """Every op with kernels in it once."""
+    y, r = _triton_groups.scaled(x, 7, 1e-5)
+    mean = _triton_rows.moments(x, valid, True).mean
+    assert mean is not None
+    return [
+        mean,
+        _triton_rows.sums(x, x, w, valid)[0],
+        _triton_rows.affine(x, w, w),
+        _triton_rows.gradient(x, x, w, valid, w, w, w),
+        _triton_blended.norm(lam, x, w, w, 1e-5, w, w)[0],
+        _triton_blended.sums(x, x, w, valid, token, token)[0],
+        _triton_blended.gradient(lam, x, x, w, w, w, valid, w, w, token, token, w, w)[0],
+        _triton_blended.blend(lam, x, x),
+        _triton_groups.gradient(x, y, r, True),
+    ]
+
+
+def main() -> None:
+    """Trace, then compile."""
+    setattr(_triton_shared, "_programs", lambda device, index: 528)  # noqa: B010
+    with FakeTensorMode():
+        shapes = ((64, 70), (70,), (64,), (64,), ())
+        x, w, valid, token, lam = (torch.empty(shape, device="cuda") for shape in shapes)
+        arguments = (x.bfloat16(), w, valid.bool(), token, lam)
+        assert [tuple(t.shape) for t in passes(*arguments)][2] == (64, 70)
+        traced = [str(node.target) for node in make_fx(passes)(*arguments).graph.nodes]
+    print(f"traced {sum('triton_' in target for target in traced)} ops")
+
+    triton.runtime.driver.set_active(Driver())
+    for module in (_triton_blended, _triton_groups, _triton_rows):
+        setattr(module, "wrap_triton", compile_only)  # noqa: B010
+        for name in [name for name, value in vars(module).items() if isinstance(value, CustomOpDef)]:
+            setattr(module, name, getattr(module, name)._init_fn)
+    for name in ("_tokens", "_add", "_merge"):
+        setattr(_triton_moments, name, compile_only(getattr(_triton_moments, name)))
+    rows, vector = torch.randn(64, 770).bfloat16(), torch.randn(770)
+    here = (vector, torch.ones(64, dtype=torch.bool), torch.randn(64), torch.tensor(0.5))
+    passes(rows, *here)
+    account = empty_moments(_triton_moments.splits_of(770, rows.device), 770)
+    _triton_moments.add_moments_of_rows_(account, rows, "layer", 1e-5, None, None, here[1], True, True)
+    _triton_moments.merge_splits(RawMoments(*(part[None] for part in account)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,8 @@
 # make demo   a healthy and an unstable run of a small ViT, watched, and one that is switched and folded
 # make test   lint, types, tests and doctests
 # make bench  the figures of the README, measured on this machine
-.PHONY: demo test bench clean
+# make gpu    on a machine with a GPU: its tests, and everything there is to measure, as gpu.md
+.PHONY: demo test bench gpu clean
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -16,6 +17,9 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+gpu: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu
 
 # The stamp is newer than what it was made from, so a changed dependency list installs again.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -1,0 +1,284 @@
+"""Everything there is to test and measure on a machine with a GPU, unattended: `python -m benchmarks.gpu`, `make gpu`.
+
+Stages, each of which may fail without stopping the others; what they found is written as one Markdown file after each:
+
+* tests: `pytest -m gpu`, which also records the device, so that `auto` uses the kernels on it from then on;
+* memcheck: the kernels' tests under compute-sanitizer, where there is one;
+* kernels: `benchmarks.gpu_kernels`;
+* training: steps of ViT-S and GPT-2 small, bare, monitored, switching from LayerNorm, and switched;
+* inference: LayerNorm, folded and the norm-free floor, eager, compiled and as CUDA graphs; time and memory.
+
+Args: --stages ..., --out FILE, --rounds N, --batches N ... (inference), --smoke (tiny, and on a CPU).
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import gpu_kernels, inference
+from benchmarks.monitor_overhead import WIDTHS, ViT
+from stabnorm import StabilityMonitor, convert_norms
+from stabnorm.nn import PRepBN
+from stabnorm.ops import use_kernels
+
+STEPS = 4  # of a variant in a round
+WARM_UP = 2
+KERNEL_TESTS = ("rows", "moments", "blended")
+Options = argparse.Namespace
+
+
+def _run(command: Sequence[str], limit: float) -> str:
+    """The end of what a command said."""
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"`{' '.join(command[:4])} ...` did not end within {limit:.0f} s"
+    said = "\n".join((ran.stdout + ran.stderr).strip().splitlines()[-12:])
+    return f"exit code {ran.returncode}\n\n```\n{said}\n```"
+
+
+def tests(options: Options) -> str:
+    """The tests that need a GPU."""
+    if options.smoke:
+        return "skipped"
+    return _run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], 540)
+
+
+def memcheck(options: Options) -> str:
+    """The kernels under compute-sanitizer; without torch's pool of memory, or it would see no edges."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if options.smoke or sanitizer is None:
+        return "skipped: no compute-sanitizer"
+    files = [f"tests/ops/test_triton_{name}.py" for name in KERNEL_TESTS]
+    check = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    unpooled = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+    return _run([*unpooled, *check, sys.executable, "-m", "pytest", "-q", "-x", *files], 540)
+
+
+def kernel_table(options: Options) -> str:
+    """See `benchmarks.gpu_kernels`."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        gpu_kernels.main(["--rounds", str(options.rounds)])
+    return said.getvalue()
+
+
+# --- training ---
+
+
+def _models(smoke: bool) -> dict[str, tuple[Callable[[], nn.Module], Callable[[torch.device], Tensor]]]:
+    if smoke:
+        return {"tiny": (lambda: ViT(24, 2), lambda device: torch.randn(2, 3, 224, 224, device=device))}
+    return {
+        "ViT-S, batch 128": (
+            lambda: ViT(*WIDTHS["vit-small"]), lambda device: torch.randn(128, 3, 224, 224, device=device)
+        ),
+        "GPT-2 small, 16 x 1024": (
+            inference.GPT, lambda device: torch.randint(50257, (16, 1024), device=device)
+        ),
+    }  # fmt: skip
+
+
+class Training:
+    """A model, its optimizer, and perhaps its monitor; `run` takes some steps."""
+
+    def __init__(self, model: nn.Module, setting: str, monitored: bool, example: Tensor) -> None:
+        self.model, self.setting, self.example = model.train(), setting, example
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        self.seconds: list[float] = []
+        with use_kernels(setting):
+            self.monitor = StabilityMonitor(model, flush_every=50) if monitored else None
+            if self.monitor is not None:
+                self.monitor.attach()
+
+    def run(self) -> None:
+        """Steps in bfloat16 by autocast."""
+        device = self.example.device
+        with use_kernels(self.setting):
+            for _ in range(STEPS):
+                with torch.autocast(device.type, torch.bfloat16):
+                    loss = self.model(self.example).float().logsumexp(-1).mean()
+                loss.backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if self.monitor is not None:
+                    self.monitor.step(loss=loss)
+
+
+def _switched(model: nn.Module, lam: float) -> nn.Module:
+    convert_norms(model, to="prepbn")
+    for module in model.modules():
+        if isinstance(module, PRepBN):
+            module.lam.fill_(lam)
+            module.leave_out_norm = lam == 0
+    return model
+
+
+def training_table(options: Options) -> str:
+    """Interleaved: every variant some steps a round."""
+    device = torch.device("cpu" if options.smoke else "cuda")
+    sections = []
+    for name, (build, make_example) in _models(options.smoke).items():
+        torch.manual_seed(0)
+        model, example = build().to(device), make_example(device)
+        variants: dict[str, Training] = {"LayerNorm": Training(copy.deepcopy(model), "auto", False, example)}
+        for label, setting, monitored, lam in (
+            ("LayerNorm, monitored: kernels", "triton", True, None),
+            ("LayerNorm, monitored: torch", "reference", True, None),
+            ("switching, lam 0.5: kernels", "triton", False, 0.5),
+            ("switching, lam 0.5: torch", "reference", False, 0.5),
+            ("switched: kernels", "triton", False, 0.0),
+        ):
+            if setting == "triton" and options.smoke:
+                setting = "auto"
+            copied = copy.deepcopy(model)
+            variants[label] = Training(copied if lam is None else _switched(copied, lam), setting, monitored, example)
+        memory = _rounds(variants, options.rounds, device)
+        base = variants["LayerNorm"].seconds
+        lines = [f"**{name}**, bfloat16 by autocast", "", "| | ms a step | x LayerNorm (middle half) | peak MB |"]
+        lines.append("|---|---:|---:|---:|")
+        for label, variant in variants.items():
+            ratios = [a / b for a, b in zip(variant.seconds, base, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            ms = 1e3 * statistics.median(variant.seconds) / STEPS
+            lines.append(f"| {label} | {ms:.2f} | {middle:.3f} ({low:.3f} to {high:.3f}) | {memory[label]} |")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
+
+
+def _rounds(variants: Mapping[str, Training], rounds: int, device: torch.device) -> dict[str, str]:
+    names, memory = list(variants), dict.fromkeys(variants, "")
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for number in range(WARM_UP + rounds):
+        for turn in range(len(names)):
+            name = names[(number + turn) % len(names)]
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+            start = now()
+            variants[name].run()
+            took = now() - start
+            if number >= WARM_UP:
+                variants[name].seconds.append(took)
+            if device.type == "cuda":
+                memory[name] = f"{(torch.cuda.max_memory_allocated() - held) / 2**20:.0f}"
+    return memory
+
+
+# --- inference ---
+
+
+def graphed(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """The model's forward, captured once and replayed."""
+    fixed = example.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):
+            model(fixed)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        out: Tensor = model(fixed)
+
+    def replay(x: Tensor) -> Tensor:
+        fixed.copy_(x)
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _memory(call: Callable[[Tensor], Tensor], example: Tensor) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        call(example)
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+def inference_table(options: Options) -> str:
+    """LayerNorm, switched, folded and the floor."""
+    device = torch.device("cpu" if options.smoke else "cuda")
+    dtype = torch.float32 if options.smoke else torch.bfloat16
+    models = {"tiny": (lambda: ViT(24, 2), inference.MODELS["vit-tiny"][1])} if options.smoke else inference.MODELS
+    sections = []
+    for name, (build, example) in models.items():
+        torch.manual_seed(0)
+        four = inference.variants(build(), example(2, torch.device("cpu"), torch.float32))
+        cast = {label: copy.deepcopy(model).to(device, dtype).eval() for label, model in four.items()}
+        for batch in [1] if options.smoke else options.batches:
+            inputs = [example(batch, device, dtype) for _ in range(3)]
+            for mode in ("eager",) if options.smoke else ("eager", "compiled", "CUDA graph"):
+                torch.compiler.reset()
+                ready: dict[str, Callable[[Tensor], Tensor]] = dict(cast)
+                if mode == "compiled":
+                    ready = {label: torch.compile(m, fullgraph=True, dynamic=False) for label, m in cast.items()}
+                elif mode == "CUDA graph":
+                    ready = {label: graphed(m, inputs[0]) for label, m in cast.items()}
+                found = inference.time_table(ready, inputs, options.rounds)
+                sections.append(f"**{name}**, {str(dtype)[6:]}, batch {batch}, {mode}\n\n{found}")
+                if mode == "eager" and device.type == "cuda":
+                    used = ", ".join(f"{label} {_memory(m, inputs[0]):.1f}" for label, m in ready.items())
+                    sections.append(f"Peak MB of activations: {used}")
+    return "\n\n".join(sections)
+
+
+STAGES: dict[str, Callable[[Options], str]] = {
+    "tests": tests,
+    "memcheck": memcheck,
+    "kernels": kernel_table,
+    "training": training_table,
+    "inference": inference_table,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages; the number of those that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--out", type=Path, default=Path("gpu.md"))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--smoke", action="store_true")
+    options = parser.parse_args(arguments)
+    if not options.smoke and not torch.cuda.is_available():
+        print("there is no CUDA device: nothing was run. --smoke runs a tiny part on the CPU", file=sys.stderr)
+        return 1
+    name = "CPU, smoke run: figures mean nothing" if options.smoke else torch.cuda.get_device_name()
+    text, failed = f"# {name}, torch {torch.__version__}\n", 0
+    for stage in options.stages:
+        start = time.perf_counter()
+        try:
+            found = STAGES[stage](options)
+            failed += found.startswith(("exit code", "`")) and not found.startswith("exit code 0")
+        except Exception:  # the next stage may well run
+            found, failed = f"failed:\n\n```\n{traceback.format_exc()[-2000:]}\n```", failed + 1
+        text += f"\n## {stage} ({time.perf_counter() - start:.0f} s)\n\n{found}\n"
+        options.out.write_text(text)
+        print(text.rpartition("\n## ")[2], flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from stabnorm.nn import _fused_path
 from stabnorm.nn._channel_norm import ChannelNorm, Float32Buffers
 from stabnorm.nn.power import PowerNorm
 from stabnorm.nn.prep import PRepBN, prep_class
@@ -236,7 +237,7 @@ def leave_fused_path(model: nn.Module) -> None:
     """Keep torch's encoder layers from their fused path, which would run a layer norm with our norms' weights."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _holds_ours(module):
-            module.activation_relu_or_gelu = 0  # "none that the fused path knows"
+            _fused_path.leave_fused_path(module)
         if isinstance(module, nn.TransformerEncoder) and _holds_ours(module.layers):
             module.enable_nested_tensor = module.use_nested_tensor = False
 

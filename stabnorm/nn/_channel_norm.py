@@ -114,6 +114,11 @@ class ChannelNorm(Float32Buffers):
             ValueError: the input has another number of channels, or the mask another shape.
         """
         name = type(self).__name__
+        if x.is_nested:
+            raise TypeError(
+                f"{name} reads plain tensors, and this one is nested. nn.TransformerEncoder nests padded batches in "
+                "eval: set its use_nested_tensor = False, or build it with enable_nested_tensor=False"
+            )
         if not x.is_floating_point():
             raise TypeError(f"{name} normalises floating point input, and this is {x.dtype}. Use x.float()")
         axis = self.channel_dim % x.ndim if -x.ndim <= self.channel_dim < x.ndim else None

@@ -1,6 +1,9 @@
 """torch.nn.TransformerEncoder has a fused path for eval that reads its norms' weights and never calls them."""
 
+import copy
+import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 
 from stabnorm import fold_norms
 from stabnorm.fold import FoldedNorm, FrozenAffine
+from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from tests.families import FAMILIES
 from tests.fold.nets import error_of, ready, swapped
 
@@ -39,6 +43,47 @@ def test_padding_masks_go_without_nested_tensors() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")  # the fast path on: no nested tensor is built
         folded(ids, padding)
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "RepBN": lambda: RepBN(4),
+    "RepBN, scale only": lambda: RepBN(4, center=False),
+    "UnifiedNorm, no bias": lambda: UnifiedNorm(4, bias=False),
+    "PRepBN": lambda: PRepBN(4, eval_mode="rep"),
+    "PowerNorm": lambda: PowerNorm(4),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=list(NORMS))
+@pytest.mark.parametrize("places", [("norm1", "norm2"), ("norm2",)])
+def test_a_norm_put_there_by_hand_is_not_passed_over_before_it_is_folded(
+    norm: Callable[[], nn.Module], places: tuple[str, ...]
+) -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    for place in places:
+        setattr(layer, place, norm())
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    layer = ready(layer)  # type: ignore[assignment]
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad():
+        slow = layer(x)
+    torch.backends.mha.set_fastpath_enabled(True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    for twin in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), encoder):
+        with torch.no_grad():
+            assert torch.allclose(twin.eval()(x), slow, rtol=1e-9, atol=1e-9)
+
+
+def test_an_encoder_built_before_says_what_to_do_about_nested_tensors() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1).eval()
+    model.layers[0].norm1, model.layers[0].norm2 = RepBN(4).eval(), RepBN(4).eval()
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about nested tensors
+        with pytest.raises(TypeError, match="use_nested_tensor = False"):
+            model(torch.randn(2, 3, 4), src_key_padding_mask=padding)
+        model.use_nested_tensor = False
+        model(torch.randn(2, 3, 4), src_key_padding_mask=padding)
 
 
 @pytest.mark.parametrize("left", [FoldedNorm(), FrozenAffine(torch.ones(4), torch.zeros(4))])

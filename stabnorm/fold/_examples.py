@@ -1,10 +1,12 @@
 """Examples: what the user passes to run a model with, a second input made from them, and the tensors in an output."""
 
+import collections
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -82,7 +84,11 @@ def redrawn(example: Example, seed: int = 0) -> Example:
     generator = torch.Generator().manual_seed(seed)
 
     def change(t: Tensor) -> Tensor:
-        if t.ndim == 0 or t.dtype == torch.bool or _is_mask(t):
+        if t.is_nested or t.layout != torch.strided or (t.itemsize == 1 and t.is_floating_point()):
+            return t  # has no elements to draw anew, or, of float8, no arithmetic
+        if t.is_complex():
+            return torch.view_as_complex(change(torch.view_as_real(t.resolve_conj())))
+        if t.ndim == 0 or not t.numel() or t.dtype == torch.bool or _is_mask(t):
             return t
         if t.is_floating_point():
             finite = t[torch.isfinite(t)].double()
@@ -90,12 +96,16 @@ def redrawn(example: Example, seed: int = 0) -> Example:
             scale = scale if scale > 0 else scale + 1
             noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
             return (mean + 0.7 * scale + 1.6 * scale * noise).to(t.dtype)
-        if t.is_complex():
-            return t
         order = torch.randperm(t.numel(), generator=generator).to(t.device)
         return t.flatten()[order].view(t.shape)
 
     return example.map(change)
+
+
+def is_same(one: Example, other: Example) -> bool:
+    """Whether the two hold the same tensors, not just equal ones."""
+    tensors, others = (pytree.tree_leaves((example.args, example.kwargs)) for example in (one, other))
+    return all(t is u for t, u in zip(tensors, others, strict=True))
 
 
 def _is_mask(t: Tensor) -> bool:
@@ -108,23 +118,62 @@ def cast(example: Example, dtype: torch.dtype) -> Example:
     return example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def tensors_in(output: Any) -> list[Tensor]:
-    """All tensors in an output, whatever containers or objects hold them."""
-    return list(_walk(output, set()))
+Picker = Callable[[Any], Any] | None
 
 
-def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if id(value) in seen or isinstance(value, nn.Module):
+class OutputError(ValueError):
+    """The model runs, but what it returns cannot be looked at."""
+
+
+def tensors_in(output: Any, outputs: Picker = None) -> list[Tensor]:
+    """All tensors in an output, or in what `outputs` picks of it, whatever containers or objects hold them.
+
+    Arrays and floats count: they were tensors.
+
+    Raises:
+        OutputError: `outputs` fails, or there is an iterator, which looking at would use up.
+    """
+    try:
+        output = outputs(output) if outputs else output
+    except Exception as error:
+        raise OutputError(
+            f"outputs= fails on what the model returns, a {type(output).__name__}: {type(error).__name__}: {error}"
+        ) from error
+    return list(_walk(output, {}))
+
+
+def _walk(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
+    if isinstance(value, float):
+        yield torch.tensor(value, dtype=torch.float64)
         return
-    seen.add(id(value))
+    if id(value) in seen or isinstance(value, nn.Module | type):
+        return
+    seen[id(value)] = value  # held: another could take its place
     if isinstance(value, Tensor):
         yield value
-        return
-    if isinstance(value, Mapping):
-        inside: Any = value.values()
-    elif isinstance(value, list | tuple | set):
-        inside = value
+    elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fc":
+        yield torch.tensor(value.astype(np.complex128 if value.dtype.kind == "c" else np.float64))
+    elif isinstance(value, Iterator):
+        raise OutputError(
+            f"the model returns a {type(value).__name__}, and looking at what it yields would use it up. Return a "
+            "list, or name the outputs that matter with outputs="
+        )
     else:
-        inside = vars(value).values() if hasattr(value, "__dict__") else ()
-    for part in inside:
-        yield from _walk(part, seen)
+        for part in _inside(value):
+            yield from _walk(part, seen)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, Sequence | Set | collections.deque) and not isinstance(value, str | bytes | range):
+        return value
+    if isinstance(value, np.ndarray):
+        return value.flat if value.dtype == object else ()
+    slots = [name for cls in type(value).__mro__ for name in _slots(cls) if hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name) for name in slots)]
+
+
+def _slots(cls: type) -> Iterable[str]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else slots

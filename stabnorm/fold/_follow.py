@@ -22,26 +22,25 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stabnorm.fold._examples import Example, run, tensors_in
+from stabnorm.errors import StabNormError
+from stabnorm.fold._examples import Example, Picker, run, tensors_in
 from stabnorm.fold._readers import Linear, Operands, Slot, View, new_bias, operands
 from stabnorm.fold._shadow import Shadow, averaged, columns, moved
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Obstacle, Residual, Trace, Use
+from stabnorm.fold.folded import input_of
 
 aten = torch.ops.aten
 
 
-def trace_model(
-    model: nn.Module, sites: Sequence[Site], examples: Sequence[Example], outputs: Callable[[Any], Any] | None
-) -> Trace:
+def trace_model(model: nn.Module, sites: Sequence[Site], examples: Sequence[Example], outputs: Picker) -> Trace:
     """Run `model` on the examples and write down where its norms' channels go."""
     mode = _Follow(model, sites)
     with mode.hooked():
         for example in examples:
             with mode:
                 result = run(model, example)
-            tensors = tensors_in(outputs(result) if outputs else result)
-            mode.stop(tensors, "the model returns it: name the outputs that matter with outputs=")
+            mode.stop(tensors_in(result, outputs), "the model returns it: name the outputs that matter with outputs=")
     return mode.trace
 
 
@@ -90,8 +89,7 @@ class _Follow(TorchDispatchMode):
 
     def _reading(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-            self.trace.calls.append(self._call(index, x))
+            self.trace.calls.append(self._call(index, input_of(args, kwargs)))
             self.pauses += 1  # what happens inside a norm is the norm's
 
         return hook
@@ -105,21 +103,30 @@ class _Follow(TorchDispatchMode):
             if not isinstance(out, Tensor):
                 self.trace.obstacles.append(Obstacle(tags, f"'{site.name}' does not return a tensor"))
                 return
+            if not out.numel():
+                self.trace.obstacles.append(Obstacle(tags, "its output is empty: pass an example that has tokens"))
+                return
             shape = [1] * out.ndim
             shape[site.channel_dim] = site.num_features
             self.shadows[out] = Shadow(tags.to(out.device).double().view(shape).expand(out.shape))
 
         return hook
 
-    def _call(self, index: int, x: Tensor | None) -> Call:
+    def _call(self, index: int, x: Tensor) -> Call:
         site = self.trace.sites[index]
+        dim = site.channel_dim
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != site.num_features:
+            raise StabNormError(
+                f"norm '{site.name}' says that it has {site.num_features} channels on axis {dim}, but it reads the "
+                f"shape {tuple(x.shape)}. Mend its fold_affine()"
+            )
         none = torch.empty(0, dtype=torch.long)
         raw = Call(index, "raw", none, none, none.double())
-        shadow = None if x is None else self.shadows.get(x)
-        if site.gain is not None and x is not None:
+        shadow = self.shadows.get(x)
+        if site.gain is not None:
             self.stop([x], f"norm '{site.name}' normalises it")
             return raw
-        if x is None or shadow is None or not bool((shadow.tags > 0).any()):
+        if shadow is None or not bool((shadow.tags > 0).any()):
             return raw
         tags, factors = (plane.movedim(site.channel_dim, 0).flatten(1) for plane in (shadow.tags, shadow.factors()))
         channels = torch.arange(len(tags), device=tags.device)[:, None].expand(tags.shape)
@@ -141,8 +148,12 @@ class _Follow(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with self:  # an op made of ops arrives whole in inference mode: take it apart
-            out = func.decompose(*args, **kwargs)
+        if any(hasattr(cls, "__tensor_flatten__") for cls in types):
+            return NotImplemented  # a jagged tensor, say, takes its operations apart itself
+        out: Any = NotImplemented
+        if not any(t.is_nested for t in _tensors((args, kwargs))):
+            with self:  # an op made of ops arrives whole in inference mode: take it apart
+                out = func.decompose(*args, **kwargs)
         if out is NotImplemented:
             out = func(*args, **kwargs)
             if not self.pauses:
@@ -151,6 +162,11 @@ class _Follow(TorchDispatchMode):
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         inputs, outs = _tensors((args, kwargs)), _tensors(out)
+        if any(t.is_nested for t in (*inputs, *outs)):  # has no shape that a shadow could have
+            self.stop(inputs, f"{self._where(func)} reads it")
+            for t in filter(self._is_parameter, inputs):
+                self._use(t, None, self._where(func))
+            return
         if func._schema.is_mutable and inputs:
             self.constant_storages.discard(_storage(inputs[0]))  # a buffer that the forward writes is none
         parameters = [t for t in inputs if self._is_parameter(t)]
@@ -287,7 +303,7 @@ class _Follow(TorchDispatchMode):
     def _linear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
         """Write a linear operation down, tag its output, and return its parameters; none if it is no such operation."""
         found = operands(func, args, kwargs, self._is_parameter)
-        view = self._view(found.form) if isinstance(found, Operands) else None
+        view = self._view(found.form) if isinstance(found, Operands) and out.numel() else None
         if view is None or not isinstance(found, Operands) or view.is_expanded:
             return []
         index = self._index_of(func, view, found, out)
@@ -311,6 +327,7 @@ class _Follow(TorchDispatchMode):
         self._use(found.weight, index, where)
         if found.bias is None:
             return [found.weight]
+        self.stop([found.bias], f"{linear} adds it to its own output")
         if isinstance(linear.bias, View):
             self._use(found.bias, index, where)
         return [found.weight, *([found.bias] if isinstance(linear.bias, View) else [])]

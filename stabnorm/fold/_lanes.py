@@ -6,18 +6,21 @@ measured: it is the distance between the two.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stabnorm.fold._examples import Example, cast, redrawn
+from stabnorm.errors import StabNormError
+from stabnorm.fold._examples import Example, OutputError, Picker, cast, is_same, redrawn
 from stabnorm.fold._follow import trace_model
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Trace
-from stabnorm.fold._verify import TOLERANCE, Outputs, Picker, Precision, finite, largest_error, run_all
+from stabnorm.fold._verify import TOLERANCE, Outputs, Precision, finite, largest_error, run_all
 
+_UNFOLLOWED = "the model runs on the example, but its operations cannot be followed one by one"
 ROOM = 30.0  # how much further rounding may carry in a folded model than in the unfolded one
 
 
@@ -56,6 +59,12 @@ class Lanes:
     tied: dict[str, str]
     checked_on: str
 
+    def precision(self, error: float) -> str:
+        """What an error in the first lane was computed in; a lower precision that it does not show does not count."""
+        is_wide = len(self.lanes) > 1
+        lowest = torch.float64 if is_wide and error <= TOLERANCE[torch.float64] else self.lanes[0].lowest
+        return str(lowest).removeprefix("torch.")
+
 
 def make_lanes(
     model: nn.Module, sites: Sequence[Site], examples: list[Example], check: list[Example] | None, outputs: Picker
@@ -63,7 +72,8 @@ def make_lanes(
     """Run the model, unfolded, in both precisions; trace it in float64 if it runs so.
 
     Raises:
-        ValueError: it does not run, cannot be copied, or returns something else each time.
+        ValueError: it does not run, cannot be copied or followed, or returns something else each time.
+        StabNormError: a norm's `fold_affine` has another number of channels than its output.
     """
     own, checked_on = _own_lane(model, examples, check, outputs)
     try:
@@ -77,7 +87,9 @@ def make_lanes(
     except Exception:  # a quantised layer, a kernel without float64: the result says in what it was checked
         runs = False
     if runs:
-        carried = ROOM * largest_error(own.expected, expected) / torch.finfo(own.lowest).eps
+        rounding = largest_error(own.expected, expected)
+        rounding = rounding if rounding < float("inf") else 0.0  # an overflow says nothing of rounding
+        carried = ROOM * rounding / torch.finfo(own.lowest).eps
         wide_lane, own_lane = (
             replace(lane, tolerance=max(lane.tolerance, carried * torch.finfo(lane.lowest).eps))
             for lane in (Lane(wide, inputs, expected, precision.lowest, TOLERANCE[precision.lowest]), own)
@@ -85,13 +97,41 @@ def make_lanes(
         return Lanes([wide_lane, own_lane], trace, tied, checked_on)
     plain = copied(model)
     tied = _untie(plain)
-    return Lanes([own], trace_model(plain, sites, examples, outputs), tied, checked_on)
+    try:
+        return Lanes([own], trace_model(plain, sites, examples, outputs), tied, checked_on)
+    except StabNormError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{_UNFOLLOWED}: {type(error).__name__}: {error}") from error
+
+
+def try_on(lanes: Lanes, change: Callable[[nn.Module], None], outputs: Picker) -> tuple[float, str]:
+    """Change a copy in each lane: the error in the first one, and what is wrong; empty if nothing is."""
+    errors = []
+    for lane in lanes.lanes:
+        changed = copied(lane.model)
+        try:
+            change(changed)
+            errors.append(largest_error(run_all(changed, lane.examples, outputs), lane.expected))
+        except Exception as raised:
+            return float("inf"), f"rolled back: the changed model does not run ({type(raised).__name__}: {raised})"
+        if not errors[-1] <= lane.tolerance:
+            return errors[0], f"rolled back: the output would be off by {errors[-1]:.1e} of its largest element"
+    return errors[0], ""
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, or a ValueError that says why there is none."""
+    """A deep copy, or a ValueError that says why there is none.
+
+    What a forward with gradients left on a module, such as a pruned weight, is copied without its history.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(f"the model cannot be copied, which verifying needs: {error}") from error
 
@@ -101,18 +141,27 @@ def _own_lane(
 ) -> tuple[Lane, str]:
     unfolded = copied(model)
     try:
-        with Precision() as precision:
-            expected = run_all(unfolded, examples, outputs)
-        again = run_all(unfolded, examples, outputs)
+        expected = run_all(unfolded, examples, outputs)
+    except OutputError:
+        raise
     except Exception as error:
         raise ValueError(
             f"the model does not run on the example: {type(error).__name__}: {error}. A tuple is positional arguments, "
             "a dict keyword arguments, a tuple (args, kwargs) both"
         ) from error
+    try:
+        with Precision() as precision:
+            again = run_all(unfolded, examples, outputs)
+    except Exception as error:
+        raise ValueError(
+            f"{_UNFOLLOWED}: {type(error).__name__}: {error}. Where it uses flex_attention or torch.cond, fold it with "
+            "plain attention and branches; the folded weights are the same"
+        ) from error
     tolerance = TOLERANCE[precision.lowest]
     if largest_error(again, expected) > tolerance:
         raise ValueError(
-            "the model returns something else each time it runs the example. Take out what is random in eval"
+            "the model returns something else each time it runs the example. Take out what is random in eval or left "
+            "over from the forward before, or name the outputs that matter with outputs="
         )
     said = "the example" if len(examples) == 1 else f"{len(examples)} examples"
     if check is not None:
@@ -122,12 +171,13 @@ def _own_lane(
             raise ValueError(f"the model does not run on check: {type(error).__name__}: {error}") from error
         return Lane(model, examples + check, expected + more, precision.lowest, tolerance), f"{said} and check"
     seconds, more = [], []
-    for second in map(redrawn, examples):
+    for given in examples:
+        second = redrawn(given)
         try:
             (found,) = run_all(unfolded, [second], outputs)
         except Exception:  # not all that is redrawn is an input: then the example must do
             continue
-        if finite(found):
+        if finite(found) and not is_same(second, given):
             seconds.append(second)
             more.append(found)
     said += " and a second input" if seconds else ""

@@ -1,6 +1,7 @@
 """The norms of a model as the fold sees them: affine in eval, or to stay, and why."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ _TYPE_NAMES = {
     "instance": "normalises every sample by itself, so no weight can do it",
     "batch": "is not known to be affine in eval",
 }
+
+
+HOOKED = "it has forward hooks, which would be lost with it: remove them first"
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
         scale, shift, channel_dim = affine
         hooks = module._forward_hooks or module._forward_pre_hooks
         if hooks:
-            staying[name] = "it has forward hooks, which would be lost with it: remove them first"
+            staying[name] = HOOKED
         else:
             scale, shift = (t.detach().to("cpu", torch.float64).flatten() for t in (scale, shift))
             sites.append(Site(name, scale, shift, channel_dim))
@@ -101,10 +105,10 @@ def affine_in_eval(module: nn.Module) -> tuple[Tensor, Tensor, int] | None:
 
     Raises:
         StabNormError: it is such a norm, but not in this state.
+        TypeError: its `fold_affine` returns anything else.
     """
     if callable(getattr(module, "fold_affine", None)):
-        affine: tuple[Tensor, Tensor, int] = module.fold_affine()  # type: ignore[operator]
-        return affine
+        return _stated(module)
     if type(module) not in _BATCH_NORMS:
         return None
     mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
@@ -115,3 +119,19 @@ def affine_in_eval(module: nn.Module) -> tuple[Tensor, Tensor, int] | None:
         scale = weight.detach().double() * scale
     shift = -scale * mean.double()
     return scale, bias.detach().double() + shift if isinstance(bias, Tensor) else shift, 1
+
+
+def _stated(module: nn.Module) -> tuple[Tensor, Tensor, int]:
+    try:
+        affine: Any = module.fold_affine()  # type: ignore[operator]
+    except NotImplementedError as error:
+        raise StabNormError(f"the fold_affine() of {type(module).__name__} is not implemented") from error
+    if not (isinstance(affine, tuple) and [type(part) for part in affine[2:]] == [int]):
+        affine = (None, None, None)
+    scale, shift, channel_dim = affine
+    if not (isinstance(scale, Tensor) and isinstance(shift, Tensor) and scale.numel() == shift.numel()):
+        raise TypeError(
+            f"the fold_affine() of {type(module).__name__} does not return (scale, shift, channel_dim): two tensors of "
+            "one number for each channel, and the axis of the channels"
+        )
+    return scale, shift, channel_dim

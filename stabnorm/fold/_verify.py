@@ -1,6 +1,6 @@
 """Whether a folded model computes what the model did."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,21 +8,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stabnorm.fold._examples import Example, run, tensors_in
+from stabnorm.fold._examples import Example, Picker, run, tensors_in
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 Outputs = list[list[Tensor]]
-Picker = Callable[[Any], Any] | None
 
 
 def run_all(model: nn.Module, examples: Sequence[Example], outputs: Picker) -> Outputs:
-    """The floating tensors the model returns for each example."""
+    """The floating tensors the model returns for each example; of a complex one, its real and imaginary parts."""
     returned = []
     for example in examples:
-        result = run(model, example)
-        tensors = tensors_in(outputs(result) if outputs else result)
-        returned.append([t for t in tensors if t.is_floating_point()])
+        tensors = tensors_in(run(model, example), outputs)
+        parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+        returned.append([t for t in parts if t.is_floating_point()])
     return returned
 
 

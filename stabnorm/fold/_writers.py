@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stabnorm.fold._examples import Example, run, tensors_in
+from stabnorm.fold._examples import Example, Picker, run, tensors_in
 from stabnorm.fold._readers import Operands, View, operands
 from stabnorm.fold._shadow import ZERO, Shadow, averaged, moved
+from stabnorm.fold.folded import input_of
 
 aten = torch.ops.aten
 
@@ -41,9 +42,7 @@ class Streams:
     problems: dict[str, str] = field(default_factory=dict)
 
 
-def find_streams(
-    model: nn.Module, norms: Sequence[str], examples: Sequence[Example], outputs: Callable[[Any], Any] | None
-) -> Streams:
+def find_streams(model: nn.Module, norms: Sequence[str], examples: Sequence[Example], outputs: Picker) -> Streams:
     """Run `model` and write down what the named norms read; their channels are on the last axis."""
     mode = _FollowStreams(model)
     handles = []
@@ -55,7 +54,7 @@ def find_streams(
         for example in examples:
             with mode:
                 result = run(model, example)
-            mode.stop(tensors_in(outputs(result) if outputs else result), "the model returns it")
+            mode.stop(tensors_in(result, outputs), "the model returns it")
     finally:
         for handle in handles:
             handle.remove()
@@ -75,7 +74,7 @@ class _FollowStreams(TorchDispatchMode):
         """A hook that says what a norm reads."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+            x = input_of(args, kwargs)
             self.pauses += 1
             if x not in self.stream:
                 self.streams.problems[name] = "it reads more than a sum of linear layers and embeddings"
@@ -107,8 +106,12 @@ class _FollowStreams(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with self:
-            out = func.decompose(*args, **kwargs)
+        if any(hasattr(cls, "__tensor_flatten__") for cls in types):
+            return NotImplemented
+        out: Any = NotImplemented
+        if not any(t.is_nested for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+            with self:
+                out = func.decompose(*args, **kwargs)
         if out is NotImplemented:
             out = func(*args, **kwargs)
             if not self.pauses:
@@ -119,6 +122,9 @@ class _FollowStreams(TorchDispatchMode):
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         followed = [t for t in inputs if t in self.stream]
         where = func.overloadpacket.__name__
+        if any(t.is_nested for t in (*inputs, *pytree.tree_leaves(out)) if isinstance(t, Tensor)):
+            self.stop(followed, f"{where} reads it without a norm")
+            return
         found = operands(func, args, kwargs, lambda t: self._view(t) is not None)
         if isinstance(found, Operands):
             self.stop(followed, f"{where} reads it without a norm")

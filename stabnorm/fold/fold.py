@@ -6,16 +6,18 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from stabnorm._random import random_state_kept
 from stabnorm.errors import StabNormError
 from stabnorm.fold._apply import apply_plan, set_gain
-from stabnorm.fold._examples import read_examples
-from stabnorm.fold._lanes import Lanes, copied, make_lanes
+from stabnorm.fold._examples import Picker, read_examples
+from stabnorm.fold._lanes import Lanes, copied, make_lanes, try_on
 from stabnorm.fold._plan import FOLDED, Plan, plan_folds
 from stabnorm.fold._sites import Site, find_gains, find_sites
-from stabnorm.fold._verify import TOLERANCE, Picker, largest_error, run_all
+from stabnorm.fold._verify import largest_error, run_all
 from stabnorm.fold.folded import FrozenAffine
-from stabnorm.fold.manifest import manifest_of, replace
+from stabnorm.fold.manifest import manifest_of, own_parameters, replace
 from stabnorm.fold.result import FoldedSite, FoldResult
 
 
@@ -64,9 +66,11 @@ def fold_norms(
         The folded model, and for each norm where it went or why it did not; see `FoldResult`.
 
     Raises:
-        TypeError: `example` or `check` has none of the formats.
-        ValueError: an option is unknown, the example does not run, or the model cannot be copied.
-        StabNormError: the model is in training mode, compiled, scripted or itself a norm; or `strict` and one is kept.
+        TypeError: `example` or `check` has none of the formats, `model` is no module, or a `fold_affine` returns
+            something else.
+        ValueError: an option is unknown, the example does not run, or the model cannot be copied or followed.
+        StabNormError: the model is in training mode, compiled, scripted, without numbers (meta, lazy) or itself a norm;
+            a `fold_affine` has other channels than its norm reads; or `strict` and one is kept.
 
     RepBN's fold is arXiv:2405.11582, eq. 4; the method here is ours.
 
@@ -80,8 +84,6 @@ def fold_norms(
     """
     if residual not in (True, False, "auto"):
         raise ValueError(f"residual={residual!r} is unknown. Choose True, False or 'auto'")
-    if residual == "auto":
-        residual = not any(p.dtype == torch.float16 for p in model.parameters())
     return _fold(find_sites, model, example, check, residual, tied, outputs, strict, inplace)
 
 
@@ -114,9 +116,9 @@ def fold_gains(
         The model, and for each norm where its gain and bias went; see `FoldResult`.
 
     Raises:
-        TypeError: `example` or `check` has none of the formats.
-        ValueError: an option is unknown, the example does not run, or the model cannot be copied.
-        StabNormError: the model is in training mode, compiled, scripted or itself a norm.
+        TypeError: `example` or `check` has none of the formats, or `model` is no module.
+        ValueError: an option is unknown, the example does not run, or the model cannot be copied or followed.
+        StabNormError: the model is in training mode, compiled, scripted, without numbers (meta, lazy) or itself a norm.
 
     >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 2)).eval()
     >>> nn.init.uniform_(model[0].weight), nn.init.normal_(model[0].bias)
@@ -133,7 +135,7 @@ def _fold(
     model: nn.Module,
     example: Any,
     check: Any,
-    residual: bool,
+    residual: bool | Literal["auto"],
     tied: str,
     outputs: Picker,
     strict: bool,
@@ -141,7 +143,7 @@ def _fold(
 ) -> FoldResult:
     if tied not in ("untie", "refuse"):
         raise ValueError(f"tied={tied!r} is unknown. Choose 'untie' or 'refuse'")
-    _check_model(model)
+    check_model(model)
     examples = read_examples("example", example)
     others = None if check is None else read_examples("check", check)
     sites, staying = find(model)
@@ -149,20 +151,26 @@ def _fold(
         raise StabNormError(
             "the model is itself a norm: there is nothing around it to fold it into. Fold what holds it"
         )
-    lanes = make_lanes(model, sites, examples, others, outputs)
-    plan, error = _settle(lanes, {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}, outputs)
-    norms = _report(model, plan, staying)
-    kept = [norm for norm in norms if norm.status == "kept"]
-    if strict and kept:
-        raise StabNormError(
-            f"{len(kept)} norms are kept, the first is {kept[0].name!r}: {kept[0].reason}. strict=False folds the rest"
-        )
-    manifest, vacuous = manifest_of(plan), not _shows_faults(lanes, outputs)
-    _warn(manifest, vacuous)
-    lowest = torch.float64 if error <= TOLERANCE[torch.float64] else lanes.lanes[0].lowest
-    precision = str(lowest).removeprefix("torch.")
-    folded = model if inplace else copied(model)  # the first change to what is the user's
-    apply_plan(plan, manifest, folded)
+    if residual == "auto":
+        residual = not any(p.dtype == torch.float16 for p in model.parameters())
+    with random_state_kept(next(model.parameters(), torch.empty(0)).device), torch.inference_mode(False):
+        lanes = make_lanes(model, sites, examples, others, outputs)
+        plan, error = _settle(lanes, {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}, outputs)
+        vacuous = not _shows_faults(lanes, plan, outputs)
+        norms = _report(model, plan, staying)
+        kept = [norm for norm in norms if norm.status == "kept"]
+        if strict and kept:
+            raise StabNormError(
+                f"{len(kept)} norms are kept, the first is {kept[0].name!r}: {kept[0].reason}. strict=False folds the "
+                "rest"
+            )
+        manifest = manifest_of(plan)
+        _warn(manifest, vacuous)
+        folded = model if inplace else copied(model)
+        if inplace:  # the first change to what is the user's; whatever shares memory with a weight stays as it is
+            own_parameters(folded, {name for edit in plan.edits for name in edit.parameters})
+        apply_plan(plan, manifest, folded)
+    precision = lanes.precision(error)
     return FoldResult(folded, norms, error, precision, lanes.checked_on, vacuous, plan.max_gauge, manifest)
 
 
@@ -185,10 +193,21 @@ def _warn(manifest: dict[str, Any], vacuous: bool) -> None:
 # --- what cannot be folded at all ---
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, is_eval: bool = True) -> None:
+    """Raise TypeError or StabNormError for what cannot be folded, whatever its norms are."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}. Pass an nn.Module")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise StabNormError(f"'{name}' does not know its size yet. Run one batch through the model first")
+        if tensor.is_meta:
+            raise StabNormError(
+                f"'{name}' is on the meta device, where there are no numbers to fold. Move the model with to_empty() "
+                "and load its weights first"
+            )
     for name, module in model.named_modules():
         where = f"'{name}'" if name else "the model"
-        if module.training:
+        if is_eval and module.training:
             raise StabNormError(f"{where} is in training mode, where a norm is no affine map. Call model.eval() first")
         if isinstance(module, torch.jit.ScriptModule):
             raise StabNormError(f"{where} is scripted, so its operations cannot be followed. Fold first, then script")
@@ -209,7 +228,8 @@ def _settle(lanes: Lanes, options: dict[str, Any], outputs: Picker) -> tuple[Pla
         if not problem:
             return plan, error
         folded = [fold.name for fold in plan.folds if fold.status in FOLDED or fold.into]
-        assert folded or plan.affine, "a plan that changes nothing holds"
+        if not folded and not plan.affine:  # nothing is changed, and yet it differs
+            raise ValueError("the model returns something else each time it is copied and run: state outside of it?")
         culprits = {}
         for name in [*folded, *plan.affine]:
             others = {site.name: "not on trial" for site in lanes.trace.sites if site.name != name}
@@ -223,34 +243,27 @@ def _settle(lanes: Lanes, options: dict[str, Any], outputs: Picker) -> tuple[Pla
 
 
 def _try(plan: Plan, lanes: Lanes, outputs: Picker) -> tuple[float, str]:
-    """The error in the first lane, and what is wrong; empty if nothing is."""
-    errors = []
-    for lane in lanes.lanes:
-        folded = copied(lane.model)
-        try:
-            apply_plan(plan, manifest_of(plan), folded)
-            errors.append(largest_error(run_all(folded, lane.examples, outputs), lane.expected))
-        except Exception as raised:
-            return float("inf"), f"rolled back: the folded model does not run ({type(raised).__name__}: {raised})"
-        if not errors[-1] <= lane.tolerance:
-            return errors[0], f"rolled back: the output would be off by {errors[-1]:.1e} of its largest element"
-    return errors[0], ""
+    return try_on(lanes, lambda copy: apply_plan(plan, manifest_of(plan), copy), outputs)
 
 
-def _shows_faults(lanes: Lanes, outputs: Picker) -> bool:
-    """Whether the outputs change when every norm is off by a hundredth."""
+def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
+    """Whether the outputs change when every norm that the plan changes is off by a hundredth."""
     lane = lanes.lanes[0]
-    reached = [lanes.trace.sites[index] for index in sorted({call.site for call in lanes.trace.calls})]
+    changed = {fold.name for fold in plan.folds if fold.status != "kept"} | {site.name for site in plan.neutral}
+    if not changed:
+        return True
     faulty = copied(lane.model)
     like = next((t for t in (*faulty.parameters(), *faulty.buffers()) if t.is_floating_point()), torch.empty(0))
-    for site in reached:
+    for site in lanes.trace.sites:
+        if site.name not in changed:
+            continue
         scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
         if site.gain is None:
             replace(faulty, site.name, FrozenAffine(scale.to(like), shift.to(like), site.channel_dim))
         else:
             set_gain(faulty, site, scale, shift)
     error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)
-    return not reached or not error <= lane.tolerance
+    return not error <= lane.tolerance
 
 
 def _report(model: nn.Module, plan: Plan, staying: dict[str, str]) -> list[FoldedSite]:

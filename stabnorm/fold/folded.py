@@ -1,11 +1,25 @@
 """What stands where a norm was: nothing, or one multiply-add. No class here names a normalization."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabnorm.nn._channel_norm import Float32Buffers
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a call of a norm reads: its first argument or, whatever its name, the first floating tensor by keyword.
+
+    Raises:
+        TypeError: there is none.
+    """
+    floating = (value for value in kwargs.values() if isinstance(value, Tensor) and value.is_floating_point())
+    x = args[0] if args else next(floating, None)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a norm reads a tensor, and this call has {type(x).__name__}. Pass it first, or by keyword")
+    return x
 
 
 class _Unfused(nn.Module):
@@ -17,22 +31,31 @@ class _Unfused(nn.Module):
 
 
 class FoldedNorm(_Unfused, nn.Identity):
-    """The identity, where a norm was folded into the weights around it; further arguments, such as a mask, are ignored.
+    """y = x, where a norm was folded into the weights around it.
+
+    The input goes by whatever name the norm had for it; further arguments, such as a mask, are ignored.
+
+    Shape:
+        any, to the same.
+
+    Raises:
+        TypeError: it is called without a tensor.
 
     >>> x = torch.randn(2, 3)
-    >>> FoldedNorm()(x) is x
-    True
+    >>> FoldedNorm()(x) is x, FoldedNorm()(hidden_states=x) is x
+    (True, True)
     """
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The input."""
-        return input
+        return input_of(args, kwargs)
 
 
 class FrozenAffine(_Unfused, Float32Buffers):
     r"""y = scale x + shift per channel, in one operation: a norm that is affine in eval and found no weight to go into.
 
-    Scale and shift stay float32 under ``.to(torch.bfloat16)``, as the statistics they come from.
+    Scale and shift stay float32 under ``.to(torch.bfloat16)``, as the statistics they come from. The input goes by
+    whatever name the norm had for it; further arguments, such as a mask, are ignored.
 
     Args:
         scale: ``[C]``.
@@ -41,6 +64,9 @@ class FrozenAffine(_Unfused, Float32Buffers):
 
     Shape:
         as the input; the axis `channel_dim` holds C.
+
+    Raises:
+        TypeError: it is called without a tensor.
 
     >>> affine = FrozenAffine(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
     >>> affine(torch.ones(1, 2))
@@ -56,8 +82,9 @@ class FrozenAffine(_Unfused, Float32Buffers):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Scale x + shift; further arguments are ignored."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Scale x + shift."""
+        x = input_of(args, kwargs)
         scale, shift = self.scale, self.shift
         if self.channel_dim not in (-1, x.ndim - 1):
             shape = [1] * x.ndim

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stabnorm.errors import StabNormError
 from stabnorm.fold._examples import read_example, run
-from stabnorm.fold.folded import FoldedNorm, FrozenAffine
+from stabnorm.fold.folded import FoldedNorm, FrozenAffine, input_of
 
 Action = Literal["warn", "raise"]
 
@@ -34,7 +34,9 @@ class FoldGuard:
         self._left: Tensor | None = None  # what a forward left to be judged
         self._copied: torch.cuda.Event | None = None
         self._calibrating = True
-        self._handles = [m.register_forward_pre_hook(self._reading(i)) for i, m in enumerate(sites.values())]
+        self._handles = [
+            m.register_forward_pre_hook(self._reading(i), with_kwargs=True) for i, m in enumerate(sites.values())
+        ]
         self._handles.append(model.register_forward_pre_hook(self._before))
         self._handles.append(model.register_forward_hook(self._after))
 
@@ -56,8 +58,11 @@ class FoldGuard:
         self.remove()
 
     def _reading(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            largest = args[0].detach().abs().amax().float()  # NaN stays NaN
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = input_of(args, kwargs).detach()
+            if not x.numel():
+                return
+            largest = x.abs().amax().float()  # NaN stays NaN
             self._largest = self._largest.to(largest.device)
             self._largest[index] = torch.maximum(self._largest[index], largest)
 

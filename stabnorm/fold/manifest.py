@@ -1,6 +1,6 @@
 """What folding changed in a model's structure, as JSON: with it a fresh model takes the folded weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,8 +51,10 @@ def apply_manifest(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
     """
     if manifest.get("format") != FORMAT:
         raise ValueError(f"the manifest has format {manifest.get('format')!r}, not {FORMAT}. Fold the model again")
-    names = [*manifest["folded"], *manifest["affine"], *(name.rpartition(".")[0] for name in manifest["biases"])]
+    names = [*manifest["folded"], *manifest["affine"], *manifest.get("rms", {})]
+    names += [name.rpartition(".")[0] for name in manifest["biases"]]
     missing = [name for name in names if name not in dict(model.named_modules(remove_duplicate=False))]
+    missing += [name for name in manifest["untied"] if name not in dict(model.named_parameters(remove_duplicate=False))]
     if missing:
         raise ValueError(
             f"the model has no {missing[0]!r}, which the manifest names. Build it as it was before the fold"
@@ -63,10 +65,7 @@ def apply_manifest(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
 
 def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     """Replace norms, register biases and copy tied parameters as a manifest says; numbers come later."""
-    for name in manifest["untied"]:
-        owner, attribute = _owner(model, name)
-        tied = getattr(owner, attribute)
-        setattr(owner, attribute, nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad))
+    own_parameters(model, manifest["untied"])
     config = getattr(model, "config", None)
     if config is not None and manifest["untied"] and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # or saving the model would tie them again
@@ -92,6 +91,14 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
             isinstance(m, FoldedNorm | FrozenAffine) for m in module.modules()
         ):
             module.use_nested_tensor = module.enable_nested_tensor = False  # goes with the fused layers only
+
+
+def own_parameters(model: nn.Module, names: Iterable[str]) -> None:
+    """Give these names parameters of their own, with memory of their own."""
+    for name in names:
+        owner, attribute = _owner(model, name)
+        shared = getattr(owner, attribute)
+        setattr(owner, attribute, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

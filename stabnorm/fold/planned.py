@@ -20,7 +20,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.fold._examples import Example, read_examples, run
 from stabnorm.fold._lanes import copied
 from stabnorm.fold._plan import FOLDED
-from stabnorm.fold.fold import fold_norms
+from stabnorm.fold.fold import check_model, fold_norms
 from stabnorm.fold.result import FoldedSite, counts_of
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.residuals import STATISTIC
@@ -146,9 +146,10 @@ def plan_fold(
         An entry for each norm; see `FoldPlan`.
 
     Raises:
-        TypeError: `example` has none of the formats, or the target has no such option.
+        TypeError: `example` has none of the formats, `model` is no module, or the target has no such option.
         ValueError: an option is unknown, the example does not run, the model cannot be copied, or has no norm.
-        StabNormError: the model is compiled, scripted, wrapped for several processes, or itself a norm.
+        StabNormError: the model is compiled, scripted, without numbers (meta, lazy), wrapped for several processes, or
+            itself a norm.
 
     The method is ours; the residual's bound was found on small models.
 
@@ -159,6 +160,7 @@ def plan_fold(
     >>> 0 < plan.norms[0].affine_residual < 1, 0 < plan.share < 1, type(model[1]).__name__
     (True, True, 'LayerNorm')
     """
+    check_model(model, is_eval=False)
     check_conversion(model, to, norm_options)
     examples = read_examples("example", example)
     device = next(model.parameters(), torch.empty(0)).device

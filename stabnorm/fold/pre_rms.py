@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stabnorm.fold._examples import read_examples
-from stabnorm.fold._lanes import copied, make_lanes
-from stabnorm.fold._verify import TOLERANCE, largest_error, run_all
+from stabnorm._random import random_state_kept
+from stabnorm.fold._examples import Example, Picker, read_examples
+from stabnorm.fold._lanes import make_lanes, try_on
+from stabnorm.fold._sites import HOOKED
 from stabnorm.fold._writers import Streams, Writer, find_streams
 from stabnorm.fold.fold import fold_gains
 from stabnorm.fold.manifest import restructure
@@ -45,9 +46,9 @@ def to_pre_rms(
         The converted copy. A norm's status is "rms", with the writers in `into`, or "kept", with the reason.
 
     Raises:
-        TypeError: `example` or `check` has none of the formats.
-        ValueError: an option is unknown, the example does not run, or the model cannot be copied.
-        StabNormError: the model is in training mode, compiled, scripted or itself a norm.
+        TypeError: `example` or `check` has none of the formats, or `model` is no module.
+        ValueError: an option is unknown, the example does not run, or the model cannot be copied or followed.
+        StabNormError: the model is in training mode, compiled, scripted, without numbers (meta, lazy) or itself a norm.
 
     >>> class Block(nn.Module):
     ...     def __init__(self):
@@ -63,7 +64,15 @@ def to_pre_rms(
     """
     result = fold_gains(model, example, check=check, tied=tied, outputs=outputs)
     examples = read_examples("example", example)
-    lanes = make_lanes(result.model, [], examples, None if check is None else read_examples("check", check), outputs)
+    with random_state_kept(next(model.parameters(), torch.empty(0)).device), torch.inference_mode(False):
+        return _centred(result, examples, None if check is None else read_examples("check", check), tied, outputs)
+
+
+def _centred(
+    result: FoldResult, examples: list[Example], check: list[Example] | None, tied: str, outputs: Picker
+) -> FoldResult:
+    """The same with its writers centred, and an RMSNorm for each LayerNorm that then takes nothing away."""
+    lanes = make_lanes(result.model, [], examples, check, outputs)
     layers = {layer.name: layer for layer in find_norms(result.model) if layer.kind == "layer"}
     candidates = [name for name, layer in layers.items() if layer.feature_dims == 1 and layer.channel_dim == -1]
     streams = find_streams(lanes.lanes[0].model, candidates, lanes.lanes[0].examples[: len(examples)], outputs)
@@ -76,15 +85,10 @@ def to_pre_rms(
         "untied": sorted({*result.manifest["untied"], *(name for name in names if name in lanes.tied)}),
         "rms": {name: {"num_features": layers[name].num_features, "eps": layers[name].eps} for name in wanted},
     }
-    errors = []
-    for lane in lanes.lanes:
-        trial = copied(lane.model)
-        _convert(trial, writers, manifest, layers)
-        errors.append(largest_error(run_all(trial, lane.examples, outputs), lane.expected))
-        if not errors[-1] <= lane.tolerance:
-            why = f"rolled back: the output would be off by {errors[-1]:.1e} of its largest element"
-            kept = [FoldedSite(norm.name, "kept", norm.into, why) for norm in result.norms]
-            return dataclasses.replace(result, norms=kept)
+    error, fault = try_on(lanes, lambda copy: _convert(copy, writers, manifest, layers), outputs)
+    if fault:
+        kept = [FoldedSite(norm.name, "kept", norm.into, fault) for norm in result.norms]
+        return dataclasses.replace(result, norms=kept)
     converted = result.model  # fold_gains made it
     _convert(converted, writers, manifest, layers)
     said = {
@@ -94,11 +98,10 @@ def to_pre_rms(
     stays = {
         norm.name: FoldedSite(norm.name, "kept", norm.into, problems.get(norm.name, _OTHER)) for norm in result.norms
     }
-    error = max(errors[0], result.max_rel_error)
-    precision = "float64" if error <= TOLERANCE[torch.float64] else str(lanes.lanes[0].lowest).removeprefix("torch.")
+    error = max(error, result.max_rel_error)
     norms = [said.get(norm.name, stays[norm.name]) for norm in result.norms]
     return dataclasses.replace(
-        result, model=converted, norms=norms, max_rel_error=error, precision=precision, manifest=manifest
+        result, model=converted, norms=norms, max_rel_error=error, precision=lanes.precision(error), manifest=manifest
     )
 
 
@@ -114,6 +117,8 @@ def _settle(streams: Streams, layers: Mapping[str, NormLayer], tied: Mapping[str
             problems.setdefault(name, "its bias found no reader to go into")
         if name not in read:
             problems.setdefault(name, "no example reaches it")
+        if layer.module._forward_hooks or layer.module._forward_pre_hooks:
+            problems.setdefault(name, HOOKED)
     for index, writer in enumerate(streams.writers):
         if writer.weight.name in tied:
             writer.problem = writer.problem or f"it is tied to '{tied[writer.weight.name]}': pass tied='untie'"

@@ -251,6 +251,23 @@ def test_a_norm_that_is_not_what_it_says_is_kept_and_the_others_fold() -> None:
     assert error_of(result.model, model, [(draw(2, C, seed=3),)]) < 1e-12
 
 
+def test_an_overflow_in_the_model_s_own_precision_does_not_hide_a_fault_in_float64() -> None:
+    parts = {"liar": Liar(), "fc": nn.Linear(C, D)}
+    model = ready(Net(lambda m, x: 1e4 * m.fc(m.liar(x)), **parts)).half()
+    x = draw(3, C).half()
+    assert model(9 * x).isinf().any()
+    result = fold_norms(model, [x, 9 * x])
+    assert statuses(result) == {"liar": "kept"}
+    assert "rolled back" in result.norms[0].reason
+
+
+def test_a_norm_whose_weight_the_model_asks_for_stays_and_says_so() -> None:
+    model = ready(Net(lambda m, x: m.fc(m.norm(x).to(m.norm.weight.dtype)), norm=RepBN(C), fc=nn.Linear(C, D)))
+    result = fold_norms(model, draw(3, C))
+    assert statuses(result) == {"norm": "kept"}
+    assert "does not run (AttributeError" in result.norms[0].reason
+
+
 def test_a_path_the_example_does_not_take_is_found_by_the_second_input() -> None:
     def signed(m: Any, x: Tensor) -> Any:
         return m.fc(m.norm(x)) if x.std() < 1.2 else m.fc(m.norm(x).relu())
@@ -303,6 +320,8 @@ def test_where_float64_does_not_run_the_check_says_what_it_ran_in() -> None:
     assert result.precision == "float32"
     refused = fold_norms(nn.Sequential(RepBN(C), quantised).eval(), torch.randn(3, C))
     assert statuses(refused) == {"0": "affine"}
+    assert refused.max_rel_error < 1e-9
+    assert refused.precision == "float32"  # though its error is none
     assert "linear_dynamic" in refused.norms[0].reason
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from stabnorm import StabNormError, fold_norms, guard_folds
 from stabnorm.nn import RepBN
 from tests.families import FAMILIES
-from tests.fold.nets import draw, ready
+from tests.fold.nets import Net, draw, ready
 from tests.fold.test_families import ready as ready_family
 
 FAMILY = FAMILIES["vit, class token"]
@@ -43,6 +43,17 @@ def test_one_extreme_row_is_reported_with_the_site_that_is_furthest_off(fault: f
     x[1] *= fault
     with guard_folds(model, calibration()), pytest.warns(UserWarning, match=r"of 5 folded norms.*'blocks"):
         model(x)
+
+
+def test_inputs_by_keyword_are_watched_and_an_empty_one_is_nothing_to_report() -> None:
+    model = fold_norms(
+        ready(Net(lambda m, x: m.fc(m.norm(mask=x[..., 0] > 0, x=x)), norm=RepBN(4), fc=nn.Linear(4, 2))), draw(3, 4)
+    ).model
+    with guard_folds(model, [draw(3, 4), draw(0, 4)], "raise") as guard:
+        assert guard.bounds == {"norm": pytest.approx(float(draw(3, 4).abs().max()))}
+        assert model(draw(0, 4)).shape == (0, 2)
+        with pytest.raises(StabNormError, match="'norm'"):
+            model(9 * draw(3, 4))
 
 
 def test_only_the_forward_it_happens_in_is_reported() -> None:

@@ -36,6 +36,17 @@ def test_a_manifest_of_another_model_is_refused_before_anything_changes() -> Non
     assert list(other.modules()) == before
 
 
+def test_a_parameter_or_an_rms_norm_that_is_not_there_is_named_before_anything_changes() -> None:
+    family = FAMILIES["gpt-2, tied head"]
+    manifest = fold_norms(ready(family, center=True), tuple(family.example())).manifest
+    for wrong in ({"untied": ["head.weight"]}, {"rms": {"no.norm": {"num_features": 4, "eps": 1e-5}}}):
+        fresh = swapped(family.build()).eval()
+        before = list(fresh.modules())
+        with pytest.raises(ValueError, match=r"no 'head\.weight'|no 'no\.norm'"):
+            apply_manifest(fresh, {**manifest, **wrong})
+        assert list(fresh.modules()) == before
+
+
 def test_a_hugging_face_config_is_told_that_the_head_is_untied() -> None:
     class Config:
         tie_word_embeddings = True

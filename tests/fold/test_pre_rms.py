@@ -104,3 +104,34 @@ def test_a_stream_that_is_seen_otherwise_is_left(read: Any) -> None:
 def test_training_mode_is_refused() -> None:
     with pytest.raises(StabNormError, match=r"eval\(\)"):
         to_pre_rms(FAMILIES["deit, distilled"].build(), tuple(FAMILIES["deit, distilled"].example()))
+
+
+def pre_norm(read: Any) -> nn.Module:
+    """An embedding, a norm and what reads it; randomised."""
+    model = Net(lambda m, ids: m.fc(read(m, m.embedding(ids))), embedding=nn.Embedding(7, 6), norm=nn.LayerNorm(6),
+                fc=nn.Linear(6, 5))  # fmt: skip
+    return ready(model)
+
+
+@pytest.mark.parametrize(
+    ("read", "says"),
+    [
+        (lambda m, x: m.norm(input=x), "unexpected keyword argument 'input'"),
+        (lambda m, x: m.norm(x) * m.norm.bias.numel(), "no attribute 'bias'"),
+    ],
+)
+def test_what_does_not_run_with_an_rms_norm_is_taken_back(read: Any, says: str) -> None:
+    model, ids = pre_norm(read), torch.arange(6)
+    result = to_pre_rms(model, ids)
+    assert [norm.status for norm in result.norms] == ["kept"]
+    assert "rolled back" in result.norms[0].reason
+    assert says in result.norms[0].reason
+    assert error_of(result.model, model, [(ids.flip(0),)]) < 1e-12
+
+
+def test_a_norm_with_hooks_stays_since_they_would_go_with_it() -> None:
+    model = pre_norm(lambda m, x: m.norm(x))
+    model.get_submodule("norm").register_forward_hook(lambda *_: None)
+    result = to_pre_rms(model, torch.arange(6))
+    assert [norm.status for norm in result.norms] == ["kept"]
+    assert "hooks" in result.norms[0].reason

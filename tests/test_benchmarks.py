@@ -1,12 +1,14 @@
 """Benchmarks and the fine-tuning example run; what they measure is for the README, not for a test."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks import __main__ as suite
-from benchmarks import monitor_overhead, peers, switch_study
+from benchmarks import inference, monitor_overhead, peers, switch_study
 from examples import finetune
 
 
@@ -16,6 +18,50 @@ def test_the_overhead_benchmark_prints_a_row_for_each_preset(capsys: pytest.Capt
     for preset in ("economy", "standard"):
         assert f"| {preset} |" in printed
     assert "bare step:" in printed
+
+
+def _tokens(batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randint(11, (batch, 7), device=device)
+
+
+def _vit() -> nn.Module:
+    model = inference.ViT(6, 2)
+    model.blocks = model.blocks[:2]
+    return model
+
+
+TINY: dict[str, tuple[Callable[[], nn.Module], inference.Example]] = {
+    "vit-tiny": (_vit, inference.MODELS["vit-tiny"][1]),
+    "gpt2-small": (lambda: inference.GPT(vocabulary=11, dim=6, depth=2, heads=2), _tokens),
+}
+
+
+@pytest.mark.parametrize("name", inference.MODELS)
+def test_what_is_folded_has_the_operations_of_the_network_without_norms(name: str) -> None:
+    build, example = TINY[name]
+    x = example(2, torch.device("cpu"), torch.float32)
+    four = inference.variants(build(), x)
+    counts = {label: inference.operations(model, x) for label, model in four.items()}
+    assert counts["folded"] == counts["floor"]
+    assert not [op for op in counts["folded"] if "norm" in op or "sqrt" in op or "var" in op]
+    norms = sum(isinstance(module, nn.LayerNorm) for module in four["layer norm"].modules())
+    assert counts["layer norm"] - counts["floor"] == {"layer_norm": norms}
+    assert counts["switched"].total() > counts["floor"].total()
+
+
+def test_the_inference_benchmark_prints_a_row_for_each_variant(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(inference.MODELS, "gpt2-small", TINY["gpt2-small"])
+    threads = str(torch.get_num_threads())
+    few = ["--models", "gpt2-small", "--batch", "1", "--modes", "eager", "--rounds", "2", "--threads", threads]
+    inference.main(few)
+    printed = capsys.readouterr().out
+    for dtype in ("float32", "bfloat16"):
+        assert f"**gpt2-small**, {dtype}, eager, batch 1" in printed
+    assert printed.count("| none |") == 2  # more operations than the floor: folded, and the floor itself
+    for variant in ("layer norm", "switched", "folded", "floor"):
+        assert printed.count(f"| {variant} | ") == 3  # the operations, and two latencies
 
 
 def test_a_study_leaves_nothing_but_its_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,16 +181,18 @@ class FoldCallback(Callback):
             result = self._fold(pl_module, self._examples)
             if all(norm.status == "kept" for norm in result.norms):
                 raise StabNormError(f"every norm stays.\n{result}")
-        except (StabNormError, TypeError, ValueError) as error:
-            warnings.warn(f"FoldCallback wrote no folded model: {error}", stacklevel=1)  # not Lightning's fault
+            directory = None if getattr(trainer, "fast_dev_run", False) else output_directory(trainer)
+            if directory is not None:
+                _write(result, directory)
+        except Exception as error:  # whatever it is, the training must not be lost with it: a full disk, no memory
+            what = str(error) if isinstance(error, StabNormError | ValueError) else f"{type(error).__name__}: {error}"
+            warnings.warn(f"FoldCallback wrote no folded model: {what}", stacklevel=1)  # not Lightning's fault
             return
-        self.result = result
+        self.result, self.directory = result, directory
         print(result)
         log_text(trainer, "stability/fold", f"```\n{result}\n```", trainer.global_step)
-        if not getattr(trainer, "fast_dev_run", False):
-            self.directory = output_directory(trainer)
-            _write(result, self.directory)
-            print(f"the folded model is in {self.directory}")
+        if directory is not None:
+            print(f"the folded model is in {directory}")
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """What is not trained to its end is not shipped."""

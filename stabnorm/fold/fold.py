@@ -60,7 +60,8 @@ def fold_norms(
         outputs: picks the outputs that matter from what the model returns. A norm whose own output is among them cannot
             go. Default: all.
         strict: raise when a norm is kept. Default: False.
-        inplace: fold `model` itself instead of a copy. Default: False.
+        inplace: fold `model` itself instead of a copy; weights that change become new Parameters, so that nothing else
+            that holds the old ones changes with them. Default: False.
 
     Returns:
         The folded model, and for each norm where it went or why it did not; see `FoldResult`.

@@ -291,6 +291,18 @@ def test_a_fold_that_fails_at_the_end_is_a_warning(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("folded*"))
 
 
+def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    callback, model = folding(), module()
+    monkeypatch.setattr("stabnorm.callbacks.fold._write", full)
+    with pytest.warns(UserWarning, match="wrote no folded model: OSError: No space left"):
+        fit(trainer(tmp_path, callback, ProgressiveNormCallback()), model)
+    assert len(model.losses) == BATCHES
+    assert callback.directory is None
+
+
 def test_after_an_exception_nothing_is_written_and_the_callback_can_be_used_again(tmp_path: Path) -> None:
     callback, model = folding(), module(poison=3)
     run = trainer(tmp_path, callback, ProgressiveNormCallback())

@@ -99,6 +99,14 @@ CASES = {
         reader(lambda m, x: m.fc(m.norm(x) * m.s), s=nn.Parameter(torch.ones(4, 1))), "differs by position"
     ),
     "another norm's LayerNorm": Case(reader(lambda m, x: m.fc(m.ln(m.norm(x))), ln=nn.LayerNorm(C)), "layer_norm"),
+    "a norm that also reads the raw input": Case(
+        reader(lambda m, x: m.fc(m.after(m.norm(x))) + m.fc(m.after(x)), after=norm()),
+        "'after' reads something else, too",
+    ),
+    "a norm that reads it in two orders": Case(
+        reader(lambda m, x: (lambda h: m.fc(m.after(h)) + m.fc(m.after(h.flip(-1))))(m.norm(x)), after=norm()),
+        "'after' reads something else, too",
+    ),
     # how the weight is read
     "weight also reads the raw input": Case(reader(lambda m, x: m.fc(m.norm(x)) + m.fc(x)), "more than one thing"),
     "weight reads two norms": Case(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+Picker = Callable[[Any], Any] | None  # `fold_norms`' `outputs`
+
 
 @dataclass(frozen=True)
 class Example:
@@ -116,9 +118,6 @@ def _is_mask(t: Tensor) -> bool:
 def cast(example: Example, dtype: torch.dtype) -> Example:
     """Floating tensors in another precision."""
     return example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-
-
-Picker = Callable[[Any], Any] | None
 
 
 class OutputError(ValueError):

@@ -211,7 +211,9 @@ def check_model(model: nn.Module, is_eval: bool = True) -> None:
         if is_eval and module.training:
             raise StabNormError(f"{where} is in training mode, where a norm is no affine map. Call model.eval() first")
         if isinstance(module, torch.jit.ScriptModule):
-            raise StabNormError(f"{where} is scripted, so its operations cannot be followed. Fold first, then script")
+            raise StabNormError(
+                f"{where} is scripted, so its operations cannot be followed. Fold first, then export or trace"
+            )
         if type(module).__name__ == "OptimizedModule":
             raise StabNormError(f"{where} is compiled, so its operations cannot be followed. Fold first, then compile")
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 
-from stabnorm.callbacks._compiled import forget_graphs
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask, MaskOfBatch
 from stabnorm.callbacks._outputs import HeadlineScalars, log_text, output_directory, record_writers
@@ -199,7 +198,6 @@ class ProgressiveNormCallback(Callback):
             order=self.order,
             monitor=monitor,
         )
-        forget_graphs(pl_module)
         saved = self._resumed(trainer)
         if saved is not None:
             self.switch.load_state_dict(saved)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from stabnorm.callbacks._compiled import forget_graphs
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask
 from stabnorm.callbacks._outputs import HeadlineScalars, log_picture, log_text, output_directory, record_writers
@@ -42,7 +41,8 @@ class StabilityCallback(Callback):
 
     Hooks are put on at the start of `fit`, after checkpoint loading and wrapping; errors that can be known are raised
     then, before the first batch. They come off at its end, and on an exception. Validation, sanity check and
-    learning-rate searches do not count. With several ranks, what is shown is rank 0's share of the batch.
+    learning-rate searches do not count. With several ranks, what they see is merged: figures are those of the whole
+    batch, the same on all, and rank 0 writes them.
 
     Args:
         preset: "economy", "standard", or a list of statistics by name. Default: "standard".
@@ -107,7 +107,6 @@ class StabilityCallback(Callback):
         # From a checkpoint, or a second fit of the same Trainer; a callback used for another run starts afresh.
         if self._saved is not None and (self._loaded or trainer.global_step > 0):
             monitor.load_state_dict(self._saved)
-        monitor.label = f"rank {trainer.global_rank}, " if trainer.world_size > 1 else ""
         self.monitor, self._step, self._loaded = monitor, _OpenStep(), False
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self.directory = output_directory(trainer)
@@ -121,7 +120,6 @@ class StabilityCallback(Callback):
                 ),
             ]
         monitor.attach()
-        forget_graphs(pl_module)
         self._fitting, self._counted = True, False
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:

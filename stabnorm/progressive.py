@@ -99,7 +99,6 @@ class ProgressiveSwitch:
         if self.gate is not None and self.layers:
             if monitor is None or not watches(monitor, self.layers):
                 monitor = self._monitor = _own_monitor(model, self.layers)
-                monitor.attach()  # a compiled graph has the hooks that are on when it is traced
             self._feed = ResidualFeed(monitor, self.gate)
         self._gap = BranchGap(self.norms.values()) if self.layers else None
         if self._gap is not None:

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabnorm.monitor.past import Layout, Past
+from stabnorm.monitor.past import Layout, Moments, Past
 from stabnorm.norms import NormLayer
+
+TOP_CHANNELS = 3
+SIDE_COLUMNS = 2 + 2 * TOP_CHANNELS  # what a row holds of each layer beside the statistics
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,19 @@ class DeviceState:
             torch.empty(shape, dtype=torch.float32, device=device),
             torch.empty(shape[0], 2, dtype=torch.float32, device=device),
         )
+
+
+def write_side_columns(side: Tensor, now: Moments) -> None:
+    """Into ``[layers, SIDE_COLUMNS]``: tokens, non-finite channels, the largest channels and their magnitudes."""
+    side[:, 0] = now.count
+    side[:, 1] = (~torch.isfinite(now.absmax)).sum(-1)  # of x: a variance may overflow where x does not
+    absmax = now.absmax if now.layout.exists is None else now.absmax.masked_fill(~now.layout.exists, -torch.inf)
+    top = absmax.topk(min(TOP_CHANNELS, absmax.shape[-1]))
+    side[:, 2:] = torch.nan
+    there = now.ran[:, None] & ~torch.isneginf(top.values)
+    count = top.values.shape[-1]
+    side[:, 2 : 2 + count] = torch.where(there, top.indices, torch.nan)
+    side[:, 2 + TOP_CHANNELS : 2 + TOP_CHANNELS + count] = torch.where(there, top.values, torch.nan)
 
 
 class Flight:

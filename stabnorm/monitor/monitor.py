@@ -4,52 +4,31 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stabnorm.errors import StabNormError
-from stabnorm.monitor.buffers import DeviceState, Flight
+from stabnorm.monitor.buffers import SIDE_COLUMNS, TOP_CHANNELS, DeviceState, Flight, write_side_columns
+from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.detect import Alert, Detector
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
+from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers, unwrap
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.monitor.statistics import resolve
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import find_norms
 
-TOP_CHANNELS = 3
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _HISTORY_BYTES = 64 << 20
-_INTERVALS = 128  # step durations remembered, of which the median is taken: a validation pass in between is no step
 
 logger = logging.getLogger("stabnorm")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What monitoring costs, in milliseconds per step on the host, and as a share of the step without it.
-
-    In a compiled model the hooks' share is inside the graph, and on a GPU their kernels run behind the host's back:
-    both are not in here; an A/B run measures them.
-    """
-
-    hooks: float
-    step: float
-    flush: float
-    percent: float
-
-    def __str__(self) -> str:
-        total = self.hooks + self.step + self.flush
-        if np.isnan(total):
-            return "unknown: too few steps to say"
-        return (
-            f"{total:.2f} ms per step ({self.percent:.1f} %): hooks {self.hooks:.2f}, step {self.step:.2f}, "
-            f"flush {self.flush:.2f}"
-        )
 
 
 class StabilityMonitor:
@@ -58,6 +37,9 @@ class StabilityMonitor:
     Use it as a context manager around a training loop, or call `attach` and `detach`. Forwards count while ``model`` is
     in training mode; everything between two calls of `step` is one step, however many micro-batches it took.
 
+    Processes that train together (DDP, FSDP2) each have a monitor and call `step` alike; what they see is merged, one
+    collective a step, so that all hold the figures of the whole batch, and the first of them writes the record.
+
     Args:
         model: the model; its norms are found by `find_norms`.
         preset: "economy", "standard" or a list of statistics by name, see `stabnorm.monitor.statistics`.
@@ -65,6 +47,8 @@ class StabilityMonitor:
         include: a regular expression, or a list of them, that a layer's name must match. Default: all.
         exclude: the same for layers to leave out. Default: none.
         gradients: False leaves out the gradient statistics and their hooks. Default: True.
+        sync: merge over all processes of `torch.distributed` where it is initialised; False: this one is on its own; a
+            process group: over its processes, where others have other layers. Default: True.
 
     Raises:
         ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1.
@@ -93,12 +77,14 @@ class StabilityMonitor:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         gradients: bool = True,
+        sync: "bool | ProcessGroup" = True,
     ) -> None:
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
         chosen = [s for s in resolve(preset) if gradients or s.needs != "gradients"]
         if not chosen:
             raise ValueError(f"preset {preset!r} holds gradient statistics only, and gradients=False leaves them out")
+        model = unwrap(model)
         norms = find_norms(model, include=include, exclude=exclude)
         if not norms:
             narrowed = f" with include={include!r}, exclude={exclude!r}" if include or exclude else ""
@@ -113,12 +99,19 @@ class StabilityMonitor:
         self.records: list[RecordWriter] = []
         self.listeners: list[Callable[[int, Tensor], None]] = []
         self.steps_done = 0
-        self.label = ""  # said before an alert: which of several processes this is
+        self.sync = sync
         self._norms = norms
         needs = {s.needs for s in chosen}
         self._observer = Observer(
-            model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs
+            model,
+            norms,
+            tokens="tokens" in needs,
+            normalized="normalized" in needs,
+            gradients="gradients" in needs,
+            merged=bool(sync),
         )
+        self._agreed = False  # all ranks watch the same
+        self._speaks = True  # the first of them does
         self._state: DeviceState | None = None  # made at the first step, on the device the model is on by then
         self.has_running_statistics = np.array([norm.running_mean is not None for norm in norms])
         self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
@@ -126,15 +119,11 @@ class StabilityMonitor:
         self._detector = Detector(self.statistics, self.layers, fading)
         self._filled = 0  # rows since the last flush
         self._in_flight: Flight | None = None
-        self._columns = len(chosen) + 2 + 2 * TOP_CHANNELS
+        self._columns = len(chosen) + SIDE_COLUMNS
         per_step = 4 * len(norms) * self._columns
         self._most_rows = max(flush_every, _HISTORY_BYTES // per_step)
         self._history: deque[Flight] = deque()
-        self._bare_steps: deque[float] = deque(maxlen=_INTERVALS)  # durations, less what monitoring took of them
-        self._last_step: tuple[float, float] | None = None  # when it was, and the seconds spent until then
-        self._step_seconds = self._flush_seconds = 0.0
-        self._first_step_seconds = (0.0, 0.0, 0.0)  # the first one allocates, and is no measure
-        self._timed_steps = 0
+        self._stopwatch = Stopwatch()
         self._nothing_ran = False
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -151,6 +140,7 @@ class StabilityMonitor:
 
     def attach(self) -> None:
         """Put the hooks on; a second call changes nothing."""
+        self._agree()
         self._observer.detach()
         self._observer.attach()
         self._on_device()  # now: what it allocates would hold a GPU up in the first step
@@ -182,46 +172,47 @@ class StabilityMonitor:
                 before ``scaler.update()``. Default: 1.
 
         Raises:
-            StabNormError: the hooks are not on.
+            StabNormError: the hooks are not on, or another rank watches other layers.
             ValueError: the loss is not one number.
         """
         if not self._observer.attached:
             raise StabNormError("step() on a monitor whose hooks are off; use `with monitor:` or call attach() first")
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"loss is one number, got a tensor of shape {tuple(loss.shape)}; use loss.mean()")
-        start = time.perf_counter()
-        self._time_step(start)
+        start = self._stopwatch.begin_step(self._observer.seconds)
+        self._agree()
         state = self._on_device()
         past = state.past
+        row, scalars = state.rows[self._filled], state.scalars[self._filled]
+        for column, scalar in enumerate((loss, learning_rate)):
+            value = torch.nan if scalar is None else scalar
+            scalars[column] = value.detach().reshape(()) if isinstance(value, Tensor) else value
         raw, gradient = self._observer.take(state.device)
         if grad_scale is not None:
             gradient = gradient / grad_scale
-        now = Moments.of(raw, gradient, state.layout)
-        row = state.rows[self._filled]
+        gathered, between = Gathered(gradient, self._own_running_buffers(past), scalars[:1]), None
+        if merging_ranks(self.sync) > 1:
+            raw, gathered, between = merge_over_ranks(self.sync, raw, gathered)
+            scalars[:1] = gathered.loss
+        now = Moments.of(raw, gathered.gradient, state.layout, between)
         values = torch.stack([statistic.compute(now, past) for statistic in self.statistics], -1)
         row[:, : len(self.statistics)] = torch.where(now.ran[:, None], values, torch.nan)
-        self._write_side_columns(row, now)
-        for column, scalar in enumerate((loss, learning_rate)):
-            value = torch.nan if scalar is None else scalar
-            state.scalars[self._filled, column] = value.detach().reshape(()) if isinstance(value, Tensor) else value
-        past.update(now, *self._own_running_buffers(past))
+        write_side_columns(row[:, len(self.statistics) :], now)
+        past.update(now, *gathered.running)
         self._observer.discard()
         for listen in self.listeners:
             listen(self.steps_done, row[:, : len(self.statistics)])
         self._filled += 1
         self.steps_done += 1
-        self._step_seconds += time.perf_counter() - start
-        if self._timed_steps == 1:
-            self._first_step_seconds = (self._observer.seconds, self._step_seconds, self._flush_seconds)
+        self._stopwatch.end_step(start, self._observer.seconds)
         if self._filled == self.flush_every:
             self._send()
 
-    def _time_step(self, now: float) -> None:
-        if self._last_step is not None:
-            at, seconds = self._last_step
-            self._bare_steps.append(now - at - (self.seconds - seconds))
-        self._last_step = now, self.seconds
-        self._timed_steps += 1
+    def _agree(self) -> None:
+        """Find out, once, whether all ranks watch the same: what they see is merged blindly from then on."""
+        if not self._agreed and merging_ranks(self.sync) > 1:
+            refuse_other_layers(self.sync, [*self.layers, *(statistic.name for statistic in self.statistics)])
+            self._agreed, self._speaks = True, is_first_rank(self.sync)
 
     def _on_device(self) -> DeviceState:
         device, before = self._observer.device, self._state
@@ -235,25 +226,15 @@ class StabilityMonitor:
             return self._state
         return before
 
-    def _write_side_columns(self, row: Tensor, now: Moments) -> None:
-        side = row[:, len(self.statistics) :]
-        side[:, 0] = now.count
-        side[:, 1] = (~torch.isfinite(now.absmax)).sum(-1)  # of x: a variance may overflow where x does not
-        absmax = now.absmax if now.layout.exists is None else now.absmax.masked_fill(~now.layout.exists, -torch.inf)
-        top = absmax.topk(min(TOP_CHANNELS, absmax.shape[-1]))
-        side[:, 2:] = torch.nan
-        there = now.ran[:, None] & ~torch.isneginf(top.values)
-        count = top.values.shape[-1]
-        side[:, 2 : 2 + count] = torch.where(there, top.indices, torch.nan)
-        side[:, 2 + TOP_CHANNELS : 2 + TOP_CHANNELS + count] = torch.where(there, top.values, torch.nan)
-
-    def _own_running_buffers(self, past: Past) -> tuple[Tensor, Tensor]:
-        own = torch.full((2, *past.mean.shape), torch.nan, device=past.mean.device, dtype=past.mean.dtype)
+    def _own_running_buffers(self, past: Past) -> Tensor:
+        """``[2, L, C]``, NaN where a layer has none; ``[2, 1, 1]`` where no layer has any."""
+        shape = past.mean.shape if self._with_buffers else (1, 1)
+        own = torch.full((2, *shape), torch.nan, device=past.mean.device, dtype=past.mean.dtype)
         for index, norm in self._with_buffers:
             for part, buffer in enumerate((norm.running_mean, norm.running_var)):
                 if buffer is not None:
                     own[part, index, : norm.num_features] = buffer.detach()
-        return own[0], own[1]
+        return own
 
     # -- what was gathered ---------------------------------------------------------------------------------------------
 
@@ -289,13 +270,16 @@ class StabilityMonitor:
             return
         start = time.perf_counter()
         self._receive()
+        self._in_flight, self._filled = self._flight(), 0
+        self._stopwatch.flushes += time.perf_counter() - start
+        if self._observer.device.type == "cpu":
+            self._receive()
+
+    def _flight(self) -> Flight:
+        """The rows since the last flush, on their way to the host."""
         state, filled = self._state, self._filled
         assert state is not None  # a row was filled
-        self._in_flight = Flight(self.steps_done - filled, state.rows[:filled], state.scalars[:filled])
-        self._filled = 0
-        self._flush_seconds += time.perf_counter() - start
-        if state.device.type == "cpu":
-            self._receive()
+        return Flight(self.steps_done - filled, state.rows[:filled], state.scalars[:filled])
 
     def _receive(self) -> None:
         """Take what has arrived: history, alerts, record."""
@@ -309,30 +293,30 @@ class StabilityMonitor:
             self._history.popleft()
         statistics = len(self.statistics)
         values, tokens, nonfinite = flight.rows.split([statistics, 1, 1, 2 * TOP_CHANNELS], dim=-1)[:3]
-        self._say_if_nothing_ran(tokens)
         alerts = self._detector.update(flight.first_step, values, tokens[..., 0], nonfinite[..., 0] > 0)
-        for alert in alerts:
-            where = f"stabnorm, {self.label}step {alert.step}, {alert.layer}"
-            logger.warning("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
         self.alerts += alerts
-        if self.records:
-            block = self._block(flight)
-            for record in self.records:
-                record.write_block(block)
-                for alert in alerts:
-                    record.write_event("alert", alert.step, alert.as_dict())
-        self._flush_seconds += time.perf_counter() - start
+        if self._speaks:
+            self._tell(flight, alerts, ran=bool((tokens > 0).any()))
+        self._stopwatch.flushes += time.perf_counter() - start
 
-    def _say_if_nothing_ran(self, tokens: Tensor) -> None:
-        if self._nothing_ran or bool((tokens > 0).any()):
-            return
-        self._nothing_ran = True
-        logger.warning(
-            "stabnorm: no monitored norm ran in training mode in %d steps. Is the model in training mode, "
-            "model.train()? If it was compiled and run before the monitor was attached, its graphs have no hooks: call "
-            "torch.compiler.reset() after attaching",
-            len(tokens),
-        )
+    def _tell(self, flight: Flight, alerts: list[Alert], *, ran: bool) -> None:
+        """What has arrived, to the log and the record."""
+        if not ran and not self._nothing_ran:
+            self._nothing_ran = True
+            logger.warning(
+                "stabnorm: no monitored norm ran in training mode in %d steps. Is the model in training mode, "
+                "model.train()? If it runs from a graph that is never made anew, torch.jit's or a CUDA graph of your "
+                "own, say, attach the monitor before that graph is made",
+                len(flight.rows),
+            )
+        for alert in alerts:
+            where = f"stabnorm, step {alert.step}, {alert.layer}"
+            logger.warning("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
+        block = self._block(flight)
+        for record in self.records:
+            record.write_block(block)
+            for alert in alerts:
+                record.write_event("alert", alert.step, alert.as_dict())
 
     def _block(self, flight: Flight) -> Block:
         rows: np.ndarray[Any, Any] = flight.rows.numpy()
@@ -348,25 +332,23 @@ class StabilityMonitor:
     @property
     def seconds(self) -> float:
         """Time spent in hooks, steps and flushes so far, on the host."""
-        return self._observer.seconds + self._step_seconds + self._flush_seconds
+        return self._observer.seconds + self._stopwatch.steps + self._stopwatch.flushes
 
     @property
     def cost(self) -> Cost:
         """What monitoring cost so far, measured on the host."""
-        steps = self._timed_steps - 1
-        if steps < 1:
-            return Cost(*[float("nan")] * 4)
-        spent = (self._observer.seconds, self._step_seconds, self._flush_seconds)
-        hooks, step, flush = (1e3 * (a - b) / steps for a, b in zip(spent, self._first_step_seconds, strict=True))
-        return Cost(hooks, step, flush, 0.1 * (hooks + step + flush) / float(np.median(self._bare_steps)))
+        return self._stopwatch.cost(self._observer.seconds)
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Baselines and counters as tensors and plain containers; the past steps are in the record, not in here."""
-        self.flush()
+        """Baselines, counters, and the rows since the last flush; the steps before are in the record, not in here.
+
+        Tensors and plain containers. Nothing is flushed or written for it.
+        """
+        rows, scalars = self._not_received()
         return {
-            "version": 1,
+            "version": 2,
             "layers": list(self.layers),
             "channels": [norm.num_features for norm in self._norms],
             "statistics": [statistic.name for statistic in self.statistics],
@@ -374,19 +356,44 @@ class StabilityMonitor:
             "past": self._state.past.state_dict() if self._state is not None else None,
             "detector": self._detector.state_dict(),
             "alerts": [alert.as_dict() for alert in self.alerts],
+            "rows": rows,
+            "scalars": scalars,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. The step counter is always restored.
+    def _not_received(self) -> tuple[Tensor, Tensor]:
+        """Rows and scalars that no flush has received yet, on the host."""
+        rows, scalars = (
+            [torch.empty(0, len(self.layers), self._columns, device="cpu")],
+            [torch.empty(0, 2, device="cpu")],
+        )
+        for part in (self._in_flight, self._flight() if self._filled else None):
+            if part is not None:
+                part.wait()
+                rows.append(part.rows)
+                scalars.append(part.scalars)
+        return torch.cat(rows), torch.cat(scalars)
 
-        Baselines are restored when layers and statistics are the same; else they start afresh, with a warning.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken: `history()` then begins with the rows that were not flushed by then.
+
+        The step counter is always restored; the rest when layers and statistics are the same, else it starts afresh,
+        with a warning. Rows that a flush had received when the run was killed come a second time to its record, of
+        which the last counts.
         """
+        self.flush()
+        self._history.clear()
         self.steps_done = int(state["steps_done"])
         self.alerts = [Alert(**alert) for alert in state["alerts"]]
         mine = self.state_dict()
         if any(state[part] != mine[part] for part in ("version", "layers", "channels", "statistics")):
-            logger.warning("the checkpoint watched other layers or statistics: baselines start afresh at this step")
+            logger.warning(
+                "the checkpoint watched other layers or statistics, or is of another version: baselines start afresh "
+                "at this step"
+            )
             return
         if state["past"] is not None:
             self._on_device().past.load_state_dict(state["past"])
         self._detector.load_state_dict(state["detector"])
+        if len(state["rows"]):
+            rows, scalars = state["rows"].cpu(), state["scalars"].cpu()
+            self._in_flight = Flight(self.steps_done - len(rows), rows, scalars)  # for the next flush

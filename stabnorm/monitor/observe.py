@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
 from stabnorm.masks import mask_for
+from stabnorm.monitor.watched import unwatch_class, watch_class
 from stabnorm.norms import NormLayer
 from stabnorm.ops.moments import accumulate_moments_, as_rows, empty_accounts, merge_accounts
+from stabnorm.ops.ranks import Part, is_distributed, own_part
 
 logger = logging.getLogger("stabnorm")
 
@@ -30,14 +32,22 @@ class Observer:
         model: counts forwards while it is in training mode.
         layers: the norms to hook.
         tokens, normalized, gradients: what to gather beside the channel moments, see `Statistic.needs`.
+        merged: what is taken will be merged over ranks; else the gradient of a sharded parameter cannot be known.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[NormLayer], *, tokens: bool, normalized: bool, gradients: bool
+        self,
+        model: nn.Module,
+        layers: Sequence[NormLayer],
+        *,
+        tokens: bool,
+        normalized: bool,
+        gradients: bool,
+        merged: bool = False,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # a hook in a graph must not look at its compiler
         self.layers = tuple(layers)
-        self.tokens, self.normalized, self.gradients = tokens, normalized, gradients
+        self.tokens, self.normalized, self.gradients, self.merged = tokens, normalized, gradients, merged
         self.width = max(layer.num_features for layer in layers)
         self.seconds = 0.0  # inside hooks, on the host; not counted in a compiled graph
         self._slabs: dict[torch.device, RawMoments] = {}
@@ -59,11 +69,14 @@ class Observer:
         for index, layer in enumerate(self.layers):
             hook = _InputHook(self, index)
             self._hooks.append(hook)
+            watch_class(layer.module)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         self.discard()
 
     def detach(self) -> None:
         """Take every hook off."""
+        for layer in self.layers if self.attached else ():
+            unwatch_class(layer.module)
         for handle in (*self._handles, *self._gradient_handles):
             handle.remove()
         for kept in (self._handles, self._gradient_handles, self._hooks, self._parameters):
@@ -75,8 +88,6 @@ class Observer:
             clear_moments_(slab)
         for sums in self._gradients.values():
             sums.fill_(torch.nan)
-        for hook in self._hooks:
-            hook.fresh = True
         if self.gradients and self._handles:
             self._follow_parameters()
 
@@ -173,23 +184,20 @@ class _InputHook(_Hook):
         # Allocated now, not at the first forward: nothing may change under a compiled graph.
         at_home = next(self.layer.module.parameters(), None)
         self.account = observer.account(index, observer.device if at_home is None else at_home.device)
-        self.fresh = True  # nothing counted yet in this step
-        self.traced = False  # a graph counts without telling us, so that we never know it is fresh
         self.refused = False
         self.input_name = next(iter(inspect.signature(self.layer.module.forward).parameters), "")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.observer.model.training:
             return
-        if torch.compiler.is_compiling():
-            self.traced = True
-            self.observe(args, kwargs, torch.ops.stabnorm.accumulate_moments_.default, fresh=False)
+        if torch.compiler.is_compiling():  # nothing of ours may change here: a checkpoint's graph refuses to
+            self.observe(args, kwargs, torch.ops.stabnorm.accumulate_moments_.default)
             return
         start = time.perf_counter()
-        self.observe(args, kwargs, accumulate_moments_, fresh=self.fresh and not self.traced)
+        self.observe(args, kwargs, accumulate_moments_)
         self.observer.seconds += time.perf_counter() - start
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], op: Callable[..., None], *, fresh: bool) -> None:
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], op: Callable[..., None]) -> None:
         layer = self.layer
         x: Any = args[0] if args else kwargs.get(self.input_name, kwargs.get("x"))
         why_not = self.not_understood(x)
@@ -209,9 +217,15 @@ class _InputHook(_Hook):
         with torch.no_grad():
             op(
                 x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
-                layer.feature_dims, layer.groups, layer.eps, self.observer.tokens, self.observer.normalized, fresh,
+                layer.feature_dims, layer.groups, layer.eps, self.observer.tokens, self.observer.normalized,
+                self.nothing_yet(),
             )  # fmt: skip
-        self.fresh = False
+
+    def nothing_yet(self) -> bool:
+        """Whether the account is known to be empty: in the host's own memory that is looked up, elsewhere unknown."""
+        if torch.compiler.is_compiling() or self.account.seen.device.type != "cpu":
+            return False
+        return int(self.account.seen.numpy()) == 0  # no operation of torch's, and no wait for a device
 
     def not_understood(self, x: Any) -> str | None:
         """Why this input cannot be counted; the norm itself may well take it, and looking must not stop it."""
@@ -219,6 +233,8 @@ class _InputHook(_Hook):
             return f"its input is {'a nested or integer tensor' if isinstance(x, Tensor) else type(x).__name__}"
         if x.device.type == "meta":
             return "its input is on the meta device"
+        if is_distributed(x):
+            return "its input is a DTensor, of which every process has a part or a copy"
         layer = self.layer
         if x.ndim < max(layer.feature_dims, -layer.channel_dim, layer.channel_dim + 1):
             return f"its input has {x.ndim} axes"
@@ -233,7 +249,12 @@ class _InputHook(_Hook):
 
 
 class _ParameterHook(_Hook):
-    """After a backward: gain times the parameter's gradient, as accumulated so far, into its row."""
+    """After a backward: gain times the parameter's gradient, as accumulated so far, into its row.
+
+    Under DDP this is the rank's own gradient, before the reduction (or the mean so far and its own on top). FSDP2 calls
+    it with the reduced one, of which each rank has a part: that goes in as often as there are parts, and the mean over
+    ranks is the whole.
+    """
 
     def __init__(self, observer: Observer, index: int, row: int) -> None:
         super().__init__(observer, index)
@@ -242,13 +263,28 @@ class _ParameterHook(_Hook):
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
         start = time.perf_counter()
-        gradient, gain = parameter.grad, self.layer.gain
+        gradient, layer = parameter.grad, self.layer
         if gradient is not None and self.observer.model.training:
-            row = self.observer.gradient_slab(gradient.device)[self.index, self.row, : self.layer.num_features]
-            row.copy_(gradient.flatten())
-            if gain is not None:
-                row.mul_(gain)
+            row = self.observer.gradient_slab(gradient.device)[self.index, self.row, : layer.num_features]
+            if not is_distributed(gradient):
+                row.copy_(gradient.flatten())
+                if layer.gain is not None:
+                    row.mul_(layer.gain)
+            elif self.observer.merged and (mine := own_part(gradient)) is not None:
+                gain = self.gain_of(mine)
+                row.zero_()
+                row[mine.start : mine.stop] = mine.values * mine.parts * gain
         self.observer.seconds += time.perf_counter() - start
+
+    def gain_of(self, part: Part) -> Tensor:
+        """The gain of a part's channels, whether FSDP2 has put the whole in its place or not."""
+        weight = self.layer.gain_parameter
+        assert weight is not None  # it was hooked
+        if is_distributed(weight):
+            mine = own_part(weight)
+            assert mine is not None  # as the gradient's
+            return mine.values + self.layer.gain_offset
+        return weight.flatten()[part.start : part.stop] + self.layer.gain_offset
 
 
 class _OutputHook(_Hook):

@@ -57,10 +57,11 @@ class Moments:
     cov_xn: Tensor
     token: Tensor  # [L, 7], see functional.RawMoments
     gradient: Tensor  # [L, 2, C]: sums over tokens of g * xhat and of g, with g the gradient at the normalised input
+    between: Tensor  # variance of the ranks' means; NaN where there is one process
 
     @staticmethod
-    def of(raw: RawMoments, gradient: Tensor, layout: Layout) -> "Moments":
-        """From the slab's raw moments and the gradient sums."""
+    def of(raw: RawMoments, gradient: Tensor, layout: Layout, between: Tensor | None = None) -> "Moments":
+        """From the slab's raw moments, the gradient sums, and the variance between ranks, if there are several."""
         dtype = layout.eps.dtype
         channel = raw.channel.to(dtype)
         return Moments(
@@ -74,6 +75,7 @@ class Moments:
             cov_xn=channel[:, COV_XN],
             token=raw.token.to(dtype),
             gradient=gradient.to(dtype),
+            between=torch.full_like(channel[:, VAR_X], torch.nan) if between is None else between.to(dtype),
         )
 
     def mean_over_channels(self, values: Tensor) -> Tensor:

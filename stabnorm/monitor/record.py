@@ -150,10 +150,12 @@ class TensorBoardRecord:
         for name, values in block.series.items():
             content = {"series": name, "layers": block.layers, "axes": AXES[: values.ndim]}
             self._write(block.last_step, f"{name}{suffix}", values, content)
+        self._writer.flush()  # it would keep it back for two minutes, and a run that is killed would lose it
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
         """Write one string tensor under `stabnorm/event/<kind>`."""
         self._write(step, f"event/{kind}", dumps(data).encode(), {"event": kind})
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush the writer."""

@@ -9,13 +9,15 @@ from torch import Tensor
 from stabnorm.gate import MEASURE_EVERY, AffineGate
 from stabnorm.monitor.buffers import Flight
 from stabnorm.monitor.monitor import StabilityMonitor
-from stabnorm.ops.ranks import gather_over_ranks
+from stabnorm.ops.ranks import ranks
 
 STATISTIC = "affine_residual"
 
 
 def watches(monitor: StabilityMonitor, layers: Sequence[str]) -> bool:
-    """Whether the monitor has the affine residual of all these layers."""
+    """Whether the monitor has the affine residual of all these layers, and of the batches of all processes."""
+    if ranks() > 1 and monitor.sync is not True:
+        return False
     return STATISTIC in [statistic.name for statistic in monitor.statistics] and set(layers) <= set(monitor.layers)
 
 
@@ -26,8 +28,7 @@ class ResidualFeed:
     step, the feed has had some steps' time, and waits for nothing; and it is always the same step's residuals that
     decide, however fast the device is: the lam of step t rests on residuals up to step 4 (t // 4) - 4.
 
-    With several processes each measures its own share of the batch, which is what its RepBN normalises; the mean over
-    them decides, so all decide alike.
+    With several processes the residual is that of the whole batch, the same on all, so all decide alike.
 
     Args:
         monitor: one for which `watches` holds.
@@ -49,8 +50,7 @@ class ResidualFeed:
     def _listen(self, step: int, statistics: Tensor) -> None:
         if step % MEASURE_EVERY == 0:
             mine = statistics[:, self._column][self._rows]
-            everyone = gather_over_ranks(mine).nanmean(0)  # a layer may have run in some processes only
-            self._pending = Flight(step, everyone, everyone[:0])
+            self._pending = Flight(step, mine, mine[:0])
 
     def deliver(self) -> None:
         """Hand over what is there."""

@@ -154,6 +154,11 @@ def _grad_fluctuation(now: Moments, past: Past) -> Tensor:
     return now.norm_over_channels(now.gain_gradient - past.gradient) / past.gradient_power.sqrt()
 
 
+def _rank_share(now: Moments, past: Past) -> Tensor:
+    del past
+    return now.mean_over_channels(now.between / (now.var + now.layout.eps[:, None]))
+
+
 _DISCREPANCY = (
     "evaluation sees other statistics than training: use larger batches, a smaller momentum, or recompute them at last"
 )
@@ -208,6 +213,13 @@ _CATALOGUE = (
         "last M = 4 steps, primes: the window before this step; > 1: Unified Normalization would filter the batch",
         "channel", "1", _UNIFIED + ", calibrated per layer", _FREE, _am_gm_ratio, threshold=1.0,
         advice="its scale differs from batch to batch by bursts: look at the data for outliers",
+    ),
+    Statistic(
+        "rank_share", "F6", "mean_c Var_r(mu_c) / (var_c + eps), Var_r: variance of the ranks' means, weighted by "
+        "tokens; the share of the variance that a batch norm per rank does not see; NaN on one process",
+        "channel", "1", "law of total variance; bound ours", "free where ranks merge", _rank_share, threshold=0.1,
+        advice="ranks see different data, so that statistics per rank are not those of the batch: synchronise batch "
+        "norms, or shuffle before the data is split",
     ),
     Statistic(
         "token_std_mean", "S1", "mean_n sqrt(v_n), v_n = variance over channels",

@@ -257,7 +257,7 @@ def test_a_step_that_is_not_finite_has_no_affine_residual(bad: float) -> None:
 
 
 def test_the_catalogue_is_whole() -> None:
-    assert {s.number for s in CATALOGUE.values()} == {"F1", "F2", "F3", "F4", "F5", "S1", "S2", "O1", "O4", "A"}
+    assert {s.number for s in CATALOGUE.values()} == {"F1", "F2", "F3", "F4", "F5", "F6", "S1", "S2", "O1", "O4", "A"}
     assert set(PRESETS["economy"]) < set(PRESETS["standard"]) == set(CATALOGUE)
     table = catalogue_table()
     for s in CATALOGUE.values():

@@ -1,0 +1,69 @@
+"""What monitoring costs, measured on the host."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+_INTERVALS = 128  # step durations remembered, of which the median is taken: a validation pass in between is no step
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What monitoring costs, in milliseconds per step on the host, and as a share of the step without it.
+
+    In a compiled model the hooks' share is inside the graph, and on a GPU their kernels run behind the host's back:
+    both are not in here; an A/B run measures them.
+    """
+
+    hooks: float
+    step: float
+    flush: float
+    percent: float
+
+    def __str__(self) -> str:
+        total = self.hooks + self.step + self.flush
+        if np.isnan(total):
+            return "unknown: too few steps to say"
+        return (
+            f"{total:.2f} ms per step ({self.percent:.1f} %): hooks {self.hooks:.2f}, step {self.step:.2f}, "
+            f"flush {self.flush:.2f}"
+        )
+
+
+class Stopwatch:
+    """Seconds spent in steps and flushes, and between them. Those in hooks are the observer's to count."""
+
+    def __init__(self) -> None:
+        self.steps = self.flushes = 0.0
+        self._count = 0
+        self._bare_steps: deque[float] = deque(maxlen=_INTERVALS)  # durations, less what monitoring took of them
+        self._last_step: tuple[float, float] | None = None  # when it was, and the seconds spent until then
+        self._first_step = (0.0, 0.0, 0.0)  # it allocates, and is no measure
+
+    def begin_step(self, hooks: float) -> float:
+        """A step begins, with so many seconds spent in hooks; now."""
+        now, spent = time.perf_counter(), hooks + self.steps + self.flushes
+        if self._last_step is not None:
+            at, before = self._last_step
+            self._bare_steps.append(now - at - (spent - before))
+        self._last_step = now, spent
+        self._count += 1
+        return now
+
+    def end_step(self, began: float, hooks: float) -> None:
+        """It is over."""
+        self.steps += time.perf_counter() - began
+        if self._count == 1:
+            self._first_step = (hooks, self.steps, self.flushes)
+
+    def cost(self, hooks: float) -> Cost:
+        """Per step, the first left out."""
+        steps = self._count - 1
+        if steps < 1:
+            return Cost(*[float("nan")] * 4)
+        spent = (hooks, self.steps, self.flushes)
+        each = [1e3 * (now - first) / steps for now, first in zip(spent, self._first_step, strict=True)]
+        percent = 0.1 * sum(each) / float(np.median(self._bare_steps))
+        return Cost(hooks=each[0], step=each[1], flush=each[2], percent=percent)

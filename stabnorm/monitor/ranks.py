@@ -1,0 +1,145 @@
+"""Several processes as one: each hands over what it gathered in a step, and all merge it by the same rules.
+
+One collective a step, whatever is gathered: the slabs travel as bytes in one flat buffer. Every rank then merges the
+same bytes in the same order, so that all hold the same numbers bit for bit, and the catalogue, the alerts and the
+record are those of the whole batch. A rank sends 44 bytes for each channel of each layer (212 kB for 25 layers of 192),
+and holds as many times that as there are ranks until the step is over.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stabnorm.errors import StabNormError
+from stabnorm.functional import REST_X, SHIFT_X, RawMoments, merge_moments_
+from stabnorm.ops.ranks import gather_in_group, ranks
+
+Slab = TypeVar("Slab", bound=tuple[Tensor, ...])
+
+
+class Gathered(NamedTuple):
+    """What one step has of each layer, beside the moments.
+
+    Attributes:
+        gradient: gradient sums ``[L, 2, C]``, NaN where none came.
+        running: the layers' own running buffers, ``[2, L, C]``; ``[2, 1, 1]`` where no layer has any.
+        loss: ``[1]``, NaN where none was given.
+    """
+
+    gradient: Tensor
+    running: Tensor
+    loss: Tensor
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model in a DistributedDataParallel, so that layers have the same names on one process and on several."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def group_of(sync: "bool | dist.ProcessGroup") -> "dist.ProcessGroup | None":
+    """The group to merge over; None for all processes there are."""
+    return None if isinstance(sync, bool) else sync
+
+
+def merging_ranks(sync: "bool | dist.ProcessGroup") -> int:
+    """How many processes merge what they see; 1 where this one is on its own, -1 where it is not in the group."""
+    return ranks(group_of(sync)) if sync else 1
+
+
+def is_first_rank(sync: "bool | dist.ProcessGroup") -> bool:
+    """Whether this process is the one that writes: the first of those that merge."""
+    return merging_ranks(sync) <= 1 or dist.get_rank(group_of(sync)) == 0
+
+
+def merge_over_ranks(
+    sync: "bool | dist.ProcessGroup", moments: RawMoments, gathered: Gathered
+) -> tuple[RawMoments, Gathered, Tensor]:
+    r"""What all ranks gathered in a step, as if one process had seen the whole batch.
+
+    - Moments merge by Chan's rule.
+    - Gradients are the mean over ranks, as DDP and FSDP make them: those of the mean of the ranks' losses, which is the
+      mean over the batch where the ranks' shares are alike. A layer that did not run on a rank adds 0 there.
+    - The loss is the mean over ranks. Running buffers are the first rank's: DDP broadcasts and checkpoints keep those.
+
+    Returns:
+        Moments, the rest, and the variance between ranks ``[L, C]``: :math:`\sum_r n_r (\mu_r - \mu)^2 / \sum_r n_r`.
+    """
+    did_not_run = (moments.seen == 0)[:, None, None]
+    gathered = gathered._replace(gradient=gathered.gradient.masked_fill(did_not_run & gathered.gradient.isnan(), 0))
+    every_moments, every = gather_slabs([moments, gathered], group_of(sync))
+    between = variance_between(every_moments)
+    merged = Gathered(every.gradient.mean(0), every.running[0], every.loss.mean(0))
+    return merge_stacked_(every_moments, merge_moments_), merged, between
+
+
+def gather_slabs(slabs: Sequence[Any], group: "dist.ProcessGroup | None" = None) -> list[Any]:
+    """Every rank's slabs, by one collective: named tuples of tensors ``[...]`` to the same of ``[ranks, ...]``.
+
+    Shapes and dtypes must be the same on all ranks.
+
+    >>> gather_slabs([Gathered(torch.ones(2, 2, 3), torch.zeros(0), torch.ones(1))])[0].gradient.shape
+    torch.Size([1, 2, 2, 3])
+    """
+    tensors = [tensor for slab in slabs for tensor in slab]
+    # The widest dtype first, and rows of whole multiples of it: each part can then be read where it lies.
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    flat = [tensors[i].contiguous().flatten().view(torch.uint8) for i in order]
+    padding = -sum(map(len, flat)) % 8
+    everyone = gather_in_group(torch.cat([*flat, flat[0].new_zeros(padding)]), group)
+    parts, start = {}, 0
+    for i, own in zip(order, flat, strict=True):
+        part = everyone[:, start : start + len(own)].view(tensors[i].dtype)
+        parts[i] = part.unflatten(1, tensors[i].shape) if tensors[i].ndim else part.flatten()
+        start += len(own)
+    found = iter(parts[i] for i in range(len(tensors)))
+    return [type(slab)(*(next(found) for _ in slab)) for slab in slabs]
+
+
+def merge_stacked_(slabs: Slab, merge_: Callable[[Slab, Slab], None]) -> Slab:
+    """Merge along the first axis, in place and pairwise, so that many ranks take few operations: ``[W, ...] -> [...]``.
+
+    Args:
+        slabs: a named tuple of tensors with a leading axis.
+        merge_: adds the second of two such to the first, in place.
+    """
+    count = len(slabs[0])
+
+    def rows(start: int, stop: int) -> Slab:
+        return type(slabs)(*(part[start:stop] for part in slabs))
+
+    while count > 1:
+        half = count // 2
+        merge_(rows(0, half), rows(count - half, count))
+        count -= half
+    return type(slabs)(*(part[0] for part in slabs))
+
+
+def variance_between(moments: RawMoments) -> Tensor:
+    """Variance of the ranks' channel means around the whole batch's, weighted by tokens: ``[W, L, ...] -> [L, C]``."""
+    seen = moments.seen.double()
+    share = (seen / seen.sum(0).clamp(min=1))[:, :, None]
+    means = moments.channel[:, :, SHIFT_X].double() + moments.channel[:, :, REST_X].double()
+    means = torch.where(share > 0, means, 0)
+    return (share * (means - (share * means).sum(0)).square()).sum(0)
+
+
+def refuse_other_layers(sync: "bool | dist.ProcessGroup", watched: list[str]) -> None:
+    """What is gathered must have the same shape everywhere; else the ranks would wait for ever, or mix layers up.
+
+    Raises:
+        StabNormError: another rank watches something else.
+    """
+    everyone: list[Any] = [None] * merging_ranks(sync)
+    dist.all_gather_object(everyone, watched, group=group_of(sync))
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            only = sorted(set(theirs) ^ set(everyone[0])) or "the same in another order"
+            raise StabNormError(
+                f"rank {rank} watches other layers or statistics than rank 0 (only one of them has: {only}), and what "
+                "ranks see is merged. Give every rank the same model, preset, include and exclude; or the processes "
+                "that do have the same, as sync=group; or sync=False"
+            )

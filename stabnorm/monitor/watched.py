@@ -1,0 +1,55 @@
+"""Hooks and compiled models: a graph that was made without hooks must not run a module that has some.
+
+Dynamo does not guard the absence of hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`): a hook that is added
+after the first compiled call, or to a second instance of a class that was compiled before, never runs, and nothing
+says so. What it does guard is the class. So a watched module is of a subclass of its own class, with the same name and
+nothing in it, for as long as it is watched: graphs from before do not fit it, and those made meanwhile do not fit it
+afterwards. That is one recompile when watching begins, and none when it ends or begins again.
+"""
+
+import copyreg
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def watch_class(module: nn.Module) -> None:
+    """Have the module's graphs made anew. Watched by several monitors, it is so several times over."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return  # never in a graph of Dynamo's
+    try:
+        module.__class__ = _watched(type(module))
+    except TypeError:  # a class that wants no subclasses; then a monitor in which no norm runs says so
+        return
+
+
+def unwatch_class(module: nn.Module) -> None:
+    """Take one `watch_class` back. A class that somebody else has set in between stays."""
+    base = vars(type(module)).get("_watched_class")
+    if base is not None:
+        module.__class__ = base
+
+
+_WATCHED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _watched(base: Any) -> type[nn.Module]:
+    if base in _WATCHED:
+        return _WATCHED[base]
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        """A copy is not watched, and a file must not need this class."""
+        self.__class__ = base
+        try:
+            reduced: Any = self.__reduce_ex__(protocol)
+        finally:
+            self.__class__ = made
+        how, arguments, *rest = reduced
+        if how is copyreg.__newobj__:  # type: ignore[attr-defined]  # which pickle takes for the object's own class only
+            return object.__new__, (base,), *rest
+        return how, arguments, *rest
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    made: Any = type(base)(base.__name__, (base,), {**names, "_watched_class": base, "__reduce_ex__": reduce})
+    return _WATCHED.setdefault(base, made)

@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.buffers import DeviceState, Flight
+from stabnorm.monitor.detailed import DetailedPast
+from stabnorm.monitor.details import Details, is_detailed
 from stabnorm.monitor.detect import Alert, Detector
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.record import Block, RecordWriter
-from stabnorm.monitor.statistics import resolve
+from stabnorm.monitor.statistics import Statistic, resolve
+from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import find_norms
 
@@ -60,14 +64,17 @@ class StabilityMonitor:
 
     Args:
         model: the model; its norms are found by `find_norms`.
-        preset: "economy", "standard" or a list of statistics by name, see `stabnorm.monitor.statistics`.
+        preset: "economy", "standard", "full", or a list of statistics: names, see `stabnorm.monitor.statistics`, and
+            objects of its class `Statistic`, which may be your own.
         flush_every: steps between two copies to the host, each of which keeps every step of every layer. Default: 50.
         include: a regular expression, or a list of them, that a layer's name must match. Default: all.
         exclude: the same for layers to leave out. Default: none.
         gradients: False leaves out the gradient statistics and their hooks. Default: True.
 
     Raises:
-        ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1.
+        ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1, a statistic of your own
+            that does not give one number per layer.
+        TypeError: a statistic that is neither a name nor a `Statistic`.
 
     Shape: `history()` gives ``[steps, layers]`` for every statistic, float32.
 
@@ -87,7 +94,7 @@ class StabilityMonitor:
     def __init__(
         self,
         model: nn.Module,
-        preset: str | Sequence[str] = "standard",
+        preset: str | Sequence[str | Statistic] = "standard",
         *,
         flush_every: int = 50,
         include: str | Sequence[str] | None = None,
@@ -96,7 +103,7 @@ class StabilityMonitor:
     ) -> None:
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
-        chosen = [s for s in resolve(preset) if gradients or s.needs != "gradients"]
+        chosen = [s for s in resolve(preset) if gradients or "gradients" not in s.needs_all]
         if not chosen:
             raise ValueError(f"preset {preset!r} holds gradient statistics only, and gradients=False leaves them out")
         norms = find_norms(model, include=include, exclude=exclude)
@@ -115,10 +122,15 @@ class StabilityMonitor:
         self.steps_done = 0
         self.label = ""  # said before an alert: which of several processes this is
         self._norms = norms
-        needs = {s.needs for s in chosen}
+        needs = frozenset[str]().union(*(s.needs_all for s in chosen))
+        width = max(norm.num_features for norm in norms)
+        self._past_class = DetailedPast if any(s.remembers for s in chosen) else Past
+        self._details = Details(norms, width, needs) if is_detailed(chosen) else None
         self._observer = Observer(
-            model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs
-        )
+            model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs,
+            details=self._details,
+        )  # fmt: skip
+        try_own_statistics(chosen, norms, self._observer, self._details, self._past_class)
         self._state: DeviceState | None = None  # made at the first step, on the device the model is on by then
         self.has_running_statistics = np.array([norm.running_mean is not None for norm in norms])
         self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
@@ -151,13 +163,17 @@ class StabilityMonitor:
 
     def attach(self) -> None:
         """Put the hooks on; a second call changes nothing."""
-        self._observer.detach()
+        self.detach()
         self._observer.attach()
+        if self._details is not None:
+            self._details.attach(self.steps_done)
         self._on_device()  # now: what it allocates would hold a GPU up in the first step
 
     def detach(self) -> None:
         """Take every hook off; what was gathered stays readable."""
         self._observer.detach()
+        if self._details is not None:
+            self._details.detach()
 
     def discard(self) -> None:
         """Forget what was gathered since the last step: forwards that were no part of training."""
@@ -172,6 +188,7 @@ class StabilityMonitor:
         loss: Tensor | float | None = None,
         learning_rate: Tensor | float | None = None,
         grad_scale: Tensor | float | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] = (),
     ) -> None:
         """End an optimizer step: call it after the last backward and before the next forward.
 
@@ -180,6 +197,8 @@ class StabilityMonitor:
             learning_rate: the step's learning rate, for the record.
             grad_scale: by what gradients were multiplied, ``scaler.get_scale()`` or the scaler's own tensor; call
                 before ``scaler.update()``. Default: 1.
+            optimizer: the one that has just stepped, or several, for the statistics of its moments ("full" has some);
+                call before ``zero_grad()``. Default: none, which makes those NaN.
 
         Raises:
             StabNormError: the hooks are not on.
@@ -197,6 +216,9 @@ class StabilityMonitor:
         if grad_scale is not None:
             gradient = gradient / grad_scale
         now = Moments.of(raw, gradient, state.layout)
+        if self._details is not None:
+            optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
+            now = self._details.beside(now, self._details.slabs.take(state.device), optimizers)
         row = state.rows[self._filled]
         values = torch.stack([statistic.compute(now, past) for statistic in self.statistics], -1)
         row[:, : len(self.statistics)] = torch.where(now.ran[:, None], values, torch.nan)
@@ -210,6 +232,8 @@ class StabilityMonitor:
             listen(self.steps_done, row[:, : len(self.statistics)])
         self._filled += 1
         self.steps_done += 1
+        if self._details is not None:
+            self._details.begin(self.steps_done)
         self._step_seconds += time.perf_counter() - start
         if self._timed_steps == 1:
             self._first_step_seconds = (self._observer.seconds, self._step_seconds, self._flush_seconds)
@@ -227,7 +251,7 @@ class StabilityMonitor:
         device, before = self._observer.device, self._state
         if before is None or before.device != device:
             shape = (self.flush_every, len(self._norms), self._columns)
-            self._state = DeviceState.of(self._norms, self._observer.width, shape, device)
+            self._state = DeviceState.of(self._norms, self._observer.width, shape, device, self._past_class)
             if before is not None:  # the model has moved
                 self._state.past.load_state_dict(before.past.state_dict())
                 self._state.rows.copy_(before.rows)

@@ -116,7 +116,7 @@ def token_shape(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     What lies below eps the norm itself does not tell from nothing; without the bound a token of zeros has no ratio.
 
     >>> [round(float(t), 3) for t in token_shape(torch.tensor([[1.0, -1.0, 1.0, -9.0]]), 1e-5)]
-    [1.0, 9.0, 2.241]
+    [1.0, 9.0, 2.218]
     """
     magnitudes = rows.abs().sort(-1).values
     median, largest = middle_and_last(magnitudes)
@@ -151,14 +151,15 @@ def sequence_moments(rows: Tensor, batch: int, valid: Tensor | None) -> tuple[Te
         valid: ``[B P]`` bool; None: all are.
     """
     length, channels = len(rows) // batch, rows.shape[1]
-    if valid is None:
-        lengths = torch.full((batch,), length, device=rows.device)
+    if valid is None:  # all are as long, and weigh the same
         shift = rows.mean(0)
-        centred = rows - shift
-    else:
-        lengths = valid.view(batch, length).sum(1)
-        shift = torch.where(valid[:, None], rows, 0).sum(0) / lengths.sum().clamp(min=1)
-        centred = torch.where(valid[:, None], rows - shift, 0)
+        means = (rows - shift).view(batch, length, channels).mean(1)
+        rest = means.mean(0)
+        count, squares = (torch.full((), n, device=rows.device) for n in (batch, batch * length**2))
+        return count, squares, torch.stack([shift, rest, (means - rest).square().mean(0)])
+    lengths = valid.view(batch, length).sum(1)
+    shift = torch.where(valid[:, None], rows, 0).sum(0) / lengths.sum().clamp(min=1)
+    centred = torch.where(valid[:, None], rows - shift, 0)
     means = centred.view(batch, length, channels).sum(1) / lengths.clamp(min=1)[:, None]
     squares = lengths.square()
     weights = (squares / squares.sum().clamp(min=1)).to(rows.dtype)[:, None]

@@ -3,6 +3,9 @@
 Shape legend: L layers, C channels (padded). A statistic is a function of this step's merged `Moments` and of the
 `Past` before the step, and gives one number per layer, `[L]`; NaN where it is not defined (yet). The formulas stand by
 family in `stabnorm.monitor.catalogue`.
+
+Of the survey's list, N1 is not here: the gradient noise scale needs every example's own gradient of gain and bias, that
+is a backward hook with input and output gradient at each norm, which is neither cheap nor possible in a compiled graph.
 """
 
 import difflib

@@ -1,6 +1,7 @@
 """What "full" gathers counts once, changes nothing, survives a resume, and costs the other presets nothing."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from examples.digits import DigitsViT, augment, digits_loaders
 from stabnorm import StabilityMonitor, valid_tokens
 from stabnorm.monitor import observe
 from stabnorm.monitor.statistics import PRESETS
@@ -206,6 +208,29 @@ def test_a_non_finite_step_spoils_only_itself() -> None:
     rest = [step for step in range(17) if step != 12]
     assert_same(clean, {name: values[rest] for name, values in spoilt.items()})
     assert spoilt["nonfinite_count"][12, 0] == 32
+
+
+def test_a_healthy_training_raises_no_alert() -> None:
+    torch.manual_seed(0)
+    model = DigitsViT(dim=24, depth=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batches = itertools.cycle(digits_loaders()[0])
+    with StabilityMonitor(model, "full") as monitor:
+        for step in range(120):
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 * min(1, (step + 1) / 30)
+            images, digits = next(batches)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(augment(images)), digits).backward()
+            optimizer.step()
+            monitor.step(optimizer=optimizer)
+    history = monitor.history()
+    assert monitor.alerts == []
+    assert history["new_outlier_share"][1:].max() < 0.2
+    assert history["massive_activation"].max() < 0.1
+    assert history["headroom"].min() > 100
+    assert history["adam_staleness"].nanmedian() < 2.3
+    assert history["gradient_to_eps"].min() > 10
 
 
 def test_forwards_in_eval_mode_and_discarded_ones_do_not_count() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import STD_MEAN
-from stabnorm.monitor.catalogue.statistic import TOKENS, Statistic
+from stabnorm.monitor.catalogue.statistic import TOKENS, Statistic, per_step
 from stabnorm.monitor.past import Moments, Past
 
 _LEAST_LAYERS = 3
@@ -40,6 +40,7 @@ def _alike(now: Moments) -> tuple[Tensor, Tensor]:
     return alike, alike.sum(-1)
 
 
+@per_step
 def growth(now: Moments) -> Growth:
     """Least squares in closed form, for all layers at once."""
     log = 2 * now.token[:, STD_MEAN].log()

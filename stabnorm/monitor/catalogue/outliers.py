@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional_detail import KURTOSIS, MAX_TO_MEDIAN, MEDIAN, OUTPUTS
-from stabnorm.monitor.catalogue.statistic import FREE, MEDIANS, Statistic
+from stabnorm.monitor.catalogue.statistic import FREE, MEDIANS, Statistic, per_step
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.past import Moments, Past
 
@@ -57,6 +57,7 @@ def _token_kurtosis(now: DetailedMoments, past: Past) -> Tensor:
     return now.detail.means[:, KURTOSIS].to(now.mean.dtype)
 
 
+@per_step
 def _outlying(now: DetailedMoments) -> tuple[Tensor, Tensor]:
     """Which channels are outliers in at least 6 % of positions, ``[L, C]``, and of which layers it is known."""
     positions = now.detail.counts[:, OUTPUTS, None]

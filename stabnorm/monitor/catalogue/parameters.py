@@ -8,7 +8,7 @@ from stabnorm.monitor.detailed import DetailedMoments, DetailedPast
 from stabnorm.monitor.past import Past
 
 _BLOCK = 32  # of the microscaling formats
-_LAST_BIN = 432 / 256  # of E4M3 under a block's scale: from here to 2 all rounds to 448
+_LAST_BIN = 432 / 512  # of E4M3: a mantissa from here to 1 rounds to the largest, 448, with the block's exponent
 
 
 def _gain_spread(now: DetailedMoments, past: Past) -> Tensor:
@@ -50,9 +50,9 @@ def _mx_last_bin(now: DetailedMoments, past: Past) -> Tensor:
     gain = now.parameters.gain.abs()
     blocks = torch.nn.functional.pad(gain, (0, -gain.shape[-1] % _BLOCK), value=torch.nan).unflatten(-1, (-1, _BLOCK))
     there = blocks.isnan().logical_not()
-    largest = torch.where(there, blocks, 0).amax(-1)
-    below_two = torch.ldexp(blocks, 1 - torch.frexp(largest).exponent[..., None])  # the largest lies in [1, 2)
-    last = (~there | (below_two >= _LAST_BIN)).all(-1)
+    largest = torch.frexp(torch.where(there, blocks, 0).amax(-1)).exponent  # the block's shared scale
+    mantissa, exponent = torch.frexp(blocks)
+    last = (~there | ((exponent == largest[..., None]) & (mantissa >= _LAST_BIN))).all(-1)
     exist = there.any(-1)
     share: Tensor = (last & exist).sum(-1) / torch.where(exist.any(-1), exist.sum(-1), torch.nan)
     return share

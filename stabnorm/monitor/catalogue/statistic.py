@@ -1,8 +1,9 @@
 """`Statistic`: one row of the catalogue, or one of a user's own."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor
 
@@ -18,6 +19,24 @@ FREE = "free from the channel moments"
 TOKENS = "one pass for mean and variance of the tokens"
 MEDIANS = "a sort of each token, and six passes"
 PARAMETERS = "gains and biases, once a step"
+
+
+Moment = TypeVar("Moment")
+Value = TypeVar("Value")
+
+
+def per_step(function: Callable[[Moment], Value]) -> Callable[[Moment], Value]:
+    """Computed once per step, for all statistics that build on it; kept with the step's moments."""
+
+    @functools.wraps(function)
+    def kept(now: Moment) -> Value:
+        memory = vars(now)
+        if function.__qualname__ not in memory:
+            memory[function.__qualname__] = function(now)
+        value: Value = memory[function.__qualname__]
+        return value
+
+    return kept
 
 
 def undefined(now: Any, past: Any) -> Tensor:

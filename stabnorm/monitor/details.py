@@ -84,14 +84,15 @@ class Details:
         self._unknown: Parameters | None = None
         self._progressive = [i for i, layer in enumerate(layers) if isinstance(layer.module, PRepBN)]
         self._gap: BranchGap | None = None
+        self._steps = 0
         if "branches" in self.needs and self._progressive:
             self._gap = BranchGap([m for layer in layers if isinstance(m := layer.module, PRepBN)])
 
-    def attach(self, step: int) -> None:
-        """Put the hooks on that are not the observer's; `step` comes first."""
+    def attach(self) -> None:
+        """Put the hooks on that are not the observer's."""
         if self._gap is not None:
             self._gap.attach()
-        self.begin(step)
+            self._steps, self._gap.armed = 0, True
 
     def detach(self) -> None:
         """Take them off."""
@@ -104,24 +105,28 @@ class Details:
         if self._gap is not None:
             self._gap.discard()
 
-    def begin(self, step: int) -> None:
-        """A step comes: the gap takes two more forwards of a layer, and is measured now and then."""
-        if self._gap is not None:
-            self._gap.armed = step % MEASURE_EVERY == 0
-
-    def beside(self, now: Moments, detail: DetailMoments, optimizers: Sequence[Optimizer]) -> DetailedMoments:
+    def beside(
+        self, now: Moments, detail: DetailMoments, optimizer: Optimizer | Sequence[Optimizer]
+    ) -> DetailedMoments:
         """The step's moments, its detail moments as `slabs` had them, and the rest of what was gathered."""
         device, dtype, layers = now.mean.device, now.mean.dtype, len(self._layers)
         if "parameters" in self.needs:
             parameters = Parameters.of(self._layers, self._width, device, dtype)
         else:
-            parameters = self._unknown = self._unknown or Parameters.unknown(layers, self._width, device, dtype)
+            if self._unknown is None or self._unknown.gain.device != device:
+                self._unknown = Parameters.unknown(layers, self._width, device, dtype)
+            parameters = self._unknown
+        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
         adam = adam_figures(self._layers, optimizers if "optimizer" in self.needs else (), device)
         return DetailedMoments.beside(now, detail, parameters, adam, self._branch_gap(device, dtype))
 
     def _branch_gap(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """It takes two more forwards of a layer, so it is measured now and then."""
         gap = torch.full((len(self._layers),), torch.nan, device=device, dtype=dtype)
-        if self._gap is not None and self._gap.armed:
-            where = torch.tensor(self._progressive).to(device, non_blocking=True)
-            gap.index_copy_(0, where, self._gap.take().to(device, dtype))
+        if self._gap is not None:
+            if self._gap.armed:
+                where = torch.tensor(self._progressive).to(device, non_blocking=True)
+                gap.index_copy_(0, where, self._gap.take().to(device, dtype))
+            self._steps += 1
+            self._gap.armed = self._steps % MEASURE_EVERY == 0
         return gap

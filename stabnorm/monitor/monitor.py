@@ -163,17 +163,13 @@ class StabilityMonitor:
 
     def attach(self) -> None:
         """Put the hooks on; a second call changes nothing."""
-        self.detach()
+        self._observer.detach()
         self._observer.attach()
-        if self._details is not None:
-            self._details.attach(self.steps_done)
         self._on_device()  # now: what it allocates would hold a GPU up in the first step
 
     def detach(self) -> None:
         """Take every hook off; what was gathered stays readable."""
         self._observer.detach()
-        if self._details is not None:
-            self._details.detach()
 
     def discard(self) -> None:
         """Forget what was gathered since the last step: forwards that were no part of training."""
@@ -217,8 +213,7 @@ class StabilityMonitor:
             gradient = gradient / grad_scale
         now = Moments.of(raw, gradient, state.layout)
         if self._details is not None:
-            optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
-            now = self._details.beside(now, self._details.slabs.take(state.device), optimizers)
+            now = self._details.beside(now, self._details.slabs.take(state.device), optimizer)
         row = state.rows[self._filled]
         values = torch.stack([statistic.compute(now, past) for statistic in self.statistics], -1)
         row[:, : len(self.statistics)] = torch.where(now.ran[:, None], values, torch.nan)
@@ -232,8 +227,6 @@ class StabilityMonitor:
             listen(self.steps_done, row[:, : len(self.statistics)])
         self._filled += 1
         self.steps_done += 1
-        if self._details is not None:
-            self._details.begin(self.steps_done)
         self._step_seconds += time.perf_counter() - start
         if self._timed_steps == 1:
             self._first_step_seconds = (self._observer.seconds, self._step_seconds, self._flush_seconds)

@@ -76,6 +76,8 @@ class Observer:
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
             if "outputs" in needs:
                 self._handles.append(layer.module.register_forward_hook(_OutlierHook(self, hook)))
+        if self.details is not None:
+            self.details.attach()
         self.discard()
 
     def detach(self) -> None:
@@ -84,6 +86,8 @@ class Observer:
             handle.remove()
         for kept in (self._handles, self._gradient_handles, self._hooks, self._parameters):
             kept.clear()
+        if self.details is not None:
+            self.details.detach()
 
     def discard(self) -> None:
         """Forget what was gathered since the last step."""

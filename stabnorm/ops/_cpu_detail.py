@@ -50,25 +50,25 @@ def add_detail_of_rows_(
     step = min(_BLOCK_ROWS, max(1, _BLOCK_ELEMENTS // channels))
     for start in range(0, len(rows), step):
         block = rows[start : start + step].contiguous()
-        magnitudes = torch.abs(block, out=_scratch(block))
-        if values:
-            marks = torch.empty_like(block)  # sums of ones are exact: a block has fewer elements than float32 counts
-            new.counts[NONFINITE] += block.numel() - torch.lt(magnitudes, torch.inf, out=marks).sum().long()
-            new.counts[ZEROS] += torch.eq(block, 0, out=marks).sum().long()
+        work = _scratch(block)
+        if values:  # sums of ones are exact: a block has fewer elements than float32 counts
+            finite = torch.mul(block, 0, out=work).eq_(0).sum()  # 0 times what is not finite is NaN
+            new.counts[NONFINITE] += block.numel() - finite.long()
+            new.counts[ZEROS] += torch.eq(block, 0, out=work).sum().long()
         if tokens:
-            new.means.add_(_token_shape(block, magnitudes, eps), alpha=len(block) / len(rows))
+            new.means.add_(_token_shape(block, work, eps), alpha=len(block) / len(rows))
     if not alone:
         merge_detail_(into, new)
 
 
-def _token_shape(block: Tensor, magnitudes: Tensor, eps: float) -> Tensor:
-    """Means over the block's tokens of `functional_detail.token_shape`; ``magnitudes`` is used up."""
+def _token_shape(block: Tensor, work: Tensor, eps: float) -> Tensor:
+    """Means over the block's tokens of `functional_detail.token_shape`; ``work`` is memory of the block's shape."""
     out = block.new_empty(3)
-    magnitudes.numpy().sort(axis=-1)
-    median, largest = middle_and_last(magnitudes)
+    torch.abs(block, out=work).numpy().sort(axis=-1)
+    median, largest = middle_and_last(work)
     torch.mean(median, 0, out=out[MEDIAN])
     torch.mean(largest / median.clamp(min=smallest(eps) ** 0.5), 0, out=out[MAX_TO_MEDIAN])
-    work = torch.sub(block, block.mean(-1, keepdim=True), out=magnitudes)
+    torch.sub(block, block.mean(-1, keepdim=True), out=work)
     work.sub_(work.mean(-1, keepdim=True)).square_()
     work.div_(work.mean(-1, keepdim=True).clamp_(min=smallest(eps)))
     torch.mean(torch.linalg.vector_norm(work, 2, -1).square_(), 0, out=out[KURTOSIS]).div_(block.shape[1])

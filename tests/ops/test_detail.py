@@ -135,7 +135,11 @@ def test_all_layers_of_several_ranks_merge_at_once() -> None:
         for layer, x in enumerate(of_rank):
             accumulate_detail_(x, None, *DetailMoments(*(part[layer] for part in slab)), -1)
         ranks.append(slab)
+    stacked = DetailMoments(*map(torch.stack, zip(*ranks, strict=True)))  # as one collective brings them
+    first, second = (DetailMoments(*(part[rank : rank + 1] for part in stacked)) for rank in range(2))
+    merge_detail_(first, second)
     merge_detail_(*ranks)
+    assert all(torch.equal(a[0], b) for a, b in zip(first, ranks[0], strict=True))
     for layer in range(2):
         whole = truth(torch.cat([of_rank[layer] for of_rank in parts]))
         assert_same(DetailMoments(*(part[layer] for part in ranks[0])), whole)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
+from torch.optim import Optimizer
 
 from stabnorm.callbacks._compiled import forget_graphs
 from stabnorm.callbacks._lightning import Callback
@@ -19,7 +20,6 @@ from stabnorm.monitor.statistics import Statistic, resolve
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-    from torch.optim import Optimizer
 
 _PICTURES = {
     "token_std_mean": "how large the input of each norm is",
@@ -209,7 +209,7 @@ class StabilityCallback(Callback):
                 loss=step.loss,
                 learning_rate=step.learning_rate,
                 grad_scale=step.grad_scale,
-                optimizer=trainer.optimizers,
+                optimizer=[optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)],
             )
             self._step = _OpenStep()
 

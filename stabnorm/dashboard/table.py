@@ -101,7 +101,7 @@ def _over(
 ) -> Iterator[Row]:
     """The furthest over its threshold first."""
     over = [
-        (tail[name][i] / threshold, i, name)
+        ((tail[name][i] - threshold) / (abs(threshold) or 1.0), i, name)
         for name, (threshold, _) in thresholds.items()
         for i in np.flatnonzero(tail.get(name, np.empty(0)) > threshold).tolist()
     ]

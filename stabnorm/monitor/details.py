@@ -116,7 +116,10 @@ class Details:
             if self._unknown is None or self._unknown.gain.device != device:
                 self._unknown = Parameters.unknown(layers, self._width, device, dtype)
             parameters = self._unknown
-        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
+        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        for one in optimizers:
+            if not isinstance(one, Optimizer):
+                raise TypeError(f"optimizer is a torch.optim.Optimizer, or several of them, got {type(one).__name__}")
         adam = adam_figures(self._layers, optimizers if "optimizer" in self.needs else (), device)
         return DetailedMoments.beside(now, detail, parameters, adam, self._branch_gap(device, dtype))
 

@@ -199,6 +199,7 @@ class StabilityMonitor:
         Raises:
             StabNormError: the hooks are not on.
             ValueError: the loss is not one number.
+            TypeError: the optimizer is none.
         """
         if not self._observer.attached:
             raise StabNormError("step() on a monitor whose hooks are off; use `with monitor:` or call attach() first")

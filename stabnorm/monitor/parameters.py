@@ -64,7 +64,9 @@ def _padded(
     """``[L, C]`` with NaN where there is nothing."""
     nothing = torch.full((width,), torch.nan, device=device, dtype=dtype)  # first: it sets the dtype
     rows = [
-        nothing if value is None else _whole(value).to(device, non_blocking=True).expand(norm.num_features)
+        nothing
+        if value is None or (whole := _whole(value)).numel() not in (1, norm.num_features)  # of FSDP1, a part of it
+        else whole.to(device, non_blocking=True).expand(norm.num_features)
         for value, norm in zip(values, norms, strict=True)
     ]
     return nn.utils.rnn.pad_sequence([nothing, *rows], batch_first=True, padding_value=torch.nan)[1:]

@@ -50,6 +50,14 @@ def test_a_layer_that_stays_under_what_it_should_have_is_named() -> None:
     assert row.reason == "under 1 in most of the run's last tenth: use bfloat16"
 
 
+def test_a_threshold_may_be_zero() -> None:
+    thresholds = {"token_mean_mean": (0.0, "center it")}
+    series = healthy() | {"token_mean_mean": np.full((200, 12), -1.0)}
+    series["token_mean_mean"][:, [3, 5]] = [0.1, 0.2]
+    rows = layers_worth_a_look(LAYERS, series, [], thresholds=thresholds)
+    assert [row.layer for row in rows] == [LAYERS[5], LAYERS[3]]
+
+
 def test_an_alert_says_what_came_of_it() -> None:
     series = healthy() | {"token_std_mean": np.ones((200, 12))}
     series["token_std_mean"][150:, 3] = 50

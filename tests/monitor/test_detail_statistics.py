@@ -271,6 +271,13 @@ def test_without_adam_its_figures_are_nan_and_with_it_they_need_the_gradients() 
     assert monitor.history()["gradient_to_eps"][:, 0].isnan().tolist() == [True, True, True, False]
 
 
+def test_what_is_no_optimizer_is_refused() -> None:
+    match = r"optimizer is a torch.optim.Optimizer, or several of them, got dict"
+    model = nn.Sequential(nn.LayerNorm(8))
+    with StabilityMonitor(model, ["adam_staleness"]) as monitor, pytest.raises(TypeError, match=match):
+        monitor.step(optimizer=[{}])  # type: ignore[list-item]
+
+
 def test_adam_whose_gradients_jump_is_stale_and_one_with_a_large_eps_does_not_move() -> None:
     model = nn.Sequential(nn.LayerNorm(8))
     adam = torch.optim.Adam(model.parameters(), lr=0.0, eps=1e-3)

@@ -170,8 +170,8 @@ def run(
                 x = torch.where(torch.rand(shape) < 2e-3, 9e5 * (1 + torch.rand(shape)), x)
             x, g = x.to(dtype), torch.randn(shape).to(dtype) * (60 if step == 12 else 1)
             if mask is not None:
-                spoilt = torch.where(mask[..., None], x, torch.tensor(torch.nan, dtype=dtype))
-                g = torch.where(mask[..., None], g, 0)
+                spread = mask[..., None, None] if norm.feature_dims > 1 else mask.unsqueeze(norm.channel_dim)
+                spoilt, g = torch.where(spread, x, 1e3), torch.where(spread, g, 0)
             outputs = []
             module.zero_grad()
             parts = (t.chunk(micro_batches) for t in (x if mask is None else spoilt, g))
@@ -190,8 +190,6 @@ def run(
             else:
                 assert weight.grad is not None
                 gain = weight.detach().double().flatten().numpy()
-                if mask is not None:  # padding of NaN leaves NaN in the gradients
-                    weight.grad = ((g.double() * n).sum((0, 1))).to(weight) if n is not None else weight.grad
                 gradients = [p.grad for p in (weight, bias) if p is not None and p.grad is not None]
                 gradient = [p.double().flatten().numpy() * gain for p in gradients]
             adam: list[Any] = []
@@ -238,6 +236,21 @@ def test_every_statistic_equals_float64_at_mean_1e4_and_std_1(case: str) -> None
 @pytest.mark.parametrize("case", CASES)
 def test_every_statistic_equals_float64_in_bfloat16(case: str) -> None:
     assert_equals_reference(*run(*CASES[case], dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "case", ["layer-NLC", "layer-NC", "layer-NCHW", "layer-two-dims", "layer-no-affine", "rms-NLC"]
+)
+def test_every_statistic_equals_float64_over_the_valid_tokens(case: str) -> None:
+    make, shape = CASES[case]
+    (norm,) = find_norms(nn.Sequential(make()))
+    tokens = (
+        shape[: len(shape) - 2]
+        if norm.feature_dims > 1
+        else [n for i, n in enumerate(shape) if i != norm.channel_dim % len(shape)]
+    )
+    mask = torch.rand(tuple(tokens)) < 0.7
+    assert_equals_reference(*run(make, shape, mask=mask))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.startswith(("batch", "group", "instance"))])

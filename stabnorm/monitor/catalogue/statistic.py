@@ -27,13 +27,14 @@ Value = TypeVar("Value")
 
 def per_step(function: Callable[[Moment], Value]) -> Callable[[Moment], Value]:
     """Computed once per step, for all statistics that build on it; kept with the step's moments."""
+    name = f"{function.__module__}.{function.__qualname__}"  # no attribute of the moments is called so
 
     @functools.wraps(function)
     def kept(now: Moment) -> Value:
         memory = vars(now)
-        if function.__qualname__ not in memory:
-            memory[function.__qualname__] = function(now)
-        value: Value = memory[function.__qualname__]
+        if name not in memory:
+            memory[name] = function(now)
+        value: Value = memory[name]
         return value
 
     return kept

@@ -117,10 +117,10 @@ def measure(options: argparse.Namespace) -> list[Variant]:
         loss.backward()
         optimizer.step()
         if monitor is not None:
-            monitor.step(loss=loss)
+            monitor.step(loss=loss, optimizer=optimizer)
 
     variants = [Variant("bare", None)]
-    for preset in ("economy", "standard"):
+    for preset in ("economy", "standard", "full"):
         variants.append(Variant(preset, StabilityMonitor(model, preset, flush_every=FLUSH_EVERY)))
     variants.append(
         Variant("standard, no gradients", StabilityMonitor(model, flush_every=FLUSH_EVERY, gradients=False))

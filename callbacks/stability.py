@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
+from torch.optim import Optimizer
 
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask
@@ -14,11 +15,10 @@ from stabnorm.callbacks._outputs import HeadlineScalars, log_picture, log_text, 
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.table import format_table, layers_worth_a_look, markdown_table
 from stabnorm.monitor.monitor import StabilityMonitor
-from stabnorm.monitor.statistics import CATALOGUE, resolve
+from stabnorm.monitor.statistics import Statistic, resolve
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-    from torch.optim import Optimizer
 
 _PICTURES = {
     "token_std_mean": "how large the input of each norm is",
@@ -45,7 +45,8 @@ class StabilityCallback(Callback):
     batch, the same on all, and rank 0 writes them.
 
     Args:
-        preset: "economy", "standard", or a list of statistics by name. Default: "standard".
+        preset: "economy", "standard", "full", or a list of statistics: names, or `Statistic` objects of your own.
+            Default: "standard".
         flush_every: optimizer steps between two flushes; every step in between is kept. Default: 50.
         include: a regular expression, or a list of them, for the names of the layers to watch. Default: all.
         exclude: the same for layers to leave out. Default: none.
@@ -61,12 +62,12 @@ class StabilityCallback(Callback):
     >>> StabilityCallback(preset="standart")
     Traceback (most recent call last):
     ...
-    ValueError: unknown preset 'standart': the presets are economy, standard; did you mean 'standard'?
+    ValueError: unknown preset 'standart': the presets are economy, standard, full; did you mean 'standard'?
     """
 
     def __init__(
         self,
-        preset: str | list[str] = "standard",
+        preset: str | list[str | Statistic] = "standard",
         flush_every: int = 50,
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
@@ -202,7 +203,12 @@ class StabilityCallback(Callback):
             loss = loss.detach().reshape(())
             step.loss = loss if step.loss is None or not pl_module.automatic_optimization else step.loss + loss
         if step.stepped and self.monitor is not None:
-            self.monitor.step(loss=step.loss, learning_rate=step.learning_rate, grad_scale=step.grad_scale)
+            self.monitor.step(
+                loss=step.loss,
+                learning_rate=step.learning_rate,
+                grad_scale=step.grad_scale,
+                optimizer=[optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)],
+            )
             self._step = _OpenStep()
 
     # -- the closing report --------------------------------------------------------------------------------------------
@@ -214,13 +220,14 @@ class StabilityCallback(Callback):
         if not steps.size:
             return
         history = {name: values.numpy() for name, values in monitor.history().items()}
-        thresholds = {s.name: (s.threshold, s.advice) for s in CATALOGUE.values() if s.threshold is not None}
+        thresholds = {s.name: (s.threshold, s.advice) for s in monitor.statistics if s.threshold is not None}
+        least = {s.name: (s.least, s.advice) for s in monitor.statistics if s.least is not None}
         telling = dict(history)
         for name in {"mean_discrepancy", "var_discrepancy"} & set(history):
             # Only a layer with running statistics has a discrepancy, and these take 5 / momentum steps to settle.
             telling[name] = np.where(monitor.has_running_statistics & (len(steps) >= 50), history[name], np.nan)
         alerts = [alert.as_dict() for alert in monitor.alerts]
-        rows = layers_worth_a_look(monitor.layers, telling, alerts, steps=steps, thresholds=thresholds)
+        rows = layers_worth_a_look(monitor.layers, telling, alerts, steps=steps, thresholds=thresholds, least=least)
         print(format_table(rows, steps=len(steps)))
         print(f"monitoring cost {monitor.cost}")
         if self.directory is None:

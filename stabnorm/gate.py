@@ -10,6 +10,8 @@ from stabnorm.errors import StabNormError
 from stabnorm.schedules import schedule_end
 
 MEASURE_EVERY = 4  # steps between two affine residuals
+MOMENTUM = 0.1  # PyTorch's, of a layer's average affine residual
+RUN_BELOW, HOLD_ABOVE = 0.30, 0.50  # the average affine residual where a layer runs, and where it holds
 _TUNED_FRACTION = 0.8  # the shares of the training below were found with the switch ending there
 
 Array = npt.NDArray[np.float64]
@@ -75,8 +77,8 @@ class AffineGate:
         *,
         start: int = 0,
         fraction: float = 0.8,
-        on: float = 0.30,
-        off: float = 0.50,
+        on: float = RUN_BELOW,
+        off: float = HOLD_ABOVE,
         warm: float = 0.06,
         last_start: float = 0.45,
         last_refusal: float = 0.65,
@@ -138,7 +140,7 @@ class AffineGate:
         new = np.asarray(residuals, np.float64)
         if new.shape != self._residual.shape:
             raise ValueError(f"step {step} brings residuals of shape {new.shape} for {len(self.layers)} layers")
-        average = np.where(np.isnan(self._residual), new, 0.9 * self._residual + 0.1 * new)
+        average = np.where(np.isnan(self._residual), new, (1 - MOMENTUM) * self._residual + MOMENTUM * new)
         self._residual = np.where(np.isfinite(new), average, self._residual)
 
     def advance(self, step: int) -> list[float]:

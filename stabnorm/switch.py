@@ -143,12 +143,16 @@ class BranchGap:
         squares = (squares if valid is None else torch.where(valid, squares, 0)).sum(-1)
         self._squares[index] = self._squares[index] + squares if index in self._squares else squares
 
+    def discard(self) -> None:
+        """Forget what was added since the last time."""
+        self._squares.clear()
+
     def take(self) -> Tensor:
         """Each layer's gap since the last time, ``[layers]`` on the device; NaN where it did not run."""
         device = self._norms[0].lam.device
         nothing = torch.full((2,), torch.nan, device=device)
         squares = torch.stack([self._squares.get(i, nothing).to(device) for i in range(len(self._norms))])
-        self._squares.clear()
+        self.discard()
         return (squares[:, 0] / squares[:, 1]).sqrt()
 
 

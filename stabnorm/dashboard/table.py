@@ -46,8 +46,9 @@ def layers_worth_a_look(
     *,
     steps: Sequence[int] | Array | None = None,
     thresholds: Mapping[str, tuple[float, str]] | None = None,
+    least: Mapping[str, tuple[float, str]] | None = None,
 ) -> list[Row]:
-    """Name the layers with alerts, then those that stay over a threshold or never ran, then those that moved most.
+    """Name the layers with alerts, then those that stay beyond a threshold or never ran, then those that moved most.
 
     A layer is named once. Moved: the median scale of its input over the last tenth of the run is three times, or a
     third of, that of the first half, of which the first tenth is left out. A healthy run has no row.
@@ -59,6 +60,7 @@ def layers_worth_a_look(
         steps: the step of each row. Default: 0, 1, ...
         thresholds: statistic -> what its median over the last tenth should not exceed, and what to do when it does.
             Default: none.
+        least: the same for what it should not fall below. Default: none.
 
     Example:
         >>> amax = np.array([[1.0, 2.0, 90.0]] * 20)
@@ -74,6 +76,7 @@ def layers_worth_a_look(
         tail = {name: _median(values[-max(1, num_steps // _TAIL) :]) for name, values in statistics.items()}
         last = int(numbers[-1])
         rows += _over(layers, tail, thresholds or {}, last)
+        rows += _under(layers, tail, least or {}, last)
         rows += _idle(layers, statistics, series.get("tokens"), last)
         rows += _moved(layers, statistics, tail, last)
     first: dict[str, Row] = {}
@@ -98,7 +101,7 @@ def _over(
 ) -> Iterator[Row]:
     """The furthest over its threshold first."""
     over = [
-        (tail[name][i] / threshold, i, name)
+        ((tail[name][i] - threshold) / (abs(threshold) or 1.0), i, name)
         for name, (threshold, _) in thresholds.items()
         for i in np.flatnonzero(tail.get(name, np.empty(0)) > threshold).tolist()
     ]
@@ -106,6 +109,16 @@ def _over(
         threshold, advice = thresholds[name]
         reason = f"over {number(threshold)} in most of the run's last tenth: {advice}"
         yield Row(layers[i], reason, name, float(tail[name][i]), last)
+
+
+def _under(
+    layers: Sequence[str], tail: Mapping[str, Array], least: Mapping[str, tuple[float, str]], last: int
+) -> Iterator[Row]:
+    """In depth order."""
+    for name, (bound, advice) in least.items():
+        for i in np.flatnonzero(tail.get(name, np.empty(0)) < bound).tolist():
+            reason = f"under {number(bound)} in most of the run's last tenth: {advice}"
+            yield Row(layers[i], reason, name, float(tail[name][i]), last)
 
 
 def _idle(layers: Sequence[str], statistics: Mapping[str, Array], tokens: Array | None, last: int) -> Iterator[Row]:

@@ -24,7 +24,13 @@ class DeviceState:
     scalars: Tensor  # [flush_every, 2]: loss, learning rate
 
     @staticmethod
-    def of(norms: Sequence[NormLayer], width: int, shape: tuple[int, int, int], device: torch.device) -> "DeviceState":
+    def of(
+        norms: Sequence[NormLayer],
+        width: int,
+        shape: tuple[int, int, int],
+        device: torch.device,
+        past_class: type[Past] = Past,
+    ) -> "DeviceState":
         """Empty, for these layers."""
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         sizes = torch.tensor([norm.num_features for norm in norms], device="cpu")
@@ -36,7 +42,7 @@ class DeviceState:
             per_channel=torch.tensor([norm.kind == "batch" for norm in norms]).to(device),
             own_buffers=torch.tensor([norm.running_mean is not None for norm in norms]).to(device),
         )
-        past = Past(len(norms), width, device, dtype)
+        past = past_class(len(norms), width, device, dtype)
         return DeviceState(
             device,
             layout,

@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.buffers import SIDE_COLUMNS, TOP_CHANNELS, DeviceState, Flight, write_side_columns
 from stabnorm.monitor.cost import Cost, Stopwatch
+from stabnorm.monitor.detailed import DetailedPast
+from stabnorm.monitor.details import Details, is_detailed
 from stabnorm.monitor.detect import Alert, Detector
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers, unwrap
 from stabnorm.monitor.record import Block, RecordWriter
-from stabnorm.monitor.statistics import resolve
+from stabnorm.monitor.statistics import Statistic, resolve
+from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import find_norms
 
@@ -42,7 +46,8 @@ class StabilityMonitor:
 
     Args:
         model: the model; its norms are found by `find_norms`.
-        preset: "economy", "standard" or a list of statistics by name, see `stabnorm.monitor.statistics`.
+        preset: "economy", "standard", "full", or a list of statistics: names, see `stabnorm.monitor.statistics`, and
+            objects of its class `Statistic`, which may be your own.
         flush_every: steps between two copies to the host, each of which keeps every step of every layer. Default: 50.
         include: a regular expression, or a list of them, that a layer's name must match. Default: all.
         exclude: the same for layers to leave out. Default: none.
@@ -51,7 +56,9 @@ class StabilityMonitor:
             process group: over its processes, where others have other layers. Default: True.
 
     Raises:
-        ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1.
+        ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1, a statistic of your own
+            that does not give one number per layer.
+        TypeError: a statistic that is neither a name nor a `Statistic`.
 
     Shape: `history()` gives ``[steps, layers]`` for every statistic, float32.
 
@@ -71,7 +78,7 @@ class StabilityMonitor:
     def __init__(
         self,
         model: nn.Module,
-        preset: str | Sequence[str] = "standard",
+        preset: str | Sequence[str | Statistic] = "standard",
         *,
         flush_every: int = 50,
         include: str | Sequence[str] | None = None,
@@ -81,7 +88,7 @@ class StabilityMonitor:
     ) -> None:
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
-        chosen = [s for s in resolve(preset) if gradients or s.needs != "gradients"]
+        chosen = [s for s in resolve(preset) if gradients or "gradients" not in s.needs_all]
         if not chosen:
             raise ValueError(f"preset {preset!r} holds gradient statistics only, and gradients=False leaves them out")
         model = unwrap(model)
@@ -101,15 +108,15 @@ class StabilityMonitor:
         self.steps_done = 0
         self.sync = sync
         self._norms = norms
-        needs = {s.needs for s in chosen}
+        needs = frozenset[str]().union(*(s.needs_all for s in chosen))
+        width = max(norm.num_features for norm in norms)
+        self._past_class = DetailedPast if any(s.remembers for s in chosen) else Past
+        self._details = Details(norms, width, needs) if is_detailed(chosen) else None
         self._observer = Observer(
-            model,
-            norms,
-            tokens="tokens" in needs,
-            normalized="normalized" in needs,
-            gradients="gradients" in needs,
-            merged=bool(sync),
-        )
+            model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs,
+            details=self._details, merged=bool(sync),
+        )  # fmt: skip
+        try_own_statistics(chosen, norms, self._observer, self._details, self._past_class)
         self._agreed = False  # all ranks watch the same
         self._speaks = True  # the first of them does
         self._state: DeviceState | None = None  # made at the first step, on the device the model is on by then
@@ -162,6 +169,7 @@ class StabilityMonitor:
         loss: Tensor | float | None = None,
         learning_rate: Tensor | float | None = None,
         grad_scale: Tensor | float | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] = (),
     ) -> None:
         """End an optimizer step: call it after the last backward and before the next forward.
 
@@ -170,10 +178,13 @@ class StabilityMonitor:
             learning_rate: the step's learning rate, for the record.
             grad_scale: by what gradients were multiplied, ``scaler.get_scale()`` or the scaler's own tensor; call
                 before ``scaler.update()``. Default: 1.
+            optimizer: the one that has just stepped, or several, for the statistics of its moments ("full" has some);
+                call before ``zero_grad()``. Default: none, which makes those NaN.
 
         Raises:
             StabNormError: the hooks are not on, or another rank watches other layers.
             ValueError: the loss is not one number.
+            TypeError: the optimizer is none.
         """
         if not self._observer.attached:
             raise StabNormError("step() on a monitor whose hooks are off; use `with monitor:` or call attach() first")
@@ -190,11 +201,16 @@ class StabilityMonitor:
         raw, gradient = self._observer.take(state.device)
         if grad_scale is not None:
             gradient = gradient / grad_scale
-        gathered, between = Gathered(gradient, self._own_running_buffers(past), scalars[:1]), None
+        detail, gap = None, scalars.new_full((1,), torch.nan)
+        if self._details is not None:
+            detail, gap = self._details.slabs.take(state.device), self._details.branch_gap(state.device)
+        gathered, between = Gathered(gradient, self._own_running_buffers(past), scalars[:1], gap), None
         if merging_ranks(self.sync) > 1:
-            raw, gathered, between = merge_over_ranks(self.sync, raw, gathered)
+            raw, gathered, between, detail = merge_over_ranks(self.sync, raw, gathered, detail)
             scalars[:1] = gathered.loss
         now = Moments.of(raw, gathered.gradient, state.layout, between)
+        if self._details is not None and detail is not None:
+            now = self._details.beside(now, detail, gathered.branch_gap, optimizer)
         values = torch.stack([statistic.compute(now, past) for statistic in self.statistics], -1)
         row[:, : len(self.statistics)] = torch.where(now.ran[:, None], values, torch.nan)
         write_side_columns(row[:, len(self.statistics) :], now)
@@ -218,7 +234,7 @@ class StabilityMonitor:
         device, before = self._observer.device, self._state
         if before is None or before.device != device:
             shape = (self.flush_every, len(self._norms), self._columns)
-            self._state = DeviceState.of(self._norms, self._observer.width, shape, device)
+            self._state = DeviceState.of(self._norms, self._observer.width, shape, device, self._past_class)
             if before is not None:  # the model has moved
                 self._state.past.load_state_dict(before.past.state_dict())
                 self._state.rows.copy_(before.rows)

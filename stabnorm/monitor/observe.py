@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
+from stabnorm.functional_detail import DetailMoments
 from stabnorm.masks import mask_for
+from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.watched import unwatch_class, watch_class
 from stabnorm.norms import NormLayer
+from stabnorm.ops.detail import accumulate_detail_, count_outliers_
 from stabnorm.ops.moments import accumulate_moments_, as_rows, empty_accounts, merge_accounts
 from stabnorm.ops.ranks import Part, is_distributed, own_part
 
@@ -32,6 +35,7 @@ class Observer:
         model: counts forwards while it is in training mode.
         layers: the norms to hook.
         tokens, normalized, gradients: what to gather beside the channel moments, see `Statistic.needs`.
+        details: gathers the rest of what statistics need. Default: none does.
         merged: what is taken will be merged over ranks; else the gradient of a sharded parameter cannot be known.
     """
 
@@ -43,11 +47,13 @@ class Observer:
         tokens: bool,
         normalized: bool,
         gradients: bool,
+        details: Details | None = None,
         merged: bool = False,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # a hook in a graph must not look at its compiler
         self.layers = tuple(layers)
-        self.tokens, self.normalized, self.gradients, self.merged = tokens, normalized, gradients, merged
+        self.tokens, self.normalized, self.gradients = tokens, normalized, gradients
+        self.details, self.merged = details, merged
         self.width = max(layer.num_features for layer in layers)
         self.seconds = 0.0  # inside hooks, on the host; not counted in a compiled graph
         self._slabs: dict[torch.device, RawMoments] = {}
@@ -66,11 +72,17 @@ class Observer:
 
     def attach(self) -> None:
         """Put the hooks on. One forward hook per norm; gradients come from the parameters where there are any."""
+        needs = frozenset[str]() if self.details is None else self.details.needs
+        make = _DetailedInputHook if needs & INPUT_NEEDS else _InputHook
         for index, layer in enumerate(self.layers):
-            hook = _InputHook(self, index)
+            hook = make(self, index)
             self._hooks.append(hook)
             watch_class(layer.module)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            if "outputs" in needs:
+                self._handles.append(layer.module.register_forward_hook(_OutlierHook(self, hook)))
+        if self.details is not None:
+            self.details.attach()
         self.discard()
 
     def detach(self) -> None:
@@ -81,6 +93,8 @@ class Observer:
             handle.remove()
         for kept in (self._handles, self._gradient_handles, self._hooks, self._parameters):
             kept.clear()
+        if self.details is not None:
+            self.details.detach()
 
     def discard(self) -> None:
         """Forget what was gathered since the last step."""
@@ -88,6 +102,8 @@ class Observer:
             clear_moments_(slab)
         for sums in self._gradients.values():
             sums.fill_(torch.nan)
+        if self.details is not None:
+            self.details.discard()
         if self.gradients and self._handles:
             self._follow_parameters()
 
@@ -206,11 +222,7 @@ class _InputHook(_Hook):
                 logger.warning("norm %s is not counted: %s", layer.name, why_not)
                 self.refused = True
             return
-        axis = layer.channel_dim % x.ndim
-        tokens = x.shape[:axis] + x.shape[axis + 1 :]
-        if layer.feature_dims > 1:
-            tokens = x.shape[: x.ndim - layer.feature_dims]
-        valid = mask_for(tokens, layer.name)
+        valid = self.valid_of(x)
         account = self.account
         if account.seen.device != x.device:
             self.account = account = self.observer.account(self.index, x.device)
@@ -226,6 +238,15 @@ class _InputHook(_Hook):
         if torch.compiler.is_compiling() or self.account.seen.device.type != "cpu":
             return False
         return int(self.account.seen.numpy()) == 0  # no operation of torch's, and no wait for a device
+
+    def valid_of(self, x: Tensor) -> Tensor | None:
+        """The mask that fits the tokens of x."""
+        layer = self.layer
+        axis = layer.channel_dim % x.ndim
+        tokens = x.shape[:axis] + x.shape[axis + 1 :]
+        if layer.feature_dims > 1:
+            tokens = x.shape[: x.ndim - layer.feature_dims]
+        return mask_for(tokens, layer.name)
 
     def not_understood(self, x: Any) -> str | None:
         """Why this input cannot be counted; the norm itself may well take it, and looking must not stop it."""
@@ -246,6 +267,68 @@ class _InputHook(_Hook):
         if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
             return "it runs inside a torch.func transform"
         return None
+
+
+class _DetailedInputHook(_InputHook):
+    """Before a norm's forward: its input's detail moments into their row, too."""
+
+    def __init__(self, observer: Observer, index: int) -> None:
+        super().__init__(observer, index)
+        self.detail = _detail_account(observer, index, self.account.seen.device)
+
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], op: Callable[..., None]) -> None:
+        def op_and_detail(x: Tensor, valid: Tensor | None, *rest: Any) -> None:
+            op(x, valid, *rest)
+            self.add_detail(x, valid)
+
+        super().observe(args, kwargs, op_and_detail)
+
+    def add_detail(self, x: Tensor, valid: Tensor | None) -> None:
+        layer, details = self.layer, self.observer.details
+        assert details is not None
+        if self.detail.seen.device != x.device:
+            self.detail = _detail_account(self.observer, self.index, x.device)
+        compiling = torch.compiler.is_compiling()
+        op = torch.ops.stabnorm.accumulate_detail_.default if compiling else accumulate_detail_
+        op(
+            x, valid, *self.detail, layer.channel_dim, layer.feature_dims, layer.eps, "token_shape" in details.needs,
+            "values" in details.needs, "sequences" in details.needs,
+        )  # fmt: skip
+
+
+class _OutlierHook(_Hook):
+    """After a norm's forward: the outliers of its output into their row, which is the input hook's."""
+
+    def __init__(self, observer: Observer, of_input: _InputHook) -> None:
+        super().__init__(observer, of_input.index)
+        self.of_input = of_input
+        self.detail = self.row(of_input.account.seen.device)
+
+    def row(self, device: torch.device) -> DetailMoments:
+        """Not a second view of the input hook's row: a graph that gets two would write to one of them only."""
+        of_input = self.of_input
+        if isinstance(of_input, _DetailedInputHook) and of_input.detail.seen.device == device:
+            return of_input.detail
+        return _detail_account(self.observer, self.index, device)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        compiling = torch.compiler.is_compiling()
+        if not self.observer.model.training or self.of_input.not_understood(output) is not None:
+            return
+        start = 0.0 if compiling else time.perf_counter()
+        if self.detail.seen.device != output.device:
+            self.detail = self.row(output.device)
+        op = torch.ops.stabnorm.count_outliers_.default if compiling else count_outliers_
+        layer, valid = self.layer, self.of_input.valid_of(output)
+        with torch.no_grad():
+            op(output.detach(), valid, self.detail.counts, self.detail.outputs, layer.channel_dim, layer.feature_dims)
+        if not compiling:
+            self.observer.seconds += time.perf_counter() - start
+
+
+def _detail_account(observer: Observer, index: int, device: torch.device) -> DetailMoments:
+    assert observer.details is not None
+    return observer.details.slabs.account(index, device)
 
 
 class _ParameterHook(_Hook):

@@ -84,6 +84,18 @@ class Moments:
             return values.mean(-1)
         return torch.where(self.layout.exists, values, 0).sum(-1) / self.layout.channels
 
+    def median_over_channels(self, values: Tensor) -> Tensor:
+        """``[L, C] -> [L]``, over the channels that exist; NaN where one of them is."""
+        values = values if self.layout.exists is None else values.masked_fill(~self.layout.exists, torch.inf)
+        ascending = values.sort(-1).values
+        last = self.layout.channels.long()[:, None] - 1
+        middle = 0.5 * (ascending.gather(-1, last // 2) + ascending.gather(-1, (last + 1) // 2))
+        return torch.where(values.isnan().any(-1), torch.nan, middle[:, 0])
+
+    def max_over_channels(self, values: Tensor) -> Tensor:
+        """``[L, C] -> [L]``, over the channels that exist."""
+        return (values if self.layout.exists is None else values.masked_fill(~self.layout.exists, -torch.inf)).amax(-1)
+
     def norm_over_channels(self, values: Tensor) -> Tensor:
         """Euclidean norm over the channels that exist, ``[L, C] -> [L]``."""
         if self.layout.exists is not None:
@@ -125,6 +137,18 @@ class Moments:
     def log_scale(self) -> Tensor:
         """log(mean token standard deviation + sqrt(eps)) per layer."""
         return (self.token[:, STD_MEAN] + self.layout.eps.sqrt()).log()
+
+    @cached_property
+    def affine_residual(self) -> Tensor:
+        """1 - mean_c corr_n(x_c, n_c)^2 per layer; 0 for a "batch" norm."""
+        # A channel of n that does not vary is reproduced by a constant, one of x that does not vary reproduces nothing.
+        constant_n = self.var_n <= 1e-12 * self.mean_n.square()
+        power = self.var * self.var_n
+        tiny = torch.finfo(power.dtype).tiny
+        correlated = torch.where(power > 0, self.cov_xn.square() / power.clamp(min=tiny), power * 0)
+        explained = torch.where(constant_n, torch.where(self.var_n.isnan(), torch.nan, 1), correlated)
+        residual = (1 - self.mean_over_channels(explained)).clamp(min=0)
+        return torch.where(self.layout.per_channel, 0, residual)
 
     @cached_property
     def gain_gradient(self) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stabnorm.errors import StabNormError
 from stabnorm.functional import REST_X, SHIFT_X, RawMoments, merge_moments_
+from stabnorm.functional_detail import DetailMoments, merge_detail_
 from stabnorm.ops.ranks import gather_in_group, ranks
 
 Slab = TypeVar("Slab", bound=tuple[Tensor, ...])
@@ -28,11 +29,13 @@ class Gathered(NamedTuple):
         gradient: gradient sums ``[L, 2, C]``, NaN where none came.
         running: the layers' own running buffers, ``[2, L, C]``; ``[2, 1, 1]`` where no layer has any.
         loss: ``[1]``, NaN where none was given.
+        branch_gap: ``[L]``, see `stabnorm.switch.BranchGap`, or ``[1]``; NaN where it was not measured.
     """
 
     gradient: Tensor
     running: Tensor
     loss: Tensor
+    branch_gap: Tensor
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -56,24 +59,28 @@ def is_first_rank(sync: "bool | dist.ProcessGroup") -> bool:
 
 
 def merge_over_ranks(
-    sync: "bool | dist.ProcessGroup", moments: RawMoments, gathered: Gathered
-) -> tuple[RawMoments, Gathered, Tensor]:
+    sync: "bool | dist.ProcessGroup", moments: RawMoments, gathered: Gathered, detail: DetailMoments | None = None
+) -> tuple[RawMoments, Gathered, Tensor, DetailMoments | None]:
     r"""What all ranks gathered in a step, as if one process had seen the whole batch.
 
-    - Moments merge by Chan's rule.
+    - Moments, and detail moments where there are any, merge by Chan's rule.
     - Gradients are the mean over ranks, as DDP and FSDP make them: those of the mean of the ranks' losses, which is the
       mean over the batch where the ranks' shares are alike. A layer that did not run on a rank adds 0 there.
-    - The loss is the mean over ranks. Running buffers are the first rank's: DDP broadcasts and checkpoints keep those.
+    - Loss and branch gaps are the mean over ranks. Running buffers are the first rank's: DDP broadcasts and checkpoints
+      keep those.
 
     Returns:
-        Moments, the rest, and the variance between ranks ``[L, C]``: :math:`\sum_r n_r (\mu_r - \mu)^2 / \sum_r n_r`.
+        Moments, the rest, the variance between ranks ``[L, C]``: :math:`\sum_r n_r (\mu_r - \mu)^2 / \sum_r n_r`, and
+        the detail moments.
     """
     did_not_run = (moments.seen == 0)[:, None, None]
     gathered = gathered._replace(gradient=gathered.gradient.masked_fill(did_not_run & gathered.gradient.isnan(), 0))
-    every_moments, every = gather_slabs([moments, gathered], group_of(sync))
+    slabs = [moments, gathered] if detail is None else [moments, gathered, detail]
+    every_moments, every, *every_detail = gather_slabs(slabs, group_of(sync))
     between = variance_between(every_moments)
-    merged = Gathered(every.gradient.mean(0), every.running[0], every.loss.mean(0))
-    return merge_stacked_(every_moments, merge_moments_), merged, between
+    merged = Gathered(every.gradient.mean(0), every.running[0], every.loss.mean(0), every.branch_gap.mean(0))
+    merged_detail = merge_stacked_(every_detail[0], merge_detail_) if every_detail else None
+    return merge_stacked_(every_moments, merge_moments_), merged, between, merged_detail
 
 
 def gather_slabs(slabs: Sequence[Any], group: "dist.ProcessGroup | None" = None) -> list[Any]:
@@ -81,7 +88,7 @@ def gather_slabs(slabs: Sequence[Any], group: "dist.ProcessGroup | None" = None)
 
     Shapes and dtypes must be the same on all ranks.
 
-    >>> gather_slabs([Gathered(torch.ones(2, 2, 3), torch.zeros(0), torch.ones(1))])[0].gradient.shape
+    >>> gather_slabs([Gathered(torch.ones(2, 2, 3), torch.zeros(0), torch.ones(1), torch.ones(1))])[0].gradient.shape
     torch.Size([1, 2, 2, 3])
     """
     tensors = [tensor for slab in slabs for tensor in slab]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from stabnorm import StabilityMonitor
 from stabnorm.callbacks import StabilityCallback
 from stabnorm.monitor.record import Record, read_record
+from stabnorm.monitor.statistics import PRESETS, Statistic
 from tests.lightning_padded import BATCHES, Batches, fit, hooks, loader, module
 from tests.lightning_small import trainer
 
@@ -382,6 +383,22 @@ def test_lightning_cli_takes_it_by_name(tmp_path: Path, monkeypatch: pytest.Monk
         )
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, StabilityCallback)]  # type: ignore[attr-defined]
     assert (callback.preset, callback.flush_every, callback.mask) == ("economy", 3, "mask")
+
+
+def test_full_and_statistics_of_your_own_are_fed_by_the_trainer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Statistic("power", compute=lambda now, past: now.mean_over_channels(now.second_moment), threshold=1e-9)
+    callback = StabilityCallback([*PRESETS["full"], own])
+    model = module()
+    model.configure_optimizers = lambda: torch.optim.AdamW(model.parameters(), lr=1e-3)
+    fit(trainer(tmp_path, callback), model)
+    history, record = watched(callback).history(), record_of(callback)
+    for name in ("power", "adam_staleness", "gradient_to_eps", "gain_spread", "effective_samples"):
+        assert history[name].isfinite().all(), name
+    assert "over 1e-9 in most of the run's last tenth" in " ".join(capsys.readouterr().out.split())
+    for name, values in history.items():
+        torch.testing.assert_close(torch.from_numpy(record.series[name]), values, equal_nan=True)
 
 
 def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path: Path) -> None:

@@ -42,6 +42,22 @@ def test_layers_whose_scale_moved_are_told_the_furthest_first_and_are_no_fault()
     assert rows[0].value == pytest.approx(131, rel=0.2)
 
 
+def test_a_layer_that_stays_under_what_it_should_have_is_named() -> None:
+    series = healthy() | {"headroom": np.full((200, 12), 9.0)}
+    series["headroom"][150:, 4] = 0.5
+    (row,) = layers_worth_a_look(LAYERS, series, [], thresholds=THRESHOLDS, least={"headroom": (1.0, "use bfloat16")})
+    assert (row.layer, row.statistic, row.value, row.fault) == (LAYERS[4], "headroom", 0.5, True)
+    assert row.reason == "under 1 in most of the run's last tenth: use bfloat16"
+
+
+def test_a_threshold_may_be_zero() -> None:
+    thresholds = {"token_mean_mean": (0.0, "center it")}
+    series = healthy() | {"token_mean_mean": np.full((200, 12), -1.0)}
+    series["token_mean_mean"][:, [3, 5]] = [0.1, 0.2]
+    rows = layers_worth_a_look(LAYERS, series, [], thresholds=thresholds)
+    assert [row.layer for row in rows] == [LAYERS[5], LAYERS[3]]
+
+
 def test_an_alert_says_what_came_of_it() -> None:
     series = healthy() | {"token_std_mean": np.ones((200, 12))}
     series["token_std_mean"][150:, 3] = 50

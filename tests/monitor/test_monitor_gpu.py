@@ -29,30 +29,34 @@ def train(net: nn.Module, monitor: StabilityMonitor, steps: int, device: str, *,
     batches = [torch.randn(16, 33, 64, generator=generator).to(device) for _ in range(steps)]
     mask = (torch.rand(16, 33, generator=generator) < 0.8).to(device)
     upstream = torch.randn(16, 33, 8, generator=generator).to(device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.0, foreach=False)  # moments, but weights that stay the same
     for number, batch in enumerate(batches):
         if watch_syncs and number == 2:  # the first steps allocate
             torch.cuda.set_sync_debug_mode("error")
-        net.zero_grad()
+        optimizer.zero_grad()
         with valid_tokens(mask):
             net(batch).backward(upstream)
-        monitor.step(loss=batch.mean())
+        optimizer.step()
+        monitor.step(loss=batch.mean(), optimizer=optimizer)
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("no_sync")
-def test_monitored_steps_never_wait_for_the_device() -> None:
+@pytest.mark.parametrize("preset", ["standard", "full"])
+def test_monitored_steps_never_wait_for_the_device(preset: str) -> None:
     net = model().cuda()
-    with StabilityMonitor(net, flush_every=100) as monitor:
+    with StabilityMonitor(net, preset, flush_every=100) as monitor:
         train(net, monitor, 40, "cuda", watch_syncs=True)
     assert monitor.history()["amax"].shape == (40, 3)
 
 
-def test_the_history_is_that_of_the_cpu() -> None:
+@pytest.mark.parametrize("preset", ["standard", "full"])
+def test_the_history_is_that_of_the_cpu(preset: str) -> None:
     histories: list[dict[str, Tensor]] = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         net = model().to(device)
-        with StabilityMonitor(net, flush_every=7) as monitor:
+        with StabilityMonitor(net, preset, flush_every=7) as monitor:
             train(net, monitor, 20, device)
         histories.append(monitor.history())
     for name, values in histories[0].items():

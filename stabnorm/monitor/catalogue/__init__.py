@@ -1,0 +1,1 @@
+"""The statistics by family, each with its formula; `stabnorm.monitor.statistics` puts them together."""

@@ -1,0 +1,113 @@
+"""P1, P2, P4, P5: what became of gain and bias, and how the optimizer treats them."""
+
+import torch
+from torch import Tensor
+
+from stabnorm.monitor.catalogue.statistic import PARAMETERS, Statistic
+from stabnorm.monitor.detailed import DetailedMoments, DetailedPast
+from stabnorm.monitor.past import Past
+
+_BLOCK = 32  # of the microscaling formats
+_LAST_BIN = 432 / 512  # of E4M3: a mantissa from here to 1 rounds to the largest, 448, with the block's exponent
+
+
+def _gain_spread(now: DetailedMoments, past: Past) -> Tensor:
+    del past
+    size = now.parameters.gain.abs()
+    return now.max_over_channels(size) / now.median_over_channels(size)
+
+
+def _share(now: DetailedMoments, which: Tensor, of: Tensor) -> Tensor:
+    """The share of channels for which it holds; NaN where a layer has no such parameter."""
+    return now.mean_over_channels(torch.where(of.isnan(), torch.nan, which.to(of.dtype)))
+
+
+def _gain_near_zero(now: DetailedMoments, past: Past) -> Tensor:
+    del past
+    gain = now.parameters.gain
+    return _share(now, gain.abs() < 1e-3, gain)
+
+
+def _gain_sign_flips(now: DetailedMoments, past: DetailedPast) -> Tensor:
+    product = now.parameters.gain * past.gain  # not of signs: that of NaN is 0
+    return _share(now, product < 0, product)
+
+
+def _bias_drift(now: DetailedMoments, past: DetailedPast) -> Tensor:
+    return now.mean_over_channels((now.parameters.bias - past.first_bias).square()).sqrt()
+
+
+def _dead_gains(now: DetailedMoments, past: Past) -> Tensor:
+    del past
+    blended, eta = now.parameters.blended, now.parameters.eta[:, None]
+    uncentred = (now.second_moment + now.layout.eps[:, None]).sqrt()
+    effective = blended + eta * torch.where(now.parameters.centred[:, None], now.sigma, uncentred)
+    return _share(now, effective.abs() < 1e-2, effective)
+
+
+def _mx_last_bin(now: DetailedMoments, past: Past) -> Tensor:
+    del past
+    gain = now.parameters.gain.abs()
+    blocks = torch.nn.functional.pad(gain, (0, -gain.shape[-1] % _BLOCK), value=torch.nan).unflatten(-1, (-1, _BLOCK))
+    there = blocks.isnan().logical_not()
+    largest = torch.frexp(torch.where(there, blocks, 0).amax(-1)).exponent  # the block's shared scale
+    mantissa, exponent = torch.frexp(blocks)
+    last = (~there | ((exponent == largest[..., None]) & (mantissa >= _LAST_BIN))).all(-1)
+    exist = there.any(-1)
+    share: Tensor = (last & exist).sum(-1) / torch.where(exist.any(-1), exist.sum(-1), torch.nan)
+    return share
+
+
+def _adam_staleness(now: DetailedMoments, past: Past) -> Tensor:
+    del past
+    return now.adam[:, 0]
+
+
+def _gradient_to_eps(now: DetailedMoments, past: Past) -> Tensor:
+    del past
+    return now.adam[:, 1]
+
+
+_ADAM = "gains, biases, their gradients and Adam's moments, once a step"
+
+PARAMETER_HEALTH = (
+    Statistic(
+        "gain_spread", "P1", "max_c |gain_c| / median_c |gain_c|",
+        "parameter", "1", "Outlier Suppression, arXiv 2209.13325", PARAMETERS, _gain_spread, needs="parameters",
+    ),
+    Statistic(
+        "gain_near_zero", "P1", "share of channels with |gain| < 0.001",
+        "parameter", "1", "Outlier Suppression, arXiv 2209.13325", PARAMETERS, _gain_near_zero, needs="parameters",
+    ),
+    Statistic(
+        "gain_sign_flips", "P1", "share of channels whose gain has another sign than a step before",
+        "parameter", "1", "ours", PARAMETERS, _gain_sign_flips, needs="parameters", remembers=True,
+    ),
+    Statistic(
+        "bias_drift", "P1", "rms_c(bias_c - the same at the first step watched)",
+        "parameter", "1", "ours", PARAMETERS, _bias_drift, needs="parameters", remembers=True,
+    ),
+    Statistic(
+        "dead_gains", "P1", "share of channels with |gain on the normalised input| < 0.01: gain + eta sigma in a "
+        "RepBN, lam gain + (1 - lam) (gain' + eta' sigma) in a PRepBN",
+        "parameter", "1", "gains that switch themselves off, bound as there; the lemma of SLAB, arXiv 2405.11582",
+        PARAMETERS, _dead_gains, needs="parameters",
+    ),
+    Statistic(
+        "mx_last_bin", "P2", "share of the blocks of 32 gains of which all round to the largest number of MXFP8 E4M3: "
+        "they then differ no more, which precedes divergence in such formats",
+        "parameter", "1", "arXiv 2506.20752", PARAMETERS, _mx_last_bin, needs="parameters",
+    ),
+    Statistic(
+        "adam_staleness", "P4", "sqrt(mean_i g_i^2 / max(v_i, eps^2)), i over gain and bias, v Adam's second moment "
+        "after the step without its bias, g as Adam was given it; NaN without step(optimizer=) or Adam",
+        "parameter", "1", "arXiv 2304.13013", _ADAM, _adam_staleness, needs="optimizer", threshold=2.3,
+        advice="Adam's second moments lag behind its gradients, which precedes spikes of the loss: lower beta2, or "
+        "clip the update (StableAdamW)",
+    ),
+    Statistic(
+        "gradient_to_eps", "P5", "rms_i(g_i) / eps of Adam, i and g as above",
+        "parameter", "1", "arXiv 2309.14322", _ADAM, _gradient_to_eps, needs="optimizer", least=10.0,
+        advice="gradients of gain and bias are hardly larger than Adam's eps, so that their updates vanish: lower eps",
+    ),
+)  # fmt: skip

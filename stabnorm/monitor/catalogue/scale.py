@@ -1,0 +1,101 @@
+"""S1 to S3: how large the tokens are, how near eps and how near the dtype's bounds."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stabnorm.functional import EPS_SHARE, MEAN_MAX, MEAN_MEAN, MEAN_MIN, STD_MAX, STD_MEAN, STD_MIN
+from stabnorm.functional_detail import NONFINITE, ZEROS
+from stabnorm.monitor.catalogue.statistic import TOKENS, Statistic
+from stabnorm.monitor.detailed import DetailedMoments
+from stabnorm.monitor.past import Moments, Past
+
+
+def _token(row: int) -> Callable[[Moments, Past], Tensor]:
+    return lambda now, past: now.token[:, row]
+
+
+def _eps_share(now: Moments, past: Past) -> Tensor:
+    del past
+    below = (now.var < 10 * now.layout.eps[:, None]).to(now.var.dtype)
+    return torch.where(now.layout.per_channel, now.mean_over_channels(below), now.token[:, EPS_SHARE])
+
+
+def _headroom(now: DetailedMoments, past: Past) -> Tensor:
+    del past
+    return now.detail.range_bits.to(now.mean.dtype) - now.absmax.amax(-1).log2()
+
+
+def _headroom_fp16(now: Moments, past: Past) -> Tensor:
+    del past
+    return math.log2(torch.finfo(torch.float16).max) - now.absmax.amax(-1).log2()
+
+
+def _nonfinite_count(now: DetailedMoments, past: Past) -> Tensor:
+    del past
+    return now.detail.counts[:, NONFINITE].to(now.mean.dtype)
+
+
+def _zero_share(now: DetailedMoments, past: Past) -> Tensor:
+    del past
+    return now.detail.counts[:, ZEROS] / (now.count.clamp(min=1) * now.layout.channels)
+
+
+_PERI_LN = "Peri-LN, arXiv 2502.02732"
+_HEADROOM = "Hugging Face's DebugUnderflowOverflow; Transformer Engine"
+
+SCALE = (
+    Statistic(
+        "token_std_mean", "S1", "mean_n sqrt(v_n), v_n = variance over channels",
+        "token", "x", _PERI_LN, TOKENS, _token(STD_MEAN), needs="tokens", floor=0.05,
+    ),
+    Statistic(
+        "token_std_min", "S1", "min_n sqrt(v_n)",
+        "token", "x", _PERI_LN, TOKENS, _token(STD_MIN), needs="tokens",
+    ),
+    Statistic(
+        "token_std_max", "S1", "max_n sqrt(v_n)",
+        "token", "x", _PERI_LN, TOKENS, _token(STD_MAX), needs="tokens",
+    ),
+    Statistic(
+        "token_mean_mean", "S1", "mean_n m_n, m_n = mean over channels",
+        "token", "x", _PERI_LN, TOKENS, _token(MEAN_MEAN), needs="tokens",
+    ),
+    Statistic(
+        "token_mean_min", "S1", "min_n m_n",
+        "token", "x", _PERI_LN, TOKENS, _token(MEAN_MIN), needs="tokens",
+    ),
+    Statistic(
+        "token_mean_max", "S1", "max_n m_n",
+        "token", "x", _PERI_LN, TOKENS, _token(MEAN_MAX), needs="tokens",
+    ),
+    Statistic(
+        "eps_share", "S2", "share of the variances the layer divides by that lie below 10 eps: tokens' variances "
+        "(LayerNorm), mean squares (RMSNorm), channels' (BatchNorm), groups' (GroupNorm, InstanceNorm)",
+        "token", "1", "the norm's definition: it then shrinks its output; bounds ours", TOKENS, _eps_share,
+        needs="tokens", threshold=0.01, alarm=0.5,
+        advice="variances it divides by are below 10 eps, so that it shrinks its output: look at how its input is "
+        "initialised, or at what died before it",
+    ),
+    Statistic(
+        "headroom", "S3", "log2(fmax / max |x|), fmax the largest number of the input's own dtype: how many times it "
+        "can still double",
+        "layer", "1", _HEADROOM, "free", _headroom, needs="values", least=1.0,
+        advice="its input nearly reaches the largest number of its dtype: use bfloat16 or float32 there, or look at "
+        "what makes it grow",
+    ),
+    Statistic(
+        "headroom_fp16", "S3", "log2(65504 / max |x|), whatever the dtype is: what is left in float16",
+        "layer", "1", _HEADROOM, "free", _headroom_fp16,
+    ),
+    Statistic(
+        "nonfinite_count", "S3", "number of NaN and infinite elements",
+        "layer", "1", _HEADROOM, "two passes", _nonfinite_count, needs="values",
+    ),
+    Statistic(
+        "zero_share", "S3", "share of elements that are exactly 0",
+        "layer", "1", _HEADROOM, "two passes", _zero_share, needs="values",
+    ),
+)  # fmt: skip

@@ -1,0 +1,74 @@
+"""`Moments` and `Past` with what only the costlier statistics need: see `Statistic.needs` and `Statistic.remembers`."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from stabnorm.functional_detail import DetailMoments
+from stabnorm.gate import MOMENTUM as RESIDUAL_MOMENTUM
+from stabnorm.monitor.parameters import Parameters
+from stabnorm.monitor.past import Moments, Past
+
+SPIKE_MOMENTUM = 0.01  # of the average gradient a spike is measured against
+SPIKE_STEPS = 10  # steps in it before it is believed
+
+
+@dataclass(frozen=True)
+class DetailedMoments(Moments):
+    """`Moments` and what was gathered beside them; NaN or 0 where no chosen statistic names it in its `needs`.
+
+    Attributes:
+        detail: the merged detail moments of all layers, ``[L, ...]``.
+        parameters: gains and biases of all layers as they are after the optimizer step.
+        adam: ``[L, 2]``, see `parameters.adam_figures`.
+        branch_gap: ``[L]``, see `stabnorm.switch.BranchGap`; NaN between two measurements.
+    """
+
+    detail: DetailMoments
+    parameters: Parameters
+    adam: Tensor
+    branch_gap: Tensor
+
+    @staticmethod
+    def beside(
+        now: Moments, detail: DetailMoments, parameters: Parameters, adam: Tensor, branch_gap: Tensor
+    ) -> "DetailedMoments":
+        """The moments of a step, and the rest of it."""
+        moments = {field.name: getattr(now, field.name) for field in fields(Moments)}
+        return DetailedMoments(**moments, detail=detail, parameters=parameters, adam=adam, branch_gap=branch_gap)
+
+
+class DetailedPast(Past):
+    """`Past`, and what else some statistics compare a step with."""
+
+    def __init__(self, layers: int, channels: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(layers, channels, device, dtype)
+
+        def nothing(*shape: int) -> Tensor:
+            return torch.full(shape, torch.nan, device=device, dtype=dtype)
+
+        self.gain, self.first_bias = nothing(layers, channels), nothing(layers, channels)
+        self.gradient_size = nothing(layers, 2, channels)  # average |gradient|, of gain and bias
+        self.gradient_steps = torch.zeros(layers, 2, device=device, dtype=dtype)  # how many are in it
+        self.residual = nothing(layers)  # average affine residual, as the gate has it
+
+    def residual_with(self, now: Moments) -> Tensor:
+        """Average affine residual, this step included."""
+        new = now.affine_residual
+        average = torch.where(self.residual.isnan(), new, torch.lerp(self.residual, new, RESIDUAL_MOMENTUM))
+        return torch.where(torch.isfinite(new), average, self.residual)
+
+    def update(self, now: Moments, own_mean: Tensor, own_var: Tensor) -> None:
+        """Take the step in, see `Past.update`."""
+        assert isinstance(now, DetailedMoments)  # a monitor whose past this is gathers them
+        self.residual = torch.where(now.ran, self.residual_with(now), self.residual)
+        self.gain = now.parameters.gain
+        self.first_bias = torch.where(self.first_bias.isnan(), now.parameters.bias, self.first_bias)
+        size = now.gradient.abs()
+        usable = now.ran[:, None] & torch.isfinite(now.norm_over_channels(size.transpose(0, 1)).transpose(0, 1))
+        self.gradient_steps = self.gradient_steps + usable
+        weight = (1 / self.gradient_steps.clamp(min=1)).clamp(min=SPIKE_MOMENTUM)[..., None]
+        average = torch.where(self.gradient_size.isnan(), size, torch.lerp(self.gradient_size, size, weight))
+        self.gradient_size = torch.where(usable[..., None], average, self.gradient_size)
+        super().update(now, own_mean, own_var)

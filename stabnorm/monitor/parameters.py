@@ -1,0 +1,134 @@
+"""Gains, biases and what the optimizer keeps of them, of all layers at once: tensors of `[L, C]`, padded with NaN."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stabnorm.nn.prep import PRepBN
+from stabnorm.nn.rep import RepBN
+from stabnorm.norms import NormLayer
+
+
+class Parameters(NamedTuple):
+    """What the layers multiply by and add.
+
+    Attributes:
+        gain, bias: ``[L, C]``; NaN where a layer has none, and beyond its channels.
+        blended: ``[L, C]``, the gain on the normalised input: lam gain + (1 - lam) RepBN's in a `PRepBN`, else gain.
+        eta: ``[L]``, what the input itself counts beside it, (1 - lam) eta in a `PRepBN`; 0 elsewhere.
+        centred: ``[L]`` bool, whether that RepBN takes the mean out.
+    """
+
+    gain: Tensor
+    bias: Tensor
+    blended: Tensor
+    eta: Tensor
+    centred: Tensor
+
+    @staticmethod
+    def unknown(layers: int, width: int, device: torch.device, dtype: torch.dtype) -> "Parameters":
+        """What stands for them where nobody asks."""
+        nothing = torch.full((layers, width), torch.nan, device=device, dtype=dtype)
+        return Parameters(nothing, nothing, nothing, nothing[:, 0], nothing[:, 0].isnan())
+
+    @staticmethod
+    def of(norms: Sequence[NormLayer], width: int, device: torch.device, dtype: torch.dtype) -> "Parameters":
+        """As they are now."""
+        gains = [layer.gain for layer in norms]
+        gain, bias = (
+            _padded(values, norms, width, device, dtype) for values in (gains, [layer.bias for layer in norms])
+        )
+        eta = torch.zeros(len(norms), device=device, dtype=dtype)
+        centred = torch.ones(len(norms), device=device, dtype=torch.bool)
+        blended = gain
+        for index, layer in enumerate(norms):
+            module = layer.module
+            if isinstance(module, RepBN | PRepBN):
+                rep = module.rep if isinstance(module, PRepBN) else module
+                share = 1 - module.lam if isinstance(module, PRepBN) else 1
+                blended = gain.clone() if blended is gain else blended
+                row = blended[index, : layer.num_features]
+                own = torch.ones_like(row) if gains[index] is None else row
+                row.copy_(own + share * (rep.weight.detach().to(row) - own))
+                eta[index] = (share * rep.eta.detach()).reshape(())
+                centred[index] = rep.center
+        return Parameters(gain, bias, blended, eta, centred)
+
+
+def _padded(
+    values: Sequence[Tensor | None], norms: Sequence[NormLayer], width: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """``[L, C]`` with NaN where there is nothing."""
+    nothing = torch.full((width,), torch.nan, device=device, dtype=dtype)  # first: it sets the dtype
+    rows = [
+        nothing
+        if value is None or (whole := _whole(value)).numel() not in (1, norm.num_features)  # of FSDP1, a part of it
+        else whole.to(device, non_blocking=True).expand(norm.num_features)
+        for value, norm in zip(values, norms, strict=True)
+    ]
+    return nn.utils.rnn.pad_sequence([nothing, *rows], batch_first=True, padding_value=torch.nan)[1:]
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A parameter without its gradient, and without its shards."""
+    value = value.detach()
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
+
+
+def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], device: torch.device) -> Tensor:
+    r"""How Adam sees each layer's gain and bias: ``[L, 2]``, NaN where no Adam has them or their gradients are gone.
+
+    .. math:: \sqrt{\mathrm{mean}\, g^2 / \max(\hat v, \epsilon^2)},\qquad \sqrt{\mathrm{mean}\, (g / \epsilon)^2}
+
+    over the elements of both, with g the gradient the optimizer was given and v its second moment after the step, free
+    of its start at 0: :math:`\hat v = v / (1 - \beta_2^t)`.
+    """
+    wanted = {
+        parameter: index
+        for index, layer in enumerate(norms)
+        for parameter in (layer.gain_parameter, layer.bias_parameter)
+        if parameter is not None
+    }
+    found = [
+        (wanted[parameter], parameter.grad, optimizer.state[parameter], group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter in wanted
+        and parameter.grad is not None
+        and {"exp_avg_sq", "step"} <= optimizer.state.get(parameter, {}).keys()
+        and {"betas", "eps"} <= group.keys()
+    ]
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if not found:
+        return torch.full((len(norms), 2), torch.nan, device=device, dtype=dtype)
+
+    def rows(values: Sequence[Tensor]) -> Tensor:
+        nothing = torch.empty(0, device=device, dtype=dtype)  # first: it sets the dtype
+        flat = [_whole(value).flatten().to(device, non_blocking=True) for value in values]
+        return nn.utils.rnn.pad_sequence([nothing, *flat], batch_first=True)[1:]  # with 0, which adds nothing
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)[:, None]
+
+    gradient, second = rows([grad for _, grad, _, _ in found]), rows([state["exp_avg_sq"] for _, _, state, _ in found])
+    steps = [torch.as_tensor(state["step"]).reshape(1) for _, _, state, _ in found]
+    # Adam keeps them on the host, one by one, unless it is fused or capturable: one copy for all.
+    step = (
+        torch.stack(steps).to(device, dtype, non_blocking=True)
+        if all(s.device.type == "cpu" for s in steps)
+        else rows(steps)
+    )
+    beta = column([float(group["betas"][1]) for _, _, _, group in found])
+    eps = column([float(group["eps"]) for _, _, _, group in found])
+    unbiased = second / (1 - beta**step)
+    squares = torch.stack([gradient.square() / torch.maximum(unbiased, eps.square()), (gradient / eps).square()], -1)
+    layer = torch.tensor([index for index, _, _, _ in found]).to(device, non_blocking=True)
+    sums = torch.zeros(len(norms), 2, device=device, dtype=dtype).index_add_(0, layer, squares.sum(1))
+    sizes = column([float(grad.numel()) for _, grad, _, _ in found])
+    count = torch.zeros(len(norms), 1, device=device, dtype=dtype).index_add_(0, layer, sizes)
+    return torch.where(count > 0, sums / count, torch.nan).sqrt()

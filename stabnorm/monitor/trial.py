@@ -1,0 +1,57 @@
+"""A user's own statistics are tried before training starts, on moments of the layers' shapes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stabnorm.functional import MAX, MIN, VAR_N, VAR_X
+from stabnorm.monitor.buffers import DeviceState
+from stabnorm.monitor.catalogue.statistic import Statistic
+from stabnorm.monitor.details import Details
+from stabnorm.monitor.observe import Observer
+from stabnorm.monitor.past import Moments, Past
+from stabnorm.monitor.statistics import CATALOGUE
+from stabnorm.norms import NormLayer
+
+
+@torch.no_grad()
+def try_own_statistics(
+    statistics: Sequence[Statistic],
+    norms: Sequence[NormLayer],
+    observer: Observer,
+    details: Details | None,
+    past_class: type[Past],
+) -> None:
+    """Compute each statistic that is not of the catalogue once: 64 tokens of mean 0 and variance 1, with no past.
+
+    Raises:
+        ValueError: its function fails, or does not give one floating number per layer.
+    """
+    own = [statistic for statistic in statistics if statistic.name not in CATALOGUE]
+    if not own:
+        return
+    device = observer.device
+    state = DeviceState.of(norms, observer.width, (1, len(norms), 1), device, past_class)
+    raw, gradient = observer.take(device)
+    raw.seen.fill_(64)
+    raw.channel[:, [VAR_X, VAR_N, MAX]], raw.channel[:, MIN] = 1, -1
+    raw.token.fill_(1)
+    now = Moments.of(raw, gradient, state.layout)
+    if details is not None:
+        now = details.beside(now, details.slabs.take(device), details.branch_gap(device), ())
+    for statistic in own:
+        try:
+            values = statistic.compute(now, state.past)
+        except Exception as error:
+            raise ValueError(
+                f"statistic {statistic.name!r} failed on a trial: {type(error).__name__}: {error}. It is a function of "
+                "(moments, past), see stabnorm.monitor.past and .detailed; what it reads there it must name in needs="
+            ) from error
+        if not isinstance(values, Tensor) or values.shape != (len(norms),) or not values.is_floating_point():
+            found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"statistic {statistic.name!r} gives {found}, not one floating number per layer, shape "
+                f"({len(norms)},); reduce channels with moments.mean_over_channels"
+            )
+    observer.discard()

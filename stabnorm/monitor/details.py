@@ -128,7 +128,7 @@ class Details:
         gap = torch.full((len(self._layers),), torch.nan, device=device)
         if self._gap is not None:
             if self._gap.armed:
-                where = torch.tensor(self._progressive).to(device, non_blocking=True)
+                where = torch.tensor(self._progressive, device="cpu").to(device, non_blocking=True)
                 gap.index_copy_(0, where, self._gap.take().to(gap))
             self._steps += 1
             self._gap.armed = self._steps % MEASURE_EVERY == 0

@@ -113,10 +113,11 @@ def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], de
         return nn.utils.rnn.pad_sequence([nothing, *flat], batch_first=True)[1:]  # with 0, which adds nothing
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)[:, None]
+        return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)[:, None]
 
     gradient, second = rows([grad for _, grad, _, _ in found]), rows([state["exp_avg_sq"] for _, _, state, _ in found])
-    steps = [torch.as_tensor(state["step"]).reshape(1) for _, _, state, _ in found]
+    counts = [state["step"] for _, _, state, _ in found]
+    steps = [(n if isinstance(n, Tensor) else torch.tensor(float(n), device="cpu")).reshape(1) for n in counts]
     # Adam keeps them on the host, one by one, unless it is fused or capturable: one copy for all.
     step = (
         torch.stack(steps).to(device, dtype, non_blocking=True)
@@ -127,7 +128,7 @@ def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], de
     eps = column([float(group["eps"]) for _, _, _, group in found])
     unbiased = second / (1 - beta**step)
     squares = torch.stack([gradient.square() / torch.maximum(unbiased, eps.square()), (gradient / eps).square()], -1)
-    layer = torch.tensor([index for index, _, _, _ in found]).to(device, non_blocking=True)
+    layer = torch.tensor([index for index, _, _, _ in found], device="cpu").to(device, non_blocking=True)
     sums = torch.zeros(len(norms), 2, device=device, dtype=dtype).index_add_(0, layer, squares.sum(1))
     sizes = column([float(grad.numel()) for _, grad, _, _ in found])
     count = torch.zeros(len(norms), 1, device=device, dtype=dtype).index_add_(0, layer, sizes)

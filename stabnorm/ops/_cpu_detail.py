@@ -79,9 +79,9 @@ def outlier_counts_of_rows(rows: Tensor, valid: Tensor | None) -> tuple[Tensor, 
     """`functional_detail.outlier_counts`."""
     if valid is not None:
         rows = rows[valid]
-    found = torch.zeros(rows.shape[1], dtype=torch.int64)
+    found = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS].float()
         magnitudes = torch.abs(block, out=_scratch(block))
         found += torch.ge(magnitudes, OUTLIER, out=magnitudes).sum(0).long()
-    return torch.tensor(len(rows)), found
+    return torch.full((), len(rows), device=rows.device), found

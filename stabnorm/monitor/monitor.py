@@ -4,7 +4,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -12,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabnorm.companions.companion import Companion
+from stabnorm.companions.tracks import Tracks
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.buffers import DeviceState, Flight
+from stabnorm.monitor.cost import Cost
 from stabnorm.monitor.detect import Alert, Detector
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
@@ -29,29 +31,6 @@ _INTERVALS = 128  # step durations remembered, of which the median is taken: a v
 logger = logging.getLogger("stabnorm")
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What monitoring costs, in milliseconds per step on the host, and as a share of the step without it.
-
-    In a compiled model the hooks' share is inside the graph, and on a GPU their kernels run behind the host's back:
-    both are not in here; an A/B run measures them.
-    """
-
-    hooks: float
-    step: float
-    flush: float
-    percent: float
-
-    def __str__(self) -> str:
-        total = self.hooks + self.step + self.flush
-        if np.isnan(total):
-            return "unknown: too few steps to say"
-        return (
-            f"{total:.2f} ms per step ({self.percent:.1f} %): hooks {self.hooks:.2f}, step {self.step:.2f}, "
-            f"flush {self.flush:.2f}"
-        )
-
-
 class StabilityMonitor:
     """Tracks how mean and variance fluctuate and how large the outliers are at every norm of a model.
 
@@ -65,11 +44,15 @@ class StabilityMonitor:
         include: a regular expression, or a list of them, that a layer's name must match. Default: all.
         exclude: the same for layers to leave out. Default: none.
         gradients: False leaves out the gradient statistics and their hooks. Default: True.
+        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output") or as
+            objects of `stabnorm.companions`. Default: nothing.
 
     Raises:
-        ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1.
+        ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1, a companion that finds
+            nothing to watch.
 
-    Shape: `history()` gives ``[steps, layers]`` for every statistic, float32.
+    Shape: `history()` gives ``[steps, layers]`` for every statistic, float32; `companions[name].history()` the same
+    for its own rows: heads, matrices, ...
 
     Functions in `listeners` are called at the end of each step with its number and all its statistics, ``[layers,
     statistics]`` in the order of `layers` and `statistics`, on the device: who must not wait copies them.
@@ -93,6 +76,7 @@ class StabilityMonitor:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         gradients: bool = True,
+        companions: Sequence[str | Companion] = (),
     ) -> None:
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
@@ -112,6 +96,7 @@ class StabilityMonitor:
         self.alerts: list[Alert] = []
         self.records: list[RecordWriter] = []
         self.listeners: list[Callable[[int, Tensor], None]] = []
+        self.companions = Tracks(companions, model, flush_every, self.flush)
         self.steps_done = 0
         self.label = ""  # said before an alert: which of several processes this is
         self._norms = norms
@@ -153,15 +138,18 @@ class StabilityMonitor:
         """Put the hooks on; a second call changes nothing."""
         self._observer.detach()
         self._observer.attach()
+        self.companions.attach()
         self._on_device()  # now: what it allocates would hold a GPU up in the first step
 
     def detach(self) -> None:
         """Take every hook off; what was gathered stays readable."""
         self._observer.detach()
+        self.companions.detach()
 
     def discard(self) -> None:
         """Forget what was gathered since the last step: forwards that were no part of training."""
         self._observer.discard()
+        self.companions.discard()
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -206,13 +194,14 @@ class StabilityMonitor:
             state.scalars[self._filled, column] = value.detach().reshape(()) if isinstance(value, Tensor) else value
         past.update(now, *self._own_running_buffers(past))
         self._observer.discard()
+        self.companions.step()
         for listen in self.listeners:
             listen(self.steps_done, row[:, : len(self.statistics)])
         self._filled += 1
         self.steps_done += 1
         self._step_seconds += time.perf_counter() - start
         if self._timed_steps == 1:
-            self._first_step_seconds = (self._observer.seconds, self._step_seconds, self._flush_seconds)
+            self._first_step_seconds = (self._hook_seconds, self._step_seconds, self._flush_seconds)
         if self._filled == self.flush_every:
             self._send()
 
@@ -292,6 +281,7 @@ class StabilityMonitor:
         state, filled = self._state, self._filled
         assert state is not None  # a row was filled
         self._in_flight = Flight(self.steps_done - filled, state.rows[:filled], state.scalars[:filled])
+        self.companions.send(self.steps_done)
         self._filled = 0
         self._flush_seconds += time.perf_counter() - start
         if state.device.type == "cpu":
@@ -311,17 +301,20 @@ class StabilityMonitor:
         values, tokens, nonfinite = flight.rows.split([statistics, 1, 1, 2 * TOP_CHANNELS], dim=-1)[:3]
         self._say_if_nothing_ran(tokens)
         alerts = self._detector.update(flight.first_step, values, tokens[..., 0], nonfinite[..., 0] > 0)
+        self._report(self._block(flight), alerts)
+        for block, found in self.companions.receive():
+            self._report(block, found)
+        self._flush_seconds += time.perf_counter() - start
+
+    def _report(self, block: Block, alerts: Sequence[Alert]) -> None:
         for alert in alerts:
             where = f"stabnorm, {self.label}step {alert.step}, {alert.layer}"
             logger.warning("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
         self.alerts += alerts
-        if self.records:
-            block = self._block(flight)
-            for record in self.records:
-                record.write_block(block)
-                for alert in alerts:
-                    record.write_event("alert", alert.step, alert.as_dict())
-        self._flush_seconds += time.perf_counter() - start
+        for record in self.records:
+            record.write_block(block)
+            for alert in alerts:
+                record.write_event("alert", alert.step, alert.as_dict())
 
     def _say_if_nothing_ran(self, tokens: Tensor) -> None:
         if self._nothing_ran or bool((tokens > 0).any()):
@@ -346,9 +339,13 @@ class StabilityMonitor:
         return Block(flight.first_step, self.layers, series)
 
     @property
+    def _hook_seconds(self) -> float:
+        return self._observer.seconds + self.companions.hook_seconds
+
+    @property
     def seconds(self) -> float:
         """Time spent in hooks, steps and flushes so far, on the host."""
-        return self._observer.seconds + self._step_seconds + self._flush_seconds
+        return self._hook_seconds + self._step_seconds + self._flush_seconds
 
     @property
     def cost(self) -> Cost:
@@ -356,7 +353,7 @@ class StabilityMonitor:
         steps = self._timed_steps - 1
         if steps < 1:
             return Cost(*[float("nan")] * 4)
-        spent = (self._observer.seconds, self._step_seconds, self._flush_seconds)
+        spent = (self._hook_seconds, self._step_seconds, self._flush_seconds)
         hooks, step, flush = (1e3 * (a - b) / steps for a, b in zip(spent, self._first_step_seconds, strict=True))
         return Cost(hooks, step, flush, 0.1 * (hooks + step + flush) / float(np.median(self._bare_steps)))
 
@@ -374,6 +371,7 @@ class StabilityMonitor:
             "past": self._state.past.state_dict() if self._state is not None else None,
             "detector": self._detector.state_dict(),
             "alerts": [alert.as_dict() for alert in self.alerts],
+            "companions": self.companions.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -383,6 +381,7 @@ class StabilityMonitor:
         """
         self.steps_done = int(state["steps_done"])
         self.alerts = [Alert(**alert) for alert in state["alerts"]]
+        self.companions.load_state_dict(state.get("companions", {}))
         mine = self.state_dict()
         if any(state[part] != mine[part] for part in ("version", "layers", "channels", "statistics")):
             logger.warning("the checkpoint watched other layers or statistics: baselines start afresh at this step")

@@ -61,8 +61,7 @@ def sums_of_logits(logits: Tensor, biased: Tensor, visible: Tensor | None, valid
         keys = torch.full(logits.shape[:-1], logits.shape[-1], device=logits.device)
         magnitude = logits.abs().amax(-1)
     else:
-        visible = visible.expand(logits.shape)
-        keys = visible.sum(-1)
+        keys = visible.expand(*visible.shape[:-1], logits.shape[-1]).sum(-1)
         biased = biased.masked_fill(~visible, -torch.inf)
         magnitude = logits.abs().masked_fill(~visible, 0).amax(-1)
     counted = keys >= 2

@@ -17,6 +17,7 @@ from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local,
 from stabnorm.companions.companion import Companion, Measure, Watch, clean, selected, wide
 
 _FIRST = 16  # power iterations before the first figure; after that one per step, from where the last one ended
+_SHIFT = 1e-15  # added to W^T W: the vectors are the same, and those of a matrix of zeros do not vanish
 
 
 class WeightSums(NamedTuple):
@@ -27,7 +28,6 @@ class WeightSums(NamedTuple):
         update: |dw|^2.
         inner: <w, dw>.
         learning_rate: of the group the matrix is in.
-        now: |w|^2 at the end of the step.
         singular: the largest singular value at the end of the step; NaN for a sharded matrix.
     """
 
@@ -35,7 +35,6 @@ class WeightSums(NamedTuple):
     update: Tensor
     inner: Tensor
     learning_rate: Tensor
-    now: Tensor
     singular: Tensor
 
     def merge(self, other: "WeightSums") -> "WeightSums":
@@ -109,7 +108,7 @@ class WeightCompanion(Companion):
             "effective_learning_rate", "lr / |w|^2, lr of the parameter's own group", "1 / weight^2", _KEPT,
             "decays with growing |w| faster than planned", lambda sums: sums.learning_rate / sums.weight,
         ),
-        Measure("weight_norm", "|w| after the step", "weight", _KEPT, "grows without end", lambda s: s.now.sqrt()),
+        Measure("weight_norm", "|w| before the step", "weight", _KEPT, "grows without end", lambda s: s.weight.sqrt()),
         Measure(
             "top_singular_value", "max |W v| over |v| = 1, all axes but the first taken as one; by power iteration, "
             "one per step", "weight", "arXiv 1802.05957, arXiv 2303.06296", "grows without end",
@@ -142,10 +141,13 @@ class WeightWatch(Watch):
         self._weights = [weight for _, weight in matrices]
         self._steps = OptimizerSteps(self._weights, self._before, self._after)
         self._old: list[Tensor | None] = [None] * len(matrices)  # weights before the step, then what it took from them
+        self._open = [0] * len(matrices)  # optimizers in the middle of their step: one may wrap another
         self._sums: Tensor | None = None  # [4, matrices]: the first four of `WeightSums`
         self._indices = Indices()
         self._right: list[Tensor] = []  # right singular vectors
         self._iterated = False
+        sharded = [hasattr(weight, "to_local") for weight in self._weights]
+        self._sharded = torch.tensor(sharded) if any(sharded) else None
 
     @property
     def _gathered(self) -> Tensor:
@@ -167,30 +169,38 @@ class WeightWatch(Watch):
     def discard(self) -> None:
         """No optimizer has stepped."""
         self._gathered.fill_(torch.nan)
+        self._open = [0] * len(self.rows)
 
     def _before(self, rows: list[int], learning_rate: float | Tensor) -> None:
         start = time.perf_counter()
+        for row in rows:
+            self._open[row] += 1
+        rows = [row for row in rows if self._open[row] == 1]
         now = [local(self._weights[row]) for row in rows]
         for row, weight in zip(rows, now, strict=True):
             old = self._old[row]
             if old is None or old.shape != weight.shape or old.device != weight.device:
                 self._old[row] = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        torch._foreach_copy_(self._old_of(rows), now)
-        self._write(0, rows, self._squares(now))
+        if rows:
+            torch._foreach_copy_(self._old_of(rows), now)
+            self._write(0, rows, self._squares(now))
         self.seconds += time.perf_counter() - start
 
     def _after(self, rows: list[int], learning_rate: float | Tensor) -> None:
         start = time.perf_counter()
-        rows = [row for row in rows if self._old[row] is not None]  # added to the optimizer in between
+        ended = [row for row in rows if self._open[row] == 1]  # 0: added to the optimizer in between
+        for row in rows:
+            self._open[row] = max(0, self._open[row] - 1)
+        rows = ended
         if rows:
             now = [local(self._weights[row]) for row in rows]
             taken = self._old_of(rows)
             torch._foreach_sub_(taken, now)  # -dw
             update = self._squares(taken)
             pairs = zip(now, taken, strict=True)
-            inner = torch.stack([torch.dot(w.to(d.dtype).flatten(), d.flatten()) for w, d in pairs])
+            inner = self._stack([torch.dot(w.to(d.dtype).flatten(), d.flatten()) for w, d in pairs])
             self._write(1, rows, update)
-            self._write(2, rows, -inner.to(update) - update)  # from <w + dw, -dw>
+            self._write(2, rows, -inner - update)  # from <w + dw, -dw>
             index = self._indices.on(self._gathered.device, rows)
             if isinstance(learning_rate, Tensor):
                 learning_rate = learning_rate.to(self._gathered)
@@ -202,8 +212,10 @@ class WeightWatch(Watch):
 
     def _squares(self, tensors: list[Tensor]) -> Tensor:
         full = [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
-        norms = torch._foreach_norm(full)
-        return torch.stack([norm.to(self._gathered) for norm in norms]).square()
+        return self._stack(torch._foreach_norm(full)).square()
+
+    def _stack(self, numbers: Sequence[Tensor]) -> Tensor:
+        return torch.stack([number.to(self._gathered) for number in numbers])
 
     def _write(self, part: int, rows: list[int], values: Tensor) -> None:
         gathered = self._gathered
@@ -212,9 +224,8 @@ class WeightWatch(Watch):
     @torch.no_grad()
     def take(self) -> WeightSums:
         """Of this process: of a sharded weight its own shard."""
-        now = self._squares([local(weight) for weight in self._weights])
         weight, update, inner, learning_rate = self._gathered.clone()
-        return WeightSums(weight, update, inner, learning_rate, now, self._singular_values())
+        return WeightSums(weight, update, inner, learning_rate, self._singular_values())
 
     def _singular_values(self) -> Tensor:
         matrices = list(self._matrices())
@@ -224,16 +235,12 @@ class WeightWatch(Watch):
         for _ in range(1 if self._iterated else _FIRST):
             left = [w @ v for w, v in zip(matrices, self._right, strict=True)]
             back = [w.T @ u for w, u in zip(matrices, left, strict=True)]
-            ups, downs = (torch.stack(torch._foreach_norm(vectors)) for vectors in (left, back))
-            scales = torch.where(downs > 0, downs, 1).unbind()
-            kept = (downs > 0).unbind()
-            new = torch._foreach_div(back, list(scales))
-            self._right = [torch.where(k, n, v) for k, n, v in zip(kept, new, self._right, strict=True)]
+            torch._foreach_add_(back, self._right, alpha=_SHIFT)
+            self._right = list(torch._foreach_div(back, torch._foreach_norm(back)))
         self._iterated = True
-        sharded = [hasattr(weight, "to_local") for weight in self._weights]
-        values = torch.where(ups > 0, downs / ups, 0).to(self._gathered)
-        if any(sharded):
-            values = torch.where(torch.tensor(sharded).to(values.device), torch.nan, values)
+        values = self._stack(torch._foreach_norm(left))
+        if self._sharded is not None:
+            values = torch.where(self._sharded.to(values.device), torch.nan, values)
         return values
 
     def _matrices(self) -> Iterator[Tensor]:

@@ -201,10 +201,11 @@ class WeightWatch(Watch):
             inner = self._stack([torch.dot(w.to(d.dtype).flatten(), d.flatten()) for w, d in pairs])
             self._write(1, rows, update)
             self._write(2, rows, -inner - update)  # from <w + dw, -dw>
-            index = self._indices.on(self._gathered.device, rows)
-            if isinstance(learning_rate, Tensor):
-                learning_rate = learning_rate.to(self._gathered)
-            self._gathered[3].index_fill_(0, index, learning_rate)
+            if isinstance(learning_rate, Tensor):  # filling with a tensor would read it
+                self._write(3, rows, learning_rate.reshape(1).expand(len(rows)))
+            else:
+                index = self._indices.on(self._gathered.device, rows)
+                self._gathered[3].index_fill_(0, index, learning_rate)
         self.seconds += time.perf_counter() - start
 
     def _old_of(self, rows: list[int]) -> list[Tensor]:

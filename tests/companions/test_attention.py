@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +113,43 @@ def test_cross_attention_has_its_own_heads() -> None:
     assert history["attention_entropy"].shape == (1, 2 * HEADS)
     assert (history["attention_entropy"] <= math.log(9) + 1e-6).all()
     assert not history["attention_entropy"].isnan().any()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As in transformers, whose attentions call a function that they find in a table."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.4, enable_gqa=True)
+
+
+class Grouped(nn.Module):
+    """Four heads that share two key heads; how many it has is said by its config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_attention_heads=4)
+        self.q_proj, self.kv_proj = nn.Linear(DIM, 4 * 6), nn.Linear(DIM, 2 * 2 * 6)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = self.kv_proj(x).unflatten(-1, (2, 2, 6)).permute(2, 0, 3, 1, 4)
+        return self.q_proj(x).unflatten(-1, (4, 6)).transpose(1, 2), k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attend(*self.project(x)).transpose(1, 2).flatten(2)
+
+
+class GroupedAttention(Grouped):
+    """Under a name that says what it is."""
+
+
+def test_grouped_queries_behind_a_function_of_their_own_are_seen() -> None:
+    attention = GroupedAttention()
+    model, x = nn.Sequential(nn.LayerNorm(DIM), attention), torch.randn(3, 7, DIM)
+    history = watched(model, lambda: model(x))
+    q, k, _ = attention.double().project(F.layer_norm(x, (DIM,)).double())
+    expected = entropies(q * 0.4 * 6**0.5, k.repeat_interleave(2, 1), torch.ones(7, 7, dtype=torch.bool).tril())
+    for got, wanted in zip(history.values(), expected, strict=True):
+        torch.testing.assert_close(got[0].double(), wanted, rtol=3e-6, atol=3e-6)
+    with pytest.raises(ValueError, match="no attention found"):
+        StabilityMonitor(nn.Sequential(nn.LayerNorm(DIM), Grouped()), companions=["attention"])
 
 
 def test_watching_changes_no_bit_and_leaves_the_random_state_alone() -> None:

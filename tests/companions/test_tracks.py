@@ -79,14 +79,26 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Idle(torch.optim.Optimizer):
+    """Changes nothing, and so reads nothing; its learning rate is a tensor."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Do nothing."""
+
+
 def test_no_value_is_read_from_the_device() -> None:
     model = Text(Fused(), Fused(written_out=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    idle = Idle(model.head.parameters(), {"lr": torch.tensor(0.5)})
     batches = [batch() for _ in range(5)]
     with StabilityMonitor(model, flush_every=50, companions=ALL) as monitor:
         with NoReads():  # type: ignore[no-untyped-call]
             train(model, optimizer, monitor, batches)
-        assert not figures(monitor)["attention_entropy"].isnan().any()
+            idle.step()
+            monitor.step()
+        assert not figures(monitor)["attention_entropy"][:5].isnan().any()
+        rates = figures(monitor)["effective_learning_rate"] * figures(monitor)["weight_norm"].square()
+        torch.testing.assert_close(rates[:, -1], torch.tensor([0.01] * 5 + [0.5]))
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped() -> None:

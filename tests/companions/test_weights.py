@@ -118,6 +118,22 @@ def test_of_an_optimizer_that_wraps_another_the_whole_step_counts() -> None:
     assert (monitor.companions["weights"].history()["update_ratio"] > 0.09).all()
 
 
+def test_a_step_that_a_loss_scaler_skips_is_none() -> None:
+    model = Text()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with StabilityMonitor(model, companions=["weights", "embedding"]) as monitor:
+        for factor in (1.0, torch.inf, 1.0):
+            optimizer.zero_grad()
+            scaler.scale(factor * loss(model, batch())).backward()
+            scaler.step(optimizer)
+            monitor.step(grad_scale=scaler.get_scale())
+            scaler.update()
+    assert monitor.companions["weights"].history()["update_ratio"].isnan().all(1).tolist() == [False, True, False]
+    ratio = monitor.companions["embedding"].history()["embedding_gradient_ratio"]
+    assert ratio.isnan()[:, 0].tolist() == [False, True, False]
+
+
 def test_a_step_that_fails_spoils_no_later_one() -> None:
     model = Text()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03)

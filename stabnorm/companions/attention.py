@@ -138,6 +138,7 @@ class AttentionWatch(Watch):
         self._attentions = tuple(attentions)
         self._sums: dict[torch.device, AttentionSums] = {}
         self._handles: list[RemovableHandle] = []
+        self._places: list[_Place] = []
 
     def attach(self) -> None:
         """One pre-hook and one hook per attention, and the functions they call."""
@@ -146,6 +147,7 @@ class AttentionWatch(Watch):
         for name, module, heads in self._attentions:
             place = _Place(self, name, module, slice(first, first + heads))
             first += heads
+            self._places.append(place)
             self._handles.append(module.register_forward_pre_hook(_Enter(place)))
             self._handles.append(module.register_forward_hook(_Leave(place), always_call=True))
         self.discard()
@@ -156,9 +158,12 @@ class AttentionWatch(Watch):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._places.clear()
 
     def discard(self) -> None:
-        """Zero the sums."""
+        """Zero the sums; those on a device that the model has left are dropped."""
+        inhabited = {place.into.queries.device for place in self._places}
+        self._sums = {device: sums for device, sums in self._sums.items() if device in inhabited or not inhabited}
         for sums in self._sums.values():
             for part in sums:
                 part.zero_()

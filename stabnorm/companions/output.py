@@ -186,11 +186,13 @@ class OutputWatch(Watch):
         self._layers = tuple(layers)
         self._sums: dict[torch.device, OutputSums] = {}
         self._handles: list[RemovableHandle] = []
+        self._hooks: list[_OutputHook] = []
 
     def attach(self) -> None:
         """One hook per layer."""
         for row, (name, module) in enumerate(self._layers):
-            self._handles.append(module.register_forward_hook(_OutputHook(self, row, name, module)))
+            self._hooks.append(_OutputHook(self, row, name, module))
+            self._handles.append(module.register_forward_hook(self._hooks[-1]))
         self.discard()
 
     def detach(self) -> None:
@@ -198,9 +200,12 @@ class OutputWatch(Watch):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._hooks.clear()
 
     def discard(self) -> None:
-        """Zero the sums."""
+        """Zero the sums; those on a device that the model has left are dropped."""
+        inhabited = {hook.into.tokens.device for hook in self._hooks}
+        self._sums = {device: sums for device, sums in self._sums.items() if device in inhabited or not inhabited}
         for sums in self._sums.values():
             for part in sums:
                 part.zero_()

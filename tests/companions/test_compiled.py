@@ -63,3 +63,21 @@ def test_attaching_to_a_compiled_attention_has_it_traced_anew() -> None:
         run(batch())
         monitor.step()
     assert not monitor.companions["attention"].history()["attention_entropy"].isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own, when Dynamo looks at SGD
+def test_a_compiled_optimizer_step_is_not_seen_runs_as_ever_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    torch.compiler.reset()
+    model = Text()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    with StabilityMonitor(model, companions=["weights", "embedding"]) as monitor:
+        before = model.head.weight.detach().clone()
+        loss(model, batch()).backward()
+        step()
+        monitor.step()
+    assert model.head.weight.grad is not None
+    torch.testing.assert_close(model.head.weight.detach(), before - 0.1 * model.head.weight.grad)
+    assert monitor.companions["weights"].history()["update_ratio"].isnan().all()
+    said = [record.getMessage() for record in caplog.records if record.name == "stabnorm"]
+    assert sum("no optimizer step was seen on tokens.weight" in text for text in said) == 2

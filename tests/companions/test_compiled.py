@@ -42,6 +42,24 @@ def test_a_compiled_model_is_one_graph_with_the_same_figures(recompute: bool) ->
         torch.testing.assert_close(compiled[name], values, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_watching_a_compiled_model_changes_no_bit() -> None:
+    def trained(companions: tuple[str, ...]) -> list[Tensor]:
+        torch.manual_seed(5)
+        torch.compiler.reset()
+        model = Text(Fused(), MultiHead(False))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        with StabilityMonitor(model, "economy", companions=companions) as monitor:
+            run = torch.compile(model, backend="aot_eager")
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss(run, batch()).backward()
+                optimizer.step()
+                monitor.step()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(()), trained(ALL), strict=True))
+
+
 def test_a_model_compiled_and_run_before_is_not_seen_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     torch.compiler.reset()
     model = Text()

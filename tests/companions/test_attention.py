@@ -3,7 +3,8 @@
 import copy
 import math
 import pickle
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,23 +232,22 @@ def test_an_exception_in_an_attention_leaves_nothing_behind() -> None:
 
 
 def test_a_function_bound_by_name_before_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    space: dict[str, Any] = {"__name__": "somewhere"}
-    exec(
-        "import sys, types; sys.modules['somewhere'] = m = types.ModuleType('somewhere')\n"
-        "from torch import nn; from torch.nn.functional import scaled_dot_product_attention as attend\n"
-        "m.attend = attend\n"
-        "class BoundAttention(nn.Module):\n"
-        "    num_heads = 2\n"
-        "    def forward(self, x): return sys.modules['somewhere'].attend(x, x, x)\n",
-        space,
-    )
-    model = nn.Sequential(space["BoundAttention"](), nn.LayerNorm(5))
+    bound = ModuleType("bound")
+    bound.attend = ORIGINAL[0]  # type: ignore[attr-defined]  # from torch.nn.functional import ... as attend
+    monkeypatch.setitem(sys.modules, "bound", bound)
+
+    class BoundAttention(nn.Module):
+        num_heads = 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = bound.attend(x, x, x)
+            return out
+
+    BoundAttention.__module__ = "bound"
+    model = nn.Sequential(BoundAttention(), nn.LayerNorm(5))
     history = watched(model, lambda: model(torch.randn(3, 2, 4, 5)))
     assert not history["attention_entropy"].isnan().any()
-    import sys
-
-    assert sys.modules["somewhere"].attend is ORIGINAL[0]
-    del sys.modules["somewhere"]
+    assert bound.attend is ORIGINAL[0]
 
 
 def test_two_monitors_on_one_model_see_the_same() -> None:

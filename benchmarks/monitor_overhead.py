@@ -6,7 +6,8 @@ turns from round to round, so that whatever else the machine does hits all of th
 * inside: time in hooks, `step()` and flush, measured around them, as a share of the bare step;
 * A/B: the difference to the bare step of the same round (median, and the middle half of the rounds).
 
-With --peers the same is measured of what people use today, see `benchmarks.peers`.
+A companion is measured on top of the economy preset: its own time inside, and the difference to economy's step. With
+--peers the same is measured of what people use today, see `benchmarks.peers`.
 
 Args: --model vit-tiny|vit-small, --rounds N, --batch N, --threads N, --dtype float32|bfloat16, --device cpu|cuda,
 --peers.
@@ -26,9 +27,18 @@ from torch import Tensor, nn
 
 from benchmarks.peers import peers
 from stabnorm import StabilityMonitor
+from stabnorm.companions.companion import Companion
+from stabnorm.companions.embedding import EmbeddingCompanion
 
 FLUSH_EVERY = 10
 WARM_UP = 3
+# ViT's first layer is no nn.Embedding, and goes by its name.
+COMPANIONS: tuple[str | Companion, ...] = (
+    "attention",
+    "weights",
+    EmbeddingCompanion(include="patches.weight"),
+    "output",
+)
 WIDTHS = {"vit-tiny": (192, 3), "vit-small": (384, 6)}
 
 
@@ -95,6 +105,7 @@ class Variant:
     monitor: Watcher | None
     seconds: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)  # in hooks, step and flush, of the step
+    companion: bool = False
 
 
 def measure(options: argparse.Namespace) -> list[Variant]:
@@ -125,12 +136,15 @@ def measure(options: argparse.Namespace) -> list[Variant]:
     variants.append(
         Variant("standard, no gradients", StabilityMonitor(model, flush_every=FLUSH_EVERY, gradients=False))
     )
+    for companion in COMPANIONS:
+        monitor = StabilityMonitor(model, "economy", flush_every=FLUSH_EVERY, companions=[companion])
+        variants.append(Variant(next(iter(monitor.companions)), monitor, companion=True))
     others = peers(model) if options.peers else []
     variants += [Variant(peer.name, peer) for peer in others]
     for number in range(WARM_UP + options.rounds):
         for turn in range(len(variants)):
             variant = variants[(number + turn) % len(variants)]
-            before = _inside(variant.monitor)
+            before = _inside(variant)
             if variant.monitor is not None:
                 variant.monitor.attach()
             synchronize()
@@ -142,7 +156,7 @@ def measure(options: argparse.Namespace) -> list[Variant]:
                 variant.monitor.detach()
             if number >= WARM_UP:
                 variant.seconds.append(took)
-                variant.inside.append(_inside(variant.monitor) - before)
+                variant.inside.append(_inside(variant) - before)
         if sys.stderr.isatty():
             print(f"\rround {number + 1} of {WARM_UP + options.rounds}", end="", file=sys.stderr)
     for peer in others:
@@ -150,12 +164,16 @@ def measure(options: argparse.Namespace) -> list[Variant]:
     return variants
 
 
-def _inside(monitor: Watcher | None) -> float:
+def _inside(variant: Variant) -> float:
+    monitor = variant.monitor
+    if variant.companion and isinstance(monitor, StabilityMonitor):
+        return monitor.companions.seconds
     return 0.0 if monitor is None else monitor.seconds
 
 
 def table(variants: Sequence[Variant]) -> str:
     """The figures as Markdown."""
+    presets = [variant for variant in variants if not variant.companion]
     bare = variants[0].seconds
     usual = statistics.median(bare)
     lines = [
@@ -163,17 +181,27 @@ def table(variants: Sequence[Variant]) -> str:
         "",
         "| preset, every step | inside, ms | inside, % of the bare step | A/B difference, % (middle half) |",
         "|---|---:|---:|---:|",
+        *_rows(presets[1:], usual, bare),
+        "",
+        "| companion, every step | inside, ms | inside, % of the bare step | A/B to economy, % (middle half) |",
+        "|---|---:|---:|---:|",
+        *_rows([v for v in variants if v.companion], usual, variants[1].seconds),
     ]
-    for variant in variants[1:]:
+    return "\n".join(lines)
+
+
+def _rows(variants: Sequence[Variant], usual: float, base: Sequence[float]) -> list[str]:
+    lines = []
+    for variant in variants:
         # The mean, for a flush comes every tenth step; less the slowest twentieth, when something else had the core.
         inside = statistics.fmean(sorted(variant.inside)[: -max(1, len(variant.inside) // 20)])
-        differences = [100 * (a - b) / b for a, b in zip(variant.seconds, bare, strict=True)]
+        differences = [100 * (a - b) / b for a, b in zip(variant.seconds, base, strict=True)]
         lines.append(
             f"| {variant.name} | {1e3 * inside:.1f} | {100 * inside / usual:.1f} "
             f"| {statistics.median(differences):+.1f} "
             f"({_quarter(differences, 1):+.1f} to {_quarter(differences, 3):+.1f}) |"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _quarter(values: Sequence[float], which: int) -> float:

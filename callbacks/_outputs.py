@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from stabnorm.companions.tracks import Track
 from stabnorm.dashboard.headline import custom_scalars_layout, headline
+from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.images import log_image, shows_images
+from stabnorm.monitor.detect import Alert
 from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
 
 if TYPE_CHECKING:
@@ -56,6 +59,17 @@ def log_picture(trainer: "Trainer", key: str, image: npt.NDArray[np.uint8], step
         log_image(logger, key, image, step, directory)
 
 
+def log_companion(trainer: "Trainer", track: Track, alerts: Sequence[Alert], directory: Path) -> None:
+    """A heat map of row by step for each of a companion's measures."""
+    steps = track.history_steps().numpy()
+    for measure in track.measures:
+        values = track.history()[measure.name].numpy()
+        if not np.isnan(values).all():
+            marks = [(alert.step, alert.layer) for alert in alerts if alert.statistic == measure.name]
+            picture = heatmap(values, steps, track.rows, f"{measure.name} ({measure.unit})", marks=marks)
+            log_picture(trainer, f"stability/{measure.name}", picture, int(steps[-1]), directory)
+
+
 def log_text(trainer: "Trainer", key: str, markdown: str, step: int) -> None:
     """A text to TensorBoard, which renders it."""
     for logger in trainer.loggers:
@@ -86,7 +100,9 @@ class HeadlineScalars:
                 writer.add_custom_scalars(custom_scalars_layout(statistics))
 
     def write_block(self, block: Block) -> None:
-        """Log the block's headline at its last step."""
+        """Log the block's headline at its last step; companions have their own pictures."""
+        if block.companion:
+            return
         for logger in self._loggers:
             separator = getattr(logger, "group_separator", "/")
             scalars = headline(

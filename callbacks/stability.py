@@ -11,7 +11,15 @@ from torch.optim import Optimizer
 
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask
-from stabnorm.callbacks._outputs import HeadlineScalars, log_picture, log_text, output_directory, record_writers
+from stabnorm.callbacks._outputs import (
+    HeadlineScalars,
+    log_companion,
+    log_picture,
+    log_text,
+    output_directory,
+    record_writers,
+)
+from stabnorm.companions.companion import Companion, resolve_companions
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.table import format_table, layers_worth_a_look, markdown_table
 from stabnorm.monitor.monitor import StabilityMonitor
@@ -53,10 +61,12 @@ class StabilityCallback(Callback):
         gradients: False leaves out the gradient statistics. Default: True.
         mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple), or
             a function of the batch; bool tensor, True = valid. A function may return several, one for each length.
+        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output") or as
+            objects of `stabnorm.companions`. Default: nothing.
 
     Raises:
-        ValueError: an unknown preset or statistic, a flush interval below 1; at the start of `fit`: no norm to watch;
-            at the first forward: a mask that does not fit a layer.
+        ValueError: an unknown preset, statistic or companion, a flush interval below 1; at the start of `fit`: no norm
+            to watch, or nothing for a companion; at the first forward: a mask that does not fit a layer.
 
     >>> from stabnorm.callbacks import StabilityCallback
     >>> StabilityCallback(preset="standart")
@@ -73,9 +83,11 @@ class StabilityCallback(Callback):
         exclude: str | list[str] | None = None,
         gradients: bool = True,
         mask: Callable[[Any], Tensor | Sequence[Tensor]] | int | str | None = None,
+        companions: Sequence[str | Companion] = (),
     ) -> None:
         super().__init__()
         resolve(preset)
+        self.companions = resolve_companions(companions)
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
         self.preset, self.flush_every, self.gradients, self.mask = preset, flush_every, gradients, mask
@@ -104,6 +116,7 @@ class StabilityCallback(Callback):
             include=self.include,
             exclude=self.exclude,
             gradients=self.gradients,
+            companions=self.companions,
         )
         # From a checkpoint, or a second fit of the same Trainer; a callback used for another run starts afresh.
         if self._saved is not None and (self._loaded or trainer.global_step > 0):
@@ -228,6 +241,11 @@ class StabilityCallback(Callback):
             telling[name] = np.where(monitor.has_running_statistics & (len(steps) >= 50), history[name], np.nan)
         alerts = [alert.as_dict() for alert in monitor.alerts]
         rows = layers_worth_a_look(monitor.layers, telling, alerts, steps=steps, thresholds=thresholds, least=least)
+        for track in monitor.companions.values():
+            measured = {name: values.numpy() for name, values in track.history().items()}
+            bounds = {m.name: (m.threshold, m.advice) for m in track.measures if m.threshold is not None}
+            when = track.history_steps().numpy()
+            rows += layers_worth_a_look(track.rows, measured, [], steps=when, thresholds=bounds)
         print(format_table(rows, steps=len(steps)))
         print(f"monitoring cost {monitor.cost}")
         if self.directory is None:
@@ -237,6 +255,8 @@ class StabilityCallback(Callback):
                 marks = [(a.step, a.layer) for a in monitor.alerts if a.statistic in (name, "nonfinite")]
                 picture = heatmap(history[name], steps, monitor.layers, f"{name}: {meaning}", marks=marks)
                 log_picture(trainer, f"stability/{name}", picture, int(steps[-1]), self.directory)
+        for track in monitor.companions.values():
+            log_companion(trainer, track, monitor.alerts, self.directory)
         log_text(trainer, "stability/closing_table", markdown_table(rows), int(steps[-1]))
 
     # -- checkpoints and copies ----------------------------------------------------------------------------------------

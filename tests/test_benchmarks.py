@@ -15,7 +15,7 @@ from examples import finetune
 def test_the_overhead_benchmark_prints_a_row_for_each_preset(capsys: pytest.CaptureFixture[str]) -> None:
     monitor_overhead.main(["--rounds", "2", "--batch", "1"])
     printed = capsys.readouterr().out
-    for preset in ("economy", "standard", "full"):
+    for preset in ("economy", "standard", "full", "attention", "weights", "embedding", "output"):
         assert f"| {preset} |" in printed
     assert "bare step:" in printed
 

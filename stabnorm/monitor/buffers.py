@@ -1,5 +1,6 @@
 """What stays on the device between two flushes, and what is on its way to the host."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from stabnorm.monitor.past import Layout, Moments, Past
 from stabnorm.norms import NormLayer
 
 TOP_CHANNELS = 3
+_HISTORY_BYTES = 64 << 20
 SIDE_COLUMNS = 2 + 2 * TOP_CHANNELS  # what a row holds of each layer beside the statistics
 
 
@@ -85,3 +87,37 @@ class Flight:
         """Until the copy is done."""
         if self._event is not None:
             self._event.synchronize()
+
+
+class History:
+    """The flights that have arrived; of a very long run the last ones.
+
+    Args:
+        rows: layers, or whatever is measured.
+        columns: numbers for each of them.
+        at_least: steps to keep, though they be large.
+    """
+
+    def __init__(self, rows: int, columns: int, at_least: int) -> None:
+        self._empty = torch.empty(0, rows, columns, device="cpu")
+        self._most = max(at_least, _HISTORY_BYTES // (4 * rows * columns))
+        self._flights: deque[Flight] = deque()
+
+    def add(self, flight: Flight) -> None:
+        """Take the next one in."""
+        self._flights.append(flight)
+        while sum(len(f.rows) for f in self._flights) - len(self._flights[0].rows) >= self._most:
+            self._flights.popleft()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._flights.clear()
+
+    def values(self) -> Tensor:
+        """``[steps, rows, columns]``."""
+        return torch.cat([self._empty, *(flight.rows for flight in self._flights)])
+
+    def steps(self) -> Tensor:
+        """The optimizer step of each, counted from 0."""
+        steps = [flight.first_step + i for flight in self._flights for i in range(len(flight.rows))]
+        return torch.tensor(steps, dtype=torch.int64, device="cpu")

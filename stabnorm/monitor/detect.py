@@ -9,12 +9,10 @@ calm steps on three small models; nothing is promised beyond that.
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from stabnorm.monitor.statistics import Statistic
 
 _PAST = 128  # steps in the window
 _REFRESH = 16  # steps between two looks at median and scale
@@ -52,6 +50,21 @@ class Alert:
         return asdict(self)
 
 
+class Watched(Protocol):
+    """What must be known of a statistic: see `stabnorm.monitor.statistics.Statistic`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def axis(self) -> str: ...  # noqa: D102
+    @property
+    def alarm(self) -> float | None: ...  # noqa: D102
+    @property
+    def floor(self) -> float | None: ...  # noqa: D102
+    @property
+    def advice(self) -> str: ...  # noqa: D102
+
+
 class Detector:
     """Reads every step of every layer, in order, and says when something is wrong. Runs on the host, at a flush.
 
@@ -62,7 +75,7 @@ class Detector:
             Default: none.
     """
 
-    def __init__(self, statistics: Sequence[Statistic], layers: Sequence[str], fading: Collection[str] = ()) -> None:
+    def __init__(self, statistics: Sequence[Watched], layers: Sequence[str], fading: Collection[str] = ()) -> None:
         self._statistics, self._layers = tuple(statistics), tuple(layers)
         self._alarmed = [i for i, s in enumerate(self._statistics) if s.alarm is not None]
         self._watched = [i for i, s in enumerate(self._statistics) if s.floor is not None]

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stabnorm.companions.companion import Companion
+from stabnorm.companions.tracks import Tracks
 from stabnorm.errors import StabNormError
-from stabnorm.monitor.buffers import SIDE_COLUMNS, TOP_CHANNELS, DeviceState, Flight, write_side_columns
+from stabnorm.monitor.buffers import SIDE_COLUMNS, TOP_CHANNELS, DeviceState, Flight, History, write_side_columns
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.detailed import DetailedPast
 from stabnorm.monitor.details import Details, is_detailed
@@ -30,7 +31,6 @@ from stabnorm.norms import find_norms
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_HISTORY_BYTES = 64 << 20
 
 logger = logging.getLogger("stabnorm")
 
@@ -54,13 +54,16 @@ class StabilityMonitor:
         gradients: False leaves out the gradient statistics and their hooks. Default: True.
         sync: merge over all processes of `torch.distributed` where it is initialised; False: this one is on its own; a
             process group: over its processes, where others have other layers. Default: True.
+        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output") or as
+            objects of `stabnorm.companions`. Default: nothing.
 
     Raises:
         ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1, a statistic of your own
-            that does not give one number per layer.
+            that does not give one number per layer, a companion that finds nothing to watch.
         TypeError: a statistic that is neither a name nor a `Statistic`.
 
-    Shape: `history()` gives ``[steps, layers]`` for every statistic, float32.
+    Shape: `history()` gives ``[steps, layers]`` for every statistic, float32; `companions[name].history()` the same
+    for its own rows: heads, matrices, ...
 
     Functions in `listeners` are called at the end of each step with its number and all its statistics, ``[layers,
     statistics]`` in the order of `layers` and `statistics`, on the device: who must not wait copies them.
@@ -85,6 +88,7 @@ class StabilityMonitor:
         exclude: str | Sequence[str] | None = None,
         gradients: bool = True,
         sync: "bool | ProcessGroup" = True,
+        companions: Sequence[str | Companion] = (),
     ) -> None:
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
@@ -105,6 +109,7 @@ class StabilityMonitor:
         self.alerts: list[Alert] = []
         self.records: list[RecordWriter] = []
         self.listeners: list[Callable[[int, Tensor], None]] = []
+        self.companions = Tracks(companions, model, flush_every, self.flush)
         self.steps_done = 0
         self.sync = sync
         self._norms = norms
@@ -127,9 +132,7 @@ class StabilityMonitor:
         self._filled = 0  # rows since the last flush
         self._in_flight: Flight | None = None
         self._columns = len(chosen) + SIDE_COLUMNS
-        per_step = 4 * len(norms) * self._columns
-        self._most_rows = max(flush_every, _HISTORY_BYTES // per_step)
-        self._history: deque[Flight] = deque()
+        self._history = History(len(norms), self._columns, flush_every)
         self._stopwatch = Stopwatch()
         self._nothing_ran = False
 
@@ -150,15 +153,18 @@ class StabilityMonitor:
         self._agree()
         self._observer.detach()
         self._observer.attach()
+        self.companions.attach()
         self._on_device()  # now: what it allocates would hold a GPU up in the first step
 
     def detach(self) -> None:
         """Take every hook off; what was gathered stays readable."""
         self._observer.detach()
+        self.companions.detach()
 
     def discard(self) -> None:
         """Forget what was gathered since the last step: forwards that were no part of training."""
         self._observer.discard()
+        self.companions.discard()
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -190,7 +196,7 @@ class StabilityMonitor:
             raise StabNormError("step() on a monitor whose hooks are off; use `with monitor:` or call attach() first")
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"loss is one number, got a tensor of shape {tuple(loss.shape)}; use loss.mean()")
-        start = self._stopwatch.begin_step(self._observer.seconds)
+        start = self._stopwatch.begin_step(self._hook_seconds)
         self._agree()
         state = self._on_device()
         past = state.past
@@ -216,11 +222,12 @@ class StabilityMonitor:
         write_side_columns(row[:, len(self.statistics) :], now)
         past.update(now, *gathered.running)
         self._observer.discard()
+        self.companions.step()
         for listen in self.listeners:
             listen(self.steps_done, row[:, : len(self.statistics)])
         self._filled += 1
         self.steps_done += 1
-        self._stopwatch.end_step(start, self._observer.seconds)
+        self._stopwatch.end_step(start, self._hook_seconds)
         if self._filled == self.flush_every:
             self._send()
 
@@ -267,15 +274,13 @@ class StabilityMonitor:
         `history_steps` says which.
         """
         self.flush()
-        if not self._history:
-            return {name: torch.empty(0, len(self.layers)) for name in self._column_names()}
-        rows = torch.cat([flight.rows for flight in self._history])
+        rows = self._history.values()
         return {name: rows[:, :, column] for column, name in enumerate(self._column_names())}
 
     def history_steps(self) -> Tensor:
         """The optimizer steps that the rows of `history()` stand for, counted from 0."""
         self.flush()
-        return torch.tensor([f.first_step + i for f in self._history for i in range(len(f.rows))], dtype=torch.int64)
+        return self._history.steps()
 
     def _column_names(self) -> tuple[str, ...]:
         return (*(statistic.name for statistic in self.statistics), "tokens")
@@ -287,6 +292,7 @@ class StabilityMonitor:
         start = time.perf_counter()
         self._receive()
         self._in_flight, self._filled = self._flight(), 0
+        self.companions.send(self.steps_done)
         self._stopwatch.flushes += time.perf_counter() - start
         if self._observer.device.type == "cpu":
             self._receive()
@@ -304,35 +310,41 @@ class StabilityMonitor:
         start = time.perf_counter()
         flight, self._in_flight = self._in_flight, None
         flight.wait()
-        self._history.append(flight)
-        while sum(len(f.rows) for f in self._history) - len(self._history[0].rows) >= self._most_rows:
-            self._history.popleft()
+        self._history.add(flight)
         statistics = len(self.statistics)
         values, tokens, nonfinite = flight.rows.split([statistics, 1, 1, 2 * TOP_CHANNELS], dim=-1)[:3]
         alerts = self._detector.update(flight.first_step, values, tokens[..., 0], nonfinite[..., 0] > 0)
         self.alerts += alerts
         if self._speaks:
-            self._tell(flight, alerts, ran=bool((tokens > 0).any()))
+            self._say_if_nothing_ran(tokens)
+        self._report(self._block(flight), alerts)
+        for block, found in self.companions.receive():
+            self.alerts += found
+            self._report(block, found)
         self._stopwatch.flushes += time.perf_counter() - start
 
-    def _tell(self, flight: Flight, alerts: list[Alert], *, ran: bool) -> None:
+    def _report(self, block: Block, alerts: Sequence[Alert]) -> None:
         """What has arrived, to the log and the record."""
-        if not ran and not self._nothing_ran:
-            self._nothing_ran = True
-            logger.warning(
-                "stabnorm: no monitored norm ran in training mode in %d steps. Is the model in training mode, "
-                "model.train()? If it runs from a graph that is never made anew, torch.jit's or a CUDA graph of your "
-                "own, say, attach the monitor before that graph is made",
-                len(flight.rows),
-            )
+        if not self._speaks:
+            return
         for alert in alerts:
             where = f"stabnorm, step {alert.step}, {alert.layer}"
             logger.warning("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
-        block = self._block(flight)
         for record in self.records:
             record.write_block(block)
             for alert in alerts:
                 record.write_event("alert", alert.step, alert.as_dict())
+
+    def _say_if_nothing_ran(self, tokens: Tensor) -> None:
+        if self._nothing_ran or bool((tokens > 0).any()):
+            return
+        self._nothing_ran = True
+        logger.warning(
+            "stabnorm: no monitored norm ran in training mode in %d steps. Is the model in training mode, "
+            "model.train()? If it runs from a graph that is never made anew, torch.jit's or a CUDA graph of your own, "
+            "say, attach the monitor before that graph is made",
+            len(tokens),
+        )
 
     def _block(self, flight: Flight) -> Block:
         rows: np.ndarray[Any, Any] = flight.rows.numpy()
@@ -346,14 +358,18 @@ class StabilityMonitor:
         return Block(flight.first_step, self.layers, series)
 
     @property
+    def _hook_seconds(self) -> float:
+        return self._observer.seconds + self.companions.hook_seconds
+
+    @property
     def seconds(self) -> float:
         """Time spent in hooks, steps and flushes so far, on the host."""
-        return self._observer.seconds + self._stopwatch.steps + self._stopwatch.flushes
+        return self._hook_seconds + self._stopwatch.steps + self._stopwatch.flushes
 
     @property
     def cost(self) -> Cost:
         """What monitoring cost so far, measured on the host."""
-        return self._stopwatch.cost(self._observer.seconds)
+        return self._stopwatch.cost(self._hook_seconds)
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
@@ -374,6 +390,7 @@ class StabilityMonitor:
             "alerts": [alert.as_dict() for alert in self.alerts],
             "rows": rows,
             "scalars": scalars,
+            "companions": self.companions.state_dict(),
         }
 
     def _not_received(self) -> tuple[Tensor, Tensor]:
@@ -400,6 +417,7 @@ class StabilityMonitor:
         self._history.clear()
         self.steps_done = int(state["steps_done"])
         self.alerts = [Alert(**alert) for alert in state["alerts"]]
+        self.companions.load_state_dict(state.get("companions", {}), self.steps_done)
         mine = self.state_dict()
         if any(state[part] != mine[part] for part in ("version", "layers", "channels", "statistics")):
             logger.warning(

@@ -51,6 +51,8 @@ class Block:
         first_step: optimizer step of row 0; row i is step `first_step + i`.
         layers: names, in the order of the layer axis.
         series: name -> values, [steps], [steps, layers] or [steps, layers, k]; kept as float32.
+        companion: whose rows the layers are, where they are heads or matrices; see `stabnorm.companions`. Default: the
+            norms'.
 
     Raises:
         ValueError: a series does not have as many steps as the others, or not one column for each layer.
@@ -59,6 +61,7 @@ class Block:
     first_step: int
     layers: tuple[str, ...]
     series: Mapping[str, Array]
+    companion: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "series", {name: np.asarray(a, np.float32) for name, a in self.series.items()})
@@ -136,19 +139,23 @@ class TensorBoardRecord:
         self._described: set[str] = set()
         # A tag is described once and for all, so that a new list of layers needs new tags: also after a resume into
         # the same directory, which is why we look at what is there.
-        self._suffixes: dict[tuple[str, ...], str] = {}
+        self._suffixes: dict[str, dict[tuple[str, ...], str]] = {}
         for _, value, content in tensors(Path(summary_writer.log_dir)):
             if "series" in content:
                 name = f"{PLUGIN_NAME}/{content['series']}"
-                self._suffixes[tuple(content["layers"])] = value.tag.removeprefix(name)
+                suffixes = self._suffixes.setdefault(content.get("companion", ""), {})
+                suffixes[tuple(content["layers"])] = value.tag.removeprefix(name)
 
     def write_block(self, block: Block) -> None:
         """Write one tensor for each series."""
         if not block.num_steps:
             return
-        suffix = self._suffixes.setdefault(block.layers, f"@{len(self._suffixes) + 1}" if self._suffixes else "")
+        suffixes = self._suffixes.setdefault(block.companion, {})
+        suffix = suffixes.setdefault(block.layers, f"@{len(suffixes) + 1}" if suffixes else "")
         for name, values in block.series.items():
             content = {"series": name, "layers": block.layers, "axes": AXES[: values.ndim]}
+            if block.companion:
+                content["companion"] = block.companion
             self._write(block.last_step, f"{name}{suffix}", values, content)
         self._writer.flush()  # it would keep it back for two minutes, and a run that is killed would lose it
 
@@ -197,6 +204,8 @@ class FileRecord:
         """Write one file, which appears only when it is complete."""
         members: dict[str, Any] = {"@steps": np.array([block.first_step, block.num_steps]), **block.series}
         members["@layers"] = np.array(block.layers, str)
+        if block.companion:
+            members["@companion"] = np.array(block.companion)
         np.savez(file := io.BytesIO(), **members)
         self._write(self._directory / f"block-{next(self._numbers):08d}.npz", file.getvalue())
 
@@ -216,12 +225,13 @@ class FileRecord:
         os.replace(half, path)
 
 
-def read_record(path: str | os.PathLike[str], series: Collection[str] | None = None) -> Record:
+def read_record(path: str | os.PathLike[str], series: Collection[str] | None = None, companion: str = "") -> Record:
     """Read what a run has written so far. Of a step written twice, as after a resume, the last counts.
 
     Args:
         path: the directory of a `FileRecord`, or one with TensorBoard's event files, or one that holds the first.
         series: the names to read, the rest is left on disk; a name the record lacks is left out. Default: all.
+        companion: whose series, with its rows as the layers: "attention", say. Default: the norms'.
 
     Raises:
         FileNotFoundError: there is no record.
@@ -232,6 +242,7 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
         directory = directory / PLUGIN_NAME
     read = _read_files if (directory / "record.json").exists() else _read_tensorboard
     parts, events = read(directory, series)
+    parts = [part for part in parts if part.companion == companion]
     layers = tuple(dict.fromkeys(itertools.chain.from_iterable(part.layers for part in parts)))
     spans = [np.arange(part.first_step, part.first_step + part.num_steps) for part in parts]
     steps = np.unique(np.concatenate(spans)) if spans else np.empty(0, np.int64)
@@ -248,6 +259,7 @@ class _Part(NamedTuple):
     num_steps: int
     layers: tuple[str, ...]
     series: Mapping[str, Array]
+    companion: str
 
 
 def _read_files(directory: Path, wanted: Collection[str] | None) -> tuple[list[_Part], list[Event]]:
@@ -260,7 +272,8 @@ def _read_files(directory: Path, wanted: Collection[str] | None) -> tuple[list[_
                 names = [name for name in block.files if name[0] != "@" and (wanted is None or name in wanted)]
                 first_step, num_steps = block["@steps"].tolist()
                 series = {name: block[name] for name in names}
-                parts.append(_Part(first_step, num_steps, tuple(map(str, block["@layers"])), series))
+                companion = str(block["@companion"]) if "@companion" in block.files else ""
+                parts.append(_Part(first_step, num_steps, tuple(map(str, block["@layers"])), series, companion))
         except (zipfile.BadZipFile, EOFError):  # when a machine dies, the new name may reach the disk before the data
             warnings.warn(f"{path} is damaged; its steps are left out", stacklevel=3)
     lines = (directory / "events.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -278,7 +291,8 @@ def _read_tensorboard(directory: Path, wanted: Collection[str] | None) -> tuple[
         name = content["series"]
         num_steps = value.tensor.tensor_shape.dim[0].size
         series = {name: make_ndarray(value.tensor)} if wanted is None or name in wanted else {}
-        parts.append(_Part(step - num_steps + 1, num_steps, tuple(content["layers"]), series))
+        companion = content.get("companion", "")
+        parts.append(_Part(step - num_steps + 1, num_steps, tuple(content["layers"]), series, companion))
     if not parts and not events:
         raise FileNotFoundError(
             f"no record in {directory}: neither record.json nor event files (*tfevents*) with tags {PLUGIN_NAME}/*; "

@@ -1,0 +1,171 @@
+"""Entropy and largest logit of each attention head: the formula, and the op that adds one call to a module's heads.
+
+As in `stabnorm.ops.moments` the op is opaque to the compiler, so that its body runs at run time, where the recompute of
+activation checkpointing can be recognised: a recomputed call adds nothing.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stabnorm.companions.companion import sampled, wide
+from stabnorm.ops.moments import is_recompute
+
+HIDDEN = -5e3  # no softmax sees a key whose logit a mask has moved that far down; masks say -1e4, -1e9, -inf, ...
+
+
+class AttentionSums(NamedTuple):
+    """What a step's queries add up to, ``[heads]`` each; a query that sees fewer than two keys is not counted.
+
+    Attributes:
+        queries: how many were counted.
+        entropy: sum of their entropies, in nats.
+        entropy_share: sum of entropy / log(number of visible keys).
+        logit: the largest magnitude of a visible logit.
+    """
+
+    queries: Tensor
+    entropy: Tensor
+    entropy_share: Tensor
+    logit: Tensor
+
+    @staticmethod
+    def empty(heads: int, device: torch.device) -> "AttentionSums":
+        """Nothing counted yet."""
+        return AttentionSums(*torch.zeros(4, heads, dtype=wide(device), device=device))
+
+    def merge(self, other: "AttentionSums") -> "AttentionSums":
+        """Of two micro-batches, devices or ranks: sums add, and the larger logit stays."""
+        other = AttentionSums(*(part.to(self.queries.device) for part in other))
+        added = AttentionSums(*(mine + part for mine, part in zip(self, other, strict=True)))
+        return added._replace(logit=torch.maximum(self.logit, other.logit))
+
+    def add_(self, other: "AttentionSums") -> None:
+        """The same, in place."""
+        for mine, merged in zip(self, self.merge(other), strict=True):
+            mine.copy_(merged)
+
+
+def sums_of_logits(logits: Tensor, biased: Tensor, visible: Tensor | None, valid: Tensor | None) -> AttentionSums:
+    """Sum up the attention of some queries.
+
+    Args:
+        logits: ``[batch..., heads, queries, keys]``, scaled, without any mask.
+        biased: the same with what masks add, where they add something finite.
+        visible: bool, broadcastable to `logits`, which keys a query sees; None: all.
+        valid: bool ``[batch..., queries]``, which queries count; None: all.
+    """
+    if visible is None:
+        keys = torch.full(logits.shape[:-1], logits.shape[-1], device=logits.device)
+        magnitude = logits.abs().amax(-1)
+    else:
+        keys = visible.expand(*visible.shape[:-1], logits.shape[-1]).sum(-1)
+        biased = biased.masked_fill(~visible, -torch.inf)
+        magnitude = logits.abs().masked_fill(~visible, 0).amax(-1)
+    counted = keys >= 2
+    if valid is not None:
+        counted = counted & valid.unsqueeze(-2)
+    # A row that sees nothing is NaN, and taken out below; 0 x -inf is nothing where only a key is not seen.
+    log_weights = biased.log_softmax(-1)
+    entropy = -(log_weights.exp() * log_weights.clamp(min=-1e4)).sum(-1)
+    share = entropy / keys.clamp(min=2).log()
+    heads = logits.shape[-3]
+    dtype = wide(logits.device)
+
+    def per_head(values: Tensor) -> Tensor:
+        return torch.where(counted, values, 0).movedim(-2, 0).reshape(heads, -1)
+
+    return AttentionSums(
+        per_head(torch.ones_like(entropy)).sum(-1, dtype=dtype),
+        per_head(entropy).sum(-1, dtype=dtype),
+        per_head(share).sum(-1, dtype=dtype),
+        per_head(magnitude).amax(-1).to(dtype),
+    )
+
+
+def sums_of_call(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None = None,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    grouped: bool = False,
+    at_most: int | None = None,
+) -> AttentionSums:
+    """Sum up one call of `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        query: ``[batch..., heads, queries, features]``.
+        key: ``[batch..., heads or groups, keys, features]``.
+        mask: bool, True = visible, or what is added to the logits.
+        valid: bool ``[batch..., queries]``, which queries count.
+        scale: of the logits. Default: 1 / sqrt(features).
+        causal: query i sees keys 0 to i.
+        grouped: several heads share a key head (grouped-query attention).
+        at_most: queries of each sequence to look at, evenly spaced. Default: all.
+    """
+    length = query.shape[-2]
+    positions = sampled(length, at_most)
+    query, key = query[..., positions, :].float(), key.float()
+    if grouped and query.shape[-3] != key.shape[-3]:
+        shared = query.unflatten(-3, (key.shape[-3], -1)) @ key.unsqueeze(-3).transpose(-2, -1)
+        products = shared.flatten(-4, -3)
+    else:
+        products = query @ key.transpose(-2, -1)
+    logits = biased = products * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    visible = None
+    if mask is not None:
+        rows = mask[..., positions, :] if mask.ndim > 1 and mask.shape[-2] == length else mask
+        visible = rows if rows.dtype == torch.bool else rows > HIDDEN
+        biased = logits if rows.dtype == torch.bool else logits + rows
+    if causal:
+        places = torch.arange(length, device=logits.device)[positions]
+        past = torch.arange(logits.shape[-1], device=logits.device) <= places[:, None]
+        visible = past if visible is None else visible & past
+    return sums_of_logits(logits, biased, visible, None if valid is None else valid[..., positions])
+
+
+_library = torch.library.Library("stabnorm", "FRAGMENT")
+_SUMS = "Tensor(a!) queries, Tensor(b!) entropy, Tensor(c!) entropy_share, Tensor(d!) logit"
+_library.define(
+    "accumulate_attention_(Tensor query, Tensor key, Tensor? mask, Tensor? valid, float? scale, bool causal, "
+    f"bool grouped, int? at_most, {_SUMS}) -> ()"
+)
+_library.define(f"accumulate_attention_logits_(Tensor logits, Tensor? valid, int? at_most, {_SUMS}) -> ()")
+
+
+def accumulate_attention_(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    valid: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    grouped: bool,
+    at_most: int | None,
+    *sums: Tensor,
+) -> None:
+    """Add a call to the sums, in place, see `sums_of_call`."""
+    if is_recompute() or query.numel() == 0 or key.numel() == 0:
+        return
+    with torch.autocast(query.device.type, enabled=False):
+        AttentionSums(*sums).add_(sums_of_call(query, key, mask, valid, scale, causal, grouped, at_most))
+
+
+def accumulate_attention_logits_(logits: Tensor, valid: Tensor | None, at_most: int | None, *sums: Tensor) -> None:
+    """Add the input of a softmax, ``[batch..., heads, queries, keys]``; masks have been added to it already."""
+    if is_recompute() or logits.numel() == 0:
+        return
+    positions = sampled(logits.shape[-2], at_most)
+    rows = logits[..., positions, :].float()
+    AttentionSums(*sums).add_(
+        sums_of_logits(rows, rows, rows > HIDDEN, None if valid is None else valid[..., positions])
+    )
+
+
+for _body in (accumulate_attention_, accumulate_attention_logits_):
+    _library.impl(_body.__name__, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"stabnorm::{_body.__name__}", lambda *_: None)

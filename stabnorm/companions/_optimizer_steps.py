@@ -1,0 +1,88 @@
+"""Looking at parameters right before and right after an optimizer changes them, in any training loop.
+
+Torch calls global hooks around the step of every optimizer that derives from `torch.optim.Optimizer`; there the
+gradients are final (merged over ranks, unscaled, clipped) and every parameter's own learning rate is known.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+Looks = Callable[[list[int], float | Tensor], None]
+"""Told which of the parameters an optimizer's group holds, and the group's learning rate."""
+
+
+class OptimizerSteps:
+    """Calls `before` and `after` for each group of each optimizer that holds some of these parameters.
+
+    Before a step gradients may not be there yet: a closure, such as Lightning's, runs inside the step.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], before: Looks | None, after: Looks) -> None:
+        self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
+        self._looks = ((before, register_optimizer_step_pre_hook), (after, register_optimizer_step_post_hook))
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        for look, register in self._looks:
+            if look is not None:
+                self._handles.append(register(self._hook(look)))
+
+    def detach(self) -> None:
+        """Take them off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, look: Looks) -> Callable[[torch.optim.Optimizer, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                return
+            with torch.no_grad():
+                for rows, learning_rate in self._groups(optimizer):
+                    look(rows, learning_rate)
+
+        return hook
+
+    def _groups(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[list[int], float | Tensor]]:
+        for group in optimizer.param_groups:
+            rows = [self._index[id(p)] for p in group["params"] if id(p) in self._index]
+            if rows:
+                yield rows, group.get("lr", torch.nan)
+
+
+class Indices:
+    """Lists of rows as tensors, each made once: making one is a copy to the device."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+
+    def on(self, device: torch.device, rows: Sequence[int]) -> Tensor:
+        """The rows as an index tensor."""
+        key = (device, tuple(rows))
+        if key not in self._made:
+            self._made[key] = torch.tensor(rows, device=device)
+        return self._made[key]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard, of a sharded one."""
+    own = tensor.detach()
+    shard: Tensor = own.to_local() if hasattr(own, "to_local") else own
+    return shard
+
+
+def no_step(names: Sequence[str]) -> str | None:
+    """What to say of parameters that no step was seen of."""
+    if not names:
+        return None
+    others = " and others" if len(names) > 8 else ""
+    return (
+        f"no optimizer step was seen on {', '.join(names[:8])}{others}. Only optimizers that derive from "
+        "torch.optim.Optimizer are seen, and not when their step is compiled"
+    )

@@ -1,0 +1,227 @@
+"""What a companion is: something to watch beside the norms, whose rows are heads or matrices and not norm layers.
+
+A companion is its settings and its measures, nothing more: it can be copied, pickled and used for several models.
+`watch(model)` finds what it looks at and returns a `Watch`, which holds the hooks and what they gathered. What is
+gathered is a NamedTuple of sums, one number per row, with a rule to merge two of them: micro-batches, devices and ranks
+are merged by the same rule, and a measure is a function of the merged sums.
+"""
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm.norms import _WRAPPERS, _patterns
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number per row and step.
+
+    Attributes:
+        name: as in `history()`, in the record and in alerts.
+        formula: what it is.
+        unit: "1": dimensionless; "nat"; "rad"; or that of a weight, a logit, ...
+        source: where it comes from.
+        bad: when the literature calls it bad; for the documentation.
+        compute: ``sums -> [rows]``.
+        threshold: beyond this it is bad; for the closing table.
+        alarm: beyond this an alert is raised at once.
+        advice: what it means when it is over its bound, and where to look.
+    """
+
+    name: str
+    formula: str
+    unit: str
+    source: str
+    bad: str
+    compute: Callable[[Any], Tensor]
+    threshold: float | None = None
+    alarm: float | None = None
+    advice: str = ""
+    # What the detector asks beside: no measure is compared with its own past, and none is a norm's gradient.
+    floor: ClassVar[None] = None
+    axis: ClassVar[str] = "row"
+
+
+class Watch(ABC):
+    """A companion at work on one model.
+
+    Attributes:
+        rows: what the rows are, by name, in the order of the model.
+        seconds: spent in hooks so far, on the host; not counted in a compiled graph.
+    """
+
+    rows: tuple[str, ...]
+    seconds: float = 0.0
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Put the hooks on."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Take every hook off."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget what was gathered since the last step."""
+
+    @abstractmethod
+    def take(self) -> Any:
+        """What was gathered since the last step in this process: a NamedTuple of ``[rows]`` with a method `merge`."""
+
+    @abstractmethod
+    def complaint(self, values: Tensor) -> str | None:
+        """What to say of a flush's ``[steps, rows, measures]`` where something could not be measured at all."""
+
+    def without(self, values: Tensor, measure: int) -> list[str]:
+        """The rows for which a measure has no value in any step."""
+        mute = values[..., measure].isnan().all(0)
+        return [name for name, is_mute in zip(self.rows, mute.tolist(), strict=True) if is_mute]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step needs of the last ones, as tensors and plain containers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most have no past
+        """Go on where `state_dict` was taken, for the same rows."""
+
+
+class Companion(ABC):
+    """Something to watch beside the norms."""
+
+    name: ClassVar[str]
+    measures: ClassVar[tuple[Measure, ...]]
+    cost: ClassVar[str]
+
+    @abstractmethod
+    def watch(self, model: nn.Module) -> Watch:
+        """Find what there is to watch.
+
+        Raises:
+            ValueError: there is nothing, or what there is cannot be understood.
+        """
+
+
+class Hook:
+    """A hook of a watch; a copied or saved model gets an inert one, not a copy of the watch."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert, ()
+
+
+def _no_hook(*_: object) -> None:
+    """What stands for a hook in a copy of the model: the copy is not watched."""
+
+
+def _inert() -> Callable[..., None]:
+    return _no_hook
+
+
+def sampled(length: int, at_most: int | None) -> slice:
+    """Evenly spaced positions, the last one among them: no random state is touched, and batch splits change nothing.
+
+    >>> list(range(10)[sampled(10, 3)])
+    [1, 5, 9]
+    >>> list(range(3)[sampled(3, None)])
+    [0, 1, 2]
+    """
+    stride = 1 if at_most is None else max(1, -(-length // at_most))
+    return slice((length - 1) % stride if length else 0, None, stride)
+
+
+def selected(
+    names: Sequence[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> list[bool]:
+    """Which names match one pattern of `include` and none of `exclude`.
+
+    Raises:
+        ValueError: a pattern is no regular expression.
+    """
+    wanted, unwanted = _patterns("include", include), _patterns("exclude", exclude) or ()
+    return [
+        (wanted is None or any(pattern.search(name) for pattern in wanted))
+        and not any(pattern.search(name) for pattern in unwanted)
+        for name in names
+    ]
+
+
+def clean(name: str) -> str:
+    """A module's name without those of the wrappers of torch.compile and checkpointing.
+
+    >>> clean("_orig_mod.blocks.0._checkpoint_wrapped_module.attn")
+    'blocks.0.attn'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def first_device(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next(model.parameters(), torch.empty(0)).device
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """What sums are kept in: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def known_companions() -> dict[str, type[Companion]]:
+    """The companions that can be asked for by name."""
+    from stabnorm.companions.attention import AttentionCompanion
+    from stabnorm.companions.embedding import EmbeddingCompanion
+    from stabnorm.companions.output import OutputCompanion
+    from stabnorm.companions.weights import WeightCompanion
+
+    return {kind.name: kind for kind in (AttentionCompanion, WeightCompanion, EmbeddingCompanion, OutputCompanion)}
+
+
+def resolve_companions(companions: Sequence[str | Companion]) -> tuple[Companion, ...]:
+    """Companions from their names, or as they are.
+
+    Raises:
+        ValueError: for an unknown name (the nearest one is suggested), or for two of one name.
+        TypeError: for what is neither a name nor a companion.
+
+    >>> [companion.name for companion in resolve_companions(["weights"])]
+    ['weights']
+    """
+    if isinstance(companions, str):
+        companions = [companions]
+    found = tuple(_resolve(companions))
+    names = [companion.name for companion in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"companion {name!r} is given {names.count(name)} times: give one, with a wider include=")
+    return found
+
+
+def _resolve(companions: Sequence[str | Companion]) -> Iterator[Companion]:
+    known = known_companions()
+    for given in companions:
+        if isinstance(given, Companion):
+            yield given
+        elif not isinstance(given, str):
+            raise TypeError(f"a companion is one of {', '.join(known)}, or an object of such a class; got {given!r}")
+        elif given not in known:
+            close = difflib.get_close_matches(given, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown companion {given!r}{hint}; known: {', '.join(known)}")
+        else:
+            yield known[given]()
+
+
+def companions_table() -> str:
+    """Every measure as a Markdown table, for the README; a companion's name and cost stand in its first row."""
+    rows = ["| companion | measure | formula | source | bad when | cost |", "|---|---|---|---|---|---|"]
+    for companion in known_companions().values():
+        name, cost = f"`{companion.name}`", companion.cost
+        for measure in companion.measures:
+            formula, bad = (text.replace("|", "\\|") for text in (measure.formula, measure.bad))
+            rows.append(f"| {name} | `{measure.name}` | {formula} | {measure.source} | {bad} | {cost} |")
+            name = cost = ""
+    return "\n".join(rows)

@@ -1,0 +1,177 @@
+"""`EmbeddingCompanion`: two cheap signs of trouble in the first layer, where gradients explode first."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
+from stabnorm.companions.companion import Companion, Measure, Watch, clean, selected, wide
+
+
+class EmbeddingSums(NamedTuple):
+    """What a step says of the embeddings, ``[embeddings]`` each, but for `others`.
+
+    Attributes:
+        gradient: squared norm of each embedding's gradient; NaN where it has none.
+        others: ``[matrices]``, the same of all other weight matrices.
+        deviation: sum over tokens of the standard deviation over features; NaN for what is no `nn.Embedding`.
+        tokens: how many.
+    """
+
+    gradient: Tensor
+    others: Tensor
+    deviation: Tensor
+    tokens: Tensor
+
+    def merge(self, other: "EmbeddingSums") -> "EmbeddingSums":
+        """Of two shards (FSDP); replicas, as in DDP, hold the same figures and need no merging."""
+        return EmbeddingSums(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def _gradient_ratio(sums: EmbeddingSums) -> Tensor:
+    if not sums.others.numel():
+        return torch.full_like(sums.gradient, torch.nan)
+    return sums.gradient.sqrt() / sums.others.sqrt().nanquantile(0.5)
+
+
+@dataclass(frozen=True)
+class EmbeddingCompanion(Companion):
+    """Token-embedding variability, and the embedding's gradient against that of the other matrices.
+
+    Watched is every `nn.Embedding`. Other first layers are named: `EmbeddingCompanion(include="patches")`; they have no
+    tokens, and so no variability.
+
+    Args:
+        include: a regular expression, or a list of them, that a parameter's name must match. Default: the weights of
+            `nn.Embedding` and `nn.EmbeddingBag`.
+        exclude: the same for parameters to leave out. Default: none.
+
+    Raises:
+        ValueError: from `watch`: no embedding found.
+
+    >>> import stabnorm
+    >>> model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4), nn.Linear(4, 10))
+    >>> with stabnorm.StabilityMonitor(model, companions=["embedding"]) as monitor:
+    ...     monitor.step()
+    >>> list(monitor.companions["embedding"].history())
+    ['token_embedding_variability', 'embedding_gradient_ratio']
+    """
+
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+
+    name: ClassVar[str] = "embedding"
+    cost: ClassVar[str] = "two reads of the embedding, one of the gradients"
+    measures: ClassVar[tuple[Measure, ...]] = (
+        Measure(
+            "token_embedding_variability", "mean over tokens of the standard deviation (over all features) of the "
+            "token's vector", "weight", "TEV, arXiv 2409.07787", "rises during the training",
+            lambda sums: sums.deviation / sums.tokens,
+        ),
+        Measure(
+            "embedding_gradient_ratio", "|g| of the embedding / median of |g| over the other weight matrices, as the "
+            "optimizer saw them", "1", "arXiv 2211.09359; bound ours", "> 10", _gradient_ratio, threshold=10.0,
+            advice="its gradient is far larger than the others': freeze it when fine-tuning, or give it a smaller "
+            "learning rate",
+        ),
+    )  # fmt: skip
+
+    def watch(self, model: nn.Module) -> "EmbeddingWatch":
+        """Find the embeddings."""
+        of_tokens = {
+            id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        }
+        named = [(clean(name), parameter) for name, parameter in model.named_parameters()]
+        wanted = selected([name for name, _ in named], self.include, self.exclude)
+        if self.include is None:
+            wanted = [yes and id(p) in of_tokens for yes, (_, p) in zip(wanted, named, strict=True)]
+        chosen = [pair for pair, yes in zip(named, wanted, strict=True) if yes]
+        if not chosen:
+            raise ValueError(
+                f"no embedding found in {type(model).__name__} under include={self.include!r}, exclude={self.exclude!r}"
+                ": name the weight of its first layer, as in EmbeddingCompanion(include='patches'), or leave the "
+                "companion 'embedding' out"
+            )
+        mine = {id(parameter) for _, parameter in chosen}
+        others = [parameter for _, parameter in named if parameter.ndim > 1 and id(parameter) not in mine]
+        return EmbeddingWatch(chosen, others, [id(p) in of_tokens for _, p in chosen])
+
+
+class EmbeddingWatch(Watch):
+    """Looks at gradients right after each optimizer step; see `EmbeddingCompanion`."""
+
+    def __init__(
+        self,
+        embeddings: Sequence[tuple[str, nn.Parameter]],
+        others: Sequence[nn.Parameter],
+        of_tokens: Sequence[bool],
+    ) -> None:
+        self.rows = tuple(name for name, _ in embeddings)
+        self._of_tokens = of_tokens
+        self._parameters = [*(parameter for _, parameter in embeddings), *others]
+        self._steps = OptimizerSteps(self._parameters, None, self._after)
+        self._squares: Tensor | None = None
+        self._indices = Indices()
+
+    @property
+    def _gathered(self) -> Tensor:
+        device = local(self._parameters[0]).device
+        if self._squares is None or self._squares.device != device:
+            self._squares = torch.full((len(self._parameters),), torch.nan, dtype=wide(device), device=device)
+        return self._squares
+
+    def attach(self) -> None:
+        """A hook after optimizer steps."""
+        self._steps.attach()
+        self.discard()
+
+    def detach(self) -> None:
+        """Off."""
+        self._steps.detach()
+
+    def discard(self) -> None:
+        """No gradient was seen."""
+        self._gathered.fill_(torch.nan)
+
+    def _after(self, rows: list[int], learning_rate: float | Tensor) -> None:
+        start = time.perf_counter()
+        there = [(row, _dense(gradient)) for row in rows if (gradient := self._parameters[row].grad) is not None]
+        if there:
+            gathered = self._gathered
+            norms = torch._foreach_norm([gradient for _, gradient in there])
+            squares = torch.stack([norm.to(gathered) for norm in norms]).square()
+            gathered.index_copy_(0, self._indices.on(gathered.device, [row for row, _ in there]), squares)
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def take(self) -> EmbeddingSums:
+        """Of this process: of a sharded embedding its own tokens."""
+        gathered, count = self._gathered.clone(), len(self.rows)
+        weights = [local(parameter) for parameter in self._parameters[:count]]
+        deviation = [
+            _deviation(weight).to(gathered) if is_tokens else torch.full_like(gathered[0], torch.nan)
+            for weight, is_tokens in zip(weights, self._of_tokens, strict=True)
+        ]
+        tokens = torch.stack([torch.full_like(gathered[0], len(weight)) for weight in weights])
+        return EmbeddingSums(gathered[:count], gathered[count:], torch.stack(deviation), tokens)
+
+    def complaint(self, values: Tensor) -> str | None:
+        """Embeddings whose gradient was not seen."""
+        trained = {name for name, p in zip(self.rows, self._parameters, strict=False) if p.requires_grad}
+        return no_step([name for name in self.without(values, 1) if name in trained])
+
+
+def _deviation(weight: Tensor) -> Tensor:
+    """Sum over tokens of the deviation over features."""
+    return weight.float().std(-1, correction=0).sum(dtype=wide(weight.device))
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Something that has the gradient's norm. A sparse one is summed up first, for which a GPU is waited for."""
+    own = local(gradient)
+    values = own.coalesce().values() if own.is_sparse else own
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

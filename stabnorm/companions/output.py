@@ -1,0 +1,276 @@
+"""`OutputCompanion`: whether the logits of the output layer drift away, the second divergence of arXiv 2309.14322."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stabnorm.companions.companion import Companion, Hook, Measure, Watch, clean, first_device, sampled, wide
+from stabnorm.masks import mask_for
+from stabnorm.ops.moments import is_recompute
+
+logger = logging.getLogger("stabnorm")
+
+
+class OutputSums(NamedTuple):
+    """What a step's logits add up to, ``[layers]`` each.
+
+    Attributes:
+        tokens: how many were counted.
+        mean: sum over tokens of the mean over classes.
+        log_z: sum of ln sum_j exp(logit_j).
+        square: sum of its square.
+        magnitude: the largest magnitude of a logit.
+    """
+
+    tokens: Tensor
+    mean: Tensor
+    log_z: Tensor
+    square: Tensor
+    magnitude: Tensor
+
+    @staticmethod
+    def empty(layers: int, device: torch.device) -> "OutputSums":
+        """Nothing counted yet."""
+        return OutputSums(*torch.zeros(5, layers, dtype=wide(device), device=device))
+
+    def merge(self, other: "OutputSums") -> "OutputSums":
+        """Of two micro-batches, devices or ranks: sums add, and the larger magnitude stays."""
+        other = OutputSums(*(part.to(self.tokens.device) for part in other))
+        added = OutputSums(*(mine + part for mine, part in zip(self, other, strict=True)))
+        return added._replace(magnitude=torch.maximum(self.magnitude, other.magnitude))
+
+
+def sums_of_logits(logits: Tensor, valid: Tensor | None = None, at_most: int | None = None) -> OutputSums:
+    """Sum up logits ``[batch..., tokens, classes]``, or ``[tokens, classes]``, all of which are looked at.
+
+    Args:
+        logits: the output layer's.
+        valid: bool, which tokens count, of the logits' shape without classes.
+        at_most: tokens of each sequence to look at, evenly spaced. Default: all.
+    """
+    if logits.ndim > 2:
+        positions = sampled(logits.shape[-2], at_most)
+        logits = logits[..., positions, :]
+        valid = None if valid is None else valid[..., positions]
+    logits = logits.float()
+    dtype = wide(logits.device)
+    log_z = logits.logsumexp(-1)
+
+    def total(values: Tensor) -> Tensor:
+        return (values if valid is None else torch.where(valid, values, 0)).sum(dtype=dtype)
+
+    magnitude = logits.abs().amax(-1)
+    if valid is not None:
+        magnitude = torch.where(valid, magnitude, 0)
+    counted = total(torch.ones_like(log_z))
+    return OutputSums(counted, total(logits.mean(-1)), total(log_z), total(log_z.square()), magnitude.amax().to(dtype))
+
+
+_library = torch.library.Library("stabnorm", "FRAGMENT")
+_library.define(
+    "accumulate_output_(Tensor logits, Tensor? valid, int? at_most, Tensor(a!) tokens, Tensor(b!) mean, "
+    "Tensor(c!) log_z, Tensor(d!) square, Tensor(e!) magnitude) -> ()"
+)
+
+
+def accumulate_output_(logits: Tensor, valid: Tensor | None, at_most: int | None, *sums: Tensor) -> None:
+    """Add logits to the sums, in place; a recomputed forward adds nothing."""
+    if is_recompute() or logits.numel() == 0:
+        return
+    mine = OutputSums(*sums)
+    with torch.autocast(logits.device.type, enabled=False):
+        merged = mine.merge(sums_of_logits(logits, valid, at_most))
+    for part, new in zip(mine, merged, strict=True):
+        part.copy_(new)
+
+
+_library.impl("accumulate_output_", accumulate_output_, "CompositeExplicitAutograd")
+torch.library.register_fake("stabnorm::accumulate_output_", lambda *_: None)
+
+_LOG_Z = "z-loss of PaLM, arXiv 2204.02311; arXiv 2309.14322"
+
+
+def _mean(total: Tensor, sums: OutputSums) -> Tensor:
+    return torch.where(sums.tokens > 0, total / sums.tokens, torch.nan)
+
+
+@dataclass(frozen=True)
+class OutputCompanion(Companion):
+    """Growth of the output logits.
+
+    Args:
+        layer: name of the output layer, or a list of them. Default: what the model's `get_output_embeddings()` returns,
+            else its last `nn.Linear`.
+        tokens: so many tokens of each sequence are looked at, evenly spaced, the last one among them; None: all.
+            Logits ``[tokens, classes]`` are looked at whole. Default: 16.
+
+    Raises:
+        ValueError: `tokens` below 1; from `watch`: no such layer.
+
+    >>> import stabnorm
+    >>> model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 10))
+    >>> with stabnorm.StabilityMonitor(model, companions=["output"]) as monitor:
+    ...     _ = model(torch.randn(3, 4))
+    ...     monitor.step()
+    >>> monitor.companions["output"].rows
+    ('1',)
+    """
+
+    layer: str | Sequence[str] | None = None
+    tokens: int | None = 16
+
+    name: ClassVar[str] = "output"
+    cost: ClassVar[str] = "four reads of the sampled logits"
+    measures: ClassVar[tuple[Measure, ...]] = (
+        Measure(
+            "output_logit_mean", "mean over tokens and classes of the logits", "logit", "arXiv 2309.14322",
+            "falls without end", lambda sums: _mean(sums.mean, sums),
+        ),
+        Measure(
+            "output_logit_max", "max |logit|", "logit", "arXiv 2309.14322", "grows without end",
+            lambda sums: torch.where(sums.tokens > 0, sums.magnitude, torch.nan),
+        ),
+        Measure(
+            "output_log_z", "mean over tokens of ln Z, Z = sum_j exp(logit_j)", "nat", _LOG_Z, "its size grows",
+            lambda sums: _mean(sums.log_z, sums),
+        ),
+        Measure(
+            "output_z_loss", "mean over tokens of (ln Z)^2", "nat^2", _LOG_Z, "grows",
+            lambda sums: _mean(sums.square, sums),
+        ),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens is a number of tokens, got {self.tokens}; use 1 or more, or None for all")
+
+    def watch(self, model: nn.Module) -> "OutputWatch":
+        """Find the output layer."""
+        model = getattr(model, "_orig_mod", model)
+        modules = {clean(name): module for name, module in model.named_modules()}
+        if self.layer is not None:
+            names = [self.layer] if isinstance(self.layer, str) else list(self.layer)
+            for name in names:
+                if name not in modules:
+                    raise ValueError(f"no module {name!r} in {type(model).__name__}: give a name as in named_modules()")
+        else:
+            names = _last(model, modules)
+        if not names:
+            raise ValueError(
+                f"no output layer found in {type(model).__name__}: it has no nn.Linear. Name it, as in "
+                "OutputCompanion(layer='head'), or leave the companion 'output' out"
+            )
+        return OutputWatch(model, [(name, modules[name]) for name in names], self.tokens)
+
+
+def _last(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    asked: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(asked, nn.Module):
+        return [name for name, module in modules.items() if module is asked]
+    return [name for name, module in modules.items() if isinstance(module, nn.Linear)][-1:]
+
+
+class OutputWatch(Watch):
+    """Hooks on output layers; see `OutputCompanion`."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[tuple[str, nn.Module]], tokens: int | None) -> None:
+        self.model, self.tokens = model, tokens
+        self.rows = tuple(name for name, _ in layers)
+        self._layers = tuple(layers)
+        self._sums: dict[torch.device, OutputSums] = {}
+        self._handles: list[RemovableHandle] = []
+        self._hooks: list[_OutputHook] = []
+
+    def attach(self) -> None:
+        """One hook per layer."""
+        for row, (name, module) in enumerate(self._layers):
+            self._hooks.append(_OutputHook(self, row, name, module))
+            self._handles.append(module.register_forward_hook(self._hooks[-1]))
+        self.discard()
+
+    def detach(self) -> None:
+        """Off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._hooks.clear()
+
+    def discard(self) -> None:
+        """Zero the sums; those on a device that the model has left are dropped."""
+        inhabited = {hook.into.tokens.device for hook in self._hooks}
+        self._sums = {device: sums for device, sums in self._sums.items() if device in inhabited or not inhabited}
+        for sums in self._sums.values():
+            for part in sums:
+                part.zero_()
+
+    def sums(self, device: torch.device) -> OutputSums:
+        """The sums of all layers on a device."""
+        if device not in self._sums:
+            self._sums[device] = OutputSums.empty(len(self.rows), device)
+        return self._sums[device]
+
+    def take(self) -> OutputSums:
+        """Of all devices."""
+        return reduce(OutputSums.merge, self._sums.values())
+
+    def complaint(self, values: Tensor) -> str | None:
+        """Layers that were not called."""
+        names = self.without(values, 0)
+        if not names:
+            return None
+        return (
+            f"{', '.join(names)} did not run in training mode. A loss that takes the layer's weight instead of calling "
+            "it is not seen; if the model was compiled and run before the monitor was attached, call "
+            "torch.compiler.reset() after attaching; another layer is named by OutputCompanion(layer=...)"
+        )
+
+
+class _OutputHook(Hook):
+    """After an output layer's forward."""
+
+    def __init__(self, watch: OutputWatch, row: int, name: str, module: nn.Module) -> None:
+        self.watch, self.row, self.name = watch, row, name
+        device = next((p.device for p in module.parameters()), first_device(watch.model))
+        self.into = self._row_on(device)  # now, not at the first forward: nothing may change under a compiled graph
+        self.refused = False
+
+    def _row_on(self, device: torch.device) -> OutputSums:
+        # Of one element, not of none: Dynamo takes a number that stands alone for one it might specialise on.
+        return OutputSums(*(part[self.row : self.row + 1] for part in self.watch.sums(device)))
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.watch.model.training:
+            return
+        why_not = _not_understood(output)
+        if why_not is not None:
+            if not torch.compiler.is_compiling() and not self.refused:
+                logger.warning("output layer %s is not counted: %s", self.name, why_not)
+                self.refused = True
+            return
+        if self.into.tokens.device != output.device:
+            self.into = self._row_on(output.device)
+        valid = mask_for(output.shape[:-1], self.name)
+        with torch.no_grad():
+            if torch.compiler.is_compiling():
+                torch.ops.stabnorm.accumulate_output_.default(output.detach(), valid, self.watch.tokens, *self.into)
+                return
+            start = time.perf_counter()
+            accumulate_output_(output.detach(), valid, self.watch.tokens, *self.into)
+            self.watch.seconds += time.perf_counter() - start
+
+
+def _not_understood(output: Any) -> str | None:
+    if not isinstance(output, Tensor) or output.is_nested or not output.is_floating_point() or output.ndim < 1:
+        return f"its output is a {type(output).__name__}, not a tensor of logits"
+    if output.device.type == "meta":
+        return "its output is on the meta device"
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        return "it runs inside a torch.func transform"
+    return None

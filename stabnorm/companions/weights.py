@@ -1,0 +1,270 @@
+"""`WeightCompanion`: how far each optimizer step takes each weight matrix, and how large the matrix is.
+
+A weight that feeds a norm is scale-invariant: only its direction counts, so that a step of size dw turns it by an angle
+of about |dw| / |w|, and the part of dw along w does nothing but change how far later steps turn it. The formulas hold
+for every matrix; what they say of one that feeds no norm is its relative change.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
+from stabnorm.companions.companion import Companion, Measure, Watch, clean, selected, wide
+
+_FIRST = 16  # power iterations before the first figure; after that one per step, from where the last one ended
+_SHIFT = 1e-15  # added to W^T W: the vectors are the same, and those of a matrix of zeros do not vanish
+
+
+class WeightSums(NamedTuple):
+    """Squares and products of a step's weights, ``[matrices]`` each; NaN where no optimizer stepped.
+
+    Attributes:
+        weight: |w|^2 before the step.
+        update: |dw|^2.
+        inner: <w, dw>.
+        learning_rate: of the group the matrix is in.
+        singular: the largest singular value at the end of the step; NaN for a sharded matrix.
+    """
+
+    weight: Tensor
+    update: Tensor
+    inner: Tensor
+    learning_rate: Tensor
+    singular: Tensor
+
+    def merge(self, other: "WeightSums") -> "WeightSums":
+        """Of two shards of the matrices (FSDP); replicas, as in DDP, hold the same figures and need no merging."""
+        parts = [a + b for a, b in zip(self, other, strict=True)]
+        return WeightSums(*parts)._replace(learning_rate=self.learning_rate, singular=self.singular)
+
+
+def _radial_share(sums: WeightSums) -> Tensor:
+    return (sums.inner.square() / (sums.weight * sums.update)).clamp(0, 1)
+
+
+def _angular_update(sums: WeightSums) -> Tensor:
+    # The tangential part of dw against what lies along w; an arc cosine would lose small angles.
+    along = sums.weight + sums.inner
+    across = (sums.weight * sums.update - sums.inner.square()).clamp(min=0).sqrt()
+    return torch.atan2(across, along)
+
+
+_KEPT = "effective learning rate, arXiv 1706.05350"
+
+
+@dataclass(frozen=True)
+class WeightCompanion(Companion):
+    """Update-to-weight ratio, angle, radial share, effective learning rate and top singular value of weight matrices.
+
+    Any optimizer that derives from `torch.optim.Optimizer` is seen, several of them too; an optimizer step compiled by
+    `torch.compile` is not. Keeps a copy of the watched weights, in float32.
+
+    Args:
+        include: a regular expression, or a list of them, that a parameter's name must match. Default: all parameters
+            that are matrices: two axes or more, of which the first and the product of the others exceed 1.
+        exclude: the same for parameters to leave out. Default: none.
+
+    Raises:
+        ValueError: from `watch`: no matrix to watch.
+
+    >>> import stabnorm
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with stabnorm.StabilityMonitor(model, companions=["weights"]) as monitor:
+    ...     model(torch.randn(3, 4)).square().mean().backward()
+    ...     optimizer.step()
+    ...     monitor.step()
+    >>> monitor.companions["weights"].rows
+    ('0.weight',)
+    """
+
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
+
+    name: ClassVar[str] = "weights"
+    cost: ClassVar[str] = "about nine reads of the weights, and a copy of them"
+    measures: ClassVar[tuple[Measure, ...]] = (
+        Measure(
+            "update_ratio", "|dw| / |w|, dw what the optimizer step changed", "1",
+            "bound ours: healthy starts stay below 0.006, runs without warm-up pass 0.24", "> 0.05",
+            lambda sums: (sums.update / sums.weight).sqrt(), threshold=0.05,
+            advice="each step changes it by a large part: lower the learning rate, or lengthen the warm-up",
+        ),
+        Measure(
+            "angular_update", "angle between w and w + dw", "rad",
+            "rotational equilibrium, arXiv 2305.17212: sqrt(2 lr weight_decay) in the long run, with AdamW",
+            "far from that of other matrices", _angular_update,
+        ),
+        Measure(
+            "radial_share", "<w, dw>^2 / (|w|^2 |dw|^2): what of the step only changes the norm", "1",
+            "AdamP, arXiv 2006.08217", "near 1 where w feeds a norm", _radial_share,
+        ),
+        Measure(
+            "effective_learning_rate", "lr / |w|^2, lr of the parameter's own group", "1 / weight^2", _KEPT,
+            "decays with growing |w| faster than planned", lambda sums: sums.learning_rate / sums.weight,
+        ),
+        Measure("weight_norm", "|w| before the step", "weight", _KEPT, "grows without end", lambda s: s.weight.sqrt()),
+        Measure(
+            "top_singular_value", "max |W v| over |v| = 1, all axes but the first taken as one; by power iteration, "
+            "one per step", "weight", "arXiv 1802.05957, arXiv 2303.06296", "grows without end",
+            lambda sums: sums.singular,
+        ),
+    )  # fmt: skip
+
+    def watch(self, model: nn.Module) -> "WeightWatch":
+        """Find the matrices."""
+        matrices = [(clean(name), p) for name, p in model.named_parameters() if _is_matrix(p)]
+        wanted = selected([name for name, _ in matrices], self.include, self.exclude)
+        chosen = [pair for pair, yes in zip(matrices, wanted, strict=True) if yes]
+        if not chosen:
+            raise ValueError(
+                f"no weight matrix found in {type(model).__name__} under include={self.include!r}, "
+                f"exclude={self.exclude!r}: these are searched for in parameters' names, as in named_parameters()"
+            )
+        return WeightWatch(chosen)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim > 1 and 1 < len(parameter) < parameter.numel()
+
+
+class WeightWatch(Watch):
+    """Looks around each optimizer step; see `WeightCompanion`."""
+
+    def __init__(self, matrices: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self.rows = tuple(name for name, _ in matrices)
+        self._weights = [weight for _, weight in matrices]
+        self._steps = OptimizerSteps(self._weights, self._before, self._after)
+        self._old: list[Tensor | None] = [None] * len(matrices)  # weights before the step, then what it took from them
+        self._open = [0] * len(matrices)  # optimizers in the middle of their step: one may wrap another
+        self._sums: Tensor | None = None  # [4, matrices]: the first four of `WeightSums`
+        self._indices = Indices()
+        self._right: list[Tensor] = []  # right singular vectors
+        self._iterated = False
+        sharded = [hasattr(weight, "to_local") for weight in self._weights]
+        self._sharded = torch.tensor(sharded) if any(sharded) else None
+
+    @property
+    def _gathered(self) -> Tensor:
+        device = local(self._weights[0]).device
+        if self._sums is None or self._sums.device != device:
+            self._sums = torch.full((4, len(self.rows)), torch.nan, dtype=wide(device), device=device)
+        return self._sums
+
+    def attach(self) -> None:
+        """Hooks around optimizer steps."""
+        self._steps.attach()
+        self.discard()
+
+    def detach(self) -> None:
+        """Hooks off, and the copy of the weights is given back."""
+        self._steps.detach()
+        self._old = [None] * len(self.rows)
+
+    def discard(self) -> None:
+        """No optimizer has stepped."""
+        self._gathered.fill_(torch.nan)
+        self._open = [0] * len(self.rows)
+
+    def _before(self, rows: list[int], learning_rate: float | Tensor) -> None:
+        start = time.perf_counter()
+        for row in rows:
+            self._open[row] += 1
+        rows = [row for row in rows if self._open[row] == 1]
+        now = [local(self._weights[row]) for row in rows]
+        for row, weight in zip(rows, now, strict=True):
+            old = self._old[row]
+            if old is None or old.shape != weight.shape or old.device != weight.device:
+                self._old[row] = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        if rows:
+            torch._foreach_copy_(self._old_of(rows), now)
+            self._write(0, rows, self._squares(now))
+        self.seconds += time.perf_counter() - start
+
+    def _after(self, rows: list[int], learning_rate: float | Tensor) -> None:
+        start = time.perf_counter()
+        ended = [row for row in rows if self._open[row] == 1]  # 0: added to the optimizer in between
+        for row in rows:
+            self._open[row] = max(0, self._open[row] - 1)
+        rows = ended
+        if rows:
+            now = [local(self._weights[row]) for row in rows]
+            taken = self._old_of(rows)
+            torch._foreach_sub_(taken, now)  # -dw
+            update = self._squares(taken)
+            pairs = zip(now, taken, strict=True)
+            inner = self._stack([torch.dot(w.to(d.dtype).flatten(), d.flatten()) for w, d in pairs])
+            self._write(1, rows, update)
+            self._write(2, rows, -inner - update)  # from <w + dw, -dw>
+            if isinstance(learning_rate, Tensor):  # filling with a tensor would read it
+                self._write(3, rows, learning_rate.reshape(1).expand(len(rows)))
+            else:
+                index = self._indices.on(self._gathered.device, rows)
+                self._gathered[3].index_fill_(0, index, learning_rate)
+        self.seconds += time.perf_counter() - start
+
+    def _old_of(self, rows: list[int]) -> list[Tensor]:
+        return [old for row in rows if (old := self._old[row]) is not None]
+
+    def _squares(self, tensors: list[Tensor]) -> Tensor:
+        full = [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]
+        return self._stack(torch._foreach_norm(full)).square()
+
+    def _stack(self, numbers: Sequence[Tensor]) -> Tensor:
+        return torch.stack([number.to(self._gathered) for number in numbers])
+
+    def _write(self, part: int, rows: list[int], values: Tensor) -> None:
+        gathered = self._gathered
+        gathered[part].index_copy_(0, self._indices.on(gathered.device, rows), values.to(gathered))
+
+    @torch.no_grad()
+    def take(self) -> WeightSums:
+        """Of this process: of a sharded weight its own shard."""
+        weight, update, inner, learning_rate = self._gathered.clone()
+        return WeightSums(weight, update, inner, learning_rate, self._singular_values())
+
+    def _singular_values(self) -> Tensor:
+        matrices = list(self._matrices())
+        if not self._right:
+            self._right = _unit_vectors([matrix.shape[1] for matrix in matrices])
+        self._right = [v.to(w) for v, w in zip(self._right, matrices, strict=True)]
+        for _ in range(1 if self._iterated else _FIRST):
+            left = [w @ v for w, v in zip(matrices, self._right, strict=True)]
+            back = [w.T @ u for w, u in zip(matrices, left, strict=True)]
+            torch._foreach_add_(back, self._right, alpha=_SHIFT)
+            self._right = list(torch._foreach_div(back, torch._foreach_norm(back)))
+        self._iterated = True
+        values = self._stack(torch._foreach_norm(left))
+        if self._sharded is not None:
+            values = torch.where(self._sharded.to(values.device), torch.nan, values)
+        return values
+
+    def _matrices(self) -> Iterator[Tensor]:
+        for weight in self._weights:
+            matrix = local(weight).flatten(1)
+            yield matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
+
+    def complaint(self, values: Tensor) -> str | None:
+        """Matrices that no optimizer changed."""
+        trained = {name for name, weight in zip(self.rows, self._weights, strict=True) if weight.requires_grad}
+        return no_step([name for name in self.without(values, 0) if name in trained])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the power iteration stands."""
+        return {"right": [vector.detach().cpu() for vector in self._right]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        if [len(v) for v in state["right"]] == [local(weight).flatten(1).shape[1] for weight in self._weights]:
+            self._right, self._iterated = list(state["right"]), True
+
+
+def _unit_vectors(sizes: Sequence[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)  # the user's random state is not ours
+    vectors = [torch.randn(size, generator=generator, device="cpu") for size in sizes]
+    return [vector / torch.linalg.vector_norm(vector) for vector in vectors]

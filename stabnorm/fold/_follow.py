@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from stabnorm.errors import StabNormError
 from stabnorm.fold._examples import Example, Picker, run, tensors_in
 from stabnorm.fold._readers import Linear, Operands, Slot, View, new_bias, operands
-from stabnorm.fold._shadow import Shadow, averaged, columns, moved
+from stabnorm.fold._shadow import Shadow, averaged, columns, function_of, moved
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Obstacle, Residual, Trace, Use
 from stabnorm.fold.folded import input_of
@@ -130,9 +130,9 @@ class _Follow(TorchDispatchMode):
             return raw
         tags, factors = (plane.movedim(site.channel_dim, 0).flatten(1) for plane in (shadow.tags, shadow.factors()))
         channels = torch.arange(len(tags), device=tags.device)[:, None].expand(tags.shape)
-        landed = _function(tags, channels)
+        landed = function_of(tags, channels)
         if landed is not None:
-            factor_of = _function(tags, factors)
+            factor_of = function_of(tags, factors)
             factor = torch.full(landed[1].shape, torch.nan) if factor_of is None else factor_of[1]
             if bool((tags >= self.features_from).all()):
                 return Call(index, "linear", landed[0], landed[1].long(), factor)
@@ -268,7 +268,7 @@ class _Follow(TorchDispatchMode):
         if bool((mine.tags >= self.features_from).any()):
             mine, others = others, mine
         is_stream = (mine.tags > 0) & (mine.tags < self.features_from)
-        pairs = _function(others.tags, mine.tags)
+        pairs = function_of(others.tags, mine.tags)
         if pairs is None or not bool((is_stream & (others.tags >= self.features_from)).all()):
             return None, []
         self.trace.residuals.append(Residual(pairs[1].long(), pairs[0], self.paths[-1]))
@@ -283,7 +283,7 @@ class _Follow(TorchDispatchMode):
         groups, _, outputs = linear.size
         count = groups * outputs
         places = torch.arange(bias.numel(), device=bias.device).view(bias.shape).expand(out.shape)
-        landed = _function(features.tags, places)
+        landed = function_of(features.tags, places)
         if landed is None or len(tags) != count or bias.numel() != count or bool((landed[1].diff() != 1).any()):
             return None, []
         strided = bias.reshape(groups, outputs)
@@ -319,8 +319,7 @@ class _Follow(TorchDispatchMode):
             read = columns(Shadow(shadow.tags - features, shadow.factor), found.gather)
             if read.problem:
                 self._stop(Shadow(shadow.tags - features), f"{linear}: {read.problem}")
-        if not any(read.same(earlier) for earlier in linear.reads):
-            linear.reads.append(read)
+        linear.note(read)
         first = linear.outputs + torch.arange(groups * outputs, dtype=torch.float64, device=out.device)
         self.shadows[out] = Shadow(found.spread(first.view(groups, outputs)).expand(out.shape))
         where = self._where(func)
@@ -378,19 +377,6 @@ class _Follow(TorchDispatchMode):
             if offset >= 0 and view.reach[1] <= whole.reach[1] and t.dtype == parameter.dtype:
                 return view
         return None
-
-
-def _function(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Each key once, and its value; None if a key has several, or is not positive."""
-    keys, values = keys.flatten().long(), values.flatten().double()
-    if not keys.numel() or bool((keys <= 0).any()):
-        return None
-    table = torch.full((int(keys.max()) + 1,), torch.nan, dtype=torch.float64, device=keys.device)
-    table[keys] = values
-    if not torch.equal(table[keys], values):
-        return None
-    found = torch.isfinite(table).nonzero().flatten()
-    return found.cpu(), table[found].cpu()
 
 
 def _storage(t: Tensor) -> int:

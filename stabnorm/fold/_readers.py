@@ -97,6 +97,14 @@ class Linear:
         owner, _, attribute = self.weight.name.rpartition(".")
         return owner if attribute == "weight" and owner else self.weight.name
 
+    def note(self, read: Columns) -> None:
+        """Add what its inputs were in one execution; the same with a padding's zeros beside it stands for both."""
+        for index, earlier in enumerate(self.reads):
+            if read.same(earlier):
+                self.reads[index] = read if read.padded else earlier
+                return
+        self.reads.append(read)
+
     def __str__(self) -> str:
         return f"'{self.name}'" if self.path == self.name else f"'{self.name}' ({self.op} in '{self.path}')"
 

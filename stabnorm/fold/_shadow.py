@@ -127,6 +127,19 @@ def _all_floating(out: Any) -> bool:
     return all(t.is_floating_point() for t in pytree.tree_leaves(out) if isinstance(t, Tensor))
 
 
+def function_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Each key once, and its value; None if a key has several, or is not positive."""
+    keys, values = keys.flatten().long(), values.flatten().double()
+    if not keys.numel() or bool((keys <= 0).any()):
+        return None
+    table = torch.full((int(keys.max()) + 1,), torch.nan, dtype=torch.float64, device=keys.device)
+    table[keys] = values
+    if not torch.equal(table[keys], values):
+        return None
+    found = torch.isfinite(table).nonzero().flatten()
+    return found.cpu(), table[found].cpu()
+
+
 @dataclass(frozen=True, eq=False)
 class Columns:
     """What reaches each input of a linear layer.
@@ -144,7 +157,7 @@ class Columns:
     problem: str
 
     def same(self, other: "Columns") -> bool:
-        """Whether the same arrives."""
+        """Whether the same arrives, padding apart."""
         return (
             torch.equal(self.tags, other.tags)
             and torch.allclose(self.factor, other.factor, rtol=1e-12, atol=0, equal_nan=True)

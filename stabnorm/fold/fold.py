@@ -43,14 +43,14 @@ def fold_norms(
     does not hold is rolled back.
 
     A path that the example does not take is not seen: pass several examples where there are several paths, and where a
-    multiplication by ``x.shape[1] ** -0.5`` or the like depends on the shape. What a forward stores aside, or a hook
-    takes out, may be unnormalised afterwards.
+    padding, or a multiplication by ``x.shape[1] ** -0.5`` or the like, depends on the shape. What a forward stores
+    aside, or a hook takes out, may be unnormalised afterwards.
 
     Args:
         model: in eval mode. RepBN, UnifiedNorm, PRepBN at lam = 0, torch's BatchNorm1d, 2d and 3d, and any module with
             ``fold_affine()`` fold.
         example: a tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple ``(args, kwargs)`` of
-            these, or a list of such; a small batch will do.
+            these, or a list of such; a small batch, of a few rows and tokens, will do.
         check: further inputs to verify on, in the same formats. Default: the example with floating tensors redrawn with
             another mean and scale, integers shuffled, masks and scalars kept.
         residual: whether a residual stream may carry a norm's scale (post-norm models). Weights grow with depth then,

@@ -181,6 +181,18 @@ def test_a_factor_that_follows_the_shape_is_seen_with_two_shapes() -> None:
     assert statuses(result) == {"norm": "affine"}
 
 
+def test_a_padding_that_follows_the_shape_is_seen_with_two_shapes() -> None:
+    model = ready(
+        Net(lambda m, x: m.fc(F.pad(m.norm(x), (0, 0, 0, -x.shape[1] % 4))), norm=RepBN(C), fc=nn.Linear(C, D))
+    )
+    assert statuses(fold_norms(model, draw(2, 4, C))) == {"norm": "forward"}
+    result = fold_norms(model, [draw(2, 4, C), draw(2, 5, C)])
+    assert statuses(result) == {"norm": "affine"}
+    assert "zeros of a padding" in result.norms[0].reason
+    scale_only = ready(Net(model.function, norm=RepBN(C, center=False), fc=nn.Linear(C, D)))  # type: ignore[arg-type]
+    assert statuses(fold_norms(scale_only, [draw(2, 4, C), draw(2, 5, C)])) == {"norm": "forward"}
+
+
 def test_an_output_left_out_frees_the_norm_that_makes_it() -> None:
     model = ready(Net(lambda m, x: (m.fc(m.norm(x)), m.norm(x)), norm=RepBN(C), fc=nn.Linear(C, D)))
     assert statuses(fold_norms(model, draw(3, C))) == {"norm": "affine"}
@@ -299,6 +311,17 @@ def test_a_check_that_cannot_see_a_fault_is_said_to_be_vacuous() -> None:
         result = fold_norms(model, draw(3, C))
     assert result.vacuous
     assert "says nothing" in result.summary
+
+
+@pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float64).min, -torch.inf])
+def test_masked_logits_do_not_hide_a_fault(mask: float) -> None:
+    def masked(m: Any, x: Tensor) -> Any:
+        return m.head(m.liar(m.fc(m.norm(x)))).masked_fill(torch.arange(D) == 1, mask)
+
+    parts = {"norm": RepBN(C), "fc": nn.Linear(C, C), "liar": Liar(), "head": nn.Linear(C, D)}
+    result = fold_norms(ready(Net(masked, **parts)), draw(3, C))
+    assert statuses(result) == {"norm": "forward", "liar": "kept"}
+    assert not result.vacuous
 
 
 def test_a_second_input_that_does_not_run_is_done_without() -> None:

@@ -25,8 +25,8 @@ def _tokens(batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _vit() -> nn.Module:
-    model = inference.ViT(6, 2)
-    model.blocks = model.blocks[:2]
+    model = monitor_overhead.ViT(6, 2)
+    del model.blocks[2:]
     return model
 
 

@@ -82,7 +82,7 @@ def test_gradients_stay_and_the_folded_copy_has_none_where_it_changed() -> None:
     model(draw(3, C)).square().sum().backward()
     before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     folded = fold_norms(model, draw(3, C)).model
-    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())  # type: ignore[arg-type]
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
     assert folded.get_parameter("fc.weight").requires_grad
     assert folded.get_parameter("fc.weight").grad is None
 

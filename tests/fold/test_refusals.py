@@ -76,6 +76,15 @@ def post(function: Callable[..., Any], **parts: Any) -> Callable[[], nn.Module]:
     return net(function, norm=norm(), fc=nn.Linear(C, C), last=norm(), head=nn.Linear(C, D), **parts)
 
 
+def with_buffer(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def built() -> nn.Module:
+        model = build()
+        model.register_buffer("s", torch.ones(C))
+        return model
+
+    return built
+
+
 CASES = {
     # between the norm and its reader
     "relu": Case(reader(lambda m, x: m.fc(m.norm(x).relu())), "relu"),
@@ -176,6 +185,18 @@ CASES = {
         "transposed",
         shape=(2, C, 8),
     ),
+    "convolution that pads the second time": Case(
+        reader(
+            lambda m, x: (lambda h: m.fc(h) + F.conv1d(h, m.fc.weight, m.fc.bias, padding=1)[..., 1:-1])(m.norm(x)),
+            norm=norm(channel_dim=1),
+            fc=nn.Conv1d(C, D, 3),
+        ),
+        "pads with zeros",
+        shape=(2, C, 8),
+    ),
+    "multiplied by a buffer that the forward writes": Case(
+        with_buffer(reader(lambda m, x: (m.s.copy_(x.mean((0, 1))), m.fc(m.norm(x) * m.s))[1])), "depends on the input"
+    ),
     # where it goes
     "returned": Case(reader(lambda m, x: (m.fc(m.norm(x)), m.norm(x))), "outputs="),
     "returned in a dictionary": Case(reader(lambda m, x: {"y": m.fc(m.norm(x)), "h": [m.norm(x)[:, 0]]}), "outputs="),
@@ -189,6 +210,12 @@ CASES = {
     ),
     "producer runs twice": Case(
         reader(lambda m, x: m.norm(m.fc(x)).tanh() + m.fc(x.sin()).relu(), fc=nn.Linear(C, C)), "relu"
+    ),
+    "producer is read by another layer": Case(
+        reader(
+            lambda m, x: (lambda h: m.norm(h)[..., :D].sin() + m.o(h))(m.fc(x)), fc=nn.Linear(C, C), o=nn.Linear(C, D)
+        ),
+        "Backward: 'o' reads it",
     ),
     "producer's weight is read": Case(
         reader(lambda m, x: m.norm(m.fc(x)).tanh() + m.fc.weight.sum(), fc=nn.Linear(C, C)), "also read by"

@@ -93,7 +93,7 @@ class Watcher(Protocol):
     def detach(self) -> None:
         """Take them off."""
 
-    def step(self, *, loss: Tensor) -> None:
+    def step(self, *, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """End a step."""
 
 

@@ -43,7 +43,7 @@ class Peer:
         for handle in self._handles:
             handle.remove()
 
-    def step(self, *, loss: Tensor | None = None) -> None:
+    def step(self, *, loss: Tensor | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
         """End the step."""
         self.found.clear()
 

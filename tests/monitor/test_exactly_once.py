@@ -1,5 +1,6 @@
 """However a model is run in one process, the history is the one it has when run plainly, to 1e-6 of natural scale."""
 
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from stabnorm import StabilityMonitor
+from stabnorm import StabilityMonitor, convert_norms
+from stabnorm.nn import PRepBN
 from tests.monitor.one_history import STEPS, History, Net, assert_same, train
 
 RECOMPUTE = ["reentrant", "non-reentrant"]
@@ -151,6 +153,17 @@ def test_a_watched_norm_is_of_its_own_class_again_afterwards_whoever_goes_first(
     second.detach()
     assert type(net.norm) is nn.LayerNorm
     assert tokens(second) == [5]
+
+
+def test_a_norm_that_is_converted_while_it_is_watched_is_seen_on_and_can_be_saved() -> None:
+    net = Small()
+    with StabilityMonitor(net, ["amax"]) as monitor:
+        convert_norms(net)
+        pickle.loads(pickle.dumps(net))(torch.randn(5, 8))
+        net(torch.randn(5, 8))
+        monitor.step()
+    assert tokens(monitor) == [5]
+    assert type(net.norm) is type(PRepBN(8))
 
 
 def test_the_number_of_steps_is_that_of_the_optimizer(plain: dict[bool, History]) -> None:

@@ -3,12 +3,13 @@
 Measured at 3152 x 192, float32, two threads: var, std, aminmax and norm over dim 0 take ATen's scalar path and cost 10
 to 60 reads, and a fresh 2 MB tensor costs more in page faults than a pass over it. What is fast: sum and amax over
 dim 0, mean and vector_norm over dim -1, `batch_norm_update_stats` (two-pass column mean and variance) and the column
-sums inside `native_batch_norm_backward`. These accumulate in float32 along the rows, so a block is shifted by its own
-mean first and short enough for its sums to keep six digits; blocks merge by Chan's rule like everything else.
+sums inside `native_batch_norm_backward`. These accumulate in float32 along the rows, so a block is shifted by a mean of
+its rows first and short enough for its sums to keep six digits; blocks merge by Chan's rule like everything else.
 """
 
 import functools
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from stabnorm.functional import (
 
 _BLOCK_ELEMENTS = 1 << 20
 _BLOCK_ROWS = 8192
+_ORIGIN_ROWS = 128
 _kept = threading.local()
 
 
@@ -101,9 +103,11 @@ def _fill(
 ) -> None:
     """One block's moments into ``out``. Every pass counts here, and every op: between two layers' calls all is cold."""
     channel = out.channel
-    torch.amax(x, 0, out=channel[MAX])
-    torch.amin(x, 0, out=channel[MIN])
-    shift = torch.mean(x, 0, out=channel[SHIFT_X])
+    _column_extreme(x, torch.maximum, torch.amax, out=channel[MAX])
+    _column_extreme(x, torch.minimum, torch.amin, out=channel[MIN])
+    # Any origin near the mean will do, for the means of what is left are added to it: some rows spare a pass.
+    some = x if len(x) < _ORIGIN_ROWS else x[:: len(x) // _ORIGIN_ROWS]
+    shift = torch.mean(some, 0, out=channel[SHIFT_X])
     work = torch.sub(x, shift, out=_scratch(x))
     _column_mean_var(work, out=(channel[REST_X], channel[VAR_X]))
     by_token = normalized and kind in ("layer", "rms")
@@ -160,7 +164,7 @@ def _fill_tokens(
 def _normalize(out: RawMoments, work: Tensor, scale: Tensor, offsets: Tensor) -> None:
     """Scale every token, and take out what is the same in all of them: a channel far from the others."""
     shift = torch.mul(offsets, scale.mean(), out=out.channel[SHIFT_N])
-    work.mul_(scale[:, None]).sub_(shift)
+    torch.addcmul(-shift, work, scale[:, None], out=work)
 
 
 _ROWS_OF_MEANS = torch.zeros(TOKEN_ROWS, dtype=torch.float32, device="cpu")
@@ -177,6 +181,21 @@ def _constant(value: float) -> Tensor:
 def _full(channels: int, value: float) -> Tensor:
     with torch.inference_mode(False):
         return torch.full((channels,), value, dtype=torch.float32, device="cpu")
+
+
+def _column_extreme(x: Tensor, of_two: Callable[..., Tensor], of_column: Callable[..., Tensor], out: Tensor) -> None:
+    """``of_column(x, 0)``, in quarters of the rows: what goes element by element is twice as fast as down a column."""
+    size = len(x) // 4
+    if size < 16:
+        of_column(x, 0, out=out)
+        return
+    parts = x[: 4 * size].split(size)
+    found = of_two(parts[0], parts[1], out=_scratch(parts[0]))
+    for part in parts[2:]:
+        of_two(found, part, out=found)
+    of_column(found, 0, out=out)
+    if 4 * size < len(x):
+        of_two(out, of_column(x[4 * size :], 0), out=out)
 
 
 def _column_mean_var(x: Tensor, out: tuple[Tensor, Tensor]) -> None:

@@ -116,6 +116,8 @@ def execution(op: str, rows: Tensor, valid: Tensor | None = None) -> str:
         return REFERENCE
     compiling = torch.compiler.is_compiling()
     for body in BODIES[op]:
+        if body.execution == "cpp" and type(rows) is not Tensor:
+            continue  # a fake or distributed one has no address
         if (valid is None or body.masks) and (body.in_graphs or not compiling):
             device = rows.device
             if _may_run(_kernels, body.execution, op, device.type, device.index):

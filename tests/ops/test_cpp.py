@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stabnorm import StabilityMonitor
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
@@ -233,6 +234,14 @@ def test_the_ops_of_both_norms_at_once_tell_the_truth_about_themselves() -> None
         (ops.cpp_gradient_of_groups, (dy, rows, torch.rand(6, 2))),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.usefixtures("cpp")
+def test_tensors_without_memory_are_left_to_atens_bodies() -> None:
+    with FakeTensorMode():
+        x = torch.empty(6, 8)
+        assert dispatch.execution("moments_of_rows", x) == "aten"
+        assert RepBN(8)(x).shape == (6, 8)
 
 
 @pytest.mark.usefixtures("cpp")

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from stabnorm.errors import StabNormError
 from stabnorm.functional import scale_groups
 from stabnorm.nn._channel_norm import ChannelNorm, normalize
+from stabnorm.nn._one_pass import OnePass
 from stabnorm.nn.official import OfficialPowerNorm
 from stabnorm.nn.unified import check_variant
 from stabnorm.norms import register_norm
+from stabnorm.ops.one_pass import saves_a_read
 from stabnorm.ops.rows import gradient_of_groups, scaled_groups, widened
 from stabnorm.ops.running import REMEMBERED, track_quadratic_
 
@@ -124,6 +126,13 @@ class PowerNorm(ChannelNorm):
             rows = self.scaled(rows, masked=valid is not None)
         if not self.training:
             return self.like_input(self.eval_affine(rows, None, self.running_square, self.weight, self.bias, None), x)
+        if not self.sync and saves_a_read(rows, valid):
+            y = OnePass.apply(  # type: ignore[no-untyped-call]
+                rows, self.weight, self.bias, valid, self.running_square, self.recent, self.step, self.skips,
+                self.progress, self.nu, self.loss_scale, self.warmup_steps, (self.alpha_fwd, self.alpha_bkw), self.eps,
+                self.counts_steps,
+            )  # fmt: skip
+            return self.like_input(y, x)
         moments = self.moments(rows, valid, center=False)
         with torch.no_grad():
             divisor, gate = track_quadratic_(

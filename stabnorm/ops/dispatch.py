@@ -52,6 +52,7 @@ BODIES: dict[str, tuple[Body, ...]] = {
     "affine_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten")),
     "sums_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "gradient_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
+    "one_pass": (Body("triton", in_graphs=True),),
     "blend": (Body("triton", in_graphs=True), Body("aten")),
     "join_gradients": (Body("triton", in_graphs=True), Body("aten")),
     # A kernel's lam stays on the device, so that it cannot leave the norm to the norm where lam is 1.

@@ -24,6 +24,7 @@ from stabnorm.ops.blend import blend, join_gradients
 from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
 from stabnorm.ops.dispatch import execution, use_kernels
 from stabnorm.ops.moments import accumulate_moments_, merge_accounts
+from stabnorm.ops.one_pass import affine_with_square, gradient_with_sums, redo_affine_, redo_gradient_
 from stabnorm.ops.rows import (
     affine_of_rows,
     gradient_of_groups,
@@ -186,6 +187,26 @@ def _gradient(case: Case) -> Results:
     return results
 
 
+def _one_pass(case: Case) -> Results:
+    """Map and sums together; then the maps once more with the flag set, and without."""
+    _, scale, shift, slope, *_ = case.vectors.unbind()
+    keep = torch.ones_like(case.x[:, :1], dtype=torch.bool) if case.valid is None else case.valid[:, None]
+    x, dy = (torch.where(keep, t.double(), 0) for t in (case.x, case.dy))
+    y, moments = affine_with_square(case.x, case.valid, scale, shift)
+    dx, sums = gradient_with_sums(case.dy, case.x, case.valid, scale, slope)
+    results: Results = {"rows": (moments.rows, 0.0, False), "square": (moments.square, moments.square.amax(), False)}
+    for name, total, terms in zip(("dy", "dy x", "dy of valid", "dy x of valid"), sums, (dy, dy * x) * 2, strict=True):
+        results[name] = (total, terms.square().sum(0).sqrt() + 1e-3, False)
+    of_y, of_dx = (x * scale).abs() + shift.abs(), (dy * scale).abs() + (x * slope).abs()
+    for name, right in (("as guessed", True), ("done again", False)):
+        flag, change = torch.tensor(right, device=x.device), 0 if right else 1
+        redo_affine_(y, flag, case.x, scale + change, shift)
+        redo_gradient_(dx, flag, case.dy, case.x, case.valid, scale + change, slope)
+        results[f"y, {name}"] = (torch.where(keep, y, 0), of_y + x.abs(), True)
+        results[f"dx, {name}"] = (torch.where(keep, dx, 0), of_dx + dy.abs(), True)
+    return results
+
+
 def _blend(case: Case, op: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Results:
     clean, results = case.x.nan_to_num(0), Results()
     for lam in (0.0, 0.3, 1.0):
@@ -256,6 +277,7 @@ CHECKS: dict[str, tuple[Callable[[Case], Results], ...]] = {
     "affine_of_rows": (_affine,),
     "sums_of_rows": (_sums,),
     "gradient_of_rows": (_gradient,),
+    "one_pass": (_one_pass,),
     "blend": (lambda case: _blend(case, blend),),
     "join_gradients": (lambda case: _blend(case, join_gradients),),
     "blended_norm": tuple(functools.partial(_blended, lam_=lam) for lam in (0.0, 0.3, 1.0)),

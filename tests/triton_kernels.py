@@ -5,6 +5,7 @@ written is found by filling new memory with NaN.
 """
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,7 @@ MARKS = [
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),  # NumPy's, of the interpreter
     *([pytest.mark.gpu] if GPU else []),
 ]
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or no matrix product is deterministic
 DTYPES = list(TOLERANCES)
 
 

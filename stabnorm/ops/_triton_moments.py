@@ -33,7 +33,7 @@ _KINDS = {"layer": 0, "rms": 1}  # those whose tokens are normalised here
 
 @triton.jit
 def _tokens(x_ptr, out_ptr, rows, channels, row_stride, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Mean, as a value and what rounding left of it, and biased variance of every token: ``[3, R]``."""
+    """Mean, as a value and what rounding left of it, and biased variance of every token: ``[R, 3]``."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mean = tl.zeros([ROWS], tl.float32)
     rest = tl.zeros([ROWS], tl.float32)
@@ -51,9 +51,9 @@ def _tokens(x_ptr, out_ptr, rows, channels, row_stride, ROWS: tl.constexpr, CHAN
         apart = of_block - rest
         rest += apart * share
         m2 += tl.sum(x * x, 1) + apart * apart * (start * share)
-    tl.store(out_ptr + r, mean, mask=r < rows)
-    tl.store(out_ptr + rows.to(tl.int64) + r, rest, mask=r < rows)
-    tl.store(out_ptr + 2 * rows.to(tl.int64) + r, m2 / channels, mask=r < rows)
+    tl.store(out_ptr + 3 * r, mean, mask=r < rows)
+    tl.store(out_ptr + 3 * r + 1, rest, mask=r < rows)
+    tl.store(out_ptr + 3 * r + 2, m2 / channels, mask=r < rows)
 
 
 @triton.jit
@@ -102,9 +102,9 @@ def _add(
             rest += before * weight
             m2 += before * ((x - shift) - rest)
             if TOKENS or (NORMALIZED and KIND != 2):
-                high = tl.load(tokens_ptr + r64, mask=keep, other=0.0)
-                low = tl.load(tokens_ptr + rows.to(tl.int64) + r64, mask=keep, other=0.0)
-                var = tl.load(tokens_ptr + 2 * rows.to(tl.int64) + r64, mask=keep, other=0.0)
+                high = tl.load(tokens_ptr + 3 * r64, mask=keep, other=0.0)
+                low = tl.load(tokens_ptr + 3 * r64 + 1, mask=keep, other=0.0)
+                var = tl.load(tokens_ptr + 3 * r64 + 2, mask=keep, other=0.0)
                 mean = high + low
                 divided_by = var
                 if KIND == 1:
@@ -307,7 +307,7 @@ def add_moments_of_rows_(
     normalized = normalized and not (given and by_groups is None)
     per_token = rows
     if tokens or (normalized and not given):
-        per_token = rows.new_empty(3, length, dtype=torch.float32)
+        per_token = rows.new_empty(length, 3, dtype=torch.float32)
         tile = rows_of_tile(min(channels, 1024))
         _tokens[(triton.cdiv(length, tile.rows),)](
             rows, per_token, length, channels, rows.stride(0), ROWS=tile.rows, CHANNELS=tile.channels,

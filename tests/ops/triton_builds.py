@@ -26,15 +26,16 @@ from stabnorm.ops import (
     _triton_shared,
 )
 
-CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
-
 
 class Driver:
     """Names a target, and is never asked to run anything."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> GPUTarget:
         """The GPU compiled for."""
-        return GPUTarget("cuda", CAPABILITY, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         """The first."""
@@ -86,7 +87,7 @@ def passes(x: Tensor, w: Tensor, valid: Tensor, token: Tensor, lam: Tensor) -> l
     ]
 
 
-def main() -> None:
+def main(capability: int) -> None:
     """Trace, then compile."""
     setattr(_triton_shared, "_programs", lambda device, index: 528)  # noqa: B010
     with FakeTensorMode():
@@ -97,20 +98,21 @@ def main() -> None:
         traced = [str(node.target) for node in make_fx(passes)(*arguments).graph.nodes]
     print(f"traced {sum('triton_' in target for target in traced)} ops")
 
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(Driver(capability))
     for module in (_triton_blended, _triton_groups, _triton_one_pass, _triton_rows):
         setattr(module, "wrap_triton", compile_only)  # noqa: B010
         for name in [name for name, value in vars(module).items() if isinstance(value, CustomOpDef)]:
             setattr(module, name, getattr(module, name)._init_fn)
     for name in ("_tokens", "_add", "_merge"):
         setattr(_triton_moments, name, compile_only(getattr(_triton_moments, name)))
-    rows, vector = torch.randn(64, 770).bfloat16(), torch.randn(770)
-    here = (vector, torch.ones(64, dtype=torch.bool), torch.randn(64), torch.tensor(0.5))
-    passes(rows, *here)
-    account = empty_moments(_triton_moments.splits_of(770, rows.device), 770)
-    _triton_moments.add_moments_of_rows_(account, rows, "layer", 1e-5, None, None, here[1], True, True)
-    _triton_moments.merge_splits(RawMoments(*(part[None] for part in account)))
+    for length, channels in ((64, 770), (1, 7)):  # a size of 1 is a constant to the compiler
+        rows, vector = torch.randn(length, channels).bfloat16(), torch.randn(channels)
+        valid = torch.ones(length, dtype=torch.bool)
+        passes(rows, vector, valid, torch.randn(length), torch.tensor(0.5))
+        account = empty_moments(_triton_moments.splits_of(channels, rows.device), channels)
+        _triton_moments.add_moments_of_rows_(account, rows, "layer", 1e-5, None, None, valid, True, True)
+        _triton_moments.merge_splits(RawMoments(*(part[None] for part in account)))
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 90)

@@ -53,6 +53,7 @@ BODIES: dict[str, tuple[Body, ...]] = {
     "sums_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "gradient_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "one_pass": (Body("triton", in_graphs=True),),
+    "track_batch_": (Body("triton", in_graphs=True),),  # the whole op is opaque to a compiled graph
     "blend": (Body("triton", in_graphs=True), Body("aten")),
     "join_gradients": (Body("triton", in_graphs=True), Body("aten")),
     # A kernel's lam stays on the device, so that it cannot leave the norm to the norm where lam is 1.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stabnorm.functional import geometric_mean, is_burst
 from stabnorm.ops._register import registered
+from stabnorm.ops.dispatch import execution
 from stabnorm.ops.moments import is_recompute
 
 REMEMBERED = 16  # forwards of one module between a forward and its recompute; beyond, the batch is its own statistic
@@ -150,6 +151,13 @@ def track_batch_(
         counting: whether this forward counts as a step.
     """
     if is_recompute():
+        return
+    if window is None and execution("track_batch_", square) == "triton":
+        from stabnorm.ops import _triton_running
+
+        _triton_running.track_batch_(
+            mean, square, count, running_mean, running_var, step, skips, progress, momentum, counting
+        )
         return
     enough = count if mean is None else count - 1  # the variance of one row is not 0: there is none
     about = square if mean is None or running_mean is None else square + (mean - running_mean).square()

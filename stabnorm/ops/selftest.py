@@ -33,6 +33,7 @@ from stabnorm.ops.rows import (
     scaled_groups,
     sums_of_rows,
 )
+from stabnorm.ops.running import track_batch_
 
 # The largest error of a statistic, which is float32 whatever the rows are, and of rows in their own dtype.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
@@ -187,6 +188,30 @@ def _gradient(case: Case) -> Results:
     return results
 
 
+def _track(case: Case) -> Results:
+    """Three batches, one of them not finite, as RepBN takes them in: centred or not, moving or plain average."""
+    results: Results = {}
+    means, squares, device = case.vectors[:3], case.vectors[3:].square(), case.x.device
+    for center, momentum in ((True, 0.1), (False, -1.0)):
+        running = torch.zeros_like(means[0]), torch.ones_like(means[0])
+        step, skips, progress = (torch.zeros(size, dtype=torch.int64, device=device) for size in ((), (), 3))
+        for number, (mean, square) in enumerate(zip(means, squares, strict=True)):
+            square = torch.where(torch.tensor(number == 1, device=device), torch.nan, square)
+            count = torch.full((), 5.0 + number, device=device, dtype=square.dtype)
+            mine = (mean, running[0]) if center else (None, None)
+            track_batch_(
+                mine[0], square, count, mine[1], running[1], None, step, skips, progress, 8, momentum, 1e-5, True
+            )
+        counters = torch.stack([step, skips, *progress]).double()
+        natural = means.abs().amax() + squares.amax() + 1
+        results |= {
+            f"mean, {center}": (running[0], natural, False),
+            f"variance, {center}": (running[1], natural, False),
+            f"counters, {center}": (counters, 0.0, False),
+        }
+    return results
+
+
 def _one_pass(case: Case) -> Results:
     """Map and sums together; then the maps once more with the flag set, and without."""
     _, scale, shift, slope, *_ = case.vectors.unbind()
@@ -278,6 +303,7 @@ CHECKS: dict[str, tuple[Callable[[Case], Results], ...]] = {
     "sums_of_rows": (_sums,),
     "gradient_of_rows": (_gradient,),
     "one_pass": (_one_pass,),
+    "track_batch_": (_track,),
     "blend": (lambda case: _blend(case, blend),),
     "join_gradients": (lambda case: _blend(case, join_gradients),),
     "blended_norm": tuple(functools.partial(_blended, lam_=lam) for lam in (0.0, 0.3, 1.0)),

@@ -19,5 +19,5 @@ def test_kernels_compile_for_a_gpu_and_use_no_local_memory(tmp_path: Path) -> No
     traced, *kernels = ran.stdout.splitlines()
     assert traced == "traced 14 ops"
     names = {line.split()[0] for line in kernels}
-    assert len(names) == 18, names
+    assert len(names) == 19, names
     assert all(line.endswith("local 0") for line in kernels), kernels

@@ -23,6 +23,7 @@ from stabnorm.ops import (
     _triton_moments,
     _triton_one_pass,
     _triton_rows,
+    _triton_running,
     _triton_shared,
 )
 
@@ -105,12 +106,15 @@ def main(capability: int) -> None:
             setattr(module, name, getattr(module, name)._init_fn)
     for name in ("_tokens", "_add", "_merge"):
         setattr(_triton_moments, name, compile_only(getattr(_triton_moments, name)))
+    setattr(_triton_running, "_track", compile_only(_triton_running._track))  # noqa: B010
     for length, channels in ((64, 770), (1, 7)):  # a size of 1 is a constant to the compiler
         rows, vector = torch.randn(length, channels).bfloat16(), torch.randn(channels)
         valid = torch.ones(length, dtype=torch.bool)
         passes(rows, vector, valid, torch.randn(length), torch.tensor(0.5))
         account = empty_moments(_triton_moments.splits_of(channels, rows.device), channels)
         _triton_moments.add_moments_of_rows_(account, rows, "layer", 1e-5, None, None, valid, True, True)
+        counters = torch.zeros(3, 3, dtype=torch.int64)
+        _triton_running.track_batch_(vector, vector, vector[0], vector, vector, *counters, 0.1, True)
         _triton_moments.merge_splits(RawMoments(*(part[None] for part in account)))
 
 

@@ -163,7 +163,8 @@ def test_a_norm_that_is_converted_while_it_is_watched_is_seen_on_and_can_be_save
         net(torch.randn(5, 8))
         monitor.step()
     assert tokens(monitor) == [5]
-    assert type(net.norm) is type(PRepBN(8))
+    converted: nn.Module = net.norm
+    assert type(converted) is type(PRepBN(8))
 
 
 def test_the_number_of_steps_is_that_of_the_optimizer(plain: dict[bool, History]) -> None:

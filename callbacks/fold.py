@@ -15,7 +15,7 @@ from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._outputs import log_text, output_directory
 from stabnorm.errors import StabNormError
 from stabnorm.fold import FoldResult, fold_norms
-from stabnorm.fold._examples import Example, read_examples, tensors_in
+from stabnorm.fold._examples import Example, first_rows, read_examples
 from stabnorm.fold._lanes import copied
 from stabnorm.fold._sites import affine_in_eval
 from stabnorm.norms import find_norms
@@ -139,7 +139,7 @@ class FoldCallback(Callback):
         if not self._fitting or self._examples is not None or not trainer.is_global_zero:
             return
         examples = [example.map(torch.clone) for example in read_examples("example", self._of_batch(batch))]
-        few = [_first_rows(example) for example in examples]
+        few = [first_rows(example, ROWS) for example in examples]
         self._try(pl_module, [few, examples])
 
     def _try(self, pl_module: "LightningModule", candidates: list[list[Example]]) -> None:
@@ -219,12 +219,6 @@ def _input_of(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return dict(batch)
     return (batch[0],) if isinstance(batch, tuple | list) else (batch,)
-
-
-def _first_rows(example: Example) -> Example:
-    """The same with fewer rows, where all tensors have as many."""
-    rows = {t.shape[0] if t.ndim else 0 for t in tensors_in((example.args, example.kwargs))}
-    return example.map(lambda t: t[:ROWS].clone()) if len(rows) == 1 else example
 
 
 def _write(result: FoldResult, directory: Path) -> None:

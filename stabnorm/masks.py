@@ -1,10 +1,14 @@
 """Which tokens count: the masks that are active, and the one that fits a layer."""
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+MaskOfBatch = Callable[[Any], Tensor | Sequence[Tensor]] | int | str | None
 
 _masks: list[Tensor] = []  # a plain list: Dynamo follows it, and not a context variable
 _contexts: list["valid_tokens"] = []
@@ -97,3 +101,30 @@ def _fit(mask: Tensor, tokens: torch.Size) -> Tensor | None:
     if len(tokens) == 1 and mask.numel() == tokens[0]:
         return mask.reshape(-1)
     return None
+
+
+def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
+    """A batch's masks, as an argument ``mask=`` says them: a key, an index, a function of the batch, or None for none.
+
+    Raises:
+        ValueError: the batch has no such entry, or the function returned None.
+    """
+    if mask is None:
+        return ()
+    if callable(mask):
+        masks = mask(batch)
+    else:
+        try:
+            masks = batch[mask]
+        except (KeyError, IndexError, TypeError) as error:
+            has = f"keys {list(batch)}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
+            raise ValueError(
+                f"mask={mask!r} is no key of the batch, which has {has}; name the entry that says which tokens are "
+                "valid, or give a function of the batch"
+            ) from error
+    if masks is None:
+        raise ValueError("the mask function returned None; it returns a bool tensor, True = valid token")
+    if not isinstance(masks, Tensor):
+        return masks
+    # A key names what the tokenizer made, often 0 and 1; a function's answer is taken as it is.
+    return (masks if callable(mask) else masks.bool(),)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stabnorm._batches import moved, run_batch
 from stabnorm._random import random_state_kept
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments
@@ -99,7 +100,7 @@ def recalibrate_norms(
     device = next(model.parameters(), torch.empty(0)).device
     with _unchanged(model, device):
         before = _measured(metric, model, device)
-        batches = _gather(model, targets, loader, n_batches, forward or _run, device)
+        batches = _gather(model, targets, loader, n_batches, forward or run_batch, device)
     medians = {target.name: target.median() for target in targets}
     if not batches:
         raise StabNormError("the loader is empty, so nothing was measured. Give one with batches")
@@ -232,26 +233,9 @@ def _gather(
             target.hooked.training = True
             stack.callback(target.hooked.register_forward_pre_hook(target.look, with_kwargs=True).remove)
         for batch in itertools.islice(loader, n_batches):
-            forward(model, _moved(batch, device))
+            forward(model, moved(batch, device))
             batches += 1
     return batches
-
-
-def _run(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if hasattr(batch, "to"):  # a tensor, or what Hugging Face's tokenizers and graph libraries call a batch
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _moved(value, device) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        moved = [_moved(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else tuple(moved)  # a namedtuple keeps its names
-    return batch
 
 
 def _measured(metric: Callable[[nn.Module], float] | None, model: nn.Module, device: torch.device) -> float | None:

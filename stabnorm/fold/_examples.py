@@ -66,12 +66,12 @@ def read_example(name: str, given: Any) -> Example:
 def run(model: nn.Module, example: Example) -> Any:
     """The model's output on clones of the example, without gradients and without torch's fused encoder layers."""
     example = example.map(torch.clone)
-    with torch.inference_mode(False), torch.no_grad(), _plain_attention():
+    with torch.inference_mode(False), torch.no_grad(), without_fused_layers():
         return model(*example.args, **example.kwargs)
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
+def without_fused_layers() -> Iterator[None]:
     """Torch's encoder layers have a fast path that reads their norms' parameters behind their back."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -113,6 +113,12 @@ def is_same(one: Example, other: Example) -> bool:
 def _is_mask(t: Tensor) -> bool:
     values = torch.unique(t)
     return values.numel() == 2 and bool(((values == 0) | (values == 1) | (values < -1e3)).all())
+
+
+def first_rows(example: Example, count: int) -> Example:
+    """The same with fewer rows, where all tensors have as many."""
+    rows = {t.shape[0] if t.ndim else 0 for t in tensors_in((example.args, example.kwargs))}
+    return example.map(lambda t: t[:count].clone()) if len(rows) == 1 else example
 
 
 def cast(example: Example, dtype: torch.dtype) -> Example:

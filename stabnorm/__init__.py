@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
     from stabnorm.norms import find_norms as find_norms
     from stabnorm.norms import register_norm as register_norm
+    from stabnorm.pretrained.remove import remove_norms as remove_norms
     from stabnorm.recalibrate import recalibrate_norms as recalibrate_norms
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _HOME = {
     "plan_fold": "stabnorm.fold.planned",
     "recalibrate_norms": "stabnorm.recalibrate",
     "register_norm": "stabnorm.norms",
+    "remove_norms": "stabnorm.pretrained.remove",
     "to_pre_rms": "stabnorm.fold.pre_rms",
     "valid_tokens": "stabnorm.masks",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "plan_fold",
     "recalibrate_norms",
     "register_norm",
+    "remove_norms",
     "to_pre_rms",
     "valid_tokens",
 ]

@@ -73,6 +73,8 @@ def convert_norms(
     to: Target = "prepbn",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    *,
+    loader: Iterable[Any] | None = None,
     **norm_options: Any,
 ) -> ConversionReport:
     r"""Convert a model's layer and rms norms, in place, to norms that are affine in eval.
@@ -106,20 +108,27 @@ def convert_norms(
         to: "prepbn", "repbn", "unified" or "power". Default: "prepbn".
         include: Regular expression, or several, searched for in a norm's name. Default: all norms.
         exclude: The same, for norms to leave alone; it wins over `include`. Default: none.
+        loader: What ``init="fit"`` fits to: a DataLoader or list of batches, of which it takes the first 32. The model
+            is called with a batch that is a tensor, with the first entry of a tuple or list, with a mapping as keyword
+            arguments; where that has "attention_mask", padding is left out.
         **norm_options: Further arguments of `PRepBN` and its `RepBN`, `RepBN`, `UnifiedNorm` or `PowerNorm`. Three
             defaults differ: RepBN has ``filtration="calibrated"``, so that a burst stays out of its running statistics,
             and ``center=False``, scale only, for an rms norm; UnifiedNorm has a bias where the norm has one. With
             "prepbn" `init` is "norm": RepBN starts as what the norm is per channel, see `PRepBN`; the paper has
             "vision" (gamma = eta = 1) for DeiT, PVT and Swin, and "language" (both 0) for language models after 10000
-            steps at lam = 1. `eps` is the new norm's, 1e-5 unless given; the old one keeps its own.
+            steps at lam = 1. With "prepbn" and a trained model there is "fit", too: RepBN starts as the affine map that
+            comes closest to the norm on `loader`, as `remove_norms` fits it, and stays so when lam leaves 1. `eps` is
+            the new norm's, 1e-5 unless given; the old one keeps its own.
 
     Returns:
         What was converted, what was left, and why.
 
     Raises:
-        ValueError: `to` is unknown, `include` or `exclude` is invalid or matches no norm, or an option is out of range.
+        ValueError: `to` is unknown, `include` or `exclude` is invalid or matches no norm, or an option is out of range;
+            ``init="fit"`` without a loader or with another `to`, or the other way round.
         TypeError: the target has no such option.
-        StabNormError: there is no norm to convert, or the model is wrapped in DDP or FSDP already.
+        StabNormError: there is no norm to convert, or the model is wrapped in DDP or FSDP already; or the loader is
+            empty, or the model does not run on its batches.
 
     Source: arXiv:2405.11582 (PRepBN and RepBN), 2208.01313 (UnifiedNorm), 2003.07845 (PowerNorm).
 
@@ -137,10 +146,13 @@ def convert_norms(
         >>> convert_norms(model).left["1"]
         'already converted to PRepBN'
     """
+    fit = _asks_for_fit(to, loader, norm_options)
+    if fit:
+        norm_options["init"] = "norm"
     check_conversion(model, to, norm_options)
     every = NormSearch(model)
     search = every if include is None and exclude is None else NormSearch(model, include, exclude)
-    _check_patterns(model, every, include=include, exclude=exclude)
+    check_patterns(model, every, include=include, exclude=exclude)
     tree = Tree(model)
     plans = {id(layer.module): plan_conversion(layer, to, norm_options, tree) for layer in search.found}
     report = _report(to, search, plans, tree)
@@ -151,9 +163,16 @@ def convert_norms(
             "Convert a model that has layer or rms norms, after it has built them"
         )
     search.warn(stacklevel=3)
+    start = None
+    if loader is not None and report.converted:
+        from stabnorm.pretrained.start import fitted_start  # it needs what is here
+
+        start = fitted_start(model, loader, set(report.converted), norm_options)
     for plan in plans.values():
         if plan.carry_out:
             plan.carry_out()
+    if start is not None:
+        start(model)
     leave_fused_path(model)
     return report
 
@@ -189,6 +208,18 @@ def _table(norms: Iterable[NormConversion]) -> list[str]:
 
 # --- what is wrong with the call ---
 
+
+def _asks_for_fit(to: Target, loader: Iterable[Any] | None, options: dict[str, Any]) -> bool:
+    fit = options.get("init") == "fit"
+    if fit and to != "prepbn":
+        raise ValueError(f"init='fit' is for to='prepbn', not {to!r}: what it fits to is the norm beside RepBN")
+    if fit and loader is None:
+        raise ValueError("init='fit' needs batches to fit to. Pass loader=, a DataLoader or a list of batches")
+    if loader is not None and not fit:
+        raise ValueError("loader= is what init='fit' fits to, and init is something else. Leave one of them out")
+    return fit
+
+
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 _OPTIONS: dict[Target, tuple[Callable[..., None], ...]] = {
     "prepbn": (PRepBN.__init__, RepBN.__init__),
@@ -223,7 +254,7 @@ def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> N
             )
 
 
-def _check_patterns(model: nn.Module, every: NormSearch, **filters: str | Sequence[str] | None) -> None:
+def check_patterns(model: nn.Module, every: NormSearch, **filters: str | Sequence[str] | None) -> None:
     """Each pattern is there for a norm; one that matches none is a slip."""
     norms = [name for name, _ in every.unknown + every.lazy] + [layer.name for layer in every.found]
     for argument, patterns in filters.items():

@@ -69,7 +69,8 @@ def merge_moments_(into: RawMoments, new: RawMoments) -> None:
     Works on one layer (``channel [9, C]``) and on all at once (``[L, 9, C]``); an empty side leaves the other as it is.
     """
     total = into.seen + new.seen
-    weight = (new.seen / total.clamp(min=1)).to(into.channel.dtype)[..., None, None]
+    size = total.clamp(min=1).to(into.channel.dtype)  # a quotient of integers would be float32
+    weight = (new.seen.to(into.channel.dtype) / size)[..., None, None]
     first = (into.seen == 0)[..., None, None]
     mine, theirs = into.channel, new.channel
     shift = mine[..., : SHIFT_N + 1, :]

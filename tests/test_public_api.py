@@ -46,7 +46,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_callbacks_export_what_they_promise() -> None:
     callbacks = importlib.import_module("stabnorm.callbacks")
-    assert callbacks.__all__ == ["FoldCallback", "ProgressiveNormCallback", "StabilityCallback"]
+    assert callbacks.__all__ == ["FoldCallback", "ProgressiveNormCallback", "StabilityCallback", "repair_module"]
     assert callbacks.FoldCallback.__module__ == "stabnorm.callbacks.fold"
     assert callbacks.ProgressiveNormCallback.__module__ == "stabnorm.callbacks.progressive"
     assert callbacks.StabilityCallback.__module__ == "stabnorm.callbacks.stability"

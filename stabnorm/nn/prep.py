@@ -72,6 +72,7 @@ class PRepBN(Float32Buffers):
     norm_channel_dim: int
     feature_dims: int
     leave_out_norm: bool
+    fitted: bool
     _made_of: tuple[Any, ...]  # of the class: the arguments of `prep_class`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PRepBN":
@@ -113,6 +114,8 @@ class PRepBN(Float32Buffers):
     def start_from_norm(self) -> None:
         """Give `rep` the norm's gain and bias of now, and eta = 0; with another `init` than "norm" do nothing.
 
+        Nor where `rep` was fitted (``convert_norms(init="fit")``).
+
         Call it where lam leaves 1 after a training at lam = 1, as `stabnorm.progressive.ProgressiveSwitch` does.
 
         >>> norm = PRepBN(2)
@@ -121,7 +124,7 @@ class PRepBN(Float32Buffers):
         >>> norm.rep.weight.tolist(), norm.rep.eta.item()
         ([3.0, 3.0], 0.0)
         """
-        if self.rep.init != "norm":
+        if self.fitted or self.rep.init != "norm":
             return
         (layer,) = find_norms(self)
         self.rep.weight.copy_(torch.ones_like(self.rep.weight) if layer.gain is None else layer.gain)
@@ -153,6 +156,7 @@ class PRepBN(Float32Buffers):
         self.eval_mode, self.channel_dim, self.feature_dims = eval_mode, rep.channel_dim, feature_dims
         self.norm_channel_dim = rep.channel_dim
         self.leave_out_norm = False  # set it in all layers at once when lam is 0 in all: one compilation more
+        self.fitted = False  # True: `rep` starts as the affine map that is closest to the norm
         self.register_buffer("lam", rep.running_var.new_ones(()))
         self.start_from_norm()
 
@@ -172,7 +176,7 @@ class PRepBN(Float32Buffers):
         if "rep" in self._modules:  # the norm's constructor comes here before there is one
             self.rep.reset_parameters()
             self.lam.fill_(1)
-            self.leave_out_norm = False
+            self.leave_out_norm = self.fitted = False
             self.start_from_norm()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

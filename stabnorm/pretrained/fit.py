@@ -1,0 +1,172 @@
+r"""The affine map per channel that comes closest to a trained norm, by least squares, norm after norm in depth order.
+
+.. math:: a_c = \mathrm{cov}(x_c, y_c) / \mathrm{var}(x_c),\qquad b_c = \overline{y_c} - a_c \overline{x_c}
+
+y is what the original model's norm writes, and x what the norm's successor reads in the converted model, in which all
+norms before it have been converted already: each takes up what the others left of the error. Fitted all at once, each
+on the original's own x, the errors add up along the depth instead.
+
+The sums are exact: float64, merged over batches and ranks by Chan's rule. One pass over the batches is needed for each
+depth; norms of which none reads what another has written share one.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from stabnorm.errors import StabNormError
+from stabnorm.nn.prep import PRepBN
+from stabnorm.norms import NormLayer, NormSearch
+from stabnorm.pretrained.feed import Feeder, JointSums, Rests, change_layer, draw, passing, refit_table, rests_of
+from stabnorm.pretrained.sums import Affine, ChannelSums, Seen
+from stabnorm.pretrained.watch import Runner, batches_of, seen_in
+
+
+@torch.no_grad()
+def write_affine(norm: PRepBN, fit: Affine) -> None:
+    r"""Make the norm's RepBN the affine map, with the fit's statistics for running ones.
+
+    .. math:: \gamma = a \sqrt{\sigma^2 + \epsilon},\quad \beta = b + a \mu,\quad \eta = 0
+
+    So gamma is in units of the output whatever the input's scale, which is what trains well, and with batch statistics
+    in training the RepBN starts at the same fit.
+    """
+    rep = norm.rep
+    if rep.running_mean is not None:
+        rep.running_mean.copy_(fit.mean)
+    rep.running_var.copy_(fit.square)
+    std = (rep.running_var.double() + rep.eps).sqrt()
+    rep.weight.copy_(fit.scale * std)
+    if rep.bias is not None:
+        mean = torch.zeros_like(fit.mean) if rep.running_mean is None else rep.running_mean.double()
+        rep.bias.copy_(fit.shift + rep.weight.double() / std * mean)  # makes up for what float32 rounded
+    rep.eta.zero_()
+
+
+class _Place:
+    """One norm that is fitted: in both models, with what feeds it."""
+
+    def __init__(self, ours: NormLayer, theirs: NormLayer, fed: list[nn.Module], their_fed: list[nn.Module]) -> None:
+        assert isinstance(ours.module, PRepBN)
+        self.ours, self.theirs, self.norm = ours, theirs, ours.module
+        self.feeders, self.their_feeders = fed, their_fed
+        self.fed = bool(fed)
+        device = next((t.device for t in (*theirs.module.parameters(), *theirs.module.buffers())), None)
+        self.sums = ChannelSums(theirs.num_features, device)
+        linear = fed[0] if fed else None
+        self.linear = linear if isinstance(linear, nn.Linear) else None
+        self.joint = None if self.linear is None else JointSums(self.linear.in_features, theirs.num_features, device)
+        self.rests: list[list[Rests]] = [[] for _ in self.feeders]
+
+    def add(self, now: Sequence[Seen], then: Sequence[Seen], given: Sequence[Any], their_given: Sequence[Any]) -> None:
+        """One batch: what the norm read here and wrote there, and what went through the feeders."""
+        for mine, wanted in zip(now, then, strict=True):
+            self.sums.add(mine, wanted.written)
+        if not self.fed or not all(len(calls) == len(now) for calls in (*given, *their_given)):
+            self.fed = False  # a feeder that runs more often than its norm feeds something else, too
+            return
+        if self.joint is not None:
+            for (u, _), mine, wanted in zip(given[0], now, then, strict=True):
+                self.joint.add(u.flatten(0, -2), mine, wanted.written)
+            return
+        for rests, calls, their_calls in zip(self.rests, given, their_given, strict=True):
+            rests += [rests_of(*four) for four in zip(calls, their_calls, now, then, strict=True)]
+
+    def affine(self) -> Affine:
+        """The fit; a linear layer before the norm takes part at once.
+
+        Raises:
+            StabNormError: nothing, or nothing finite, was seen.
+        """
+        alone = self.sums.affine(center=self.norm.rep.center)
+        together = self.joint.solve(alone) if self.joint is not None and self.fed else None
+        if together is None or self.linear is None:
+            return alone
+        fit, change = together
+        change_layer(self.linear, change)
+        return fit
+
+
+def fit_norms(
+    model: nn.Module,
+    original: nn.Module,
+    loader: Iterable[Any],
+    levels: Sequence[Sequence[str]],
+    run: Runner,
+    calls: Mapping[str, int] | None = None,
+    feeders: Mapping[str, Feeder] | None = None,
+) -> dict[str, Affine | str]:
+    """Fit a converted model's norms to the original's, level by level, and set their lam to 0 as they are done.
+
+    Args:
+        model: converted with `convert_norms`, in eval mode; lam and RepBN of the norms in `levels` are changed.
+        original: what it was converted from, in eval mode.
+        loader: batches; one pass for each level.
+        levels: the norms by depth, see `stabnorm.pretrained.measure`.
+        run: how both models are run.
+        calls: how often each norm is called on a batch, where that is always the same; then a forward is left as soon
+            as all norms of the level have been called. Default: forwards run to their end.
+        feeders: the layers before the norms that take part, see `stabnorm.pretrained.feed`; their weights are changed.
+            Embedding tables take a pass each, and one more for the norm behind them. Default: none.
+
+    Returns:
+        For each norm the fit, or, as a string, why there is none; its lam then stays what it is.
+    """
+    theirs = {layer.name: layer for layer in NormSearch(original).found}
+    ours = {layer.name: layer for layer in NormSearch(model).found}
+    fits: dict[str, Affine | str] = {}
+    for level in levels:
+        enough = sum(calls[name] for name in level) if calls and all(name in calls for name in level) else None
+
+        def place(name: str) -> _Place:
+            paths = feeders[name].names if feeders and name in feeders else ()
+            fed, their_fed = ([part.get_submodule(path) for path in paths] for part in (model, original))
+            return _Place(ours[name], theirs[name], fed, their_fed)
+
+        places = {name: place(name) for name in level}
+        _pass(model, original, loader, places, run, enough)
+        tables = {name: place(name) for name in level if places[name].fed and places[name].linear is None}
+        for name, found in places.items():
+            try:
+                fits[name] = _write(found)
+            except StabNormError as error:
+                fits[name] = str(error)
+                tables.pop(name, None)
+        for number in range(max((len(found.feeders) for found in tables.values()), default=0)):
+            _pass(model, original, loader, tables, run, enough)
+            for name, found in tables.items():
+                fit = fits[name]
+                if number < len(found.feeders) and isinstance(fit, Affine):
+                    table, their_table = found.feeders[number], found.their_feeders[number]
+                    assert isinstance(table, nn.Embedding)
+                    assert isinstance(their_table, nn.Embedding)
+                    refit_table(table, their_table, found.theirs.module, fit, draw(found.rests[number]))
+            tables = {name: place(name) for name in tables}
+        if tables:
+            _pass(model, original, loader, tables, run, enough)
+            fits |= {name: _write(found) for name, found in tables.items()}
+    return fits
+
+
+def _pass(
+    model: nn.Module, original: nn.Module, loader: Iterable[Any], places: Mapping[str, _Place], run: Runner,
+    enough: int | None,
+) -> None:  # fmt: skip
+    for batch in batches_of(loader):
+        with ExitStack() as stack:
+            given = {name: stack.enter_context(passing(found.feeders)) for name, found in places.items()}
+            their_given = {name: stack.enter_context(passing(found.their_feeders)) for name, found in places.items()}
+            wanted = seen_in(original, [found.theirs for found in places.values()], batch, run, enough)
+            seen = seen_in(model, [found.ours for found in places.values()], batch, run, enough)
+        for name, found in places.items():
+            found.add(seen.get(name, ()), wanted.get(name, ()), given[name], their_given[name])
+
+
+def _write(place: _Place) -> Affine:
+    fit = place.affine()
+    write_affine(place.norm, fit)
+    place.norm.lam.zero_()
+    return fit

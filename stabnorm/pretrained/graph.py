@@ -1,0 +1,198 @@
+"""Who depends on whom among a model's norms, and what feeds them, read off autograd's graph of one forward.
+
+The graph has what passes a gradient. An argmax, a detach or a custom kernel without a backward hide what they connect:
+norms on their two sides may then seem independent, and an extra reader of a feeder is overlooked.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stabnorm._surgery import Tree
+from stabnorm.errors import StabNormError
+from stabnorm.fold._examples import tensors_in
+from stabnorm.norms import NormLayer
+from stabnorm.pretrained.feed import WIDEST, Feeder
+from stabnorm.pretrained.watch import Runner
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the graph of one forward says.
+
+    Args:
+        levels: the norms that ran, by depth: a norm's level comes after those of all norms whose output it depends on.
+        feeders: for a norm that alone reads its input, the linear layer or the embedding tables that are added up
+            there.
+    """
+
+    levels: list[list[str]]
+    feeders: dict[str, Feeder]
+
+
+@dataclass
+class _Calls:
+    """Graph nodes of a module's inputs and outputs, call by call, and the outputs' shapes."""
+
+    reads: list[Any]
+    writes: list[Any]
+    shapes: list[torch.Size]
+
+
+def order_of(model: nn.Module, layers: Sequence[NormLayer], batch: Any, run: Runner) -> Order:
+    """Run the model once on a batch, with gradients.
+
+    Raises:
+        StabNormError: it does not run.
+    """
+    producers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.Embedding) and not parametrize.is_parametrized(module)
+    }
+    calls: dict[str, _Calls] = {}
+    modules = {layer.name: layer.module for layer in layers} | {f"feeds {name}": m for name, m in producers.items()}
+    handles = [m.register_forward_hook(_hook(calls, name), with_kwargs=True) for name, m in modules.items()]
+    wanted_gradients = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in wanted_gradients:
+            parameter.requires_grad_(parameter.is_floating_point())
+        with torch.enable_grad(), run.prepared(model, batch) as there:
+            output = _output(model, there, run)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, wanted in wanted_gradients:
+            parameter.requires_grad_(wanted)
+    norms = {name: found for name, found in calls.items() if not name.startswith("feeds ")}
+    made = {name.removeprefix("feeds "): found for name, found in calls.items() if name.startswith("feeds ")}
+    readers = _readers([t.grad_fn for t in tensors_in(output)])
+    alone = _unshared(model, {name: producers[name] for name in made})
+    by_name = {layer.name: layer for layer in layers}
+    feeders = {}
+    for name, found in norms.items():
+        plain = by_name[name].channel_dim == -1 and by_name[name].feature_dims == 1
+        feeder = _feeder(found, made, producers, readers) if plain else None
+        if feeder is not None and set(feeder.names) <= alone:
+            feeders[name] = feeder
+    return Order(_levels(norms), feeders)
+
+
+def _output(model: nn.Module, batch: Any, run: Runner) -> Any:
+    try:
+        return run.forward(model, batch)
+    except Exception as error:
+        raise StabNormError(
+            f"{type(model).__name__} does not run on the loader's first batch, a {type(batch).__name__}: "
+            f"{type(error).__name__}: {error}. Pass forward=lambda model, batch: ..., or batches that it takes"
+        ) from error
+
+
+def _hook(calls: dict[str, _Calls], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor) and isinstance(output, Tensor):
+            found = calls.setdefault(name, _Calls([], [], []))
+            found.reads.append(x.grad_fn)
+            found.writes.append(output.grad_fn)
+            found.shapes.append(output.shape)
+
+    return hook
+
+
+def _unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Those that stand in one place, and hold their weights alone."""
+    tree = Tree(model)
+    return {
+        name
+        for name, module in modules.items()
+        if tree.shared(module) is None and len(tree.parents.get(id(module), ())) == 1
+    }
+
+
+# --- depth ---
+
+
+def _levels(norms: Mapping[str, _Calls]) -> list[list[str]]:
+    writers = {written: name for name, found in norms.items() for written in found.writes if written is not None}
+    depths: dict[str, int] = {}
+    for name, found in norms.items():  # in the order of their first calls
+        before = {writers[node] for node in _reached(found.reads) if node in writers} - {name}
+        depths[name] = 1 + max((depths[other] for other in before if other in depths), default=-1)
+    levels: list[list[str]] = [[] for _ in range(max(depths.values(), default=-1) + 1)]
+    for name, depth in depths.items():
+        levels[depth].append(name)
+    return levels
+
+
+def _reached(nodes: Sequence[Any], stop: Any = None) -> set[Any]:
+    """These nodes and all they were computed from; not what `stop` was computed from."""
+    todo = [node for node in nodes if node is not None]
+    visited = set(todo)
+    while todo:
+        node = todo.pop()
+        if node is stop:
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in visited:
+                visited.add(following)
+                todo.append(following)
+    return visited
+
+
+# --- feeders ---
+
+
+def _readers(roots: Sequence[Any]) -> Counter[Any]:
+    """How often each node is read by another, or is an output."""
+    count = Counter(node for node in roots if node is not None)
+    for node in _reached(roots):
+        count.update(following for following, _ in node.next_functions if following is not None)
+    return count
+
+
+def _feeder(
+    norm: _Calls, made: Mapping[str, _Calls], producers: Mapping[str, nn.Module], readers: Counter[Any]
+) -> Feeder | None:
+    """What is added up in front of a norm, where nothing else reads the sum."""
+    if len(norm.reads) != 1 or norm.reads[0] is None:
+        return None
+    read, written = norm.reads[0], norm.writes[0]
+    inside = _reached([written], stop=read) - {read}
+    if readers[read] != sum(following is read for node in inside for following, _ in node.next_functions):
+        return None
+    makers = {found.writes[0]: name for name, found in made.items() if len(found.writes) == 1}
+    added, todo = [], [read]
+    while todo:
+        node = todo.pop()
+        if node is not read and readers[node] != 1:
+            continue
+        if node in makers:
+            added.append(makers[node])
+        elif type(node).__name__ == "AddBackward0" and node._saved_alpha == 1:
+            todo += [following for following, _ in node.next_functions if following is not None]
+    return _linear(norm, made, producers, added) or _tables(norm, made, producers, added)
+
+
+def _linear(
+    norm: _Calls, made: Mapping[str, _Calls], producers: Mapping[str, nn.Module], added: Sequence[str]
+) -> Feeder | None:
+    """The widest linear layer among what is added, where its tokens are the norm's."""
+    widths = {name: part.in_features for name in added if isinstance(part := producers[name], nn.Linear)}
+    usable = {name: n for name, n in widths.items() if made[name].shapes[0] == norm.shapes[0] and n <= WIDEST}
+    return Feeder("linear", (max(usable, key=lambda name: usable[name]),)) if usable else None
+
+
+def _tables(
+    norm: _Calls, made: Mapping[str, _Calls], producers: Mapping[str, nn.Module], added: Sequence[str]
+) -> Feeder | None:
+    """The embedding tables among what is added, the longest first; one may have its rows for a whole batch at once."""
+    lengths = {name: part.num_embeddings for name in added if isinstance(part := producers[name], nn.Embedding)}
+    shape = norm.shapes[0]
+    usable = [name for name in lengths if made[name].shapes[0] == shape[len(shape) - len(made[name].shapes[0]) :]]
+    return Feeder("embedding", tuple(sorted(usable, key=lambda name: -lengths[name]))) if usable else None

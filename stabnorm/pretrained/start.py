@@ -1,0 +1,53 @@
+"""The fit as the starting point of the switch: what ``convert_norms(init="fit")`` does beside converting."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from stabnorm._random import random_state_kept
+from stabnorm.convert import convert_norms
+from stabnorm.fold._lanes import copied
+from stabnorm.norms import NormSearch
+from stabnorm.pretrained.fit import fit_norms, write_affine
+from stabnorm.pretrained.measure import measure_norms
+from stabnorm.pretrained.sums import Affine
+from stabnorm.pretrained.watch import Runner, batches_of, device_of
+from stabnorm.switch import progressive_norms
+
+BATCHES = 32  # of the loader; two numbers per channel need no more
+
+
+def fitted_start(
+    model: nn.Module, loader: Iterable[Any], names: set[str], options: dict[str, Any]
+) -> Callable[[nn.Module], None]:
+    """Fit on copies, in depth order; give what writes the result into a model that was converted alike.
+
+    Args:
+        model: not converted yet; it is copied.
+        loader: batches.
+        names: the norms that will be converted.
+        options: of the conversion.
+
+    Raises:
+        ValueError: the loader gives its batches only once, or the model cannot be copied.
+        StabNormError: the loader is empty, or the model does not run on its batches.
+    """
+    run = Runner()
+    with random_state_kept(device_of(model)):
+        batches = list(itertools.islice(batches_of(loader), BATCHES))
+        original, converted = copied(model).eval(), copied(model).eval()
+        layers = [layer for layer in NormSearch(original).found if layer.name in names]
+        measure = measure_norms(original, layers, batches, run)
+        convert_norms(converted, **options)
+        fits = fit_norms(converted, original, batches, measure.levels, run, measure.calls)
+
+    def write(model: nn.Module) -> None:
+        for name, norm in progressive_norms(model).items():
+            fit = fits.get(name)
+            if isinstance(fit, Affine):
+                write_affine(norm, fit)
+                norm.fitted = True
+
+    return write

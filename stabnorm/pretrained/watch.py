@@ -1,0 +1,140 @@
+"""Running a model on a loader's batches, and what its norms read and write there.
+
+The original and the converted model are run on the same batch, one after the other, and compared norm by norm. Both
+are in eval mode: what is compared is what is shipped.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm._batches import moved, run_batch
+from stabnorm.errors import StabNormError
+from stabnorm.fold._examples import without_fused_layers
+from stabnorm.masks import MaskOfBatch, mask_for, masks_of, valid_tokens
+from stabnorm.norms import NormLayer
+from stabnorm.ops.moments import as_rows
+from stabnorm.pretrained.sums import Seen
+
+MASK = "attention_mask"  # what every tokenizer calls it
+
+
+class Runner:
+    """How a model is run on a batch: on the model's device, with padding known to every norm.
+
+    Args:
+        forward: ``forward(model, batch)``. Default: ``model(batch)`` for a tensor, ``model(batch[0])`` for a tuple or
+            list, ``model(**batch)`` for a mapping.
+        mask: which tokens are valid: a key of the batch, an index, or a function of the batch. Default:
+            "attention_mask" where the batch is a mapping that has it.
+    """
+
+    def __init__(self, forward: Callable[[nn.Module, Any], Any] | None = None, mask: MaskOfBatch = None) -> None:
+        self.forward, self.mask = forward or run_batch, mask
+
+    @contextmanager
+    def prepared(self, model: nn.Module, batch: Any) -> Iterator[Any]:
+        """The batch on the model's device; inside, its padding is known."""
+        batch = moved(batch, device_of(model))
+        known = self.mask if self.mask is not None or not isinstance(batch, Mapping) else MASK
+        masks = masks_of(batch, known) if self.mask is not None or _holds(batch, known) else ()
+        with valid_tokens(*masks), without_fused_layers(), torch.compiler.set_stance("force_eager"):
+            yield batch
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output."""
+        with self.prepared(model, batch) as there:
+            return self.forward(model, there)
+
+
+def _holds(batch: Any, key: Any) -> bool:
+    return isinstance(batch, Mapping) and key in batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+class _Enough(BaseException):
+    """Every norm that is watched has been called: the rest of the forward is of no interest.
+
+    No Exception, so that a model's own ``except Exception`` lets it through.
+    """
+
+
+@contextmanager
+def watched(layers: Iterable[NormLayer], enough: int | None = None) -> Iterator[dict[str, list[Seen]]]:
+    """While it is open, what these norms of a model read and write, call by call, in the order of the calls.
+
+    Args:
+        layers: the norms; their modules are hooked.
+        enough: leave the forward after so many calls, by `_Enough`, see `run_until`. Default: never.
+    """
+    seen: dict[str, list[Seen]] = {}
+    calls = itertools.count(1)
+
+    def hook_of(layer: NormLayer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            axis = layer.channel_dim % x.ndim
+            tokens = x.shape[: x.ndim - layer.feature_dims] if layer.feature_dims > 1 else _without(x.shape, axis)
+            valid = mask_for(torch.Size(tokens), layer.name)
+            read, written = (as_rows(t, layer.channel_dim, layer.feature_dims) for t in (x, output))
+            seen.setdefault(layer.name, []).append(Seen(read, written, None if valid is None else valid.reshape(-1)))
+            if next(calls) == enough:
+                raise _Enough
+
+        return hook
+
+    handles = [layer.module.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _without(shape: Sequence[int], axis: int) -> list[int]:
+    return [size for index, size in enumerate(shape) if index != axis]
+
+
+def seen_in(
+    model: nn.Module, layers: Sequence[NormLayer], batch: Any, run: Runner, enough: int | None = None
+) -> dict[str, list[Seen]]:
+    """What these norms read and wrote on a batch; without gradients.
+
+    Args:
+        model: it holds the norms.
+        layers: which ones.
+        batch: one of the loader's.
+        run: how the model is run.
+        enough: number of calls after which the forward is left. Default: none, it runs to its end.
+    """
+    with torch.no_grad(), watched(layers, enough) as seen, suppress(_Enough):
+        run(model, batch)
+    return seen
+
+
+def batches_of(loader: Iterable[Any], limit: int | None = None) -> Iterator[Any]:
+    """A loader's batches from its beginning.
+
+    Raises:
+        ValueError: it is an iterator, which gives its batches once only.
+        StabNormError: it has none.
+    """
+    if iter(loader) is loader:
+        raise ValueError(
+            f"the loader is a {type(loader).__name__}, which gives its batches only once, and several passes are "
+            "needed. Pass a DataLoader or a list of batches"
+        )
+    count = 0
+    for batch in itertools.islice(loader, limit):
+        count += 1
+        yield batch
+    if not count:
+        raise StabNormError("the loader is empty, so there is nothing to fit to. Give one with batches")

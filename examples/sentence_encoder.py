@@ -10,6 +10,7 @@ Wants the extra `[pretrained]`.
 
 import argparse
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,17 @@ def other_paragraphs(path: str | None) -> list[str]:
     loaded = (getattr(datasets, f"load_{name}")().DESCR for name in DESCRIBED)
     sentences = (" ".join(sentence.split()) for text in loaded for sentence in text.replace("\n\n", ". ").split(". "))
     return [sentence for sentence in sentences if len(sentence.split()) > 5]
+
+
+def training_texts(data: str | None, seen: str | None) -> list[str]:
+    """What to train on: all of the data, or, where nothing else is given to judge on, four fifths of it."""
+    return [text for number, text in enumerate(paragraphs(data)) if seen or number % 5]
+
+
+def judged_texts(data: str | None, seen: str | None, unseen: str | None) -> dict[str, list[str]]:
+    """What to judge on: text of the kind that was trained on, but not trained on, and of another kind."""
+    same = paragraphs(seen) if seen else paragraphs(data)[::5]
+    return {"seen": same[:: max(1, len(same) // JUDGED)][:JUDGED], "unseen": other_paragraphs(unseen)[:JUDGED]}
 
 
 def pieces(texts: Sequence[str], generator: np.random.Generator) -> list[str]:
@@ -130,8 +142,10 @@ def export(model: nn.Module, batch: Batch, path: Path) -> tuple[list[str], float
     """Write a model as ONNX; its normalization operators, and how far ONNX Runtime is from torch."""
     import onnxruntime
 
-    axes = {"input_ids": {0: "batch", 1: "tokens"}, "attention_mask": {0: "batch", 1: "tokens"}}
-    program = torch.onnx.export(model, (), kwargs=dict(batch), dynamo=True, dynamic_shapes=axes, verbose=False)
+    axes = {name: {0: "batch", 1: "tokens"} for name in batch}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both inputs have the same axes, and the exporter says so
+        program = torch.onnx.export(model, (), kwargs=dict(batch), dynamo=True, dynamic_shapes=axes, verbose=False)
     assert program is not None
     program.save(str(path))
     names = [node.op_type for node in program.model_proto.graph.node]
@@ -166,13 +180,17 @@ def megabytes(model: nn.Module) -> float:
 
 
 def convert(
-    original: SentenceEncoder, texts: Sequence[str], tokenizer: Tokenizer, steps: int, progress: bool, seed: int = 0
+    original: SentenceEncoder,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    steps: int,
+    progress: bool,
+    keep: Sequence[str] | None = None,
 ) -> RemovalResult:
     """Take the norms out, with nothing but text."""
-    generator = np.random.default_rng(seed)
-    batches = Batches(pieces(texts, generator), tokenizer)
-    recipe = Recipe(precision=torch.bfloat16, seed=seed)
-    return remove_norms(original, batches, steps=steps, recipe=recipe, fit_batches=64, progress=progress)
+    batches = Batches(pieces(texts, np.random.default_rng(0)), tokenizer)
+    recipe, count = Recipe(precision=torch.bfloat16), 16 if steps else 40  # the layers have more to fit than the norms
+    return remove_norms(original, batches, steps=steps, recipe=recipe, fit_batches=count, keep=keep, progress=progress)
 
 
 def main(arguments: Sequence[str] | None = None) -> RemovalResult:
@@ -189,13 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> RemovalResult:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     tokenizer, original = Tokenizer(), load_encoder()
-    texts = paragraphs(options.data)
-    seen = paragraphs(options.seen) if options.seen else texts[::5]
-    texts = texts if options.seen else [text for number, text in enumerate(texts) if number % 5]
-    judged = {
-        "seen": seen[:: max(1, len(seen) // JUDGED)][:JUDGED],
-        "unseen": other_paragraphs(options.unseen)[:JUDGED],
-    }
+    texts = training_texts(options.data, options.seen)
+    judged = judged_texts(options.data, options.seen, options.unseen)
     start = time.perf_counter()
     result = convert(original, texts, tokenizer, options.steps, not options.no_progress)
     print(result)

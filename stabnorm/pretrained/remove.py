@@ -30,6 +30,8 @@ from stabnorm.switch import progressive_norms
 
 ROWS = 4  # of a batch to fold on
 HELD_OUT = 4  # one of so many batches, where none are given
+Fit = Literal["norms", "tables", "layers"]
+TAKING_PART: dict[Fit, tuple[str, ...]] = {"norms": (), "tables": ("embedding",), "layers": ("embedding", "linear")}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def remove_norms(
     loss: Distance | None = None,
     held_out: Iterable[Any] | None = None,
     recipe: Recipe | None = None,
-    fit: Literal["layers", "norms"] = "layers",
+    fit: Fit | None = None,
     fit_batches: int = 32,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     mask: MaskOfBatch = None,
@@ -128,9 +130,9 @@ def remove_norms(
         held_out: batches for `tolerance`. Default: a quarter of `fit_batches`, the loader's first, which then are
             neither fitted to nor trained on.
         recipe: how to repair. Default: `Recipe()`.
-        fit: "norms" fits the affine maps only. "layers" fits with each the layer that feeds it, where the norm is that
-            layer's only reader: the linear layer before a post-norm, the embedding tables, see
-            `stabnorm.pretrained.feed`. Default: "layers".
+        fit: "norms" fits the affine maps only; "tables" with them the embedding tables that a norm alone reads;
+            "layers" the linear layer before a post-norm, too, see `stabnorm.pretrained.feed`. Default: "layers", the
+            closest; with a repair "tables", from which it ends closer to the original.
         fit_batches: how many of the loader's batches to fit to; they are kept in memory. Default: 32.
         forward: how a batch is run, ``forward(model, batch)``. Default: ``model(batch)`` for a tensor,
             ``model(batch[0])`` for a tuple or list, ``model(**batch)`` for a mapping, each on the model's device.
@@ -172,7 +174,7 @@ def remove_norms(
             judged = list(batches_of(held_out))
         elif tolerance is not None:
             judged, fitted, training = _split(loader, fitted, steps)
-        work = _Removal(model, every, keep, run, fitted, fit == "layers", progress)
+        work = _Removal(model, every, keep, run, fitted, fit or ("tables" if steps else "layers"), progress)
         held = HeldOut(work.original, judged, run, distance) if judged else None
         losses: list[float] = []
         if tolerance == 0:
@@ -196,11 +198,11 @@ class _Removal:
         keep: str | Sequence[str] | None,
         run: Runner,
         fitted: list[Any],
-        with_layers: bool,
+        fit: Fit,
         progress: bool,
     ) -> None:
         self.user_model, self.keep, self.run, self.fitted = model, keep, run, fitted
-        self.with_layers, self.progress = with_layers, progress
+        self.kind, self.progress = fit, progress
         self.original = copied(model).eval().requires_grad_(False)
         self.paths = {
             layer.name: path for path, m in model.named_modules() for layer in every.found if m is layer.module
@@ -230,7 +232,8 @@ class _Removal:
         wanted = [name for name in self.norms if name not in stay]
         levels = [[name for name in level if name in wanted] for level in self.measure.levels]
         levels = [level for level in levels if level]
-        feeders = self.measure.feeders if self.with_layers else None
+        found = self.measure.feeders.items()
+        feeders = {name: feeder for name, feeder in found if feeder.kind in TAKING_PART[self.kind]}
         fits = fit_norms(self.model, self.original, self.fitted, levels, self.run, self.measure.calls, feeders)
         self.fits |= fits
         failed = {name: fit for name, fit in fits.items() if isinstance(fit, str)}
@@ -340,9 +343,9 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 # --- what is wrong with the call ---
 
 
-def _check(model: nn.Module, steps: int, tolerance: float | None, fit: str, fit_batches: int) -> None:
-    if fit not in ("layers", "norms"):
-        raise ValueError(f"fit={fit!r} is unknown. Choose 'layers' or 'norms'")
+def _check(model: nn.Module, steps: int, tolerance: float | None, fit: str | None, fit_batches: int) -> None:
+    if fit is not None and fit not in TAKING_PART:
+        raise ValueError(f"fit={fit!r} is unknown. Choose one of {', '.join(map(repr, TAKING_PART))}")
     if steps < 0:
         raise ValueError(f"steps={steps} is no number of steps. Use 0 for no repair")
     if fit_batches < 1:

@@ -35,9 +35,11 @@ class Recipe:
     """How a converted model is repaired.
 
     Args:
-        weights: "all" trains whatever the model trains; "affine" the norms' affine numbers only.
-        lr: peak learning rate of AdamW for the model's weights.
-        affine_lr: of the affine numbers, which are in units of the norm's output.
+        weights: "all" trains whatever the model trains, embedding tables apart, of which a batch shows a few rows only;
+            "affine" the norms' affine numbers alone.
+        lr: peak learning rate of AdamW.
+        affine_lr: of the affine numbers, which are in units of the norm's output; None: `lr`, and ten times that where
+            they are trained alone.
         warmup: share of the steps over which the rate rises; then half a cosine takes it to zero.
         homotopy: share of the steps over which lam of each norm goes from 1 to 0, LayerNorm to affine map; 0 starts
             without LayerNorm.
@@ -53,7 +55,7 @@ class Recipe:
 
     weights: Weights = "all"
     lr: float = 3e-4
-    affine_lr: float = 3e-3
+    affine_lr: float | None = None
     warmup: float = 0.05
     homotopy: float = 0.0
     order: Order = "together"
@@ -66,7 +68,7 @@ class Recipe:
         if self.weights not in get_args(Weights):
             raise ValueError(f"weights={self.weights!r} is unknown. Choose 'all' or 'affine'")
         for name in ("lr", "affine_lr", "clip"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} has to be above 0")
         for name in ("warmup", "homotopy"):
             if not 0 <= getattr(self, name) <= 1:
@@ -167,9 +169,11 @@ class Repair:
     def _groups(self) -> list[dict[str, Any]]:
         affine = [p for norm in self.norms.values() for p in (norm.rep.weight, norm.rep.bias) if p is not None]
         ours = set(map(id, affine)) | {id(p) for norm in self.norms.values() for p in norm.parameters()}
+        ours |= {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
-        groups = [{"params": affine, "lr": self.recipe.affine_lr}]
-        return groups + ([{"params": rest, "lr": self.recipe.lr}] if self.recipe.weights == "all" and rest else [])
+        recipe, together = self.recipe, self.recipe.weights == "all"
+        groups = [{"params": affine, "lr": recipe.affine_lr or (recipe.lr if together else 10 * recipe.lr)}]
+        return groups + ([{"params": rest, "lr": recipe.lr}] if together and rest else [])
 
     @property
     def parameters(self) -> list[nn.Parameter]:

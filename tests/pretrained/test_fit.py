@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from stabnorm import StabNormError, convert_norms
+from stabnorm import StabNormError, convert_norms, remove_norms
 from stabnorm.nn import PRepBN
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained import Affine, Runner, fit_norms, measure_norms
@@ -217,7 +217,9 @@ def _one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mine = batches(24, 32)[:5] if rank == 0 else batches(24, 32)[5:]  # not as many each
-    torch.save(_fitted(mine), f"{folder}/{rank}.pt")
+    own = batches(2, seed=30 + rank)
+    removed = remove_norms(post_norm(), mine, steps=2, tolerance=1.0, held_out=own)
+    torch.save((*_fitted(mine), removed.model.state_dict(), removed.error), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -230,3 +232,5 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert torch.equal(found[0][0][name], found[1][0][name]), name
         torch.testing.assert_close(found[0][0][name], value, rtol=1e-4, atol=1e-5, msg=name)
     assert found[0][1] == pytest.approx(residuals, abs=1e-6)
+    assert found[0][3] == found[1][3] > 0
+    assert all(torch.equal(value, found[1][2][name]) for name, value in found[0][2].items())

@@ -1,0 +1,147 @@
+"""How far a pretrained encoder without norms is from itself: `python -m benchmarks.removal_tradeoff`.
+
+Two curves on the sentence encoder of `examples.sentence_encoder`, each judged by Spearman's correlation of all pairwise
+similarities, on text of the kind it was converted with and on text of another kind:
+
+- norms kept against agreement, fitted and not repaired; the norms that are furthest from an affine map stay;
+- steps of repair against agreement, with every norm gone; each point is a training of its own, to the end of its
+  learning rate's schedule.
+
+Every point is a line of `runs/removal_tradeoff.jsonl`; points that are there are not repeated. `--picture` draws them.
+Wants the extra `[pretrained]`.
+
+Args: --kept N..., --steps N..., --data FILE, --seen FILE, --unseen FILE, --out FILE, --picture FILE, --draw.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from examples.minilm import SentenceEncoder, Tokenizer, load_encoder
+from examples.sentence_encoder import Batches, agreement, convert, embeddings, judged_texts, pieces, training_texts
+from stabnorm.dashboard.heatmap import FAINT, INK, MARK, PAPER
+from stabnorm.norms import NormSearch
+from stabnorm.pretrained import Runner, measure_norms
+
+COLOURS = {"seen": (33, 113, 181), "unseen": MARK}
+SIZE, PANEL, MARGIN = (900, 330), (360, 230), 60
+
+
+@dataclass(frozen=True)
+class Point:
+    """One conversion, judged."""
+
+    curve: str  # "kept" or "steps"
+    at: int
+    seen: float
+    unseen: float
+
+
+def read(path: Path) -> list[Point]:
+    """The points there are."""
+    return [Point(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def worst_first(original: SentenceEncoder, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """The norms, the one furthest from an affine map first."""
+    batches = list(Batches(pieces(texts, np.random.default_rng(0)), tokenizer))[:10]
+    residuals = measure_norms(original, NormSearch(original).found, batches, Runner()).residuals
+    return sorted(residuals, key=lambda name: -residuals[name])
+
+
+# --- the picture ---
+
+
+def draw(points: Sequence[Point]) -> Image.Image:
+    """Both curves side by side, the vertical axis from the lowest value to 1."""
+    image = Image.new("RGB", SIZE, PAPER)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    low = min([0.99, *(min(point.seen, point.unseen) for point in points)])
+    low = np.floor(20 * low) / 20
+    titles = {"kept": "LayerNorms kept (of 13), no repair", "steps": "steps of repair, no LayerNorm left"}
+    for number, (curve, title) in enumerate(titles.items()):
+        here = sorted((point for point in points if point.curve == curve), key=lambda point: point.at)
+        left, top = MARGIN + number * (PANEL[0] + MARGIN), 40
+        _panel(pen, font, here, (left, top), float(low), title)
+    for number, (kind, colour) in enumerate(COLOURS.items()):
+        pen.text((MARGIN + 220 * number, 8), f"Spearman, {kind} kind of text", colour, font)
+    return image
+
+
+def _panel(
+    pen: ImageDraw.ImageDraw,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    points: Sequence[Point],
+    corner: tuple[int, int],
+    low: float,
+    title: str,
+) -> None:
+    (left, top), (width, height) = corner, PANEL
+    for value in np.linspace(low, 1, 6):
+        y = top + height * (1 - (value - low) / (1 - low))
+        pen.line((left, y, left + width, y), (225, 225, 228))
+        pen.text((left - 38, y - 8), f"{value:.2f}", FAINT, font)
+    pen.rectangle((left, top, left + width, top + height), outline=FAINT)
+    pen.text((left, top + height + 24), title, INK, font)
+    if not points:
+        return
+    places = {point.at: left + width * (index + 0.5) / len(points) for index, point in enumerate(points)}
+    for at, x in places.items():
+        pen.text((x, top + height + 5), str(at), FAINT, font, anchor="ma")
+    for kind, colour in COLOURS.items():
+        line = [(places[point.at], top + height * (1 - (getattr(point, kind) - low) / (1 - low))) for point in points]
+        pen.line(line, colour, 2)
+        for x, y in line:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Point]:
+    """Measure the points that are missing, print all, and draw them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kept", type=int, nargs="*", default=[0, 1, 2, 4, 8], help="norms that stay")
+    parser.add_argument("--steps", type=int, nargs="*", default=[0, 100, 400, 1500], help="of the repair")
+    parser.add_argument("--data", help="a text file to train on; default: Python's own documentation")
+    parser.add_argument("--seen", help="text of that kind to judge on; default: every fifth paragraph of the data")
+    parser.add_argument("--unseen", help="text of another kind; default: descriptions of scikit-learn's data")
+    parser.add_argument("--out", type=Path, default=Path("runs/removal_tradeoff.jsonl"))
+    parser.add_argument("--picture", type=Path, help="draw the curves there")
+    parser.add_argument("--draw", action="store_true", help="measure nothing more")
+    options = parser.parse_args(arguments)
+    points = read(options.out)
+    plan = [("kept", at) for at in options.kept] + [("steps", at) for at in options.steps]
+    missing = [] if options.draw else [one for one in plan if one not in {(point.curve, point.at) for point in points}]
+    if missing:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer, original = Tokenizer(), load_encoder()
+        texts, judged = (
+            training_texts(options.data, options.seen),
+            judged_texts(options.data, options.seen, options.unseen),
+        )
+        wanted = {kind: embeddings(original, samples, tokenizer) for kind, samples in judged.items()}
+        order = worst_first(original, texts, tokenizer)
+    for curve, at in missing:
+        torch.manual_seed(0)
+        keep = [f"^{name}$" for name in order[:at]] if curve == "kept" and at else None
+        model = convert(original, texts, tokenizer, at if curve == "steps" else 0, False, keep=keep).model
+        ranks = {
+            kind: agreement(embeddings(model, samples, tokenizer), wanted[kind]).rank
+            for kind, samples in judged.items()
+        }
+        points.append(Point(curve, at, ranks["seen"], ranks["unseen"]))
+        with options.out.open("a") as file:
+            file.write(json.dumps(asdict(points[-1])) + "\n")
+    for point in sorted(points, key=lambda point: (point.curve, point.at)):
+        print(f"{point.curve:5s} {point.at:5d}   seen {point.seen:.4f}   unseen {point.unseen:.4f}")
+    if options.picture:
+        draw(points).save(options.picture, optimize=True)
+    return points
+
+
+if __name__ == "__main__":
+    main()

@@ -118,6 +118,9 @@ CASES = {
     ),
     # how the weight is read
     "weight also reads the raw input": Case(reader(lambda m, x: m.fc(m.norm(x)) + m.fc(x)), "more than one thing"),
+    "weight with its bias and without": Case(
+        reader(lambda m, x: (lambda h: m.fc(h) + F.linear(h, m.fc.weight))(m.norm(x))), "used in two ways"
+    ),
     "weight reads two norms": Case(
         reader(lambda m, x: m.fc(m.norm(x)) + m.fc(m.other(x)), other=norm()), "more than one thing"
     ),

@@ -187,6 +187,9 @@ CASES = {
     "cross-attention, other width": Case(
         lambda: SelfAttention(kdim=7, vdim=7), {"norm": "forward", "memory_norm": "forward"}
     ),
+    "cross-attention, other width, bias-free": Case(
+        lambda: SelfAttention(kdim=7, vdim=7, bias=False), {"norm": "forward", "memory_norm": "forward"}
+    ),
     "cross-attention, bias-free": Case(
         lambda: SelfAttention(bias=False), {"norm": "forward", "memory_norm": "forward"}
     ),

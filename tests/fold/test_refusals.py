@@ -174,6 +174,9 @@ CASES = {
         "not one number for each output",
         shape=(D, C),
     ),
+    "product times alpha": Case(
+        reader(lambda m, x: torch.addmm(m.fc.bias, m.norm(x[0]), m.fc.weight.T, alpha=2)), "scales its operands"
+    ),
     "weight norm": Case(reader(lambda m, x: m.fc(m.norm(x)), fc=weight_norm(nn.Linear(C, D))), "Parameter"),
     "spectral norm": Case(reader(lambda m, x: m.fc(m.norm(x)), fc=spectral_norm(nn.Linear(C, D))), "Parameter"),
     "zero-padded tokens": Case(reader(lambda m, x: m.fc(F.pad(m.norm(x), (0, 0, 1, 0)))), "zeros of a padding"),
@@ -252,6 +255,9 @@ CASES = {
         post(branch_on_two_streams, other=norm(), last2=norm(), head2=nn.Linear(C, D)), "several streams"
     ),
     "branch is no linear": Case(post(lambda m, x: (lambda h: m.head(m.last(h + m.fc(h).relu())))(m.norm(x))), "add"),
+    "branch times alpha": Case(
+        post(lambda m, x: (lambda h: m.head(m.last(torch.add(h, m.fc(h), alpha=2))))(m.norm(x))), "add in"
+    ),
     "stream joins a raw one": Case(post(lambda m, x: m.head(m.last(m.norm(x) + x))), "add"),
     "one block again and again": Case(
         post(lambda m, x: (lambda h: m.head(m.last(m.last(h + m.fc(h)) + m.fc(h))))(m.norm(x))), "several streams"

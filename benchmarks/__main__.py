@@ -2,8 +2,7 @@
 
 Runs the benchmarks one after the other, prints what they print and writes it as one Markdown page. Where there is a
 CUDA device, on that one. On a CPU the modules and the monitor are measured twice: as they come, and with the C++
-bodies, which a compiler must be there to build. On two cores all of it takes most of an hour: `--only` and `--rounds`
-shorten it.
+bodies, which a compiler must be there to build. `--only` and `--rounds` shorten it.
 
 Args: --quick: a run that only shows that all of it works; --only SECTION ...; --rounds N, --threads N,
 --device cpu|cuda, --output FILE. Default: runs/benchmarks.md.

@@ -14,10 +14,9 @@ if TYPE_CHECKING:
     from stabnorm.nn.prep import PRepBN
 
 
-def blended(body: str, norm: "PRepBN", x: Tensor, mask: Tensor | None) -> Tensor:
-    """What `norm` makes of x in training, as rows ``[R, C]``; its `rep` gathers statistics."""
+def blended(body: str, norm: "PRepBN", rows: Tensor, valid: Tensor | None) -> Tensor:
+    """What `norm` makes of ``rows [R, C]`` in training; its `rep` gathers statistics."""
     rep = norm.rep
-    rows, valid = rep.rows_of(x, mask)
     moments, rstd = rep.gather(rows, valid)
     return _Blended.apply(  # type: ignore[no-any-return, no-untyped-call]
         body, norm.lam, rows, norm.weight, norm.bias, norm.eps, rep.weight, rep.bias, rep.eta, moments.mean, rstd,

@@ -184,20 +184,20 @@ class PRepBN(Float32Buffers):
         if self.leave_out_norm or (not self.training and self.eval_mode == "rep"):
             y = self.__rep(x, mask, *self.__rep_parameters())
             return _Idle.apply(y, *self.__norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
-        body = self.__body(x, mask)
-        if body != REFERENCE:
-            return self.rep.like_input(blended(body, self, x, mask), x)
+        if self.__at_once():
+            rows, valid = self.rep.rows_of(x, mask)
+            body = execution("blended_norm", rows, valid)
+            if body != REFERENCE:
+                return self.rep.like_input(blended(body, self, rows, valid), x)
         weight, bias, eta = self.__rep_parameters()
         for_norm, for_rep, weight, bias, eta = _Fork.apply(self.lam, x, weight, bias, eta)  # type: ignore[no-untyped-call]
         rep = self.__rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
         return _Blend.apply(self.lam, self.__norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
 
-    def __body(self, x: Tensor, mask: Tensor | None) -> str:
-        """Which execution does both norms at once: only torch's own LayerNorm, over the channels, in training."""
-        both_train = self.training and self.rep.training
-        if not both_train or self.feature_dims > 1 or self._made_of[0].forward is not nn.LayerNorm.forward:
-            return REFERENCE
-        return execution("blended_norm", x, mask)
+    def __at_once(self) -> bool:
+        """Whether both norms can be computed at once: only torch's own LayerNorm, over the channels, in training."""
+        own_forward = self._made_of[0].forward is nn.LayerNorm.forward
+        return own_forward and self.feature_dims == 1 and self.training and self.rep.training
 
     def __rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
         return self.rep.weight, self.rep.bias, self.rep.eta

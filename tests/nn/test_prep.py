@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stabnorm import valid_tokens
 from stabnorm.convert import convert_norms
 from stabnorm.errors import StabNormError
 from stabnorm.nn import PRepBN, RepBN
 from stabnorm.nn.prep import prep_class
+from stabnorm.ops import use_kernels
 from tests.nn_modules import compile_one_graph, run
 
 
@@ -250,3 +252,17 @@ def test_with_an_init_of_the_papers_it_stays_as_that_says() -> None:
     assert torch.equal(norm.rep.weight, torch.ones(8))
     assert norm.rep.eta == 1
     assert PRepBN(8, variant="official").rep.init == "vision"
+
+
+@pytest.mark.parametrize("setting", ["auto", "cpp", "reference"])
+def test_a_mask_from_outside_keeps_padding_out_in_every_execution(setting: str) -> None:
+    norm, mask = PRepBN(8), torch.rand(5, 7) < 0.6
+    norm.lam.fill_(0.5)
+    x = torch.where(mask[..., None], torch.randn(5, 7, 8), 1e6)
+    with use_kernels(setting), valid_tokens(mask):
+        y = norm(x)
+    rep = norm.rep.running_mean
+    assert rep is not None
+    torch.testing.assert_close(rep, 0.1 * x[mask].mean(0), rtol=1e-5, atol=1e-6)
+    with use_kernels("reference"):
+        torch.testing.assert_close(y[mask], norm(x, mask)[mask], rtol=1e-5, atol=1e-5)

@@ -113,8 +113,8 @@ def main(capability: int) -> None:
         passes(rows, vector, valid, torch.randn(length), torch.tensor(0.5))
         account = empty_moments(_triton_moments.splits_of(channels, rows.device), channels)
         _triton_moments.add_moments_of_rows_(account, rows, "layer", 1e-5, None, None, valid, True, True)
-        counters = torch.zeros(3, 3, dtype=torch.int64)
-        _triton_running.track_batch_(vector, vector, vector[0], vector, vector, *counters, 0.1, True)
+        step, skips, progress = torch.zeros(3, 3, dtype=torch.int64).unbind()
+        _triton_running.track_batch_(vector, vector, vector[0], vector, vector, step, skips, progress, 0.1, True)
         _triton_moments.merge_splits(RawMoments(*(part[None] for part in account)))
 
 

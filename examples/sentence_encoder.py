@@ -59,7 +59,7 @@ def training_texts(data: str | None, seen: str | None) -> list[str]:
 def judged_texts(data: str | None, seen: str | None, unseen: str | None) -> dict[str, list[str]]:
     """What to judge on: text of the kind that was trained on, but not trained on, and of another kind."""
     same = paragraphs(seen) if seen else paragraphs(data)[::5]
-    return {"seen": same[:: max(1, len(same) // JUDGED)][:JUDGED], "unseen": other_paragraphs(unseen)[:JUDGED]}
+    return {"seen": same[:JUDGED], "unseen": other_paragraphs(unseen)[:JUDGED]}
 
 
 def pieces(texts: Sequence[str], generator: np.random.Generator) -> list[str]:

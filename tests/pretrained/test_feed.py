@@ -134,7 +134,7 @@ def test_the_layers_leave_less_than_the_norms_alone_and_on_other_data_too() -> N
             sum(float((part(**batch) - original(**batch)).square().sum()) for batch in unseen)
             for part in (model, with_layers)
         ]
-    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_words_that_no_batch_has_become_what_the_norm_makes_of_them() -> None:

@@ -245,7 +245,8 @@ class StabilityCallback(Callback):
             measured = {name: values.numpy() for name, values in track.history().items()}
             bounds = {m.name: (m.threshold, m.advice) for m in track.measures if m.threshold is not None}
             when = track.history_steps().numpy()
-            rows += layers_worth_a_look(track.rows, measured, [], steps=when, thresholds=bounds)
+            under = {m.name: (m.least, m.advice) for m in track.measures if m.least is not None}
+            rows += layers_worth_a_look(track.rows, measured, [], steps=when, thresholds=bounds, least=under)
         print(format_table(rows, steps=len(steps)))
         print(f"monitoring cost {monitor.cost}")
         if self.directory is None:

@@ -84,7 +84,9 @@ class AttentionCompanion(Companion):
         ),
         Measure(
             "attention_entropy_share", "mean over queries of entropy / ln(number of visible keys): 1 even, 0 one key",
-            "1", _COLLAPSE, "falls towards 0", lambda sums: _mean(sums.entropy_share, sums),
+            "1", _COLLAPSE + "; bound ours", "< 0.01", lambda sums: _mean(sums.entropy_share, sums), least=0.01,
+            advice="its attention has collapsed to one key per query: look at its largest logit, and lower the "
+            "learning rate",
         ),
         Measure(
             "attention_logit_max", "max |q k| scale over the visible keys", "logit",

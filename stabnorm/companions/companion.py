@@ -31,6 +31,7 @@ class Measure:
         compute: ``sums -> [rows]``.
         threshold: beyond this it is bad; for the closing table.
         alarm: beyond this an alert is raised at once.
+        least: below this it is bad; for the closing table.
         advice: what it means when it is over its bound, and where to look.
     """
 
@@ -42,6 +43,7 @@ class Measure:
     compute: Callable[[Any], Tensor]
     threshold: float | None = None
     alarm: float | None = None
+    least: float | None = None
     advice: str = ""
     # What the detector asks beside: no measure is compared with its own past, and none is a norm's gradient.
     floor: ClassVar[None] = None

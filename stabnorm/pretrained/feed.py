@@ -26,7 +26,8 @@ from stabnorm.ops.moments import as_rows
 from stabnorm.ops.ranks import gather_over_ranks
 from stabnorm.pretrained.sums import Affine, Seen
 
-RIDGE = 0.1  # rho, as a share of the mean variance of the layer's inputs; less ended further from the original on other text
+# Rho, as a share of the mean variance of the layer's inputs; less ended further from the original on other text.
+RIDGE = 0.1
 TOKENS = 4  # for each input of the layer, or it is left as it is: fewer would fit by chance
 WIDEST = 8192  # inputs of a layer whose Gram matrix is made
 STEEP = 0.1  # a scale may become so much smaller than without the layer

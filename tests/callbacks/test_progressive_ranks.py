@@ -86,7 +86,7 @@ def test_the_gate_decides_alike_from_what_both_measure(folder: Path) -> None:
     first, second = both(folder, "adaptive")
     assert first[3] == second[3]
     assert first[0][-1] == [0.0, 1.0]
-    assert first[2] == [(False, False)] * 2
+    assert first[2] == [(True, False), (False, False)]  # what is switched leaves its norm out
 
 
 def test_sync_batchnorm_is_respected(folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stabnorm.companions.companion import Companion, Hook, Measure, Watch, clean, first_device, sampled, wide
 from stabnorm.masks import mask_for
+from stabnorm.monitor.watched import unwatch_class, watch_class
 from stabnorm.ops.moments import is_recompute
 
 logger = logging.getLogger("stabnorm")
@@ -192,11 +193,14 @@ class OutputWatch(Watch):
         """One hook per layer."""
         for row, (name, module) in enumerate(self._layers):
             self._hooks.append(_OutputHook(self, row, name, module))
+            watch_class(module)
             self._handles.append(module.register_forward_hook(self._hooks[-1]))
         self.discard()
 
     def detach(self) -> None:
         """Off."""
+        for _, module in self._layers if self._handles else ():
+            unwatch_class(module)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -227,8 +231,7 @@ class OutputWatch(Watch):
             return None
         return (
             f"{', '.join(names)} did not run in training mode. A loss that takes the layer's weight instead of calling "
-            "it is not seen; if the model was compiled and run before the monitor was attached, call "
-            "torch.compiler.reset() after attaching; another layer is named by OutputCompanion(layer=...)"
+            "is not seen; another layer is named by OutputCompanion(layer=...)"
         )
 
 

@@ -55,7 +55,8 @@ def module_table(rows: int, channels: int, dtype: torch.dtype, device: torch.dev
 def live_bytes() -> int:
     """Of every tensor that Python holds."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta]
+    held = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta]
+    tensors = [t for t in held if t.layout == torch.strided]  # others have no storage of their own
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stabnorm.companions.tracks import Track
 from stabnorm.dashboard.headline import custom_scalars_layout, headline
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.images import log_image, shows_images
 from stabnorm.monitor.detect import Alert
 from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
+from stabnorm.monitor.tracks import Track
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -19,7 +19,8 @@ from stabnorm.callbacks._outputs import (
     output_directory,
     record_writers,
 )
-from stabnorm.companions.companion import Companion, resolve_companions
+from stabnorm.companions.companion import Companion
+from stabnorm.companions.names import resolve_companions
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.table import format_table, layers_worth_a_look, markdown_table
 from stabnorm.monitor.monitor import StabilityMonitor

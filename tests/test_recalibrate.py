@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stabnorm import StabNormError, recalibrate_norms, valid_tokens
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
+from tests.processes import leave
 
 WIDTH, BATCHES = 6, 9
 
@@ -327,7 +328,7 @@ def one_rank(rank: int, folder: str) -> None:
     asked = iter([1.0, 0.9] if rank == 0 else [1.0, 1.05])  # worse here, better on the whole
     report = recalibrate_norms(model, own, BATCHES, lambda model: next(asked))
     torch.save((model.state_dict(), report.kept, report.after), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_processes_take_the_median_over_the_batches_of_both(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stabnorm.companions.companion import Companion
-from stabnorm.companions.tracks import Tracks
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.buffers import SIDE_COLUMNS, TOP_CHANNELS, DeviceState, Flight, History, write_side_columns
 from stabnorm.monitor.cost import Cost, Stopwatch
@@ -24,6 +23,7 @@ from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers, unwrap
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.monitor.statistics import Statistic, resolve
+from stabnorm.monitor.tracks import Tracks
 from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import find_norms

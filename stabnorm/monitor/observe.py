@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stabnorm._watched import unwatch_class, watch_class
 from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
 from stabnorm.functional_detail import DetailMoments
 from stabnorm.masks import mask_for
 from stabnorm.monitor.details import INPUT_NEEDS, Details
-from stabnorm.monitor.watched import unwatch_class, watch_class
 from stabnorm.norms import NormLayer
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
 from stabnorm.ops.moments import accumulate_moments_, as_rows, empty_accounts, merge_accounts
@@ -237,7 +237,7 @@ class _InputHook(_Hook):
         """Whether the account is known to be empty: in the host's own memory that is looked up, elsewhere unknown."""
         if torch.compiler.is_compiling() or self.account.seen.device.type != "cpu":
             return False
-        return int(self.account.seen.numpy()) == 0  # no operation of torch's, and no wait for a device
+        return not self.account.seen.numpy().any()  # no operation of torch's, and no wait for a device
 
     def valid_of(self, x: Tensor) -> Tensor | None:
         """The mask that fits the tokens of x."""

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from stabnorm._random import random_state_kept
-from stabnorm.convert import convert_norms
 from stabnorm.fold._lanes import copied
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained.fit import fit_norms, write_affine
@@ -20,7 +19,7 @@ BATCHES = 32  # of the loader; two numbers per channel need no more
 
 
 def fitted_start(
-    model: nn.Module, loader: Iterable[Any], names: set[str], options: dict[str, Any]
+    model: nn.Module, loader: Iterable[Any], names: set[str], convert: Callable[[nn.Module], object]
 ) -> Callable[[nn.Module], None]:
     """Fit on copies, in depth order; give what writes the result into a model that was converted alike.
 
@@ -28,7 +27,7 @@ def fitted_start(
         model: not converted yet; it is copied.
         loader: batches.
         names: the norms that will be converted.
-        options: of the conversion.
+        convert: converts a copy as the model will be.
 
     Raises:
         ValueError: the loader gives its batches only once, or the model cannot be copied.
@@ -40,7 +39,7 @@ def fitted_start(
         original, converted = copied(model).eval(), copied(model).eval()
         layers = [layer for layer in NormSearch(original).found if layer.name in names]
         measure = measure_norms(original, layers, batches, run)
-        convert_norms(converted, **options)
+        convert(converted)
         fits = fit_norms(converted, original, batches, measure.levels, run, measure.calls)
 
     def write(model: nn.Module) -> None:

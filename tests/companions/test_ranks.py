@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stabnorm import StabilityMonitor
 from tests.companions.nets import Text, loss
+from tests.processes import leave
 
 STEPS, SIZE = 4, 6
 COMPANIONS = ("attention", "weights", "embedding", "output")
@@ -49,7 +50,7 @@ def one_rank(rank: int, folder: str) -> None:
     sharded = made()
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
     torch.save({"ddp": replicated, "fsdp": train(sharded, rows)}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_processes_have_the_weights_and_gradients_of_one_and_their_own_attention(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabnorm import StabilityMonitor
 from stabnorm.companions.attention import AttentionCompanion
-from stabnorm.companions.companion import companions_table, known_companions
+from stabnorm.companions.names import companions_table, known_companions
 from stabnorm.monitor.record import FileRecord, TensorBoardRecord, read_record
 from tests.companions.nets import Fused, Text, batch, loss
 

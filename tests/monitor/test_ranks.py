@@ -18,6 +18,7 @@ from stabnorm.monitor import ranks
 from stabnorm.monitor.ranks import gather_slabs, merge_stacked_, variance_between
 from stabnorm.monitor.record import Block
 from tests.monitor.one_history import STEPS, History, Net, assert_same, train
+from tests.processes import leave
 
 # -- in two processes --------------------------------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ def one_rank(rank: int, folder: str) -> None:
         StabilityMonitor(Net(), include="norm1" if rank else "norm2").attach()
     found["refused"] = str(refused.value)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def counted_gathers() -> Any:

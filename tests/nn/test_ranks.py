@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from tests.nn_modules import run, state
+from tests.processes import leave
 
 STEPS = 12
 
@@ -71,7 +72,7 @@ def one_rank(rank: int, folder: str, masked: bool) -> None:
         model(x[rows]).backward(dy[rows])
     found["ddp"] = ([], state(model.module), [])
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.parametrize("masked", [False, True])

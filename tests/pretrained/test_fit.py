@@ -17,6 +17,7 @@ from stabnorm.pretrained import Affine, Runner, fit_norms, measure_norms
 from stabnorm.pretrained.sums import ChannelSums, Seen
 from stabnorm.pretrained.watch import seen_in
 from tests.pretrained.nets import Batch, batches, converted_pair, post_norm
+from tests.processes import leave
 
 
 def least_squares(x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -221,7 +222,7 @@ def _one_rank(rank: int, folder: str) -> None:
     removed = remove_norms(post_norm(), mine, steps=2, tolerance=1.0, held_out=own)
     torch.save((*_fitted(mine), removed.model.state_dict(), removed.error), f"{folder}/{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabnorm.companions.companion import Companion, resolve_companions
+from stabnorm.companions.companion import Companion
+from stabnorm.companions.names import resolve_companions
 from stabnorm.monitor.buffers import Flight, History
 from stabnorm.monitor.detect import Alert, Detector
 from stabnorm.monitor.record import Block

@@ -3,11 +3,14 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stabnorm.monitor.past import Layout, Moments, Past
+from stabnorm.monitor.record import Block
 from stabnorm.norms import NormLayer
 
 TOP_CHANNELS = 3
@@ -67,6 +70,17 @@ def write_side_columns(side: Tensor, now: Moments) -> None:
     side[:, 2 + TOP_CHANNELS : 2 + TOP_CHANNELS + count] = torch.where(there, top.values, torch.nan)
 
 
+def running_buffers(norms: Sequence[tuple[int, NormLayer]], past: Past) -> Tensor:
+    """Running mean and variance of the layers that have them, ``[2, L, C]`` with NaN elsewhere; or ``[2, 1, 1]``."""
+    shape = past.mean.shape if norms else (1, 1)
+    own = torch.full((2, *shape), torch.nan, device=past.mean.device, dtype=past.mean.dtype)
+    for index, norm in norms:
+        for part, buffer in enumerate((norm.running_mean, norm.running_var)):
+            if buffer is not None:
+                own[part, index, : norm.num_features] = buffer.detach()
+    return own
+
+
 class Flight:
     """Steps on their way to the host."""
 
@@ -87,6 +101,29 @@ class Flight:
         """Until the copy is done."""
         if self._event is not None:
             self._event.synchronize()
+
+    def block(self, layers: Sequence[str], names: Sequence[str]) -> Block:
+        """As a record has it: the columns by name, the largest channels, and what scalars there are."""
+        rows: npt.NDArray[Any] = self.rows.numpy()
+        series = {name: rows[:, :, column] for column, name in enumerate(names)}
+        top = rows[:, :, -2 * TOP_CHANNELS :]
+        series["top_channel_ids"], series["top_channel_values"] = top[..., :TOP_CHANNELS], top[..., TOP_CHANNELS:]
+        for column, name in enumerate(("loss", "learning_rate")):
+            scalars = self.scalars[:, column]
+            if not bool(scalars.isnan().all()):
+                series[name] = scalars.numpy()
+        return Block(self.first_step, tuple(layers), series)
+
+
+def joined(*flights: Flight | None) -> Flight | None:
+    """One flight of those there are, in their order; None where there are none."""
+    there = [flight for flight in flights if flight is not None]
+    for flight in there:
+        flight.wait()
+    if not there:
+        return None
+    rows, scalars = (torch.cat(parts) for parts in zip(*((f.rows, f.scalars) for f in there), strict=True))
+    return Flight(there[0].first_step, rows, scalars)
 
 
 class History:
@@ -112,6 +149,10 @@ class History:
     def clear(self) -> None:
         """Forget all."""
         self._flights.clear()
+
+    def none(self) -> Tensor:
+        """``[0, rows, columns]``."""
+        return self._empty
 
     def values(self) -> Tensor:
         """``[steps, rows, columns]``."""

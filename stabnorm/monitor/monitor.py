@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 
 from stabnorm.companions.companion import Companion
 from stabnorm.errors import StabNormError
-from stabnorm.monitor.buffers import SIDE_COLUMNS, TOP_CHANNELS, DeviceState, Flight, History, write_side_columns
+from stabnorm.monitor.buffers import (
+    SIDE_COLUMNS,
+    DeviceState,
+    Flight,
+    History,
+    joined,
+    running_buffers,
+    write_side_columns,
+)
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.detailed import DetailedPast
 from stabnorm.monitor.details import Details, is_detailed
@@ -210,7 +218,7 @@ class StabilityMonitor:
         detail, gap = None, scalars.new_full((1,), torch.nan)
         if self._details is not None:
             detail, gap = self._details.slabs.take(state.device), self._details.branch_gap(state.device)
-        gathered, between = Gathered(gradient, self._own_running_buffers(past), scalars[:1], gap), None
+        gathered, between = Gathered(gradient, running_buffers(self._with_buffers, past), scalars[:1], gap), None
         if merging_ranks(self.sync) > 1:
             raw, gathered, between, detail = merge_over_ranks(self.sync, raw, gathered, detail)
             scalars[:1] = gathered.loss
@@ -248,16 +256,6 @@ class StabilityMonitor:
                 self._state.scalars.copy_(before.scalars)
             return self._state
         return before
-
-    def _own_running_buffers(self, past: Past) -> Tensor:
-        """``[2, L, C]``, NaN where a layer has none; ``[2, 1, 1]`` where no layer has any."""
-        shape = past.mean.shape if self._with_buffers else (1, 1)
-        own = torch.full((2, *shape), torch.nan, device=past.mean.device, dtype=past.mean.dtype)
-        for index, norm in self._with_buffers:
-            for part, buffer in enumerate((norm.running_mean, norm.running_var)):
-                if buffer is not None:
-                    own[part, index, : norm.num_features] = buffer.detach()
-        return own
 
     # -- what was gathered ---------------------------------------------------------------------------------------------
 
@@ -312,12 +310,12 @@ class StabilityMonitor:
         flight.wait()
         self._history.add(flight)
         statistics = len(self.statistics)
-        values, tokens, nonfinite = flight.rows.split([statistics, 1, 1, 2 * TOP_CHANNELS], dim=-1)[:3]
+        values, tokens, nonfinite = flight.rows.split([statistics, 1, 1, SIDE_COLUMNS - 2], dim=-1)[:3]
         alerts = self._detector.update(flight.first_step, values, tokens[..., 0], nonfinite[..., 0] > 0)
         self.alerts += alerts
         if self._speaks:
             self._say_if_nothing_ran(tokens)
-        self._report(self._block(flight), alerts)
+        self._report(flight.block(self.layers, self._column_names()), alerts)
         for block, found in self.companions.receive():
             self.alerts += found
             self._report(block, found)
@@ -346,17 +344,6 @@ class StabilityMonitor:
             len(tokens),
         )
 
-    def _block(self, flight: Flight) -> Block:
-        rows: np.ndarray[Any, Any] = flight.rows.numpy()
-        series = {name: rows[:, :, column] for column, name in enumerate(self._column_names())}
-        top = rows[:, :, len(self.statistics) + 2 :]
-        series["top_channel_ids"], series["top_channel_values"] = top[..., :TOP_CHANNELS], top[..., TOP_CHANNELS:]
-        for column, name in enumerate(("loss", "learning_rate")):
-            scalars = flight.scalars[:, column]
-            if not bool(scalars.isnan().all()):
-                series[name] = scalars.numpy()
-        return Block(flight.first_step, self.layers, series)
-
     @property
     def _hook_seconds(self) -> float:
         return self._observer.seconds + self.companions.hook_seconds
@@ -378,7 +365,7 @@ class StabilityMonitor:
 
         Tensors and plain containers. Nothing is flushed or written for it.
         """
-        rows, scalars = self._not_received()
+        waiting = joined(self._in_flight, self._flight() if self._filled else None)
         return {
             "version": 2,
             "layers": list(self.layers),
@@ -388,23 +375,10 @@ class StabilityMonitor:
             "past": self._state.past.state_dict() if self._state is not None else None,
             "detector": self._detector.state_dict(),
             "alerts": [alert.as_dict() for alert in self.alerts],
-            "rows": rows,
-            "scalars": scalars,
+            "rows": self._history.none() if waiting is None else waiting.rows,
+            "scalars": torch.empty(0, 2, device="cpu") if waiting is None else waiting.scalars,
             "companions": self.companions.state_dict(),
         }
-
-    def _not_received(self) -> tuple[Tensor, Tensor]:
-        """Rows and scalars that no flush has received yet, on the host."""
-        rows, scalars = (
-            [torch.empty(0, len(self.layers), self._columns, device="cpu")],
-            [torch.empty(0, 2, device="cpu")],
-        )
-        for part in (self._in_flight, self._flight() if self._filled else None):
-            if part is not None:
-                part.wait()
-                rows.append(part.rows)
-                scalars.append(part.scalars)
-        return torch.cat(rows), torch.cat(scalars)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken: `history()` then begins with the rows that were not flushed by then.

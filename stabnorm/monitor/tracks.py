@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
-from stabnorm.monitor.buffers import Flight, History
+from stabnorm.monitor.buffers import Flight, History, joined
 from stabnorm.monitor.detect import Alert, Detector
 from stabnorm.monitor.record import Block
 
@@ -87,16 +87,12 @@ class Track:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs of the last ones, and those since the last flush; the others are in the record."""
-        values = [torch.empty(0, len(self.rows), len(self.measures), device="cpu")]
-        for part in (self._in_flight, self._flight(0) if self._waiting else None):
-            if part is not None:
-                part.wait()
-                values.append(part.rows)
+        waiting = joined(self._in_flight, self._flight(0) if self._waiting else None)
         return {
             "rows": list(self.rows),
             "watch": self.watch.state_dict(),
             "detector": self._detector.state_dict(),
-            "values": torch.cat(values),
+            "values": self._history.none() if waiting is None else waiting.rows,
         }
 
     def load_state_dict(self, state: dict[str, Any], steps_done: int) -> None:

@@ -396,6 +396,5 @@ def blended_gradient(
     .. math:: dx = \lambda r (g - \overline{g} - n\,\overline{g n}) + (1 - \lambda)\,\mathrm{of\_rep},\quad g = w\,dy
     """
     g = dy if weight is None else dy * weight
-    along = (g * normalized).mean(-1, keepdim=True)
-    of_norm = (g - g.mean(-1, keepdim=True) - normalized * along) * token_rstd[:, None]
-    return blend(lam, of_norm, of_rep)
+    along = normalized * (g * normalized).mean(-1, keepdim=True)
+    return blend(lam, (g - g.mean(-1, keepdim=True) - along) * token_rstd[:, None], of_rep)

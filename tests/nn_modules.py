@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 
-COUNTERS = ("step", "skips", "progress", "rep.step", "rep.skips", "rep.progress")
+COUNTERS = ("step", "skips", "rep.step", "rep.skips")
 
 
 def half_way(channels: int, **options: bool) -> PRepBN:

@@ -13,15 +13,8 @@ from torch.optim import Optimizer
 
 from stabnorm.companions.companion import Companion
 from stabnorm.errors import StabNormError
-from stabnorm.monitor.buffers import (
-    SIDE_COLUMNS,
-    DeviceState,
-    Flight,
-    History,
-    joined,
-    running_buffers,
-    write_side_columns,
-)
+from stabnorm.monitor import buffers
+from stabnorm.monitor.buffers import SIDE_COLUMNS, DeviceState, Flight, History
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.detailed import DetailedPast
 from stabnorm.monitor.details import Details, is_detailed
@@ -218,7 +211,10 @@ class StabilityMonitor:
         detail, gap = None, scalars.new_full((1,), torch.nan)
         if self._details is not None:
             detail, gap = self._details.slabs.take(state.device), self._details.branch_gap(state.device)
-        gathered, between = Gathered(gradient, running_buffers(self._with_buffers, past), scalars[:1], gap), None
+        gathered, between = (
+            Gathered(gradient, buffers.running_buffers(self._with_buffers, past), scalars[:1], gap),
+            None,
+        )
         if merging_ranks(self.sync) > 1:
             raw, gathered, between, detail = merge_over_ranks(self.sync, raw, gathered, detail)
             scalars[:1] = gathered.loss
@@ -227,7 +223,7 @@ class StabilityMonitor:
             now = self._details.beside(now, detail, gathered.branch_gap, optimizer)
         values = torch.stack([statistic.compute(now, past) for statistic in self.statistics], -1)
         row[:, : len(self.statistics)] = torch.where(now.ran[:, None], values, torch.nan)
-        write_side_columns(row[:, len(self.statistics) :], now)
+        buffers.write_side_columns(row[:, len(self.statistics) :], now)
         past.update(now, *gathered.running)
         self._observer.discard()
         self.companions.step()
@@ -365,7 +361,7 @@ class StabilityMonitor:
 
         Tensors and plain containers. Nothing is flushed or written for it.
         """
-        waiting = joined(self._in_flight, self._flight() if self._filled else None)
+        waiting = buffers.joined(self._in_flight, self._flight() if self._filled else None)
         return {
             "version": 2,
             "layers": list(self.layers),

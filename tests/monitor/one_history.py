@@ -108,15 +108,14 @@ def train(
 
 
 def assert_same(got: History, want: History) -> None:
-    """To 1e-6 of a statistic's natural scale: 1 where it is dimensionless, or a count itself, else the layer's rms, its
-    square, or the size of its gradients. What only several processes have is left out."""
+    """To 1e-6 of a statistic's natural scale: 1 where it is dimensionless, else the layer's rms, its square, its number
+    of tokens, or the size of its gradients. What only several processes have is left out."""
     rms = want["amax"] / want["crest"]
-    size = {"1": torch.ones_like(rms), "x": rms, "x^2": rms.square(), "gradient": want["grad_gain"].nan_to_num(1)}
+    size = {"1": torch.ones_like(rms), "x": rms, "x^2": rms.square(), "token": want["tokens"]}
+    size["gradient"] = want["grad_gain"].nan_to_num(1)
     assert got.keys() == want.keys()
     for name in want.keys() - {"rank_share"}:
         values = want[name]
         scale: Any = size[CATALOGUE[name].unit] if name in CATALOGUE else 1
-        if name == "effective_samples":
-            scale = values.nan_to_num(1)
         off = f"{name} is off by {((got[name] - values) / scale).abs().nan_to_num().max():.3g}"
         torch.testing.assert_close(got[name] / scale, values / scale, rtol=0, atol=1e-6, equal_nan=True, msg=off)

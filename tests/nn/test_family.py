@@ -26,8 +26,12 @@ def batches(count: int, *shape: int, seed: int = 0) -> list[tuple[Tensor, Tensor
 
 def same_state(norm: nn.Module, before: dict[str, Tensor], but: tuple[str, ...] = ()) -> None:
     for name, value in state(norm).items():
-        if name not in but:
-            assert torch.equal(value, before[name]), name
+        if name in but:
+            continue
+        was = before[name]
+        if but and name.endswith("progress"):
+            value, was = value[::2], was[::2]  # the one between counts with the skips
+        assert torch.equal(value, was), name
 
 
 def close_states(first: nn.Module, second: nn.Module, tolerance: float = 1e-6) -> None:

@@ -111,6 +111,7 @@ def test_one_row_has_no_variance_to_learn(filtration: str | None) -> None:
     norm(torch.randn(4, 8), torch.tensor([True, False, False, False]))
     for name, value in state(norm).items():
         assert torch.equal(value, before[name]) or name in ("step", "skips", "progress"), name
+    assert torch.equal(norm.progress[::2], before["progress"][::2])
     assert norm.skips == 2
     scale_only = RepBN(8, center=False)  # a mean square it has
     scale_only(torch.full((1, 8), 3.0))

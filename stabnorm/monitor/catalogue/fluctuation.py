@@ -141,7 +141,7 @@ FLUCTUATION = (
         "effective_samples", "N2", "1 / mean_c(V_c / var_c), V_c = B / (B - 1) sum_b n_b^2 (mu_bc - mu_c)^2 / N^2: how "
         "many independent tokens would give means as certain; sequences b are the entries of the input's first axis, "
         "with n_b valid tokens each; channels that do not vary are left out; NaN for one sequence",
-        "channel", "1", "the variance of a mean over clusters, Cochran 1977", "two passes", _effective_samples,
+        "channel", "token", "the variance of a mean over clusters, Cochran 1977", "two passes", _effective_samples,
         needs="sequences",
     ),
 )  # fmt: skip

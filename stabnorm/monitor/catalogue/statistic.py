@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import Tensor
 
 Axis = Literal["channel", "token", "layer", "gradient", "parameter", "depth"]
-Unit = Literal["1", "x", "x^2", "gradient"]
+Unit = Literal["1", "x", "x^2", "token", "gradient"]
 Needs = Literal[
     "tokens", "normalized", "gradients", "token_shape", "values", "sequences", "outputs", "parameters", "optimizer",
     "branches",
@@ -58,7 +58,7 @@ class Statistic:
         formula: what it is; c runs over channels, n over tokens, hats are the layer's past.
         axis: "channel": from moments over tokens (BatchNorm's view); "token": from moments over channels (LayerNorm's);
             "layer", "gradient", "parameter", "depth": over the layers before this one, too.
-        unit: "1": dimensionless; "x": that of the layer's input; "x^2"; "gradient".
+        unit: "1": dimensionless; "x": that of the layer's input; "x^2"; "token": a number of tokens; "gradient".
         source: where it comes from.
         cost: what it costs beyond the channel moments.
         compute: ``(moments, past) -> [L]``, a floating tensor.

@@ -35,7 +35,7 @@ from stabnorm.ops import use_kernels
 
 STEPS = 4  # of a variant in a round
 WARM_UP = 2
-KERNEL_TESTS = ("rows", "moments", "blended")
+KERNEL_TESTS = ("rows", "moments", "observed", "blended")
 Options = argparse.Namespace
 
 
@@ -94,12 +94,12 @@ def _models(smoke: bool) -> dict[str, tuple[Callable[[], nn.Module], Callable[[t
 class Training:
     """A model, its optimizer, and perhaps its monitor; `run` takes some steps."""
 
-    def __init__(self, model: nn.Module, setting: str, monitored: bool, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, setting: str, monitored: bool, example: Tensor, fused: bool = False) -> None:
         self.model, self.setting, self.example = model.train(), setting, example
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         self.seconds: list[float] = []
         with use_kernels(setting):
-            self.monitor = StabilityMonitor(model, flush_every=50) if monitored else None
+            self.monitor = StabilityMonitor(model, flush_every=50, fused=fused) if monitored else None
             if self.monitor is not None:
                 self.monitor.attach()
 
@@ -136,6 +136,7 @@ def training_table(options: Options) -> str:
         variants: dict[str, Training] = {"LayerNorm": Training(copy.deepcopy(model), "auto", False, example)}
         for label, setting, monitored, lam in (
             ("LayerNorm, monitored: kernels", "triton", True, None),
+            ("LayerNorm, monitored: kernels, fused", "triton", True, None),
             ("LayerNorm, monitored: torch", "reference", True, None),
             ("switching, lam 0.5: kernels", "triton", False, 0.5),
             ("switching, lam 0.5: torch", "reference", False, 0.5),
@@ -144,7 +145,8 @@ def training_table(options: Options) -> str:
             if setting == "triton" and options.smoke:
                 setting = "auto"
             copied = copy.deepcopy(model)
-            variants[label] = Training(copied if lam is None else _switched(copied, lam), setting, monitored, example)
+            copied = copied if lam is None else _switched(copied, lam)
+            variants[label] = Training(copied, setting, monitored, example, fused="fused" in label)
         memory = _rounds(variants, options.rounds, device)
         base = variants["LayerNorm"].seconds
         lines = [f"**{name}**, bfloat16 by autocast", "", "| | ms a step | x LayerNorm (middle half) | peak MB |"]

@@ -3,7 +3,8 @@
 One model, one process. Each round takes one step bare and one step with each preset at every step, in an order that
 turns from round to round, so that whatever else the machine does hits all of them alike. Two figures per preset:
 
-* inside: time in hooks, `step()` and flush, measured around them, as a share of the bare step;
+* inside: time in hooks, `step()` and flush, measured around them, as a share of the bare step. Where the norms run with
+  what watches them, "fused", less what the norms' own forwards take, measured in a step of their own;
 * A/B: the difference to the bare step of the same round (median, and the middle half of the rounds).
 
 A companion is measured on top of the economy preset: its own time inside, and the difference to economy's step. With
@@ -20,15 +21,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import peers
-from stabnorm import StabilityMonitor
+from stabnorm import StabilityMonitor, find_norms
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.embedding import EmbeddingCompanion
+from stabnorm.ops.dispatch import REFERENCE, execution
+from stabnorm.ops.observed import OP
 
 FLUSH_EVERY = 10
 WARM_UP = 3
@@ -39,6 +42,7 @@ COMPANIONS: tuple[str | Companion, ...] = (
     EmbeddingCompanion(include="patches.weight"),
     "output",
 )
+NORMS = "norms alone"
 WIDTHS = {"vit-tiny": (192, 3), "vit-small": (384, 6)}
 
 
@@ -97,6 +101,35 @@ class Watcher(Protocol):
         """End a step."""
 
 
+class NormClock:
+    """The time that a model's norms take in their forwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seconds, self._start = 0.0, 0.0
+        self._norms = [layer.module for layer in find_norms(model)]
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+
+        def begin(*_: object) -> None:
+            self._start = time.perf_counter()
+
+        def end(*_: object) -> None:
+            self.seconds += time.perf_counter() - self._start
+
+        for norm in self._norms:
+            self._handles += [norm.register_forward_pre_hook(begin), norm.register_forward_hook(end)]
+
+    def detach(self) -> None:
+        """Take them off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def step(self, *, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing ends with a step."""
+
+
 @dataclass
 class Variant:
     """One way to take the step, and what it took."""
@@ -106,6 +139,7 @@ class Variant:
     seconds: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)  # in hooks, step and flush, of the step
     companion: bool = False
+    fused: bool = False
 
 
 def measure(options: argparse.Namespace) -> list[Variant]:
@@ -136,6 +170,11 @@ def measure(options: argparse.Namespace) -> list[Variant]:
     variants.append(
         Variant("standard, no gradients", StabilityMonitor(model, flush_every=FLUSH_EVERY, gradients=False))
     )
+    if execution(OP, images) != REFERENCE:
+        variants.append(Variant(NORMS, NormClock(model)))
+        for preset in ("economy", "standard"):
+            monitor = StabilityMonitor(model, preset, flush_every=FLUSH_EVERY, fused=True)
+            variants.append(Variant(f"{preset}, fused", monitor, fused=True))
     for companion in COMPANIONS:
         monitor = StabilityMonitor(model, "economy", flush_every=FLUSH_EVERY, companions=[companion])
         variants.append(Variant(next(iter(monitor.companions)), monitor, companion=True))
@@ -173,15 +212,16 @@ def _inside(variant: Variant) -> float:
 
 def table(variants: Sequence[Variant]) -> str:
     """The figures as Markdown."""
-    presets = [variant for variant in variants if not variant.companion]
+    presets = [variant for variant in variants if not variant.companion and variant.name != NORMS]
     bare = variants[0].seconds
+    norms = next((_usual(variant) for variant in variants if variant.name == NORMS), 0.0)
     usual = statistics.median(bare)
     lines = [
         f"bare step: {1e3 * usual:.0f} ms (middle half {1e3 * _quarter(bare, 1):.0f} to {1e3 * _quarter(bare, 3):.0f})",
         "",
         "| preset, every step | inside, ms | inside, % of the bare step | A/B difference, % (middle half) |",
         "|---|---:|---:|---:|",
-        *_rows(presets[1:], usual, bare),
+        *_rows(presets[1:], usual, bare, norms),
         "",
         "| companion, every step | inside, ms | inside, % of the bare step | A/B to economy, % (middle half) |",
         "|---|---:|---:|---:|",
@@ -190,11 +230,10 @@ def table(variants: Sequence[Variant]) -> str:
     return "\n".join(lines)
 
 
-def _rows(variants: Sequence[Variant], usual: float, base: Sequence[float]) -> list[str]:
+def _rows(variants: Sequence[Variant], usual: float, base: Sequence[float], norms: float = 0.0) -> list[str]:
     lines = []
     for variant in variants:
-        # The mean, for a flush comes every tenth step; less the slowest twentieth, when something else had the core.
-        inside = statistics.fmean(sorted(variant.inside)[: -max(1, len(variant.inside) // 20)])
+        inside = _usual(variant) - (norms if variant.fused else 0.0)
         differences = [100 * (a - b) / b for a, b in zip(variant.seconds, base, strict=True)]
         lines.append(
             f"| {variant.name} | {1e3 * inside:.1f} | {100 * inside / usual:.1f} "
@@ -202,6 +241,11 @@ def _rows(variants: Sequence[Variant], usual: float, base: Sequence[float]) -> l
             f"({_quarter(differences, 1):+.1f} to {_quarter(differences, 3):+.1f}) |"
         )
     return lines
+
+
+def _usual(variant: Variant) -> float:
+    """Inside, the mean, for a flush comes every tenth step; less the slowest twentieth: something else had the core."""
+    return statistics.fmean(sorted(variant.inside)[: -max(1, len(variant.inside) // 20)])
 
 
 def _quarter(values: Sequence[float], which: int) -> float:

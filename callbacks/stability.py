@@ -64,6 +64,8 @@ class StabilityCallback(Callback):
             a function of the batch; bool tensor, True = valid. A function may return several, one for each length.
         companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output") or as
             objects of `stabnorm.companions`. Default: nothing.
+        fused: run torch's LayerNorm and RMSNorm in one pass with what watches them, where there is a kernel for both,
+            see `StabilityMonitor`; that changes their last bits. Default: False.
 
     Raises:
         ValueError: an unknown preset, statistic or companion, a flush interval below 1; at the start of `fit`: no norm
@@ -85,10 +87,12 @@ class StabilityCallback(Callback):
         gradients: bool = True,
         mask: Callable[[Any], Tensor | Sequence[Tensor]] | int | str | None = None,
         companions: Sequence[str | Companion] = (),
+        fused: bool = False,
     ) -> None:
         super().__init__()
         resolve(preset)
         self.companions = resolve_companions(companions)
+        self.fused = fused
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
         self.preset, self.flush_every, self.gradients, self.mask = preset, flush_every, gradients, mask
@@ -118,6 +122,7 @@ class StabilityCallback(Callback):
             exclude=self.exclude,
             gradients=self.gradients,
             companions=self.companions,
+            fused=self.fused,
         )
         # From a checkpoint, or a second fit of the same Trainer; a callback used for another run starts afresh.
         if self._saved is not None and (self._loaded or trainer.global_step > 0):

@@ -8,18 +8,29 @@ afterwards. That is one recompile when watching begins, and none when it ends or
 """
 
 import copyreg
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+StandIn = Callable[[Tensor], Tensor | None]  # what may run in a forward's stead; None: it does not want to
 
 
-def watch_class(module: nn.Module) -> None:
-    """Have the module's graphs made anew. Watched by several monitors, it is so several times over."""
+def watch_class(module: nn.Module, stand_in: StandIn | None = None) -> None:
+    """Have the module's graphs made anew. Watched by several monitors, it is so several times over.
+
+    Args:
+        module: its class is changed.
+        stand_in: called with the forward's input in eager mode, in its stead; None from it: the forward runs.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         return  # never in a graph of Dynamo's
     try:
-        module.__class__ = _watched(type(module))
+        module.__class__ = _watched(type(module), stand_in is not None)
+        if stand_in is not None:
+            _STAND_INS[module] = stand_in
     except TypeError:  # a class that wants no subclasses; then a monitor in which no norm runs says so
         return
 
@@ -28,15 +39,18 @@ def unwatch_class(module: nn.Module) -> None:
     """Take one `watch_class` back. A class that somebody else has set in between stays."""
     base = vars(type(module)).get("_watched_class")
     if base is not None:
+        if "forward" in vars(type(module)):
+            _STAND_INS.pop(module, None)
         module.__class__ = base
 
 
-_WATCHED: dict[type[nn.Module], type[nn.Module]] = {}
+_WATCHED: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
+_STAND_INS: weakref.WeakKeyDictionary[nn.Module, StandIn] = weakref.WeakKeyDictionary()
 
 
-def _watched(base: Any) -> type[nn.Module]:
-    if base in _WATCHED:
-        return _WATCHED[base]
+def _watched(base: Any, stands_in: bool) -> type[nn.Module]:
+    if (base, stands_in) in _WATCHED:
+        return _WATCHED[base, stands_in]
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """A copy is not watched, and a file must not need this class."""
@@ -50,6 +64,15 @@ def _watched(base: Any) -> type[nn.Module]:
             return object.__new__, (base,), *rest
         return how, arguments, *rest
 
+    def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        y = None
+        if not torch.compiler.is_compiling() and self in _STAND_INS:
+            y = _STAND_INS[self](*args, *kwargs.values())
+        return base.forward(self, *args, **kwargs) if y is None else y
+
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    made: Any = type(base)(base.__name__, (base,), {**names, "_watched_class": base, "__reduce_ex__": reduce})
-    return _WATCHED.setdefault(base, made)
+    members: dict[str, Any] = {**names, "_watched_class": base, "__reduce_ex__": reduce}
+    if stands_in:
+        members["forward"] = forward
+    made: Any = type(base)(base.__name__, (base,), members)
+    return _WATCHED.setdefault((base, stands_in), made)

@@ -14,7 +14,8 @@ class Cost:
     """What monitoring costs, in milliseconds per step on the host, and as a share of the step without it.
 
     In a compiled model the hooks' share is inside the graph, and on a GPU their kernels run behind the host's back:
-    both are not in here; an A/B run measures them.
+    both are not in here; an A/B run measures them. With `fused` the hooks' time has the forwards of the norms that run
+    in one pass with what watches them.
     """
 
     hooks: float

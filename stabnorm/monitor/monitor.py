@@ -57,6 +57,9 @@ class StabilityMonitor:
             process group: over its processes, where others have other layers. Default: True.
         companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output") or as
             objects of `stabnorm.companions`. Default: nothing.
+        fused: run torch's own LayerNorm and RMSNorm in one pass with what watches them, in eager mode, where there is
+            a kernel for both, see `stabnorm.ops.backends`. Output and gradients are then the norm's to rounding, not
+            to the bit. Default: False, looking changes nothing.
 
     Raises:
         ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1, a statistic of your own
@@ -90,6 +93,7 @@ class StabilityMonitor:
         gradients: bool = True,
         sync: "bool | ProcessGroup" = True,
         companions: Sequence[str | Companion] = (),
+        fused: bool = False,
     ) -> None:
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
@@ -120,7 +124,7 @@ class StabilityMonitor:
         self._details = Details(norms, width, needs) if is_detailed(chosen) else None
         self._observer = Observer(
             model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs,
-            details=self._details, merged=bool(sync),
+            details=self._details, merged=bool(sync), fused=fused,
         )  # fmt: skip
         try_own_statistics(chosen, norms, self._observer, self._details, self._past_class)
         self._agreed = False  # all ranks watch the same

@@ -20,9 +20,11 @@ from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
 from stabnorm.functional_detail import DetailMoments
 from stabnorm.masks import mask_for
 from stabnorm.monitor.details import INPUT_NEEDS, Details
+from stabnorm.monitor.fused import FusedNorm, can_fuse
 from stabnorm.norms import NormLayer
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
 from stabnorm.ops.moments import accumulate_moments_, as_rows, empty_accounts, merge_accounts
+from stabnorm.ops.observed import splits_for
 from stabnorm.ops.ranks import Part, is_distributed, own_part
 
 logger = logging.getLogger("stabnorm")
@@ -37,6 +39,7 @@ class Observer:
         tokens, normalized, gradients: what to gather beside the channel moments, see `Statistic.needs`.
         details: gathers the rest of what statistics need. Default: none does.
         merged: what is taken will be merged over ranks; else the gradient of a sharded parameter cannot be known.
+        fused: LayerNorm and RMSNorm run with what observes them in one pass, where there is a kernel for both.
     """
 
     def __init__(
@@ -49,11 +52,12 @@ class Observer:
         gradients: bool,
         details: Details | None = None,
         merged: bool = False,
+        fused: bool = False,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)  # a hook in a graph must not look at its compiler
         self.layers = tuple(layers)
         self.tokens, self.normalized, self.gradients = tokens, normalized, gradients
-        self.details, self.merged = details, merged
+        self.details, self.merged, self.fused = details, merged, fused
         self.width = max(layer.num_features for layer in layers)
         self.seconds = 0.0  # inside hooks, on the host; not counted in a compiled graph
         self._slabs: dict[torch.device, RawMoments] = {}
@@ -77,7 +81,7 @@ class Observer:
         for index, layer in enumerate(self.layers):
             hook = make(self, index)
             self._hooks.append(hook)
-            watch_class(layer.module)
+            watch_class(layer.module, hook.fused)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
             if "outputs" in needs:
                 self._handles.append(layer.module.register_forward_hook(_OutlierHook(self, hook)))
@@ -117,7 +121,8 @@ class Observer:
     def slab(self, device: torch.device) -> RawMoments:
         """The slab on a device; a model spread over several has one on each, of which the others stay empty."""
         if device not in self._slabs:
-            self._slabs[device] = empty_accounts(len(self.layers), self.width, device)
+            at_least = splits_for(self.width, device) if self.fused else 0
+            self._slabs[device] = empty_accounts(len(self.layers), self.width, device, at_least)
         return self._slabs[device]
 
     def account(self, index: int, device: torch.device) -> RawMoments:
@@ -201,9 +206,14 @@ class _InputHook(_Hook):
         at_home = next(self.layer.module.parameters(), None)
         self.account = observer.account(index, observer.device if at_home is None else at_home.device)
         self.refused = False
+        self.fused: FusedNorm | None = None
+        if observer.fused and can_fuse(self.layer):
+            self.fused = FusedNorm(observer, self.layer)
         self.input_name = next(iter(inspect.signature(self.layer.module.forward).parameters), "")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.fused is not None and not torch.compiler.is_compiling():
+            self.fused.forget()
         if not self.observer.model.training:
             return
         if torch.compiler.is_compiling():  # nothing of ours may change here: a checkpoint's graph refuses to
@@ -226,12 +236,18 @@ class _InputHook(_Hook):
         account = self.account
         if account.seen.device != x.device:
             self.account = account = self.observer.account(self.index, x.device)
+        fused = None if torch.compiler.is_compiling() else self.fused
         with torch.no_grad():
-            op(
-                x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
-                layer.feature_dims, layer.groups, layer.eps, self.observer.tokens, self.observer.normalized,
-                self.nothing_yet(),
-            )  # fmt: skip
+            if fused is None or not fused.take(x, valid, account):
+                op(
+                    x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
+                    layer.feature_dims, layer.groups, layer.eps, self.observer.tokens, self.observer.normalized,
+                    self.nothing_yet(),
+                )  # fmt: skip
+            self.observe_more(x.detach(), valid)
+
+    def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
+        """What else is wanted of this input."""
 
     def nothing_yet(self) -> bool:
         """Whether the account is known to be empty: in the host's own memory that is looked up, elsewhere unknown."""
@@ -276,14 +292,7 @@ class _DetailedInputHook(_InputHook):
         super().__init__(observer, index)
         self.detail = _detail_account(observer, index, self.account.seen.device)
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], op: Callable[..., None]) -> None:
-        def op_and_detail(x: Tensor, valid: Tensor | None, *rest: Any) -> None:
-            op(x, valid, *rest)
-            self.add_detail(x, valid)
-
-        super().observe(args, kwargs, op_and_detail)
-
-    def add_detail(self, x: Tensor, valid: Tensor | None) -> None:
+    def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
         layer, details = self.layer, self.observer.details
         assert details is not None
         if self.detail.seen.device != x.device:

@@ -48,6 +48,7 @@ BODIES: dict[str, tuple[Body, ...]] = {
     # The whole op is opaque to a compiled graph.
     "accumulate_moments_": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", in_graphs=True)),
     "merge_accounts": (Body("triton"),),
+    "observed_norm": (Body("triton"), Body("cpp")),  # changes bits of LayerNorm, and runs only where that was asked for
     "moments_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "affine_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten")),
     "sums_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),

@@ -37,6 +37,19 @@ def as_rows(x: Tensor, channel_dim: int, feature_dims: int = 1) -> Tensor:
     return x.reshape(x.numel() // max(features, 1), features)
 
 
+def from_rows(rows: Tensor, shape: torch.Size, channel_dim: int, feature_dims: int = 1) -> Tensor:
+    """What `as_rows` was made of, of this shape.
+
+    >>> x = torch.randn(2, 3, 4)
+    >>> torch.equal(from_rows(as_rows(x, 1), x.shape, 1), x)
+    True
+    """
+    if feature_dims > 1 or channel_dim in (-1, len(shape) - 1):
+        return rows.reshape(shape)
+    moved = [size for axis, size in enumerate(shape) if axis != channel_dim % len(shape)]
+    return rows.reshape(*moved, rows.shape[1]).movedim(-1, channel_dim)
+
+
 def accumulate_moments_(
     x: Tensor,
     valid: Tensor | None,
@@ -107,10 +120,16 @@ def accumulate_moments_(
         merge_moments_(into, new)
 
 
-def empty_accounts(layers: int, channels: int, device: torch.device) -> RawMoments:
+def empty_accounts(layers: int, channels: int, device: torch.device, splits: int = 0) -> RawMoments:
     """Accounts of layers for `accumulate_moments_` to fill: ``seen [L]``, or ``[L, S]`` where a kernel fills splits.
 
     Splits of a layer stay apart until `merge_accounts` merges those of all layers in one launch.
+
+    Args:
+        layers: L.
+        channels: of the widest.
+        device: where.
+        splits: how many another kernel wants that fills them, too; 0: there is none.
 
     >>> empty_accounts(2, 3, torch.device("cpu")).channel.shape
     torch.Size([2, 9, 3])
@@ -119,7 +138,7 @@ def empty_accounts(layers: int, channels: int, device: torch.device) -> RawMomen
         return empty_moments(layers, channels, device)
     from stabnorm.ops._triton_moments import splits_of
 
-    splits = splits_of(channels, device)
+    splits = splits or splits_of(channels, device)
     return RawMoments(*(p.unflatten(0, (layers, splits)) for p in empty_moments(layers * splits, channels, device)))
 
 
@@ -128,9 +147,9 @@ def merge_accounts(accounts: RawMoments) -> RawMoments:
     if accounts.seen.ndim == 1:
         return accounts
     if execution("merge_accounts", accounts.channel) == "triton":
-        from stabnorm.ops import _triton_moments
+        from stabnorm.ops import _triton_accounts
 
-        return _triton_moments.merge_splits(accounts)
+        return _triton_accounts.merge_splits(accounts)
     return functional.merge_splits(accounts)
 
 

@@ -23,7 +23,9 @@ from stabnorm.ops import dispatch, tested
 from stabnorm.ops.blend import blend, join_gradients
 from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
 from stabnorm.ops.dispatch import execution, use_kernels
-from stabnorm.ops.moments import accumulate_moments_, merge_accounts
+from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
+from stabnorm.ops.observed import OP as OBSERVED
+from stabnorm.ops.observed import NormKind, Spec, body_for, observed_norm, splits_for
 from stabnorm.ops.one_pass import affine_with_square, gradient_with_sums, redo_affine_, redo_gradient_
 from stabnorm.ops.rows import (
     affine_of_rows,
@@ -32,6 +34,7 @@ from stabnorm.ops.rows import (
     moments_of_rows,
     scaled_groups,
     sums_of_rows,
+    widened,
 )
 from stabnorm.ops.running import track_batch_
 
@@ -100,6 +103,10 @@ def _moments(case: Case, kind: functional.Kind) -> Results:
         half = size // 2  # two forwards, so that they merge
         for x, valid in ((part, None if case.valid is None else case.valid[i]) for i, part in _halves(case.x, half)):
             accumulate_moments_(x, valid, *moments, kind, -1)
+    return _of_account(case, moments)
+
+
+def _of_account(case: Case, moments: RawMoments) -> Results:
     channel, token = moments.channel.double(), moments.token.double()
     largest = case.x.double().nan_to_num(0).abs().amax().clamp(min=1)
     spread = channel[VAR_X].amax().sqrt().clamp(min=1)
@@ -113,6 +120,46 @@ def _moments(case: Case, kind: functional.Kind) -> Results:
         "extremes": (channel[[MAX, MIN]], 0.0, False),
         "tokens": (token, spread if largest < 1e3 else spread * 1e2, False),
     }
+
+
+def _observed(case: Case, kind: NormKind) -> Results:
+    """A norm and its moments at once, there and back, in two forwards."""
+    _, weight, bias, *_ = (vector.to(case.x.dtype) for vector in case.vectors.unbind())
+    bias_ = bias if kind == "layer" else None
+    x = case.x.detach().requires_grad_()
+    inputs = [x, weight.requires_grad_(), *([] if bias_ is None else [bias_.requires_grad_()])]
+    size, channels = x.shape
+    spec = Spec(kind, (channels,), 1e-5, True, True)
+    outputs, moments = [], functional.empty_moments(1, channels, x.device)
+    if execution(OBSERVED, x) == dispatch.REFERENCE:
+        y = functional.normalize_tokens(widened(x), kind, 1e-5) * weight
+        outputs.append((y if bias_ is None else y + bias_).to(x.dtype))
+        found = functional.raw_moments(widened(case.x), kind, 1e-5, valid=case.valid)
+    else:
+        accounts = empty_accounts(1, channels, x.device, splits_for(channels, x.device))
+        into = RawMoments(*(part[0] for part in accounts))
+        for i, part in _halves(x, size // 2):
+            if part.numel():
+                body, valid = body_for(part, weight, bias_, spec, into), None if case.valid is None else case.valid[i]
+                assert body is not None
+                outputs.append(observed_norm(part, weight, bias_, spec, valid, into, body))
+        moments = merge_accounts(accounts)
+        found = RawMoments(*(part[0] for part in moments))
+    y = torch.cat(outputs)
+    gradients = torch.autograd.grad(y, inputs, case.dy)
+    keep = torch.ones_like(x[:, :1], dtype=torch.bool) if case.valid is None else case.valid[:, None]
+    natural, dy, width = torch.where(keep, case.x.double(), 0), case.dy.double(), channels**0.5
+    spread = natural.var(1, correction=0, keepdim=True).add(1e-5).rsqrt().clamp(min=1) * (1 + natural.abs())
+    of_dx = (dy * weight.double()).abs().amax(1, keepdim=True) * spread
+    results = _of_account(case, found)
+    results["y"] = (torch.where(keep, y.detach(), 0), weight.abs() * width * spread, True)
+    results["dx"] = (torch.where(keep, gradients[0], 0), of_dx, True)
+    if case.valid is None:  # padding full of NaN is in the gradients of gain and bias
+        total = dy.square().sum(0).sqrt() * 10 + 1e-3
+        results["gain"] = (gradients[1].float(), total * width * spread.amax(), True)
+        if bias_ is not None:
+            results["bias"] = (gradients[2].float(), total, True)
+    return results
 
 
 def _splits(case: Case) -> Results:
@@ -297,6 +344,7 @@ CHECKS: dict[str, tuple[Callable[[Case], Results], ...]] = {
         lambda case: _moments(case, "rms"),
         lambda case: _moments(case, "batch"),
     ),
+    "observed_norm": (lambda case: _observed(case, "layer"), lambda case: _observed(case, "rms")),
     "merge_accounts": (_splits,),
     "moments_of_rows": (_batch,),
     "affine_of_rows": (_affine,),

@@ -25,7 +25,7 @@ from stabnorm.functional import (
     normalize_groups,
     raw_moments,
 )
-from stabnorm.ops.moments import accumulate_moments_, as_rows
+from stabnorm.ops.moments import accumulate_moments_, as_rows, from_rows
 
 KINDS: tuple[Kind, ...] = ("layer", "rms", "batch")
 
@@ -172,3 +172,9 @@ def test_the_registered_op_tells_the_truth_about_itself() -> None:
         (*args, True, True, False),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize(("channel_dim", "feature_dims"), [(-1, 1), (3, 1), (1, 1), (-3, 1), (-1, 2)], ids=str)
+def test_rows_go_back_to_what_they_were_made_of(channel_dim: int, feature_dims: int) -> None:
+    for x in (torch.randn(2, 3, 4, 5), torch.randn(5, 4, 3, 2).permute(3, 2, 1, 0)):
+        assert torch.equal(from_rows(as_rows(x, channel_dim, feature_dims), x.shape, channel_dim, feature_dims), x)

@@ -17,7 +17,7 @@ def test_kernels_compile_for_a_gpu_and_use_no_local_memory(tmp_path: Path) -> No
     ran = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
     assert ran.returncode == 0, ran.stderr
     traced, *kernels = ran.stdout.splitlines()
-    assert traced == "traced 14 ops"
+    assert traced == "traced 15 ops"
     names = {line.split()[0] for line in kernels}
-    assert len(names) == 19, names
+    assert len(names) == 21, names
     assert all(line.endswith("local 0") for line in kernels), kernels

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor, functional
-from stabnorm.functional import REST_X, SHIFT_X, VAR_X
+from stabnorm.functional import MAX, REST_X, SHIFT_X, VAR_N, VAR_X, RawMoments
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from stabnorm.ops import dispatch, selftest, use_kernels
 from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
+from stabnorm.ops.observed import NormKind, Spec, body_for, observed_norm, splits_for
 from stabnorm.ops.rows import gradient_of_rows, moments_of_rows, sums_of_rows
 from tests.triton_kernels import DTYPES, assert_close
 
@@ -110,15 +111,46 @@ def test_moving_lam_compiles_nothing_anew() -> None:
                 compiled(torch.randn(8, 384, device="cuda")).sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(16384, 768), (50432, 192), (1031, 4095)], ids=str)
+def test_a_norm_with_its_moments_equals_float64_at_full_size(
+    size: tuple[int, int], dtype: torch.dtype, kind: NormKind
+) -> None:
+    x, dy = (torch.randn(size, device="cuda", dtype=dtype) * 2 + 3 for _ in range(2))
+    weight = torch.randn(size[1], device="cuda", dtype=dtype).requires_grad_()
+    valid, spec = torch.rand(size[0], device="cuda") < 0.9, Spec(kind, (size[1],), 1e-5, True, True)
+    given, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    with use_kernels("triton"):
+        accounts = empty_accounts(1, size[1], x.device, splits_for(size[1], x.device))
+        into = RawMoments(*(part[0] for part in accounts))
+        body = body_for(given, weight, None, spec, into)
+        assert body == "triton"
+        y = observed_norm(given, weight, None, spec, valid, into, body)
+        dx, of_weight = torch.autograd.grad(y, [given, weight], dy)
+        found = merge_accounts(accounts)
+    gain = weight.detach().double().requires_grad_()
+    want = functional.normalize_tokens(wide, kind, 1e-5) * gain
+    wanted_dx, wanted_weight = torch.autograd.grad(want, [wide, gain], dy.double())
+    assert_close(y, want, gain.abs(), of_rows=True)
+    assert_close(dx, wanted_dx, float(wanted_dx.abs().amax()), of_rows=True)
+    assert_close(of_weight, wanted_weight, size[0] ** 0.5 * 20, of_rows=True)
+    moments = functional.raw_moments(x.double(), kind, 1e-5, valid=valid)
+    assert int(found.seen) == int(moments.seen)
+    assert_close(found.channel[0, VAR_X : VAR_N + 1], moments.channel[VAR_X : VAR_N + 1], 10.0)
+    assert torch.equal(found.channel[0, MAX:].double(), moments.channel[MAX:])
+    assert_close(found.token[0], moments.token, 3.0)
+
+
 @pytest.mark.usefixtures("no_sync")
-@pytest.mark.parametrize("setting", ["auto", "triton"])
-def test_a_monitored_loop_never_waits_for_the_device(setting: str) -> None:
+@pytest.mark.parametrize(("setting", "fused"), [("auto", False), ("triton", False), ("triton", True)])
+def test_a_monitored_loop_never_waits_for_the_device(setting: str, fused: bool) -> None:
     net = nn.Sequential(
         nn.Linear(64, 384), *(make() for make in NORMS.values()), nn.LayerNorm(384), nn.RMSNorm(384), nn.Linear(384, 8)
     ).cuda()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     batches = torch.randn(40, 6, 50, 64, device="cuda")
-    with use_kernels(setting), StabilityMonitor(net, flush_every=8) as monitor:
+    with use_kernels(setting), StabilityMonitor(net, flush_every=8, fused=fused) as monitor:
         for number, batch in enumerate(batches):
             if number == 3:  # the first steps compile and allocate
                 torch.cuda.set_sync_debug_mode("error")
@@ -173,7 +205,8 @@ def test_the_ops_tell_the_truth_about_themselves() -> None:
     with use_kernels("triton"):
         moments_of_rows(x, None, center=True)  # registers what is imported late
     import stabnorm.ops._triton_blended
-    import stabnorm.ops._triton_groups  # noqa: F401
+    import stabnorm.ops._triton_groups
+    import stabnorm.ops._triton_observed  # noqa: F401
 
     ops = torch.ops.stabnorm
     for op, arguments in (
@@ -183,5 +216,6 @@ def test_the_ops_tell_the_truth_about_themselves() -> None:
         (ops.triton_gradient_of_rows, (x, x, vector, valid, vector, vector, None)),
         (ops.triton_blended_norm, (lam, x, vector, None, 1e-5, vector, vector)),
         (ops.triton_scale_groups, (x, 7, 1e-5)),
+        (ops.triton_norm_gradient, (x, x, vector, x[:, 0].contiguous(), x[:, 1].contiguous(), False)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -18,9 +18,11 @@ from triton.backends.compiler import GPUTarget
 
 from stabnorm.functional import RawMoments, empty_moments
 from stabnorm.ops import (
+    _triton_accounts,
     _triton_blended,
     _triton_groups,
     _triton_moments,
+    _triton_observed,
     _triton_one_pass,
     _triton_rows,
     _triton_running,
@@ -85,12 +87,14 @@ def passes(x: Tensor, w: Tensor, valid: Tensor, token: Tensor, lam: Tensor) -> l
         _triton_blended.gradient(lam, x, x, w, w, w, valid, w, w, token, token, w, w)[0],
         _triton_blended.blend(lam, x, x),
         _triton_groups.gradient(x, y, r, True),
+        _triton_observed.gradient(x, x, w, token, token, False)[0],
     ]
 
 
 def main(capability: int) -> None:
     """Trace, then compile."""
     setattr(_triton_shared, "_programs", lambda device, index: 528)  # noqa: B010
+    setattr(_triton_observed, "splits_of", lambda device, index: 132)  # noqa: B010
     with FakeTensorMode():
         shapes = ((64, 70), (70,), (64,), (64,), ())
         x, w, valid, token, lam = (torch.empty(shape, device="cuda") for shape in shapes)
@@ -100,12 +104,14 @@ def main(capability: int) -> None:
     print(f"traced {sum('triton_' in target for target in traced)} ops")
 
     triton.runtime.driver.set_active(Driver(capability))
-    for module in (_triton_blended, _triton_groups, _triton_one_pass, _triton_rows):
+    for module in (_triton_blended, _triton_groups, _triton_observed, _triton_one_pass, _triton_rows):
         setattr(module, "wrap_triton", compile_only)  # noqa: B010
         for name in [name for name, value in vars(module).items() if isinstance(value, CustomOpDef)]:
             setattr(module, name, getattr(module, name)._init_fn)
-    for name in ("_tokens", "_add", "_merge"):
+    for name in ("_tokens", "_add"):
         setattr(_triton_moments, name, compile_only(getattr(_triton_moments, name)))
+    for module, name in ((_triton_accounts, "_merge"), (_triton_observed, "_observed")):
+        setattr(module, name, compile_only(getattr(module, name)))
     setattr(_triton_running, "_track", compile_only(_triton_running._track))  # noqa: B010
     for length, channels in ((64, 770), (1, 7)):  # a size of 1 is a constant to the compiler
         rows, vector = torch.randn(length, channels).bfloat16(), torch.randn(channels)
@@ -115,7 +121,9 @@ def main(capability: int) -> None:
         _triton_moments.add_moments_of_rows_(account, rows, "layer", 1e-5, None, None, valid, True, True)
         step, skips, progress = torch.zeros(3, 3, dtype=torch.int64).unbind()
         _triton_running.track_batch_(vector, vector, vector[0], vector, vector, step, skips, progress, 0.1, True)
-        _triton_moments.merge_splits(RawMoments(*(part[None] for part in account)))
+        for rms in (False, True):
+            _triton_observed.norm(rows, vector, vector, 1e-5, rms, account, valid, True, True, True)
+        _triton_accounts.merge_splits(RawMoments(*(part[None] for part in account)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 // `accumulate_moments_`: the moments of a norm's input x, of what it normalises it to, n, and of its tokens, in one read of
-// memory. Every tile of rows goes through the innermost caches two or three times: mean and variance of each token, then
+// memory; and `observed_norm`, which writes the norm's output, n gain + bias, on the way. Every tile of rows goes through the innermost caches two or three times: mean and variance of each token, then
 // column sums of deviations from a shift. Tiles add up in float64; blocks, each with the mean of its first tile as the
 // shift, and then threads, merge by Chan's rule.
 #include "vectors.h"
@@ -75,32 +75,27 @@ struct Account {  // of one thread
 
 template <class T> struct Tile {
   const T* rows[TILE];
-  float mean[TILE], scale[TILE];  // what a token is normalised with: n = (x - origin - mean) scale
+  float origin[TILE], mean[TILE], scale[TILE];  // what a token is normalised with: n = (x - origin - mean) scale
   int size = 0;
 };
 
-// Mean (less the origin) and variance of a token, in two passes.
-template <class T> void token_moments(const T* row, int64_t C, float origin, float& mean, float& var) {
+// The sum over a token's channels of f(x).
+template <class T, class F> float token_sum(const T* row, int64_t C, F f) {
   vf total[2] = {splat(0), splat(0)};
-  int64_t whole = C / (2 * W) * (2 * W), c = 0;
-  for (; c < whole; c += 2 * W) for (int k = 0; k < 2; k++) total[k] += load(row + c + k * W) - origin;
+  const int64_t whole = C / (2 * W) * (2 * W);
+  for (int64_t c = 0; c < whole; c += 2 * W) for (int k = 0; k < 2; k++) total[k] += f(load(row + c + k * W));
   float rest = 0;
   for_columns(C - whole, [&](int64_t at, int n, auto) {
-    float parts[W]; store(parts, load_some(row + whole + at, n) - origin);
+    float parts[W]; store(parts, f(load_some(row + whole + at, n)));
     for (int j = 0; j < n; j++) rest += parts[j];
   });
-  mean = (sum(total[0] + total[1]) + rest) / C;
-  total[0] = total[1] = splat(0);
-  rest = 0;
-  for (c = 0; c < whole; c += 2 * W) for (int k = 0; k < 2; k++) {
-    vf d = load(row + c + k * W) - origin - mean;
-    total[k] += d * d;
-  }
-  for_columns(C - whole, [&](int64_t at, int n, auto) {
-    float parts[W]; store(parts, load_some(row + whole + at, n) - origin - mean);
-    for (int j = 0; j < n; j++) rest += parts[j] * parts[j];
-  });
-  var = (sum(total[0] + total[1]) + rest) / C;
+  return sum(total[0] + total[1]) + rest;
+}
+
+// Mean (less the origin) and variance of a token, in two passes.
+template <class T> void token_moments(const T* row, int64_t C, float origin, float& mean, float& var) {
+  mean = token_sum(row, C, [&](vf x) { return x - origin; }) / C;
+  var = token_sum(row, C, [&](vf x) { vf d = x - origin - mean; return d * d; }) / C;
 }
 
 // The normalised value of a row's columns; its scale and mean are the same in all of them.
@@ -110,20 +105,20 @@ template <int kind> inline vf normalised(vf x, float origin, float mean, float s
 }
 
 // The mean of the tile's columns, as the shift of a block that begins.
-template <class T, int kind> void set_shift(Account& a, const Tile<T>& t, float origin) {
+template <class T, int kind> void set_shift(Account& a, const Tile<T>& t) {
   for_columns(a.C, [&](int64_t c, int n, auto whole) {
     vf of_x = splat(0), of_n = splat(0);
     for (int r = 0; r < t.size; r++) {
       vf x = take<whole>(t.rows[r] + c, n);
       of_x += x;
-      if (kind != BATCH) of_n += normalised<kind>(x, origin, t.mean[r], t.scale[r]);
+      if (kind != BATCH) of_n += normalised<kind>(x, t.origin[r], t.mean[r], t.scale[r]);
     }
     store(&a.shift[c], of_x / float(t.size));
     store(&a.shift[a.width + c], of_n / float(t.size));
   });
 }
 
-template <class T, int kind> void add_tile(Account& a, const Tile<T>& t, float origin) {
+template <class T, int kind> void add_tile(Account& a, const Tile<T>& t) {
   for_columns(a.C, [&](int64_t c, int n, auto whole) {
     vf sum_x = splat(0), sum_n = splat(0), xx = splat(0), xn = splat(0), nn = splat(0);
     vf most = load(&a.extreme[c]), least = load(&a.extreme[a.width + c]);
@@ -134,7 +129,7 @@ template <class T, int kind> void add_tile(Account& a, const Tile<T>& t, float o
       vf d = x - shift_x;
       sum_x += d, xx += d * d;
       if (kind != BATCH) {
-        vf e = normalised<kind>(x, origin, t.mean[r], t.scale[r]) - shift_n;
+        vf e = normalised<kind>(x, t.origin[r], t.mean[r], t.scale[r]) - shift_n;
         sum_n += e, xn += d * e, nn += e * e;
       }
     }
@@ -147,30 +142,56 @@ template <class T, int kind> void add_tile(Account& a, const Tile<T>& t, float o
   });
 }
 
-// `kind` is what the columns are normalised to, `of_tokens` what the layer divides by.
+struct Output {  // of the norm: y [R][C], and what each token was normalised with; null where only moments are asked for
+  void* y;
+  float *means, *scales;
+  const float *gain, *bias;
+};
+
+template <class T, int kind>
+void write_row(const Output& out, int64_t r, const T* row, int64_t C, float origin, float mean, float scale) {
+  T* y = (T*)out.y + r * C;
+  for_columns(C, [&](int64_t c, int n, auto whole) {
+    vf v = normalised<kind>(take<whole>(row + c, n), origin, mean, scale);
+    if (out.gain) v *= take<whole>(out.gain + c, n);
+    if (out.bias) v += take<whole>(out.bias + c, n);
+    put<whole>(y + c, v, n);
+  });
+}
+
+// `kind` is what the columns are normalised to, `of_tokens` what the layer divides by. With `moments` false only the
+// output is written; rows that are not valid have one, too.
 template <class T, int kind>
 void add_rows(Account& a, const T* x, int64_t first, int64_t last, const uint8_t* valid, int of_tokens, bool tokens,
-              float eps) {
+              float eps, const Output& out, bool moments) {
   Tile<T> t;
   float origin = 0;
   bool begun = false;
   auto finish = [&] {
     if (t.size == 0) return;
-    if (a.block == 0) set_shift<T, kind>(a, t, origin);
-    add_tile<T, kind>(a, t, origin);
+    if (a.block == 0) set_shift<T, kind>(a, t);
+    add_tile<T, kind>(a, t);
     a.block += t.size;
     if (a.block >= BLOCK) a.end_block();
     t.size = 0;
   };
   for (int64_t r = first; r < last; r++) {
-    if (valid && !valid[r]) continue;
+    const bool counts = moments && !(valid && !valid[r]);
+    if (!counts && !out.y) continue;
     const T* row = x + r * a.C;
     if (kind != BATCH || tokens) {
       float mean, var;
-      if (!begun) token_moments(row, a.C, 0.f, origin, var), begun = true;
+      // A token's output must not depend on another's: there each has an origin of its own, else the first one's will do.
+      if (out.y || !begun) origin = token_sum(row, a.C, [](vf x) { return x; }) / a.C, begun = true;
       token_moments(row, a.C, origin, mean, var);
       double whole = double(origin) + mean, square = of_tokens == RMS ? var + whole * whole : var;
-      t.mean[t.size] = mean, t.scale[t.size] = float(1 / std::sqrt(square + eps));
+      const float scale = float(1 / std::sqrt(square + eps));
+      if (out.y) {
+        write_row<T, kind>(out, r, row, a.C, origin, mean, scale);
+        out.means[r] = float(whole), out.scales[r] = scale;
+        if (!counts) continue;
+      }
+      t.origin[t.size] = origin, t.mean[t.size] = mean, t.scale[t.size] = scale;
       a.below += square < 10.0 * eps;
       const float of_token[2] = {std::sqrt(var), float(whole)};
       for (int i = 0; i < 2; i++) {
@@ -191,18 +212,20 @@ void add_rows(Account& a, const T* x, int64_t first, int64_t last, const uint8_t
 }  // namespace
 
 // Returns the number of valid rows, and leaves the account as it is where there is none. `channel` has rows of `stride`.
-extern "C" int64_t stabnorm_moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
-                                    int tokens, int normalized, float eps, int threads, float* channel, int64_t stride, float* token) {
-  const int parts = parts_of(rows, C, threads), columns = normalized ? kind : BATCH;
+static int64_t moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind, bool tokens,
+                       bool normalized, float eps, int threads, float* channel, int64_t stride, float* token,
+                       const Output& out, bool add) {
+  const int parts = parts_of(rows, C, threads), columns = normalized || out.y ? kind : BATCH;
   std::vector<Account> accounts(parts, Account(C));
   in_parallel(parts, [&](int part) {
     int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
     with_type(type, [&](auto* typed) {
       using T = std::remove_pointer_t<decltype(typed)>;
-      auto add = columns == LAYER ? add_rows<T, LAYER> : columns == RMS ? add_rows<T, RMS> : add_rows<T, BATCH>;
-      add(accounts[part], (const T*)x, first, last, valid, kind, tokens, eps);
+      auto add_them = columns == LAYER ? add_rows<T, LAYER> : columns == RMS ? add_rows<T, RMS> : add_rows<T, BATCH>;
+      add_them(accounts[part], (const T*)x, first, last, valid, kind, tokens, eps, out, add);
     });
   });
+  if (!add) return 0;
   Account& a = accounts[0];
   for (int part = 1; part < parts; part++) a.merge(accounts[part]);
   if (a.count == 0) return 0;
@@ -227,4 +250,18 @@ extern "C" int64_t stabnorm_moments(const void* x, int type, int64_t rows, int64
     token[STD_MIN + i] = spoilt ? nan : a.token_min[i], token[STD_MAX + i] = spoilt ? nan : a.token_max[i];
   }
   return a.count;
+}
+
+extern "C" int64_t stabnorm_moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
+                                    int tokens, int normalized, float eps, int threads, float* channel, int64_t stride,
+                                    float* token) {
+  return moments(x, type, rows, C, valid, kind, tokens, normalized, eps, threads, channel, stride, token, Output{}, true);
+}
+
+// The norm, and its moments as above unless `add` is false; kind is LAYER or RMS, gain and bias may be null.
+extern "C" int64_t stabnorm_observed(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
+                                     float eps, int add, int threads, float* channel, int64_t stride, float* token,
+                                     const float* gain, const float* bias, void* y, float* means, float* scales) {
+  const Output out{y, means, scales, gain, bias};
+  return moments(x, type, rows, C, valid, kind, true, true, eps, threads, channel, stride, token, out, add);
 }

@@ -73,6 +73,10 @@ template <bool whole, class T> static inline void put(T* p, vf v, int n) { if (w
 
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline vf min(vf a, vf b) { return a < b ? a : b; }
+static inline vf mask(vf v, int n) {  // 0 from the n-th on
+  for (int j = n; j < W; j++) v[j] = 0;
+  return v;
+}
 static inline float sum(vf v) {
   float parts[W]; store(parts, v);
   for (int half = W / 2; half; half /= 2) for (int j = 0; j < half; j++) parts[j] += parts[j + half];

@@ -49,6 +49,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (_POINTER, *_ROWS, _POINTER, _INT, _FLOAT, _INT, _INT, _POINTER, _SIZE, *[_POINTER] * 6),
     ),
     "norm_gradient": (None, (_POINTER, _POINTER, *_ROWS, _INT, *[_POINTER] * 3, _INT, _POINTER, _POINTER)),
+    "affine_square": (_SIZE, (_POINTER, *_ROWS, *[_POINTER] * 3, _INT, _POINTER, _POINTER)),
+    "gradient_sums": (None, (_POINTER, _POINTER, *_ROWS, *[_POINTER] * 3, _INT, _POINTER, _POINTER)),
     "batch_moments": (_SIZE, (_POINTER, *_ROWS, _POINTER, _INT, _INT, _POINTER, _POINTER)),
     "affine": (None, (_POINTER, *_ROWS, _POINTER, _POINTER, _INT, _POINTER)),
     "sums": (None, (_POINTER, _POINTER, *_ROWS, _POINTER, _POINTER, _INT, _POINTER)),

@@ -53,7 +53,7 @@ BODIES: dict[str, tuple[Body, ...]] = {
     "affine_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten")),
     "sums_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
     "gradient_of_rows": (Body("triton", in_graphs=True), Body("cpp", in_graphs=True), Body("aten", masks=False)),
-    "one_pass": (Body("triton", in_graphs=True),),
+    "one_pass": (Body("triton", in_graphs=True), Body("cpp")),
     "track_batch_": (Body("triton", in_graphs=True),),  # the whole op is opaque to a compiled graph
     "blend": (Body("triton", in_graphs=True), Body("aten")),
     "join_gradients": (Body("triton", in_graphs=True), Body("aten")),

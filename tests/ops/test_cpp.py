@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +260,33 @@ def test_moving_lam_compiles_nothing_anew() -> None:
     assert counter.frame_count == 1
     for (name, parameter), other in zip(norm.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.usefixtures("cpp")
+def test_powernorm_takes_one_pass_past_its_warm_up_only_and_trains_as_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stabnorm.ops import _cpp_one_pass
+
+    one_pass, calls = _cpp_one_pass.affine_with_square, []
+
+    def counted(rows: Tensor, *rest: Any) -> Any:
+        calls.append(len(rows))
+        return one_pass(rows, *rest)
+
+    monkeypatch.setattr(_cpp_one_pass, "affine_with_square", counted)
+    norm = PowerNorm(19, warmup_steps=2)
+    nn.init.normal_(norm.weight, 1.0, 0.3)
+    other = copy.deepcopy(norm)
+    for step in range(5):
+        x, dy = torch.randn(2, 40 + step, 19).unbind()
+        mask = torch.rand(40 + step) < 0.8
+        found = []
+        for module, setting in ((norm, "cpp"), (other, "reference")):
+            given = x.clone().requires_grad_()
+            with use_kernels(setting):
+                y = module(given, mask)
+                found.append([y, *torch.autograd.grad(y, [given, *module.parameters()], dy)])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert calls == [42, 43, 44]
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(norm.state_dict()[name], value, rtol=1e-5, atol=1e-6)

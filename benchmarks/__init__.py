@@ -1,1 +1,1 @@
-"""What the README's figures come from: ratios, measured side by side in one run."""
+"""What the figures of the README and of docs/ come from: ratios, measured side by side in one run."""

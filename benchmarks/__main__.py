@@ -1,4 +1,4 @@
-"""Every figure of the README, measured on this machine: `python -m benchmarks`, or `make bench`.
+"""The figures of the README, measured on this machine: `python -m benchmarks`, or `make bench`.
 
 Runs the benchmarks one after the other, prints what they print and writes it as one Markdown page. Where there is a
 CUDA device, on that one. On a CPU the modules and the monitor are measured twice: as they come, and with the C++

@@ -15,6 +15,7 @@ Args: --kept N..., --steps N..., --data FILE, --seen FILE, --unseen FILE, --out 
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from examples.minilm import SentenceEncoder, Tokenizer, load_encoder
-from examples.sentence_encoder import Batches, agreement, convert, embeddings, judged_texts, pieces, training_texts
+from examples.sentence_encoder import (
+    Agreement,
+    Batches,
+    agreement,
+    convert,
+    embeddings,
+    judged_texts,
+    pieces,
+    training_texts,
+)
 from stabnorm.dashboard.heatmap import FAINT, INK, MARK, PAPER
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained import Runner, measure_norms
@@ -39,13 +49,15 @@ class Point:
 
     curve: str  # "kept" or "steps"
     at: int
-    seen: float
-    unseen: float
+    seen: Agreement
+    unseen: Agreement
+    minutes: float
 
 
 def read(path: Path) -> list[Point]:
     """The points there are."""
-    return [Point(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+    return [Point(**line | {kind: Agreement(**line[kind]) for kind in COLOURS}) for line in lines]
 
 
 def worst_first(original: SentenceEncoder, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
@@ -62,7 +74,7 @@ def draw(points: Sequence[Point]) -> Image.Image:
     """Both curves side by side, the vertical axis from the lowest value to 1."""
     image = Image.new("RGB", SIZE, PAPER)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    low = min([0.99, *(min(point.seen, point.unseen) for point in points)])
+    low = min([0.99, *(min(point.seen.rank, point.unseen.rank) for point in points)])
     low = np.floor(20 * low) / 20
     titles = {"kept": "LayerNorms kept (of 13), no repair", "steps": "steps of repair, no LayerNorm left"}
     for number, (curve, title) in enumerate(titles.items()):
@@ -95,7 +107,9 @@ def _panel(
     for at, x in places.items():
         pen.text((x, top + height + 5), str(at), FAINT, font, anchor="ma")
     for kind, colour in COLOURS.items():
-        line = [(places[point.at], top + height * (1 - (getattr(point, kind) - low) / (1 - low))) for point in points]
+        line = [
+            (places[point.at], top + height * (1 - (getattr(point, kind).rank - low) / (1 - low))) for point in points
+        ]
         pen.line(line, colour, 2)
         for x, y in line:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
@@ -105,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Point]:
     """Measure the points that are missing, print all, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kept", type=int, nargs="*", default=[0, 1, 2, 4, 8], help="norms that stay")
-    parser.add_argument("--steps", type=int, nargs="*", default=[0, 100, 400, 1500], help="of the repair")
+    parser.add_argument("--steps", type=int, nargs="*", default=[0, 100, 400, 1150], help="of the repair")
     parser.add_argument("--data", help="a text file to train on; default: Python's own documentation")
     parser.add_argument("--seen", help="text of that kind to judge on; default: every fifth paragraph of the data")
     parser.add_argument("--unseen", help="text of another kind; default: descriptions of scikit-learn's data")
@@ -128,16 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Point]:
     for curve, at in missing:
         torch.manual_seed(0)
         keep = [f"^{name}$" for name in order[:at]] if curve == "kept" and at else None
+        start = time.perf_counter()
         model = convert(original, texts, tokenizer, at if curve == "steps" else 0, False, keep=keep).model
-        ranks = {
-            kind: agreement(embeddings(model, samples, tokenizer), wanted[kind]).rank
-            for kind, samples in judged.items()
-        }
-        points.append(Point(curve, at, ranks["seen"], ranks["unseen"]))
+        minutes = (time.perf_counter() - start) / 60
+        found = {kind: agreement(embeddings(model, text, tokenizer), wanted[kind]) for kind, text in judged.items()}
+        points.append(Point(curve, at, found["seen"], found["unseen"], minutes))
         with options.out.open("a") as file:
             file.write(json.dumps(asdict(points[-1])) + "\n")
     for point in sorted(points, key=lambda point: (point.curve, point.at)):
-        print(f"{point.curve:5s} {point.at:5d}   seen {point.seen:.4f}   unseen {point.unseen:.4f}")
+        print(f"{point.curve} {point.at}, {point.minutes:.1f} minutes; seen: {point.seen}; unseen: {point.unseen}")
     if options.picture:
         draw(points).save(options.picture, optimize=True)
     return points

@@ -8,6 +8,7 @@ afterwards. That is one recompile when watching begins, and none when it ends or
 """
 
 import copyreg
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,14 +24,15 @@ def watch_class(module: nn.Module, stand_in: StandIn | None = None) -> None:
 
     Args:
         module: its class is changed.
-        stand_in: called with the forward's input in eager mode, in its stead; None from it: the forward runs.
+        stand_in: called with the forward's input in eager mode, in its stead; None from it: the forward runs. It is
+            held weakly. None where another stands in already.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return  # never in a graph of Dynamo's
     try:
         module.__class__ = _watched(type(module), stand_in is not None)
         if stand_in is not None:
-            _STAND_INS[module] = stand_in
+            _STAND_INS[module] = weakref.ref(stand_in)
     except TypeError:  # a class that wants no subclasses; then a monitor in which no norm runs says so
         return
 
@@ -44,8 +46,27 @@ def unwatch_class(module: nn.Module) -> None:
         module.__class__ = base
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module that may be watched."""
+    found = type(module)
+    while "_watched_class" in vars(found):
+        found = vars(found)["_watched_class"]
+    return found
+
+
+def has_stand_in(module: nn.Module) -> bool:
+    """Whether something stands in for its forward."""
+    return module in _STAND_INS
+
+
 _WATCHED: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
-_STAND_INS: weakref.WeakKeyDictionary[nn.Module, StandIn] = weakref.WeakKeyDictionary()
+
+
+def _nobody() -> None:
+    """In place of a reference."""
+
+
+_STAND_INS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[StandIn]] = weakref.WeakKeyDictionary()
 
 
 def _watched(base: Any, stands_in: bool) -> type[nn.Module]:
@@ -64,10 +85,10 @@ def _watched(base: Any, stands_in: bool) -> type[nn.Module]:
             return object.__new__, (base,), *rest
         return how, arguments, *rest
 
+    @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        y = None
-        if not torch.compiler.is_compiling() and self in _STAND_INS:
-            y = _STAND_INS[self](*args, *kwargs.values())
+        stand_in = None if torch.compiler.is_compiling() else _STAND_INS.get(self, _nobody)()
+        y = None if stand_in is None else stand_in(*args, *kwargs.values())
         return base.forward(self, *args, **kwargs) if y is None else y
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

@@ -24,6 +24,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from stabnorm._probe import probe
+from stabnorm._watched import own_class
 from stabnorm.functional import Kind
 
 __all__ = ["Kind", "NormLayer", "find_norms", "register_norm"]
@@ -374,7 +375,7 @@ _SPATIAL_DIMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 
 
 def _torch_own(name: str, module: nn.Module) -> NormLayer | None:
     """Torch's norms, and subclasses that keep their `forward`: one that overrides it may compute anything."""
-    forward = getattr(type(module), "forward", None)  # a scripted module's class has none
+    forward = getattr(own_class(module), "forward", None)  # a scripted module's class has none
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
         kind: Kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
         shape = module.normalized_shape

@@ -52,8 +52,8 @@ def test_callbacks_export_what_they_promise() -> None:
     assert callbacks.StabilityCallback.__module__ == "stabnorm.callbacks.stability"
 
 
-def test_the_readme_shows_the_catalogue_as_it_is() -> None:
+def test_the_documentation_shows_the_catalogue_as_it_is() -> None:
     from stabnorm.monitor.statistics import catalogue_table
 
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert catalogue_table() in readme
+    page = (Path(__file__).parents[1] / "docs" / "monitoring.md").read_text()
+    assert catalogue_table() in page

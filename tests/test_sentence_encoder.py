@@ -1,6 +1,8 @@
 """The sentence encoder's example and its curves, on an encoder that was never trained and a tokenizer of its own."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import nn
 from benchmarks.removal_tradeoff import COLOURS, Point, draw, main, read
 from examples import sentence_encoder
 from examples.minilm import Batch, SentenceEncoder, renamed
-from examples.sentence_encoder import Batches, agreement, convert, embeddings, export, pieces, training_texts
+from examples.sentence_encoder import Agreement, Batches, agreement, convert, embeddings, export, pieces, training_texts
 from stabnorm import find_norms
 
 WORDS = 50
@@ -94,11 +96,15 @@ def test_names_of_a_published_bert_become_the_encoders() -> None:
 
 
 def test_the_curves_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
-    points = [Point("kept", 0, 0.95, 0.93), Point("kept", 4, 0.99, 0.98), Point("steps", 100, 0.97, 0.95)]
+    def point(curve: str, at: int, seen: float, unseen: float) -> Point:
+        return Point(curve, at, Agreement(0.9, 0.8, seen), Agreement(0.9, 0.8, unseen), 1.0)
+
+    points = [point("kept", 0, 0.95, 0.93), point("kept", 4, 0.99, 0.98), point("steps", 100, 0.97, 0.95)]
     pixels = np.asarray(draw(points))
     for colour in COLOURS.values():
         assert (pixels == colour).all(-1).sum() > 100
     out = tmp_path / "points.jsonl"
-    out.write_text('{"curve": "kept", "at": 4, "seen": 0.99, "unseen": 0.98}\n')
+    out.write_text("".join(json.dumps(asdict(one)) + "\n" for one in points))
+    assert read(out) == points
     assert main(["--draw", "--out", str(out), "--picture", str(tmp_path / "curves.png")]) == read(out)
     assert (tmp_path / "curves.png").stat().st_size < 40_000

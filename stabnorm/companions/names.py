@@ -51,7 +51,7 @@ def _resolve(companions: Sequence[str | Companion]) -> Iterator[Companion]:
 
 
 def companions_table() -> str:
-    """Every measure as a Markdown table, for the README; a companion's name and cost stand in its first row."""
+    """Every measure as a Markdown table, for the documentation; a companion's name and cost stand in its first row."""
     rows = ["| companion | measure | formula | source | bad when | cost |", "|---|---|---|---|---|---|"]
     for companion in known_companions().values():
         name, cost = f"`{companion.name}`", companion.cost

@@ -1,10 +1,13 @@
 """A norm that runs in one pass with what observes it: `FusedNorm` takes its forward, see `stabnorm.ops.observed`."""
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from stabnorm._watched import has_stand_in, own_class
 from stabnorm.functional import RawMoments
 from stabnorm.norms import NormLayer
 from stabnorm.ops.observed import NormKind, Spec, body_for, observed_norm
@@ -16,33 +19,39 @@ if TYPE_CHECKING:
 class FusedNorm:
     """Stands in for the forward of one of torch's own norms.
 
-    The hook before the forward hands the input's account over (`take`); the forward that follows fills it. Where no
-    kernel takes the input, the hook fills it itself, and the forward is torch's.
+    The hook before the forward hands its input over (`take`), and the forward that follows adds its moments. Where no
+    body takes the input, the hook adds them itself, and the forward is torch's.
 
     Args:
         observer: says which moments are wanted, and counts the time, the norm's own included.
         layer: the norm; `can_fuse` says whether it is one of those.
+        plainly: adds the moments of an input without the norm.
     """
 
-    def __init__(self, observer: "Observer", layer: NormLayer) -> None:
-        module: Any = layer.module
-        kind: NormKind = "rms" if layer.kind == "rms" else "layer"
-        self.spec = Spec(kind, tuple(module.normalized_shape), layer.eps, observer.tokens, observer.normalized)
-        self.module = module  # whose gain and bias may be others at each forward
-        self.observer = observer
-        self._due: tuple[RawMoments, Tensor | None, str] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return object, ()  # a copy of the model is not watched
+    def __init__(
+        self, observer: "Observer", layer: NormLayer, plainly: Callable[[Tensor, Tensor | None], None]
+    ) -> None:
+        self.observer, self.plainly = observer, plainly
+        self.module: Any = layer.module  # whose gain, bias and eps may be others at each forward
+        self.kind: NormKind = "rms" if layer.kind == "rms" else "layer"
+        self._due: tuple[Tensor, Tensor | None, RawMoments, Spec, str] | None = None
 
     def forget(self) -> None:
-        """What was taken is not to be filled: another forward begins."""
+        """What was taken is not to be added: another forward begins."""
         self._due = None
 
-    def take(self, x: Tensor, valid: Tensor | None, account: RawMoments) -> bool:
+    def take(self, module: nn.Module, x: Tensor, valid: Tensor | None, account: RawMoments) -> bool:
         """Whether the forward that follows will add the moments of ``x`` to the account."""
-        body = body_for(x, self.module.weight, getattr(self.module, "bias", None), self.spec, account)
-        self._due = None if body is None else (account, valid, body)
+        shape, eps = tuple(self.module.normalized_shape), self.module.eps
+        if module is not self.module or "forward" in vars(module):  # a replica, or somebody else's forward
+            return False
+        if eps is None:  # RMSNorm's, which torch takes for the dtype it computes in
+            if x.dtype != torch.float32:
+                return False
+            eps = torch.finfo(torch.float32).eps
+        spec = Spec(self.kind, shape, eps, self.observer.tokens, self.observer.normalized)
+        body = body_for(x, *self._affine, spec, account)
+        self._due = None if body is None else (x, valid, account, spec, body)
         return body is not None
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -50,13 +59,22 @@ class FusedNorm:
         if self._due is None:
             return None
         start = time.perf_counter()
-        (account, valid, body), self._due = self._due, None
-        y = observed_norm(x, self.module.weight, getattr(self.module, "bias", None), self.spec, valid, account, body)
+        (taken, valid, account, spec, body), self._due = self._due, None
+        y = None
+        if x is taken:
+            y = observed_norm(x, *self._affine, spec, valid, account, body)
+        else:  # another hook has changed it since
+            self.plainly(taken, valid)
         self.observer.seconds += time.perf_counter() - start
         return y
 
+    @property
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.module.weight, getattr(self.module, "bias", None)
+
 
 def can_fuse(layer: NormLayer) -> bool:
-    """Whether the norm is one of torch's own, and nobody has replaced its forward."""
+    """Whether the norm is one of torch's own, whose forward is nobody else's."""
     module = layer.module
-    return type(module) in (nn.LayerNorm, nn.RMSNorm) and "forward" not in vars(module)
+    own = own_class(module) in (nn.LayerNorm, nn.RMSNorm) and "forward" not in vars(module)
+    return own and not has_stand_in(module)

@@ -121,8 +121,8 @@ class Observer:
     def slab(self, device: torch.device) -> RawMoments:
         """The slab on a device; a model spread over several has one on each, of which the others stay empty."""
         if device not in self._slabs:
-            at_least = splits_for(self.width, device) if self.fused else 0
-            self._slabs[device] = empty_accounts(len(self.layers), self.width, device, at_least)
+            splits = splits_for(self.width, device) if self.fused else 0
+            self._slabs[device] = empty_accounts(len(self.layers), self.width, device, splits)
         return self._slabs[device]
 
     def account(self, index: int, device: torch.device) -> RawMoments:
@@ -208,7 +208,7 @@ class _InputHook(_Hook):
         self.refused = False
         self.fused: FusedNorm | None = None
         if observer.fused and can_fuse(self.layer):
-            self.fused = FusedNorm(observer, self.layer)
+            self.fused = FusedNorm(observer, self.layer, self.add)
         self.input_name = next(iter(inspect.signature(self.layer.module.forward).parameters), "")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -217,13 +217,13 @@ class _InputHook(_Hook):
         if not self.observer.model.training:
             return
         if torch.compiler.is_compiling():  # nothing of ours may change here: a checkpoint's graph refuses to
-            self.observe(args, kwargs, torch.ops.stabnorm.accumulate_moments_.default)
+            self.observe(module, args, kwargs)
             return
         start = time.perf_counter()
-        self.observe(args, kwargs, accumulate_moments_)
+        self.observe(module, args, kwargs)
         self.observer.seconds += time.perf_counter() - start
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], op: Callable[..., None]) -> None:
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer = self.layer
         x: Any = args[0] if args else kwargs.get(self.input_name, kwargs.get("x"))
         why_not = self.not_understood(x)
@@ -233,18 +233,24 @@ class _InputHook(_Hook):
                 self.refused = True
             return
         valid = self.valid_of(x)
-        account = self.account
-        if account.seen.device != x.device:
-            self.account = account = self.observer.account(self.index, x.device)
+        if self.account.seen.device != x.device:
+            self.account = self.observer.account(self.index, x.device)
         fused = None if torch.compiler.is_compiling() else self.fused
-        with torch.no_grad():
-            if fused is None or not fused.take(x, valid, account):
-                op(
-                    x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
-                    layer.feature_dims, layer.groups, layer.eps, self.observer.tokens, self.observer.normalized,
-                    self.nothing_yet(),
-                )  # fmt: skip
-            self.observe_more(x.detach(), valid)
+        if fused is None or not fused.take(module, x, valid, self.account):
+            self.add(x, valid)
+        self.observe_more(x.detach(), valid)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, valid: Tensor | None) -> None:
+        """The input's moments into the layer's row."""
+        layer, account = self.layer, self.account
+        compiling = torch.compiler.is_compiling()
+        op = torch.ops.stabnorm.accumulate_moments_.default if compiling else accumulate_moments_
+        op(
+            x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
+            layer.feature_dims, layer.groups, layer.eps, self.observer.tokens, self.observer.normalized,
+            self.nothing_yet(),
+        )  # fmt: skip
 
     def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
         """What else is wanted of this input."""
@@ -292,6 +298,7 @@ class _DetailedInputHook(_InputHook):
         super().__init__(observer, index)
         self.detail = _detail_account(observer, index, self.account.seen.device)
 
+    @torch.no_grad()
     def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
         layer, details = self.layer, self.observer.details
         assert details is not None

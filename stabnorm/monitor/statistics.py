@@ -103,7 +103,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def catalogue_table() -> str:
-    """The catalogue as a Markdown table, for the README; what the preset "standard" leaves out bears a star."""
+    """The catalogue as a Markdown table, for the documentation; what the preset "standard" leaves out bears a star."""
     head = "| statistic | no. | formula | over | source | cost | bad when |\n|---|---|---|---|---|---|---|"
 
     def bounds(s: Statistic) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stabnorm.functional import channel_affine
 from stabnorm.nn._channel_norm import refuse_second_derivative
-from stabnorm.ops.one_pass import affine_with_square, gradient_with_sums, redo_affine_, redo_gradient_
+from stabnorm.ops.one_pass import affine_with_square, gradient_with_sums, redo_affine_, redo_gradient_, worth_a_guess
 from stabnorm.ops.running import quadratic_gradient_, track_quadratic_
 
 
@@ -37,14 +37,14 @@ class OnePass(torch.autograd.Function):
         eps: float,
         counting: bool,
     ) -> Tensor:
-        guess = torch.rsqrt(running + eps)
-        y, moments = affine_with_square(rows, valid, *channel_affine(weight, bias, None, None, guess))
+        guess, ctx.guess = torch.rsqrt(running + eps), worth_a_guess(rows, step, warmup)
+        y, moments = affine_with_square(rows, valid, *channel_affine(weight, bias, None, None, guess), ctx.guess)
         divisor, gate = track_quadratic_(
             moments.square, moments.rows, running, recent, step, skips, progress, warmup, alphas[0], counting
         )
         rstd = torch.rsqrt(divisor + eps)
         scale, shift = channel_affine(weight, bias, None, None, rstd)
-        redo_affine_(y, (rstd == guess).all(), rows, scale, shift)
+        redo_affine_(y, (rstd == guess).all() & ctx.guess, rows, scale, shift)
         ctx.save_for_backward(rows, weight, rstd, moments.rows, valid, scale, gate, moments.square * rstd * rstd)
         ctx.nu, ctx.loss_scale, ctx.alpha = nu, loss_scale, alphas[1]  # buffers, changed by other batches: not saved
         ctx.bias_dtype = bias.dtype
@@ -55,9 +55,9 @@ class OnePass(torch.autograd.Function):
         refuse_second_derivative()
         rows, weight, rstd, count, valid, scale, gate, power = ctx.saved_tensors
         guess = ctx.nu * ctx.loss_scale
-        dx, sums = gradient_with_sums(dy, rows, valid, scale, guess * rstd * rstd)
+        dx, sums = gradient_with_sums(dy, rows, valid, scale, guess * rstd * rstd, ctx.guess)
         plain, weighted, _, weighted_valid = sums
         exact = weight.to(scale.dtype) * weighted_valid * rstd / count.clamp(min=1)
         psi = quadratic_gradient_(exact / ctx.loss_scale, power, gate, ctx.nu, ctx.alpha) * ctx.loss_scale
-        redo_gradient_(dx, (psi == guess).all(), dy, rows, valid, scale, psi * rstd * rstd)
+        redo_gradient_(dx, (psi == guess).all() & ctx.guess, dy, rows, valid, scale, psi * rstd * rstd)
         return dx, (weighted * rstd).to(weight.dtype), plain.to(ctx.bias_dtype), *[None] * 12

@@ -126,7 +126,7 @@ class PowerNorm(ChannelNorm):
             rows = self.scaled(rows, masked=valid is not None)
         if not self.training:
             return self.like_input(self.eval_affine(rows, None, self.running_square, self.weight, self.bias, None), x)
-        if not self.sync and saves_a_read(rows, valid, self.step, self.warmup_steps):
+        if not self.sync and saves_a_read(rows, valid):
             y = OnePass.apply(  # type: ignore[no-untyped-call]
                 rows, self.weight, self.bias, valid, self.running_square, self.recent, self.step, self.skips,
                 self.progress, self.nu, self.loss_scale, self.warmup_steps, (self.alpha_fwd, self.alpha_bkw), self.eps,

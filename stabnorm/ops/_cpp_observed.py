@@ -14,16 +14,17 @@ def norm(
     bias: Tensor | None,
     eps: float,
     kind: Kind,
+    y: Tensor,
     into: RawMoments,
     valid: Tensor | None,
     add: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.observed`; ``into`` is a plain account. Output, and mean and 1 / std of each token in float32."""
+) -> tuple[Tensor, Tensor]:
+    """See `ops.observed`; ``into`` is a plain account. Fills ``y``; mean and 1 / std of each token in float32."""
     rows = rows.contiguous()
     valid = None if valid is None else valid.contiguous()
     gain, offset = (None if t is None else t.detach().float().contiguous() for t in (weight, bias))
-    y, (means, rstds) = torch.empty_like(rows), rows.new_empty(2, len(rows), dtype=torch.float32)
-    fresh = add and not into.seen.numpy().any()  # in the host's own memory: nothing is waited for
+    means, rstds = rows.new_empty(2, len(rows), dtype=torch.float32)
+    fresh = not (add and into.seen.numpy().any())  # in the host's own memory: nothing is waited for
     new = into if fresh else RawMoments(*(part[0] for part in empty_moments(1, rows.shape[1], rows.device)))
     seen = call(
         "observed", rows, TYPES[rows.dtype], *rows.shape, valid, KINDS[kind], eps, add, torch.get_num_threads(),
@@ -33,7 +34,7 @@ def norm(
         new.seen.fill_(seen)
         if not fresh:
             merge_moments_(into, new)
-    return y, means, rstds
+    return means, rstds
 
 
 def gradient(

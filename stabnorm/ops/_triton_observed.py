@@ -67,6 +67,10 @@ def _observed(
     mean_least = tl.full([ROWS], float("inf"), tl.float32)
     std_most = tl.full([ROWS], float("-inf"), tl.float32)
     mean_most = tl.full([ROWS], float("-inf"), tl.float32)
+    if WEIGHT:
+        gain = tl.load(weight_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        offset = tl.load(bias_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
     for tile in tl.range(split, tl.cdiv(rows, ROWS), splits, num_stages=STAGES):
         r = tile * ROWS + tl.arange(0, ROWS)
         inside = r < rows
@@ -89,9 +93,9 @@ def _observed(
             normal = deviation * rstd[:, None]
         y = normal
         if WEIGHT:
-            y *= tl.load(weight_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+            y *= gain
         if BIAS:
-            y += tl.load(bias_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+            y += offset
         tl.store(y_ptr + r64[:, None] * channels + c[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(means_ptr + r64, mean, mask=inside)
         tl.store(rstds_ptr + r64, rstd, mask=inside)
@@ -159,6 +163,8 @@ def _norm_gradient(
     there = c < channels
     split, splits = tl.program_id(0), tl.num_programs(0)
     through, plain = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    if WEIGHT:
+        gain = tl.load(weight_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
     for tile in tl.range(split, tl.cdiv(rows, ROWS), splits, num_stages=STAGES):
         r = tile * ROWS + tl.arange(0, ROWS)
         inside = r < rows
@@ -172,7 +178,7 @@ def _norm_gradient(
         normal = tl.where(mask, x * rstd, 0.0)
         g = dy
         if WEIGHT:
-            g = dy * tl.load(weight_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+            g = dy * gain
         dx = g - normal * (tl.sum(g * normal, 1) / channels)[:, None]
         if not RMS:
             dx -= (tl.sum(g, 1) / channels)[:, None]
@@ -192,12 +198,14 @@ WARPS = 16
 TILE = (
     4 * 32 * WARPS
 )  # elements: four of a thread's are on their way in each stage; more, and the sums do not fit beside
-STAGES = 4
+AHEAD = 32768  # bytes of an input that are on their way at once
 
 
-def _layout(channels: int) -> dict[str, Any]:
+def _layout(channels: int, dtype: torch.dtype) -> dict[str, Any]:
     tile = rows_of_tile(channels, TILE)
-    return {"ROWS": min(16, tile.rows), "CHANNELS": tile.channels, "STAGES": STAGES, "num_warps": WARPS}
+    rows = min(16, tile.rows)
+    stages = max(1, min(4, AHEAD // (rows * tile.channels * dtype.itemsize)))
+    return {"ROWS": rows, "CHANNELS": tile.channels, "STAGES": stages, "num_warps": WARPS}
 
 
 def norm(
@@ -206,28 +214,29 @@ def norm(
     bias: Tensor | None,
     eps: float,
     rms: bool,
+    y: Tensor,
     into: RawMoments,
     valid: Tensor | None,
     tokens: bool,
     normalized: bool,
     add: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.observed`; ``into`` is an account in `splits_of` splits."""
-    rows = laid_out(rows)
+) -> tuple[Tensor, Tensor]:
+    """See `ops.observed`; ``into`` is an account in `splits_of` splits. Fills ``y``; mean and 1 / std of each token."""
+    rows, weight, bias = laid_out(rows), side_by_side(weight), side_by_side(bias)
     length, channels = rows.shape
-    y = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
     means, rstds = (rows.new_empty(length, dtype=torch.float32) for _ in range(2))
     counts = torch.empty_like(into.seen)
-    _observed[(len(into.seen),)](
-        rows, rows if weight is None else weight, rows if bias is None else bias, y, means, rstds,
-        as_bytes(valid, rows), into.seen, counts, into.channel, into.token, length, channels, rows.stride(0),
-        into.channel.stride(0), into.channel.stride(1), into.token.stride(0), eps,
-        RMS=rms, WEIGHT=weight is not None, BIAS=bias is not None, MASKED=valid is not None, TOKENS=tokens,
-        NORMALIZED=normalized, ADD=add, **_layout(channels),
-    )  # fmt: skip
+    with torch.cuda.device_of(rows):  # a kernel is launched on the current device, whatever it is given
+        _observed[(len(into.seen),)](
+            rows, rows if weight is None else weight, rows if bias is None else bias, y, means, rstds,
+            as_bytes(valid, rows), into.seen, counts, into.channel, into.token, length, channels, rows.stride(0),
+            into.channel.stride(0), into.channel.stride(1), into.token.stride(0), eps,
+            RMS=rms, WEIGHT=weight is not None, BIAS=bias is not None, MASKED=valid is not None, TOKENS=tokens,
+            NORMALIZED=normalized, ADD=add, **_layout(channels, rows.dtype),
+        )  # fmt: skip
     if add:
         into.seen.add_(counts)
-    return y, means, rstds
+    return means, rstds
 
 
 @triton_op("stabnorm::triton_norm_gradient", mutates_args={})
@@ -240,7 +249,7 @@ def _gradient_op(
     parts = rows.new_empty((splits, 2, channels), dtype=torch.float32)
     wrap_triton(_norm_gradient)[(splits,)](
         dy, rows, rows if weight is None else weight, means, rstds, dx, parts, length, channels, dy.stride(0),
-        rows.stride(0), RMS=rms, WEIGHT=weight is not None, **_layout(channels),
+        rows.stride(0), RMS=rms, WEIGHT=weight is not None, **_layout(channels, rows.dtype),
     )  # fmt: skip
     sums = rows.new_empty((2, channels), dtype=torch.float32)
     tile = split_tile(splits)

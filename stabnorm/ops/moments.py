@@ -110,7 +110,8 @@ def accumulate_moments_(
     if body == "triton":
         from stabnorm.ops import _triton_moments
 
-        _triton_moments.add_moments_of_rows_(into, rows, kind, eps, by_groups, variances, keep, tokens, normalized)
+        with torch.cuda.device_of(rows):  # a kernel is launched on the current device, whatever it is given
+            _triton_moments.add_moments_of_rows_(into, rows, kind, eps, by_groups, variances, keep, tokens, normalized)
     elif body in ("aten", "cpp"):
         from stabnorm.ops import _cpu_moments
 
@@ -129,7 +130,7 @@ def empty_accounts(layers: int, channels: int, device: torch.device, splits: int
         layers: L.
         channels: of the widest.
         device: where.
-        splits: how many another kernel wants that fills them, too; 0: there is none.
+        splits: how many another kernel fills; 0: there is no other.
 
     >>> empty_accounts(2, 3, torch.device("cpu")).channel.shape
     torch.Size([2, 9, 3])
@@ -149,7 +150,8 @@ def merge_accounts(accounts: RawMoments) -> RawMoments:
     if execution("merge_accounts", accounts.channel) == "triton":
         from stabnorm.ops import _triton_accounts
 
-        return _triton_accounts.merge_splits(accounts)
+        with torch.cuda.device_of(accounts.channel):
+            return _triton_accounts.merge_splits(accounts)
     return functional.merge_splits(accounts)
 
 

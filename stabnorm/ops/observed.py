@@ -6,15 +6,17 @@ fused=True)`. A recomputed forward gives the same bits again, and counts nothing
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from stabnorm.functional import RawMoments
 from stabnorm.ops.dispatch import execution
 from stabnorm.ops.moments import as_rows, is_recompute
+from stabnorm.ops.rows import LOW_PRECISION
 
 OP = "observed_norm"
 NormKind = Literal["layer", "rms"]
@@ -41,11 +43,13 @@ def splits_for(channels: int, device: torch.device) -> int:
 
 def body_for(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec, into: RawMoments) -> str | None:
     """The execution that can do both at once here; None: none can, or torch would do something of its own."""
-    low = x.dtype in (torch.float16, torch.bfloat16)
-    if low and torch.is_autocast_enabled(x.device.type):  # torch's output may be of another dtype
+    if x.dtype in LOW_PRECISION and torch.is_autocast_enabled(x.device.type):  # the output may be of another dtype
         return None
-    if any(t is not None and (t.dtype != x.dtype or t.device != x.device) for t in (weight, bias)):
+    if x.shape[-len(spec.shape) :] != spec.shape or forward_ad._current_level >= 0:
         return None
+    for t in (weight, bias):
+        if t is not None and (t.shape != spec.shape or t.dtype != x.dtype or t.device != x.device):
+            return None
     body = execution(OP, x)
     if body == "triton":
         from stabnorm.ops._triton_observed import WIDEST
@@ -94,25 +98,28 @@ class _Observed(torch.autograd.Function):
         rows = as_rows(x, -1, len(spec.shape))
         gain, offset = (None if t is None else t.reshape(-1) for t in (weight, bias))
         keep, add = None if valid is None else valid.reshape(-1), not is_recompute()
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # what is returned must be no view
         if body == "triton":
             from stabnorm.ops import _triton_observed
 
-            y, means, rstds = _triton_observed.norm(
-                rows, gain, offset, spec.eps, spec.kind == "rms", into, keep, spec.tokens, spec.normalized, add
-            )
+            means, rstds = _triton_observed.norm(
+                rows, gain, offset, spec.eps, spec.kind == "rms", y.view(rows.shape), into, keep, spec.tokens,
+                spec.normalized, add,
+            )  # fmt: skip
         else:
             from stabnorm.ops import _cpp_observed
 
-            y, means, rstds = _cpp_observed.norm(rows, gain, offset, spec.eps, spec.kind, into, keep, add)
+            out = y.view(rows.shape)
+            means, rstds = _cpp_observed.norm(rows, gain, offset, spec.eps, spec.kind, out, into, keep, add)
         ctx.save_for_backward(x, weight, bias, means, rstds)
         ctx.spec, ctx.body = spec, body
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, means, rstds = ctx.saved_tensors
         spec: Spec = ctx.spec
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or _is_batch_of_gradients(dy):  # with create_graph=True; in a vectorised Jacobian
             return (*_through_torch(spec, x, weight, bias, dy, ctx.needs_input_grad[:3]), *[None] * 4)
         rows, upstream = (as_rows(t, -1, len(spec.shape)) for t in (x, dy))
         gain = None if weight is None else weight.reshape(-1)
@@ -129,13 +136,25 @@ class _Observed(torch.autograd.Function):
         return dx.view(x.shape), of_weight, of_bias, None, None, None, None
 
 
+def _is_batch_of_gradients(dy: Tensor) -> bool:
+    """Whether it stands for many tensors at once, and has no memory of its own."""
+    functorch = torch._C._functorch
+    return functorch.maybe_current_level() is not None or functorch.is_legacy_batchedtensor(dy)
+
+
 def _through_torch(
     spec: Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The gradients with a graph of their own."""
-    inputs = (x, weight, bias)
-    wanted = [t for t, needs in zip(inputs, needed, strict=True) if t is not None and needs]
-    y = F.layer_norm(x, spec.shape, weight, bias, spec.eps) if spec.kind == "layer" else None
-    y = F.rms_norm(x, list(spec.shape), weight, spec.eps) if y is None else y
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    """The gradients by torch's own norm, with a graph of their own if there is to be one."""
+    with_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias)]  # not themselves: they may have hooks
+        gain, offset = inputs[1:]
+        shape = list(spec.shape)
+        if spec.kind == "layer":
+            y = F.layer_norm(cast(Tensor, inputs[0]), shape, gain, offset, spec.eps)
+        else:
+            y = F.rms_norm(cast(Tensor, inputs[0]), shape, gain, spec.eps)
+        wanted = [t for t, needs in zip(inputs, needed, strict=True) if t is not None and needs]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=with_graph))
     return [next(found) if t is not None and needs else None for t, needs in zip(inputs, needed, strict=True)]

@@ -6,6 +6,7 @@ guess, and `redo_` does it again unless the guess was right. Where no body does 
 gain, and the passes of `stabnorm.ops.rows` run one after the other.
 """
 
+import torch
 from torch import Tensor
 
 from stabnorm.functional import BatchMoments
@@ -13,23 +14,25 @@ from stabnorm.ops.dispatch import execution
 from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 
 
-def saves_a_read(rows: Tensor, valid: Tensor | None, step: Tensor, warmup: int) -> bool:
-    """Whether a body does map and sums in one read of these rows, and the guess may be right.
+def saves_a_read(rows: Tensor, valid: Tensor | None) -> bool:
+    """Whether a body does map and sums in one read of these rows."""
+    return execution("one_pass", rows, valid) in ("triton", "cpp")
 
-    Args:
-        rows: ``[R, C]``.
-        valid: rows that count.
-        step: the norm's counter; read in the host's memory only, for in a warm-up the guess is wrong.
-        warmup: steps of the warm-up.
-    """
-    body = execution("one_pass", rows, valid)
-    return body == "triton" or (body == "cpp" and int(step) >= warmup)
+
+def worth_a_guess(rows: Tensor, step: Tensor, warmup: int) -> bool:
+    """Whether the guess may be right: in a warm-up it is not, but only the host's memory can be looked up."""
+    return rows.device.type != "cpu" or int(step) >= warmup
 
 
 def affine_with_square(
-    rows: Tensor, valid: Tensor | None, scale: Tensor, shift: Tensor | None
+    rows: Tensor, valid: Tensor | None, scale: Tensor, shift: Tensor | None, guess: bool = True
 ) -> tuple[Tensor, BatchMoments]:
-    """`rows.affine_of_rows` and, of what it reads, `rows.moments_of_rows` without centering."""
+    """`rows.affine_of_rows` and, of what it reads, `rows.moments_of_rows` without centering.
+
+    Without a `guess` the map is left to `redo_affine_`.
+    """
+    if not guess:
+        return torch.empty_like(rows), moments_of_rows(rows, valid, center=False)
     body = execution("one_pass", rows, valid)
     if body == "triton":
         from stabnorm.ops import _triton_one_pass
@@ -54,9 +57,11 @@ def redo_affine_(y: Tensor, right: Tensor, rows: Tensor, scale: Tensor, shift: T
 
 
 def gradient_with_sums(
-    dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor
+    dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor, guess: bool = True
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`rows.gradient_of_rows` and `rows.sums_of_rows` of rows that are not centred."""
+    """`rows.gradient_of_rows` and `rows.sums_of_rows` of rows that are not centred; `guess` as above."""
+    if not guess:
+        return torch.empty_like(rows), sums_of_rows(dy, rows, None, valid)
     body = execution("one_pass", rows, valid)
     if body == "triton":
         from stabnorm.ops import _triton_one_pass

@@ -53,7 +53,7 @@ def passing(modules: Sequence[nn.Module]) -> Iterator[list[list[tuple[Tensor, Te
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in modules]
 
     def hook_of(calls: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
-        return lambda _, args, output: calls.append((args[0], output))
+        return lambda _, args, output: calls.append((args[0].clone(), output.clone()))  # see `watched`
 
     handles = [module.register_forward_hook(hook_of(calls)) for module, calls in zip(modules, seen, strict=True)]
     try:

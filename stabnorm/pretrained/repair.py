@@ -4,6 +4,12 @@ r"""Training a converted model until its hidden states are the original's again;
 
 h_n is what norm n, or what stands in its place, writes, y the model's output; with a hat they are the frozen original's
 on the same batch. d is the output's relative squared error, or a function of your own.
+
+Without norms an error made early grows along the depth, and so do gradients on their way back. So at first each part
+between two norms learns on what the original hands it: what a norm hands on is drawn towards the original's, less and
+less (teacher forcing).
+
+.. math:: h_n + p\,(\hat h_n - h_n),\quad p: 1 \to 0
 """
 
 import math
@@ -22,7 +28,7 @@ from stabnorm.masks import mask_for
 from stabnorm.norms import NormSearch
 from stabnorm.ops.ranks import gather_over_ranks, ranks
 from stabnorm.pretrained.sums import Seen
-from stabnorm.pretrained.watch import Runner, batches_of, device_of, watched
+from stabnorm.pretrained.watch import Runner, batches_of, device_of, drawn_towards, watched
 from stabnorm.schedules import Order, make_schedule
 from stabnorm.switch import progressive_norms, write_lam
 
@@ -41,6 +47,8 @@ class Recipe:
         affine_lr: of the affine numbers, which are in units of the norm's output; None: `lr`, and ten times that where
             they are trained alone.
         warmup: share of the steps over which the rate rises; then half a cosine takes it to zero.
+        forcing: share of the steps over which p falls from 1 to 0; None: 0.5, and 0 where affine numbers are trained
+            alone, which cannot do what the original does on what it hands them.
         homotopy: share of the steps over which lam of each norm goes from 1 to 0, LayerNorm to affine map; 0 starts
             without LayerNorm.
         order: "together", "shallow_first" or "deep_first", see `stabnorm.schedules.linear`.
@@ -57,6 +65,7 @@ class Recipe:
     lr: float = 3e-4
     affine_lr: float | None = None
     warmup: float = 0.05
+    forcing: float | None = None
     homotopy: float = 0.0
     order: Order = "together"
     accumulate: int = 1
@@ -70,8 +79,8 @@ class Recipe:
         for name in ("lr", "affine_lr", "clip"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} has to be above 0")
-        for name in ("warmup", "homotopy"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("warmup", "forcing", "homotopy"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share of the steps, from 0 to 1")
         if self.accumulate < 1:
             raise ValueError(f"accumulate={self.accumulate} makes no step. Use 1 or more batches")
@@ -161,6 +170,11 @@ class Repair:
         self.optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0)
         self.schedule = LambdaLR(self.optimizer, self.rate)
         self.steps_done = 0
+        forcing = self.recipe.forcing
+        if forcing is None:
+            forcing = 0.5 if self.recipe.weights == "all" else 0.0
+        self._forced_steps = forcing * steps
+        self.share = 0.0  # p of the step that `begin` began
         trained = set(map(id, self.parameters))
         self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
         for parameter in self._frozen:  # no gradient is spent on them, and no process waits for one
@@ -187,8 +201,9 @@ class Repair:
         return min((step + 1) / warmup, (1 + math.cos(math.pi * min(1.0, progress))) / 2)
 
     def begin(self, step: int | None = None) -> None:
-        """Lam as it is in the step that comes: `step`, or the next."""
+        """Lam and p as they are in the step that comes: `step`, or the next."""
         step = self.steps_done if step is None else step
+        self.share = max(0.0, 1 - step / self._forced_steps) if self._forced_steps else 0.0
         lam = self._lam(step) if self._lam else [0.0] * len(self.norms)
         write_lam([*self.norms.values(), *self.kept], [*lam, *[1.0] * len(self.kept)])
 
@@ -197,7 +212,8 @@ class Repair:
         with self._precision():
             with torch.no_grad(), watched(self._theirs) as wanted:
                 target = self.run(self.original, batch)
-            with watched(self._ours) as found, self.run.prepared(self.model, batch) as there:
+            drawn = drawn_towards(wanted, self._ours, self.share)
+            with watched(self._ours) as found, drawn, self.run.prepared(self.model, batch) as there:
                 output = self.run.forward(self.model, there)
                 distance = self.distance(output, target)
         hidden = _hidden_states(found, wanted)
@@ -224,6 +240,7 @@ class Repair:
         """The end, also before all steps were done: lam is 0 from here on, and what was frozen can be trained again."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
+        self.share = 0.0
         write_lam([*self.norms.values(), *self.kept], [*[0.0] * len(self.norms), *[1.0] * len(self.kept)])
 
     def state_dict(self) -> dict[str, Any]:

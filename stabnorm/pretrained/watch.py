@@ -17,7 +17,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.fold._examples import without_fused_layers
 from stabnorm.masks import MaskOfBatch, mask_for, masks_of, valid_tokens
 from stabnorm.norms import NormLayer
-from stabnorm.ops.moments import as_rows
+from stabnorm.ops.moments import as_rows, from_rows
 from stabnorm.pretrained.sums import Seen
 
 MASK = "attention_mask"  # what every tokenizer calls it
@@ -73,7 +73,7 @@ def watched(layers: Iterable[NormLayer], enough: int | None = None) -> Iterator[
 
     Args:
         layers: the norms; their modules are hooked.
-        enough: leave the forward after so many calls, by `_Enough`, see `run_until`. Default: never.
+        enough: leave the forward after so many calls, by `_Enough`, which `seen_in` takes. Default: never.
     """
     seen: dict[str, list[Seen]] = {}
     calls = itertools.count(1)
@@ -84,7 +84,8 @@ def watched(layers: Iterable[NormLayer], enough: int | None = None) -> Iterator[
             axis = layer.channel_dim % x.ndim
             tokens = x.shape[: x.ndim - layer.feature_dims] if layer.feature_dims > 1 else _without(x.shape, axis)
             valid = mask_for(torch.Size(tokens), layer.name)
-            read, written = (as_rows(t, layer.channel_dim, layer.feature_dims) for t in (x, output))
+            # Copies: the model may go on to change both in place, a residual stream say.
+            read, written = (as_rows(t.clone(), layer.channel_dim, layer.feature_dims) for t in (x, output))
             seen.setdefault(layer.name, []).append(Seen(read, written, None if valid is None else valid.reshape(-1)))
             if next(calls) == enough:
                 raise _Enough
@@ -94,6 +95,42 @@ def watched(layers: Iterable[NormLayer], enough: int | None = None) -> Iterator[
     handles = [layer.module.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in layers]
     try:
         yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def drawn_towards(wanted: Mapping[str, Sequence[Seen]], layers: Iterable[NormLayer], share: float) -> Iterator[None]:
+    """While it is open, what these norms hand on is not y, but ``y + share (y' - y)`` with y' from another model.
+
+    Gradients go through the y of it. Open it inside `watched`, which then sees y itself.
+
+    Args:
+        wanted: what norms of these names wrote in the other model, call by call.
+        layers: the norms; their modules are hooked.
+        share: 0 changes nothing.
+    """
+
+    def hook_of(layer: NormLayer, calls: Iterator[Seen]) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            call = next(calls, None)
+            if call is None:
+                raise StabNormError(
+                    f"{layer.name} runs more often than in the original: the two models do not run alike on one batch"
+                )
+            there = from_rows(call.written, output.shape, layer.channel_dim, layer.feature_dims)
+            return torch.lerp(output, there.to(output.dtype), share)
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_hook(hook_of(layer, iter(wanted[layer.name])))
+        for layer in layers
+        if share and layer.name in wanted
+    ]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -208,9 +208,9 @@ def test_sums_of_two_processes_merge() -> None:
             torch.testing.assert_close(merged, whole, rtol=1e-6, atol=1e-6)
 
 
-def test_the_readme_shows_the_companions_as_they_are() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert companions_table() in readme
+def test_the_documentation_shows_the_companions_as_they_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    assert companions_table() in page
 
 
 @pytest.mark.parametrize("name", sorted(known_companions()))

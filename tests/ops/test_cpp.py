@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from stabnorm import StabilityMonitor
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
@@ -287,6 +288,27 @@ def test_powernorm_takes_one_pass_past_its_warm_up_only_and_trains_as_with_two(m
                 found.append([y, *torch.autograd.grad(y, [given, *module.parameters()], dy)])
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
-    assert calls == [42, 43, 44]
+    assert calls == [42, 43, 44]  # and none of the warm-up
     for name, value in other.state_dict().items():
         torch.testing.assert_close(norm.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_powernorm_under_a_checkpoint_across_the_end_of_its_warm_up(reentrant: bool) -> None:
+    norm = PowerNorm(7, warmup_steps=2)
+    other = copy.deepcopy(norm)
+    for _ in range(4):
+        x, dy = torch.randn(2, 9, 7).unbind()
+        plain, given = x.clone().requires_grad_(), x.clone().requires_grad_()
+        want = other(plain)
+        y = checkpoint(norm, given, use_reentrant=reentrant)
+        torch.testing.assert_close(torch.autograd.grad(want, plain, dy)[0], _gradient(y, given, dy))
+        torch.testing.assert_close(y, want)
+    assert norm.step == other.step == 4
+
+
+def _gradient(y: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+    y.backward(dy)  # a reentrant checkpoint takes no grad()
+    assert x.grad is not None
+    return x.grad

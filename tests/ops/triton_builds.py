@@ -122,7 +122,7 @@ def main(capability: int) -> None:
         step, skips, progress = torch.zeros(3, 3, dtype=torch.int64).unbind()
         _triton_running.track_batch_(vector, vector, vector[0], vector, vector, step, skips, progress, 0.1, True)
         for rms in (False, True):
-            _triton_observed.norm(rows, vector, vector, 1e-5, rms, account, valid, True, True, True)
+            _triton_observed.norm(rows, vector, vector, 1e-5, rms, rows, account, valid, True, True, True)
         _triton_accounts.merge_splits(RawMoments(*(part[None] for part in account)))
 
 

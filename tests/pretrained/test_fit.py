@@ -100,6 +100,32 @@ def test_a_channel_without_variance_is_given_the_mean_of_what_it_should_write() 
     assert abs(float(fit.shift[2] - y[:, 2].double().mean())) < 1e-9
 
 
+def test_a_model_that_changes_what_its_norms_read_and_write_in_place_is_fitted_the_same() -> None:
+    class Block(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            self.inplace, self.words = inplace, nn.Embedding(30, 6)
+            self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(2))
+            self.linear = nn.Linear(6, 6)
+            nn.init.normal_(self.words.weight)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            x = x.add_(ids[..., None] / 30) if self.inplace else x + ids[..., None] / 30
+            x = self.norms[0](x)
+            h = nn.functional.relu(self.norms[1](x), inplace=self.inplace)
+            return x.add_(self.linear(h)) if self.inplace else x + self.linear(h)
+
+    ids, fitted = [torch.randint(30, (8, 9)) for _ in range(3)], []
+    for inplace in (False, True):
+        torch.manual_seed(3)
+        for fit in ("norms", "tables"):
+            fitted.append(remove_norms(Block(inplace), ids, fit=fit).model(ids[0]))  # type: ignore[arg-type]
+    torch.testing.assert_close(fitted[2], fitted[0])
+    torch.testing.assert_close(fitted[3], fitted[1])
+    assert not torch.equal(fitted[0], fitted[1])
+
+
 def test_an_output_without_variance_counts_as_reproduced() -> None:
     sums, x = ChannelSums(2), torch.randn(64, 2)
     y = torch.stack([2 * x[:, 0], torch.full((64,), 0.7)], 1)

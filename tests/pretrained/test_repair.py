@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabnorm import StabNormError
+from stabnorm import StabNormError, convert_norms
 from stabnorm.pretrained import Recipe, Repair, Runner, fit_norms, relative_error, repair_norms
 from stabnorm.switch import progressive_norms
 from tests.pretrained.nets import Batch, batches, converted_pair, post_norm
@@ -48,9 +48,10 @@ def test_it_brings_the_output_closer_on_data_it_did_not_see(weights: Any) -> Non
             return sum(float(relative_error(part(**batch), original(**batch))) for batch in unseen)
 
     before, state = error(model), copy.deepcopy(model.state_dict())
-    repair = Repair(model, original, 60, Recipe(weights=weights, lr=3e-3, affine_lr=1e-2))
+    steps = 120 if weights == "all" else 60
+    repair = Repair(model, original, steps, Recipe(weights=weights, lr=3e-3, affine_lr=1e-2))
     losses = repair_norms(repair, batches(12))
-    assert len(losses) == 60
+    assert len(losses) == steps
     assert error(model) < (0.7 if weights == "all" else 0.95) * before
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, state[name])}
     affine = {f"{name}.rep.{part}" for name in ("norm", "norms.0", "norms.1") for part in ("weight", "bias")}
@@ -72,7 +73,7 @@ def test_the_original_and_dropout_have_no_part_in_it() -> None:
 
 RECIPES = [
     Recipe(),
-    Recipe(homotopy=0.6, order="shallow_first", lr=1e-3),
+    Recipe(homotopy=0.6, order="shallow_first", lr=1e-3, forcing=0.0),
     Recipe(accumulate=2, precision=torch.bfloat16),
 ]
 
@@ -121,6 +122,66 @@ def test_lam_goes_from_one_to_zero_with_a_homotopy_and_is_zero_without() -> None
     assert all(norm.lam == 0 for norm in progressive_norms(model).values())
 
 
+def test_what_norms_hand_on_is_the_originals_at_first_and_their_own_at_the_end() -> None:
+    original, model = fitted()
+    batch = batches()[0]
+    read: dict[nn.Module, Tensor] = {}
+    for part in (original, model):
+        layer = part.get_submodule("up.1")
+        layer.register_forward_pre_hook(lambda m, args: read.__setitem__(m, args[0].detach()))
+    repair = Repair(model, original, 10, Recipe(forcing=0.5))
+    shares, apart = [], []
+    for step in range(7):
+        repair.begin(step)
+        shares.append(round(repair.share, 6))
+        assert float(repair.loss(batch).detach()) > 0
+        apart.append(float((read[model.get_submodule("up.1")] - read[original.get_submodule("up.1")]).norm()))
+    assert shares == [1, 0.8, 0.6, 0.4, 0.2, 0, 0]
+    assert apart[0] < 1e-5 * apart[-1]
+    assert apart == sorted(apart)
+    assert apart[5] == apart[6]
+    assert model.get_submodule("norms.0")._forward_hooks == {}
+
+
+def test_an_activation_in_place_behind_a_norm_changes_no_loss() -> None:
+    losses = []
+    inputs = [torch.randn(30, 6) * torch.rand(30, 1) for _ in range(2)]
+    for inplace in (False, True):
+        torch.manual_seed(2)
+        layers = [(nn.LayerNorm(6), nn.ReLU(inplace), nn.Linear(6, 6)) for _ in range(2)]
+        original = nn.Sequential(*[part for three in layers for part in three]).eval()
+        model = copy.deepcopy(original)
+        convert_norms(model)
+        fit_norms(model, original, inputs, [["0"], ["3"]], Runner())
+        repair = Repair(model, original.requires_grad_(False), 10, Recipe(forcing=1.0))
+        for step in (0, 10):
+            repair.begin(step)
+            losses.append(float(repair.loss(inputs[0]).detach()))
+        repair.begin(0)
+        repair.finish()
+        assert repair.share == 0
+    assert losses[2:] == pytest.approx(losses[:2])
+
+
+def test_where_the_original_stands_in_each_part_learns_by_itself() -> None:
+    original, model = fitted()
+    repair = Repair(model, original, 10, Recipe(forcing=1.0), loss=lambda output, wanted: output.sum() * 0)
+    repair.begin(0)
+    repair.loss(batches()[0]).backward()
+    early = {name: parameter.grad for name, parameter in model.named_parameters() if name.startswith("up.0")}
+    alone = {name: gradient.clone() for name, gradient in early.items() if gradient is not None}
+    repair.optimizer.zero_grad()
+    with torch.no_grad():  # what comes later is no part of it
+        model.get_submodule("up.1").weight.normal_()  # type: ignore[operator]
+    repair.loss(batches()[0]).backward()
+    assert len(alone) == 2
+    for name, gradient in alone.items():
+        now = model.get_parameter(name).grad
+        assert now is not None
+        assert gradient.abs().amax() > 0
+        torch.testing.assert_close(now, gradient)
+
+
 def test_a_kept_norm_stays_at_one_and_is_trained() -> None:
     original, model = fitted()
     kept = progressive_norms(model)["norms.0"]
@@ -151,6 +212,8 @@ def test_what_it_refuses() -> None:
         Recipe(accumulate=0)
     with pytest.raises(ValueError, match="lr=0"):
         Recipe(lr=0)
+    with pytest.raises(ValueError, match="forcing=-1"):
+        Recipe(forcing=-1)
     with pytest.raises(ValueError, match="homotopy=2"):
         Recipe(homotopy=2)
     with pytest.raises(ValueError, match="float16"):

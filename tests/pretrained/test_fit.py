@@ -114,13 +114,14 @@ def test_a_model_that_changes_what_its_norms_read_and_write_in_place_is_fitted_t
             x = x.add_(ids[..., None] / 30) if self.inplace else x + ids[..., None] / 30
             x = self.norms[0](x)
             h = nn.functional.relu(self.norms[1](x), inplace=self.inplace)
-            return x.add_(self.linear(h)) if self.inplace else x + self.linear(h)
+            y: Tensor = x.add_(self.linear(h)) if self.inplace else x + self.linear(h)
+            return y
 
     ids, fitted = [torch.randint(30, (8, 9)) for _ in range(3)], []
     for inplace in (False, True):
         torch.manual_seed(3)
         for fit in ("norms", "tables"):
-            fitted.append(remove_norms(Block(inplace), ids, fit=fit).model(ids[0]))  # type: ignore[arg-type]
+            fitted.append(remove_norms(Block(inplace), ids, fit=fit).model(ids[0]))
     torch.testing.assert_close(fitted[2], fitted[0])
     torch.testing.assert_close(fitted[3], fitted[1])
     assert not torch.equal(fitted[0], fitted[1])

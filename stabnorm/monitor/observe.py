@@ -8,7 +8,7 @@ import inspect
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ from stabnorm.functional_detail import DetailMoments
 from stabnorm.masks import mask_for
 from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.fused import FusedNorm, can_fuse
+from stabnorm.monitor.gradients import Hook, OutputHook, ParameterHook
 from stabnorm.norms import NormLayer
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
-from stabnorm.ops.moments import accumulate_moments_, as_rows, empty_accounts, merge_accounts
+from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
 from stabnorm.ops.observed import splits_for
-from stabnorm.ops.ranks import Part, is_distributed, own_part
+from stabnorm.ops.ranks import is_distributed
 
 logger = logging.getLogger("stabnorm")
 
@@ -172,32 +173,14 @@ class Observer:
         """A parameter's gradient is the sum over tokens that we want, and reading it costs no pass and no graph."""
         gain, bias = layer.gain_parameter, layer.bias_parameter
         if gain is None or not gain.requires_grad:
-            yield layer.module.register_forward_hook(_OutputHook(self, index))
+            yield layer.module.register_forward_hook(OutputHook(self, index))
             return
-        yield gain.register_post_accumulate_grad_hook(_ParameterHook(self, index, 0))
+        yield gain.register_post_accumulate_grad_hook(ParameterHook(self, index, 0))
         if bias is not None and bias.requires_grad:
-            yield bias.register_post_accumulate_grad_hook(_ParameterHook(self, index, 1))
+            yield bias.register_post_accumulate_grad_hook(ParameterHook(self, index, 1))
 
 
-def _no_hook(*_: object) -> None:
-    """What stands for a hook in a copy of the model: the copy is not watched."""
-
-
-def _inert() -> Callable[..., None]:
-    return _no_hook
-
-
-class _Hook:
-    """A hook of one layer; a copied or saved model gets an inert one, not a copy of the monitor."""
-
-    def __init__(self, observer: Observer, index: int) -> None:
-        self.observer, self.layer, self.index = observer, observer.layers[index], index
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inert, ()
-
-
-class _InputHook(_Hook):
+class _InputHook(Hook):
     """Before a norm's forward: its input's moments into its row."""
 
     def __init__(self, observer: Observer, index: int) -> None:
@@ -312,7 +295,7 @@ class _DetailedInputHook(_InputHook):
         )  # fmt: skip
 
 
-class _OutlierHook(_Hook):
+class _OutlierHook(Hook):
     """After a norm's forward: the outliers of its output into their row, which is the input hook's."""
 
     def __init__(self, observer: Observer, of_input: _InputHook) -> None:
@@ -345,66 +328,3 @@ class _OutlierHook(_Hook):
 def _detail_account(observer: Observer, index: int, device: torch.device) -> DetailMoments:
     assert observer.details is not None
     return observer.details.slabs.account(index, device)
-
-
-class _ParameterHook(_Hook):
-    """After a backward: gain times the parameter's gradient, as accumulated so far, into its row.
-
-    Under DDP this is the rank's own gradient, before the reduction (or the mean so far and its own on top). FSDP2 calls
-    it with the reduced one, of which each rank has a part: that goes in as often as there are parts, and the mean over
-    ranks is the whole.
-    """
-
-    def __init__(self, observer: Observer, index: int, row: int) -> None:
-        super().__init__(observer, index)
-        self.row = row
-
-    @torch.no_grad()
-    def __call__(self, parameter: Tensor) -> None:
-        start = time.perf_counter()
-        gradient, layer = parameter.grad, self.layer
-        if gradient is not None and self.observer.model.training:
-            row = self.observer.gradient_slab(gradient.device)[self.index, self.row, : layer.num_features]
-            if not is_distributed(gradient):
-                row.copy_(gradient.flatten())
-                if layer.gain is not None:
-                    row.mul_(layer.gain)
-            elif self.observer.merged and (mine := own_part(gradient)) is not None:
-                gain = self.gain_of(mine)
-                row.zero_()
-                row[mine.start : mine.stop] = mine.values * mine.parts * gain
-        self.observer.seconds += time.perf_counter() - start
-
-    def gain_of(self, part: Part) -> Tensor:
-        """The gain of a part's channels, whether FSDP2 has put the whole in its place or not."""
-        weight = self.layer.gain_parameter
-        assert weight is not None  # it was hooked
-        if is_distributed(weight):
-            mine = own_part(weight)
-            assert mine is not None  # as the gradient's
-            return mine.values + self.layer.gain_offset
-        return weight.flatten()[part.start : part.stop] + self.layer.gain_offset
-
-
-class _OutputHook(_Hook):
-    """For a norm with no trainable gain: the gradient at its output, in eager mode."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or not self.observer.model.training:
-            return
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        y = output.detach().clone()  # an activation in place would change it before the backward comes
-        output.register_hook(lambda gradient: self._add(gradient, y))
-
-    @torch.no_grad()
-    def _add(self, gradient: Tensor, y: Tensor) -> None:
-        start = time.perf_counter()
-        layer = self.layer
-        g, y = (as_rows(t.detach(), layer.channel_dim, layer.feature_dims).float() for t in (gradient, y))
-        if layer.bias is not None:
-            y = y - layer.bias
-        shift = g.sum(0) if layer.gain is None else g.sum(0) * layer.gain
-        row = self.observer.gradient_slab(g.device)[self.index, :, : layer.num_features]
-        row.copy_(torch.where(row.isnan(), 0, row) + torch.stack([(g * y).sum(0), shift]))
-        self.observer.seconds += time.perf_counter() - start

@@ -195,9 +195,7 @@ def _norm_gradient(
 
 
 WARPS = 16
-TILE = (
-    4 * 32 * WARPS
-)  # elements: four of a thread's are on their way in each stage; more, and the sums do not fit beside
+TILE = 4 * 32 * WARPS  # elements, four for a thread in each stage: with more the sums do not fit beside them
 AHEAD = 32768  # bytes of an input that are on their way at once
 
 

@@ -129,7 +129,7 @@ def _observed(case: Case, kind: NormKind) -> Results:
     inputs = [x, weight.requires_grad_(), *([] if bias_ is None else [bias_.requires_grad_()])]
     size, channels = x.shape
     spec = Spec(kind, (channels,), 1e-5, True, True)
-    outputs, moments = [], functional.empty_moments(1, channels, x.device)
+    outputs = []
     accounts = empty_accounts(1, channels, x.device, splits_for(channels, x.device))
     into = RawMoments(*(part[0] for part in accounts))
     body = body_for(x, weight, bias_, spec, into) if x.dtype != torch.float64 else None
@@ -142,8 +142,7 @@ def _observed(case: Case, kind: NormKind) -> Results:
             if part.numel():
                 valid = None if case.valid is None else case.valid[i]
                 outputs.append(observed_norm(part, weight, bias_, spec, valid, into, body))
-        moments = merge_accounts(accounts)
-        found = RawMoments(*(part[0] for part in moments))
+        found = RawMoments(*(part[0] for part in merge_accounts(accounts)))
     y = torch.cat(outputs)
     gradients = torch.autograd.grad(y, inputs, case.dy)
     keep = torch.ones_like(x[:, :1], dtype=torch.bool) if case.valid is None else case.valid[:, None]

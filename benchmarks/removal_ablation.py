@@ -94,7 +94,7 @@ def runs(job: tuple[str, int, int, int]) -> list[Run]:
     for method, more in ((METHODS[1], 0), (METHODS[2], repair)):
         torch.manual_seed(seed)
         start = time.perf_counter()
-        result = remove_norms(original, inputs, steps=more, recipe=Recipe(lr=1e-3, seed=seed))
+        result = remove_norms(original, inputs, steps=more, recipe=Recipe(lr=1e-3, forcing=0.5, seed=seed))
         found.append(_run(name, method, seed, result.model, batch, trained + time.perf_counter() - start))
     model, train, batch = fresh()
     switch = ProgressiveNormCallback()

@@ -204,10 +204,8 @@ def convert(
 ) -> RemovalResult:
     """Take the norms out, with nothing but text."""
     batches = Batches(pieces(texts, np.random.default_rng(0)), tokenizer)
-    recipe, count = (
-        Recipe(forcing=0.8, precision=precision()),
-        16 if steps else 40,
-    )  # the layers have more to fit than the norms
+    recipe = Recipe(forcing=0.8, precision=precision())
+    count = 16 if steps else 40  # the layers have more to fit than the norms
     return remove_norms(original, batches, steps=steps, recipe=recipe, fit_batches=count, keep=keep, progress=progress)
 
 

@@ -1,32 +1,73 @@
-# make demo   a healthy and an unstable run of a small ViT, watched, and one that is switched and folded
-# make test   lint, types, tests and doctests
-# make bench  the figures of the README, measured on this machine
-# make gpu    on a machine with a GPU: its tests, and everything there is to measure, as gpu.md
-.PHONY: demo test bench gpu clean
-PYTHON ?= python3
-VENV   ?= .venv
-BIN     = $(VENV)/bin
+# make demo           a healthy and an unstable run of a small ViT, watched, and one that is switched and folded
+# make test           lint, types, tests and doctests
+# make bench          the figures of the README, measured on this machine
+# make gpu            on a machine with a GPU: its tests, and everything there is to measure, as gpu.md
+# make test-oldest    the tests with the oldest versions that pyproject.toml allows
+# make test-newest    the tests with the newest versions that there are
+# make check-install  where constraints.txt installs: every promised Python and platform, from metadata only
+# make lock           constraints.txt made again from pyproject.toml; LOCK=--upgrade takes the newest versions
+#
+# PYTHON=python3.13 takes another Python; VENV=.venv-3.13 keeps its environment beside the first one.
+.PHONY: demo test bench gpu test-oldest test-newest check-install lock clean
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints.txt
+LOCK        ?=
 
-demo: $(VENV)/installed
+BIN     = $(VENV)/bin
+VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+# The stamp names the Python, and is older than a changed list of dependencies: both make the environment anew.
+STAMP   = $(VENV)/installed-$(VERSION)
+
+demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
-test: $(VENV)/installed
+test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/installed
+bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
-gpu: $(VENV)/installed
+gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu
 
-# The stamp is newer than what it was made from, so a changed dependency list installs again.
-$(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stabnorm needs Python >= 3.10, this is " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+check-install: $(STAMP)
+	$(BIN)/python -m tests.check_install
+
+lock: $(STAMP)
+	$(BIN)/uv pip compile pyproject.toml --universal --extra dev --no-annotate --quiet $(LOCK) \
+		--custom-compile-command "make lock" --output-file constraints.txt
+
+# Lightning before 2.6 imports pkg_resources, which setuptools has no longer from version 81 on.
+test-oldest: $(STAMP)
+	$(BIN)/uv pip compile pyproject.toml --python $(BIN)/python --resolution lowest-direct --only-binary :all: --quiet \
+		--output-file $(VENV)/oldest.txt
+	echo "setuptools<81" >> $(VENV)/oldest.txt
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)/oldest.txt
+
+test-newest:
+	rm -rf $(VENV)-newest
+	$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS=
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@command -v $(PYTHON) > /dev/null || { echo "There is no $(PYTHON). Install Python 3.11 or newer, or name another one: make PYTHON=python3.13"; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
 	touch $@
 
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("stabnorm needs Python 3.11 or newer, and this is " + sys.version + ". Name another one: make PYTHON=python3.13")
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("This Python cannot make a virtual environment. On Debian and Ubuntu: apt install python%d.%d-venv" % sys.version_info[:2])
+endef
+export CHECK_PYTHON
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from stabnorm.ops._triton_rows import sums_op
 from stabnorm.ops._triton_shared import (
@@ -19,6 +19,7 @@ from stabnorm.ops._triton_shared import (
     rows_of_tile,
     side_by_side,
     tile_from_the_end,
+    traceable,
 )
 
 _FLAT = 4096  # elements of a program of the kernel over elements
@@ -102,7 +103,7 @@ def _elements(lam_ptr, a_ptr, b_ptr, out_ptr, size, ADD: tl.constexpr, SIZE: tl.
 @triton_op("stabnorm::triton_blend", mutates_args={})
 def _elements_op(lam: Tensor, a: Tensor, b: Tensor, add: bool) -> Tensor:
     out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    wrap_triton(_elements)[(triton.cdiv(a.numel(), _FLAT),)](lam, a, b, out, a.numel(), ADD=add, SIZE=_FLAT)
+    traceable(_elements)[(triton.cdiv(a.numel(), _FLAT),)](lam, a, b, out, a.numel(), ADD=add, SIZE=_FLAT)
     return out
 
 
@@ -130,7 +131,7 @@ def _norm_op(
     y = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
     means, rstds = (rows.new_empty(length, dtype=torch.float32) for _ in range(2))
     tile = rows_of_tile(channels)
-    wrap_triton(_norm)[(triton.cdiv(length, tile.rows),)](
+    traceable(_norm)[(triton.cdiv(length, tile.rows),)](
         lam, rows, scale if weight is None else weight, scale if bias is None else bias, scale,
         scale if shift is None else shift, y, means, rstds, length, channels, rows.stride(0), eps,
         WEIGHT=weight is not None, BIAS=bias is not None, SHIFT=shift is not None,
@@ -177,7 +178,7 @@ def _gradient_op(
     length, channels = rows.shape
     dx = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
     tile = rows_of_tile(channels)
-    wrap_triton(_gradient)[(triton.cdiv(length, tile.rows),)](
+    traceable(_gradient)[(triton.cdiv(length, tile.rows),)](
         lam, dy, rows, scale if weight is None else weight, scale, scale if mean is None else mean, slope,
         slope if offset is None else offset, as_bytes(valid, rows), token_mean, token_rstd, dx, length, channels,
         dy.stride(0), rows.stride(0), WEIGHT=weight is not None, CENTER=mean is not None, OFFSET=offset is not None,

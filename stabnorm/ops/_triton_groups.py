@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
-from stabnorm.ops._triton_shared import rows_of_tile, tile_from_the_end
+from stabnorm.ops._triton_shared import rows_of_tile, tile_from_the_end, traceable
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _scale_op(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(rows)
     r = rows.new_empty((rows.shape[0], groups), dtype=torch.float32)
     tile = rows_of_tile(width)
-    wrap_triton(_scale)[(triton.cdiv(length, tile.rows),)](
+    traceable(_scale)[(triton.cdiv(length, tile.rows),)](
         rows, y, r, length, width, eps, ROWS=tile.rows, CHANNELS=tile.channels, num_warps=tile.warps
     )
     return y, r
@@ -57,7 +57,7 @@ def _gradient_op(dy: Tensor, y: Tensor, r: Tensor, masked: bool) -> Tensor:
     length, width = r.numel(), y.shape[1] // r.shape[1]
     dx = torch.empty_like(dy)
     tile = rows_of_tile(width)
-    wrap_triton(_gradient)[(triton.cdiv(length, tile.rows),)](
+    traceable(_gradient)[(triton.cdiv(length, tile.rows),)](
         dy, y, r, dx, length, width, MASKED=masked, ROWS=tile.rows, CHANNELS=tile.channels, num_warps=tile.warps
     )
     return dx

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from stabnorm.functional import RawMoments
 from stabnorm.ops._triton_accounts import add_moments, add_normalized, add_tokens
@@ -30,6 +30,7 @@ from stabnorm.ops._triton_shared import (
     rows_of_tile,
     side_by_side,
     split_tile,
+    traceable,
 )
 
 WIDEST = 4096  # channels: a program holds eight sums of each
@@ -245,13 +246,13 @@ def _gradient_op(
     splits = splits_of(rows.device.type, rows.device.index)
     dx = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
     parts = rows.new_empty((splits, 2, channels), dtype=torch.float32)
-    wrap_triton(_norm_gradient)[(splits,)](
+    traceable(_norm_gradient)[(splits,)](
         dy, rows, rows if weight is None else weight, means, rstds, dx, parts, length, channels, dy.stride(0),
         rows.stride(0), RMS=rms, WEIGHT=weight is not None, **_layout(channels, rows.dtype),
     )  # fmt: skip
     sums = rows.new_empty((2, channels), dtype=torch.float32)
     tile = split_tile(splits)
-    wrap_triton(add_splits)[(triton.cdiv(sums.numel(), tile["CHANNELS"]),)](
+    traceable(add_splits)[(triton.cdiv(sums.numel(), tile["CHANNELS"]),)](
         parts, sums, splits, sums.numel(), SPLITS=tile["SPLITS"], SIZE=tile["CHANNELS"]
     )
     return dx, sums

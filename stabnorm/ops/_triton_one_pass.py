@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from stabnorm.functional import BatchMoments
 from stabnorm.ops._triton_rows import add_splits
@@ -21,6 +21,7 @@ from stabnorm.ops._triton_shared import (
     side_by_side,
     split_tile,
     tile_from_the_end,
+    traceable,
 )
 
 
@@ -138,7 +139,7 @@ def _redo_gradient(
 def _added(parts: Tensor) -> Tensor:
     out = parts.new_empty(parts.shape[1:])
     tile = split_tile(parts.shape[0])
-    wrap_triton(add_splits)[(triton.cdiv(out.numel(), tile["CHANNELS"]),)](
+    traceable(add_splits)[(triton.cdiv(out.numel(), tile["CHANNELS"]),)](
         parts, out, parts.shape[0], out.numel(), SPLITS=tile["SPLITS"], SIZE=tile["CHANNELS"]
     )
     return out
@@ -150,7 +151,7 @@ def _affine_op(rows: Tensor, valid: Tensor | None, scale: Tensor, shift: Tensor 
     where = columns(channels, rows.device)
     y = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
     parts = rows.new_empty((where.splits, 2, channels), dtype=torch.float32)
-    wrap_triton(_affine_square)[(where.blocks, where.splits)](
+    traceable(_affine_square)[(where.blocks, where.splits)](
         rows, as_bytes(valid, rows), scale, scale if shift is None else shift, y, parts, length, channels,
         rows.stride(0), SHIFT=shift is not None, MASKED=valid is not None,
         ROWS=where.rows, CHANNELS=where.channels, AHEAD=where.ahead,
@@ -171,7 +172,7 @@ def affine_with_square(
 def _redo_affine_op(y: Tensor, right: Tensor, rows: Tensor, scale: Tensor, shift: Tensor | None) -> None:
     length, channels = rows.shape
     tile = map_tile(channels)
-    wrap_triton(_redo_affine)[map_grid(length, channels, tile)](
+    traceable(_redo_affine)[map_grid(length, channels, tile)](
         right.view(torch.uint8), rows, scale, scale if shift is None else shift, y, length, channels, rows.stride(0),
         SHIFT=shift is not None, ROWS=tile.rows, CHANNELS=tile.channels,
     )  # fmt: skip
@@ -188,7 +189,7 @@ def _gradient_op(dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, 
     where, masked = columns(channels, rows.device), valid is not None
     dx = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
     parts = rows.new_empty((where.splits, 4 if masked else 2, channels), dtype=torch.float32)
-    wrap_triton(_gradient_sums)[(where.blocks, where.splits)](
+    traceable(_gradient_sums)[(where.blocks, where.splits)](
         dy, rows, as_bytes(valid, rows), scale, slope, dx, parts, length, channels, dy.stride(0), rows.stride(0),
         MASKED=masked, ROWS=where.rows, CHANNELS=where.channels, AHEAD=max(1, where.ahead // 2),
     )  # fmt: skip
@@ -210,7 +211,7 @@ def _redo_gradient_op(
 ) -> None:
     length, channels = rows.shape
     tile = map_tile(channels)
-    wrap_triton(_redo_gradient)[map_grid(length, channels, tile)](
+    traceable(_redo_gradient)[map_grid(length, channels, tile)](
         right.view(torch.uint8), dy, rows, as_bytes(valid, rows), scale, slope, dx, length, channels, dy.stride(0),
         rows.stride(0), MASKED=valid is not None, ROWS=tile.rows, CHANNELS=tile.channels,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from stabnorm.functional import BatchMoments
 from stabnorm.ops._triton_shared import (
@@ -23,6 +23,7 @@ from stabnorm.ops._triton_shared import (
     side_by_side,
     split_tile,
     tile_from_the_end,
+    traceable,
 )
 
 
@@ -217,12 +218,12 @@ def _moments_op(rows: Tensor, valid: Tensor | None, center: bool) -> tuple[Tenso
     where = columns(channels, rows.device)
     parts = rows.new_empty((where.splits, 4 if center else 2, channels), dtype=torch.float32)
     count, mean, square = (rows.new_empty(size, dtype=torch.float32) for size in ((), channels, channels))
-    wrap_triton(_moments)[(where.blocks, where.splits)](
+    traceable(_moments)[(where.blocks, where.splits)](
         rows, as_bytes(valid, rows), parts, length, channels, rows.stride(0),
         CENTER=center, MASKED=valid is not None, **_layout(where),
     )  # fmt: skip
     tile = split_tile(where.splits)
-    wrap_triton(_merge_moments)[(triton.cdiv(channels, tile["CHANNELS"]),)](
+    traceable(_merge_moments)[(triton.cdiv(channels, tile["CHANNELS"]),)](
         parts, count, mean, square, where.splits, channels, CENTER=center, **tile
     )
     return count, mean, square
@@ -248,14 +249,14 @@ def sums_op(
     where, masked = columns(channels, rows.device), valid is not None
     normal = token_mean is not None and token_rstd is not None
     parts = rows.new_empty((where.splits, (4 if masked else 2) + normal, channels), dtype=torch.float32)
-    wrap_triton(_sums)[(where.blocks, where.splits)](
+    traceable(_sums)[(where.blocks, where.splits)](
         dy, rows, rows if mean is None else mean, as_bytes(valid, rows), token_mean if normal else rows,
         token_rstd if normal else rows, parts, length, channels, dy.stride(0), rows.stride(0),
         CENTER=mean is not None, MASKED=masked, NORMAL=normal, **_layout(where),
     )  # fmt: skip
     out = rows.new_empty(parts.shape[1:], dtype=torch.float32)
     tile = split_tile(where.splits)
-    wrap_triton(add_splits)[(triton.cdiv(out.numel(), tile["CHANNELS"]),)](
+    traceable(add_splits)[(triton.cdiv(out.numel(), tile["CHANNELS"]),)](
         parts, out, where.splits, out.numel(), SPLITS=tile["SPLITS"], SIZE=tile["CHANNELS"]
     )
     return out
@@ -272,7 +273,7 @@ def _affine_op(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     length, channels = rows.shape
     y = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
     tile = map_tile(channels)
-    wrap_triton(_affine)[map_grid(length, channels, tile)](
+    traceable(_affine)[map_grid(length, channels, tile)](
         rows, scale, scale if shift is None else shift, y, length, channels, rows.stride(0),
         SHIFTED=shift is not None, ROWS=tile.rows, CHANNELS=tile.channels,
     )  # fmt: skip
@@ -297,7 +298,7 @@ def _gradient_op(
     length, channels = rows.shape
     dx = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
     tile = map_tile(channels)
-    wrap_triton(_gradient)[map_grid(length, channels, tile)](
+    traceable(_gradient)[map_grid(length, channels, tile)](
         dy, rows, slope if mean is None else mean, as_bytes(valid, rows), scale, slope,
         slope if offset is None else offset, dx, length, channels, dy.stride(0), rows.stride(0),
         CENTER=mean is not None, OFFSET=offset is not None, MASKED=valid is not None,

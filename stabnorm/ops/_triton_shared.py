@@ -10,12 +10,15 @@ There is no autotuning: the tables below are the configuration, and they hold un
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
+
+from stabnorm.ops.tested import interpreted
 
 ROWS = 16  # of a tile of the kernels over channels: a 64-channel row of bfloat16 is 8 threads of 16 bytes
 CHANNELS = 64
@@ -88,6 +91,14 @@ def map_grid(rows: int, channels: int, tile: Map) -> tuple[int]:
 def split_tile(splits: int, width: int = 16) -> dict[str, int]:
     """The tile in which splits are merged: as many as there are, up to 64 at once."""
     return {"SPLITS": min(64, max(2, triton.next_power_of_2(splits))), "CHANNELS": width}
+
+
+def traceable(kernel: Any) -> Any:
+    """Return what launches a kernel and can be traced into a graph.
+
+    Triton's interpreter makes a kernel a Python function, which `wrap_triton` refuses before torch 2.8.
+    """
+    return kernel if interpreted() else wrap_triton(kernel)
 
 
 def laid_out(t: Tensor) -> Tensor:

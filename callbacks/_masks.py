@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stabnorm.masks import MaskOfBatch, masks_of, valid_tokens
+from stabnorm._models.masks import MaskOfBatch, masks_of, valid_tokens
 
 __all__ = ["BatchMask", "MaskOfBatch"]
 

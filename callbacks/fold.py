@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from stabnorm._random import random_state_kept
+from stabnorm._models.examples import Example, first_rows, read_examples
+from stabnorm._models.random_state import random_state_kept
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._outputs import log_text, output_directory
 from stabnorm.errors import StabNormError
 from stabnorm.fold import FoldResult, fold_norms
-from stabnorm.fold._examples import Example, first_rows, read_examples
 from stabnorm.fold._lanes import copied
 from stabnorm.fold._sites import affine_in_eval
 from stabnorm.norms import find_norms

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stabnorm._models.masks import valid_tokens as valid_tokens
     from stabnorm.convert import convert_norms as convert_norms
     from stabnorm.errors import StabNormError as StabNormError
     from stabnorm.fold.fold import fold_gains as fold_gains
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from stabnorm.fold.manifest import apply_manifest as apply_manifest
     from stabnorm.fold.planned import plan_fold as plan_fold
     from stabnorm.fold.pre_rms import to_pre_rms as to_pre_rms
-    from stabnorm.masks import valid_tokens as valid_tokens
     from stabnorm.monitor.detect import Alert as Alert
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
     from stabnorm.norms import find_norms as find_norms
@@ -40,7 +40,7 @@ _HOME = {
     "register_norm": "stabnorm.norms",
     "remove_norms": "stabnorm.pretrained.remove",
     "to_pre_rms": "stabnorm.fold.pre_rms",
-    "valid_tokens": "stabnorm.masks",
+    "valid_tokens": "stabnorm._models.masks",
 }
 
 __all__ = [

@@ -158,7 +158,7 @@ def _rep_options(layer: NormLayer, options: dict[str, Any]) -> dict[str, Any]:
 
 def _prep_class(layer: NormLayer) -> type[PRepBN]:
     base = type(layer.module)
-    while "_watched_class" in vars(base):  # for as long as a monitor watches it, see stabnorm._watched
+    while "_watched_class" in vars(base):  # for as long as a monitor watches it, see stabnorm._models.watched
         base = vars(base)["_watched_class"]
     torch_own = base.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
     if torch_own or is_registered(base):

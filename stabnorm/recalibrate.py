@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stabnorm._batches import moved, run_batch
-from stabnorm._random import random_state_kept
+from stabnorm._models.batches import moved, run_batch
+from stabnorm._models.masks import mask_for
+from stabnorm._models.random_state import random_state_kept
+from stabnorm._models.ranks import gather_over_ranks, ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments
-from stabnorm.masks import mask_for
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from stabnorm.ops.moments import as_rows
-from stabnorm.ops.ranks import gather_over_ranks, ranks
 from stabnorm.ops.rows import moments_of_rows
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stabnorm._models.masks import mask_for
 from stabnorm.companions import _attention_calls as calls
 from stabnorm.companions._attention_sums import (
     AttentionSums,
@@ -24,7 +25,6 @@ from stabnorm.companions._attention_sums import (
     accumulate_attention_logits_,
 )
 from stabnorm.companions.companion import Companion, Hook, Measure, Watch, clean, first_device, selected
-from stabnorm.masks import mask_for
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _FUNCTION = "scaled_dot_product_attention"

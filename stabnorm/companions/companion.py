@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stabnorm.norms import _WRAPPERS, _patterns
+from stabnorm.norms.search import _WRAPPERS, _patterns
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stabnorm._watched import unwatch_class, watch_class
+from stabnorm._models.masks import mask_for
+from stabnorm._models.watched import unwatch_class, watch_class
 from stabnorm.companions.companion import Companion, Hook, Measure, Watch, clean, first_device, sampled, wide
-from stabnorm.masks import mask_for
 from stabnorm.ops.moments import is_recompute
 
 logger = logging.getLogger("stabnorm")

@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from stabnorm._models.examples import Example, Picker, run, tensors_in
 from stabnorm.errors import StabNormError
-from stabnorm.fold._examples import Example, Picker, run, tensors_in
 from stabnorm.fold._readers import Linear, Operands, Slot, View, new_bias, operands
 from stabnorm.fold._shadow import Shadow, averaged, columns, function_of, moved
 from stabnorm.fold._sites import Site

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.examples import Example, OutputError, Picker, cast, is_same, redrawn
 from stabnorm.errors import StabNormError
-from stabnorm.fold._examples import Example, OutputError, Picker, cast, is_same, redrawn
 from stabnorm.fold._follow import trace_model
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Trace

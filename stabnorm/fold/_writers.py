@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stabnorm.fold._examples import Example, Picker, run, tensors_in
+from stabnorm._models.examples import Example, Picker, run, tensors_in
 from stabnorm.fold._readers import Operands, View, operands
 from stabnorm.fold._shadow import ZERO, Shadow, averaged, moved
 from stabnorm.fold.folded import input_of

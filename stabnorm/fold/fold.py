@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from stabnorm._random import random_state_kept
+from stabnorm._models.examples import Picker, read_examples
+from stabnorm._models.random_state import random_state_kept
 from stabnorm.errors import StabNormError
 from stabnorm.fold._apply import apply_plan, set_gain
-from stabnorm.fold._examples import Picker, read_examples
 from stabnorm.fold._lanes import Lanes, copied, make_lanes, try_on
 from stabnorm.fold._plan import FOLDED, Plan, plan_folds
 from stabnorm.fold._sites import Site, find_gains, find_sites

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.examples import read_example, run
 from stabnorm.errors import StabNormError
-from stabnorm.fold._examples import read_example, run
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine, input_of
 
 Action = Literal["warn", "raise"]

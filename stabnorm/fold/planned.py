@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stabnorm._random import random_state_kept
+from stabnorm._models.examples import Example, read_examples, run
+from stabnorm._models.random_state import random_state_kept
 from stabnorm._surgery import Target, Tree, plan_conversion
 from stabnorm.convert import check_conversion
 from stabnorm.errors import StabNormError
-from stabnorm.fold._examples import Example, read_examples, run
 from stabnorm.fold._lanes import copied
 from stabnorm.fold._plan import FOLDED
 from stabnorm.fold.fold import check_model, fold_norms

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stabnorm._random import random_state_kept
-from stabnorm.fold._examples import Example, Picker, read_examples
+from stabnorm._models.examples import Example, Picker, read_examples
+from stabnorm._models.random_state import random_state_kept
 from stabnorm.fold._lanes import make_lanes, try_on
 from stabnorm.fold._sites import HOOKED
 from stabnorm.fold._writers import Streams, Writer, find_streams

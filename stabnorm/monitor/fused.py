@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stabnorm._watched import has_stand_in, own_class
+from stabnorm._models.watched import has_stand_in, own_class
 from stabnorm.functional import RawMoments
 from stabnorm.norms import NormLayer
 from stabnorm.ops.observed import NormKind, Spec, body_for, observed_norm

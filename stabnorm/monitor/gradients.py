@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.ranks import Part, is_distributed, own_part
 from stabnorm.ops.moments import as_rows
-from stabnorm.ops.ranks import Part, is_distributed, own_part
 
 if TYPE_CHECKING:
     from stabnorm.monitor.observe import Observer

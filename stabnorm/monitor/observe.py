@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stabnorm._watched import unwatch_class, watch_class
+from stabnorm._models.masks import mask_for
+from stabnorm._models.ranks import is_distributed
+from stabnorm._models.watched import unwatch_class, watch_class
 from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
 from stabnorm.functional_detail import DetailMoments
-from stabnorm.masks import mask_for
 from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.fused import FusedNorm, can_fuse
 from stabnorm.monitor.gradients import Hook, OutputHook, ParameterHook
@@ -26,7 +27,6 @@ from stabnorm.norms import NormLayer
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
 from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
 from stabnorm.ops.observed import splits_for
-from stabnorm.ops.ranks import is_distributed
 
 logger = logging.getLogger("stabnorm")
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from stabnorm._models.ranks import gather_in_group, ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import REST_X, SHIFT_X, RawMoments, merge_moments_
 from stabnorm.functional_detail import DetailMoments, merge_detail_
-from stabnorm.ops.ranks import gather_in_group, ranks
 
 Slab = TypeVar("Slab", bound=tuple[Tensor, ...])
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabnorm._models.ranks import ranks
 from stabnorm.gate import MEASURE_EVERY, AffineGate
 from stabnorm.monitor.buffers import Flight
 from stabnorm.monitor.monitor import StabilityMonitor
-from stabnorm.ops.ranks import ranks
 
 STATISTIC = "affine_residual"
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.functional import channel_affine
 from stabnorm.nn._channel_norm import refuse_second_derivative
 from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
-from stabnorm.ops.ranks import gather_over_ranks
 
 if TYPE_CHECKING:
     from stabnorm.nn.prep import PRepBN

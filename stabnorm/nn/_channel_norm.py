@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.masks import mask_for
+from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments, channel_affine, merge_batches
-from stabnorm.masks import mask_for
 from stabnorm.ops.moments import as_rows
-from stabnorm.ops.ranks import gather_over_ranks
 from stabnorm.ops.rows import LOW_PRECISION, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows, widened
 from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.nn.prep import PRepBN
-from stabnorm.ops.ranks import gather_over_ranks
 from stabnorm.pretrained.repair import Distance
 from stabnorm.pretrained.watch import Runner, device_of
 from stabnorm.switch import write_lam

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.ops.moments import as_rows
-from stabnorm.ops.ranks import gather_over_ranks
 from stabnorm.pretrained.sums import Affine, Seen
 
 # Rho, as a share of the mean variance of the layer's inputs; less ended further from the original on other text.

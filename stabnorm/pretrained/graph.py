@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from stabnorm._models.examples import tensors_in
 from stabnorm._surgery import Tree
 from stabnorm.errors import StabNormError
-from stabnorm.fold._examples import tensors_in
 from stabnorm.norms import NormLayer
 from stabnorm.pretrained.feed import WIDEST, Feeder
 from stabnorm.pretrained.watch import Runner

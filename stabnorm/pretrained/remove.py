@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stabnorm._random import random_state_kept
+from stabnorm._models.examples import Example, first_rows
+from stabnorm._models.masks import MaskOfBatch
+from stabnorm._models.random_state import random_state_kept
 from stabnorm.convert import check_conversion, check_patterns, convert_norms
 from stabnorm.errors import StabNormError
 from stabnorm.fold import FoldResult, fold_norms
-from stabnorm.fold._examples import Example, first_rows
 from stabnorm.fold._lanes import copied
 from stabnorm.fold.manifest import replace
-from stabnorm.masks import MaskOfBatch
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormLayer, NormSearch
 from stabnorm.pretrained.decide import HeldOut, costs_of, fewest_kept, keep_only

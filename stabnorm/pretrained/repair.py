@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from stabnorm._models.examples import tensors_in
+from stabnorm._models.masks import mask_for
+from stabnorm._models.ranks import gather_over_ranks, ranks
 from stabnorm.errors import StabNormError
-from stabnorm.fold._examples import tensors_in
-from stabnorm.masks import mask_for
 from stabnorm.norms import NormSearch
-from stabnorm.ops.ranks import gather_over_ranks, ranks
 from stabnorm.pretrained.sums import Seen
 from stabnorm.pretrained.watch import Runner, batches_of, device_of, drawn_towards, watched
 from stabnorm.schedules import Order, make_schedule

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from stabnorm._random import random_state_kept
+from stabnorm._models.random_state import random_state_kept
 from stabnorm.fold._lanes import copied
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained.fit import fit_norms, write_affine

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import (
     CHANNEL_ROWS,
@@ -21,7 +22,6 @@ from stabnorm.functional import (
     channel_moments,
     merge_moments_,
 )
-from stabnorm.ops.ranks import gather_over_ranks
 
 ROUNDING = 8.0  # of an input's last digit: a channel that varies by less is constant
 

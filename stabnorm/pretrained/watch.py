@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabnorm._batches import moved, run_batch
+from stabnorm._models.batches import moved, run_batch
+from stabnorm._models.examples import without_fused_layers
+from stabnorm._models.masks import MaskOfBatch, mask_for, masks_of, valid_tokens
 from stabnorm.errors import StabNormError
-from stabnorm.fold._examples import without_fused_layers
-from stabnorm.masks import MaskOfBatch, mask_for, masks_of, valid_tokens
 from stabnorm.norms import NormLayer
 from stabnorm.ops.moments import as_rows, from_rows
 from stabnorm.pretrained.sums import Seen

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import stabnorm.norms
 from stabnorm import find_norms, register_norm
-from stabnorm.norms import NormLayer
+from stabnorm.norms import NormLayer, search
 
 # --- norms of the user's own ---
 
@@ -54,7 +54,7 @@ class PreNorm(nn.Module):
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stabnorm.norms, "_REGISTERED", dict(stabnorm.norms._REGISTERED))
+    monkeypatch.setattr(search, "_REGISTERED", dict(search._REGISTERED))
 
 
 def randomised(module: nn.Module) -> nn.Module:

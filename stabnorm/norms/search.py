@@ -23,9 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from stabnorm._probe import probe
-from stabnorm._watched import own_class
+from stabnorm._models.watched import own_class
 from stabnorm.functional import Kind
+from stabnorm.norms.probe import probe
 
 __all__ = ["Kind", "NormLayer", "find_norms", "register_norm"]
 

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from stabnorm._models.batches import arguments_of
+from stabnorm._models.copies import copied
 from stabnorm._models.examples import Example, first_rows, read_examples
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._outputs import log_text, output_directory
 from stabnorm.errors import StabNormError
 from stabnorm.fold import FoldResult, fold_norms
-from stabnorm.fold._lanes import copied
-from stabnorm.fold._sites import affine_in_eval
 from stabnorm.norms import find_norms
+from stabnorm.norms.affine import affine_in_eval
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -87,7 +88,7 @@ class FoldCallback(Callback):
             if name not in known:
                 raise TypeError(f"fold_norms has no option {name!r}. It takes {', '.join(known)}")
         self.module, self.options = module, dict(options or {})
-        self._of_batch: Callable[[Any], Any] = example if callable(example) else _input_of
+        self._of_batch: Callable[[Any], Any] = example if callable(example) else arguments_of
         self._given = None if example is None or callable(example) else read_examples("example", example)
         self._examples: list[Example] | None = None
         self._fitting = False
@@ -212,13 +213,6 @@ def _may_fold(module: nn.Module) -> bool:
         return affine_in_eval(module) is not None
     except StabNormError:  # not in the state it is in now
         return True
-
-
-def _input_of(batch: Any) -> Any:
-    """A batch as models mostly take it; as in `recalibrate_norms`."""
-    if isinstance(batch, Mapping):
-        return dict(batch)
-    return (batch[0],) if isinstance(batch, tuple | list) else (batch,)
 
 
 def _write(result: FoldResult, directory: Path) -> None:

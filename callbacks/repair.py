@@ -6,8 +6,8 @@ from typing import Any, cast
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
+from stabnorm._models.devices import device_of
 from stabnorm.pretrained.repair import Repair
-from stabnorm.pretrained.watch import device_of
 
 
 def repair_module(repair: Repair, base: type[Any] = LightningModule) -> LightningModule:

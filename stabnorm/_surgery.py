@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from stabnorm._models.tree import Tree
+from stabnorm._models.watched import own_class
 from stabnorm.nn import _fused_path
 from stabnorm.nn._channel_norm import ChannelNorm, Float32Buffers
 from stabnorm.nn.power import PowerNorm
@@ -17,43 +19,6 @@ from stabnorm.nn.unified import UnifiedNorm
 from stabnorm.norms import NormLayer, is_registered
 
 Target = Literal["prepbn", "repbn", "unified", "power"]
-
-
-class Tree:
-    """Who is whose child, and who holds which parameter."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.position: dict[int, int] = {}
-        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
-        self.holders: dict[int, list[tuple[str, nn.Module]]] = {}
-        for number, (name, module) in enumerate(model.named_modules()):
-            self.position[id(module)] = number
-            for child_name, child in module._modules.items():
-                if child is not None:
-                    self.parents.setdefault(id(child), []).append((module, child_name))
-            for parameter_name, parameter in module._parameters.items():
-                if parameter is not None:
-                    path = f"{name}.{parameter_name}" if name else parameter_name
-                    self.holders.setdefault(id(parameter), []).append((path, module))
-
-    def shared(self, module: nn.Module) -> str | None:
-        """Says which parameter of the module another one holds, too."""
-        for name, parameter in module.named_parameters(recurse=False):
-            for path, holder in self.holders[id(parameter)]:
-                if holder is not module:
-                    return f"its {name} is also {path}"
-        return None
-
-    def nearest_tensor(self, module: nn.Module) -> Tensor:
-        """A floating tensor of the module, or of what surrounds it: where, and in what precision, to put new ones."""
-        around: nn.Module | None = module
-        while around is not None:
-            for tensor in (*around.parameters(), *around.buffers()):
-                if tensor.is_floating_point():
-                    return tensor
-            around = self.parents[id(around)][0][0] if id(around) in self.parents else None
-        return torch.empty(0)
 
 
 class Plan(NamedTuple):
@@ -157,9 +122,7 @@ def _rep_options(layer: NormLayer, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prep_class(layer: NormLayer) -> type[PRepBN]:
-    base = type(layer.module)
-    while "_watched_class" in vars(base):  # for as long as a monitor watches it, see stabnorm._models.watched
-        base = vars(base)["_watched_class"]
+    base = own_class(layer.module)
     torch_own = base.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
     if torch_own or is_registered(base):
         return prep_class(base)

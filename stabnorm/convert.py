@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import nn
 
-from stabnorm._surgery import Plan, Target, Tree, leave_fused_path, plan_conversion
+from stabnorm._models.tables import aligned
+from stabnorm._models.tree import Tree
+from stabnorm._models.wrappers import is_scripted, parallel_wrapper
+from stabnorm._surgery import Plan, Target, leave_fused_path, plan_conversion
 from stabnorm.errors import StabNormError
 from stabnorm.nn.power import PowerNorm
 from stabnorm.nn.prep import PRepBN
@@ -189,7 +191,7 @@ def _report(to: Target, search: NormSearch, plans: dict[int, Plan], tree: Tree) 
         entries.append((layer.module, NormConversion(layer.name, bool(plan.carry_out), layer.kind, plan.reason)))
     for name, module in search.unknown:
         reason = f"what {type(module).__name__} computes is not known: tell stabnorm.register_norm"
-        if isinstance(module, torch.jit.ScriptModule):
+        if is_scripted(module):
             reason = "it is compiled by torch.jit: convert the model, then compile it"
         entries.append((module, NormConversion(name, False, "unknown", reason)))
     entries += [(module, NormConversion(name, False, "unknown", _LAZY)) for name, module in search.lazy]
@@ -202,8 +204,7 @@ def _table(norms: Iterable[NormConversion]) -> list[str]:
     rows = [
         (norm.name or "(model)", norm.kind, "converted" if norm.converted else "left", norm.reason) for norm in norms
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return aligned(rows, indent=2)
 
 
 # --- what is wrong with the call ---
@@ -220,7 +221,6 @@ def _asks_for_fit(to: Target, loader: Iterable[Any] | None, options: dict[str, A
     return fit
 
 
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 _OPTIONS: dict[Target, tuple[Callable[..., None], ...]] = {
     "prepbn": (PRepBN.__init__, RepBN.__init__),
     "repbn": (RepBN.__init__,),
@@ -246,10 +246,10 @@ def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> N
         if name not in known:
             raise TypeError(f"to={to!r} has no option {name!r}. It takes {', '.join(known)}")
     for name, module in model.named_modules():
-        wrapper = _WRAPPERS.intersection(cls.__name__ for cls in type(module).__mro__)
+        wrapper = parallel_wrapper(module)
         if wrapper:
             raise StabNormError(
-                f"{name or 'the model'} is wrapped in {min(wrapper)} already, which would not know the parameters that "
+                f"{name or 'the model'} is wrapped in {wrapper} already, which would not know the parameters that "
                 "conversion adds. Convert the model first, then wrap it"
             )
 

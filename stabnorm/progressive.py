@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from stabnorm._models.tables import aligned
+from stabnorm._models.watched import own_class
 from stabnorm.errors import StabNormError
 from stabnorm.gate import MEASURE_EVERY, AffineGate, Change
 from stabnorm.monitor.monitor import StabilityMonitor
@@ -200,10 +202,7 @@ class ProgressiveSwitch:
             if lam > 0 and layer not in self.kept:
                 why = f"the training ended at step {self.steps_done}, before the switch was over"
                 rows.append((layer, f"lam = {lam:.3g}", why))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:2]
-        for row in rows:
-            lines.append("  ".join(["", *map(str.ljust, row[:2], widths), row[2]]))
-        return "\n".join(lines)
+        return "\n".join([*lines, *aligned(rows, indent=2)])
 
     # -- resume --------------------------------------------------------------------------------------------------------
 
@@ -259,5 +258,5 @@ def _own_monitor(model: nn.Module, layers: tuple[str, ...]) -> StabilityMonitor:
 
 def _base(norm: nn.Module) -> str:
     """The name of the class it was made from."""
-    bases = type(norm).__bases__
-    return bases[1].__name__ if len(bases) > 1 else type(norm).__name__
+    bases = own_class(norm).__bases__  # a monitor may watch it
+    return bases[1].__name__ if len(bases) > 1 else own_class(norm).__name__

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stabnorm._models.batches import moved, run_batch
+from stabnorm._models.batches import Forward, moved, run_batch
+from stabnorm._models.calls import input_name, mask_of, tensor_input_of
+from stabnorm._models.devices import device_of
+from stabnorm._models.hooks import hooked
 from stabnorm._models.masks import mask_for
 from stabnorm._models.random_state import random_state_kept
 from stabnorm._models.ranks import gather_over_ranks, ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from stabnorm.ops.moments import as_rows
+from stabnorm.norms.rows import as_rows, tokens_of
 from stabnorm.ops.rows import moments_of_rows
 
 
@@ -50,7 +53,7 @@ def recalibrate_norms(
     n_batches: int,
     metric: Callable[[nn.Module], float] | None = None,
     *,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward | None = None,
 ) -> RecalibrationReport:
     r"""Replace running statistics by the median over batches of the batches' own, per channel.
 
@@ -68,13 +71,14 @@ def recalibrate_norms(
 
     Args:
         model: a trained model.
-        loader: batches, best of training data in the form that evaluation has: without augmentation.
+        loader: a DataLoader or an iterable of batches, best of training data without augmentation. A tensor is the
+            model's input, a tuple or list is ``(input, targets, ...)``, a mapping holds keyword arguments.
         n_batches: how many to use; 50 are plenty. A shorter loader gives what it has.
         metric: a function of the model, in eval mode, to a number, **lower is better**: a loss on validation data, say.
             The new statistics stay only if it does not get worse. With several processes its mean decides.
             Default: None, they stay.
-        forward: how a batch is run, ``forward(model, batch)``. Default: ``model(batch)`` for a tensor,
-            ``model(batch[0])`` for a tuple or list, ``model(**batch)`` for a mapping, each on the model's device.
+        forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: as the
+            format of `loader` says.
 
     Returns:
         What was measured and whether it stayed.
@@ -97,7 +101,7 @@ def recalibrate_norms(
             f"{type(model).__name__} has no norm with running statistics, so there is nothing to recalibrate: neither "
             "torch's BatchNorm nor a norm of stabnorm.nn; a LayerNorm keeps none"
         )
-    device = next(model.parameters(), torch.empty(0)).device
+    device = device_of(model)
     with _unchanged(model, device):
         before = _measured(metric, model, device)
         batches = _gather(model, targets, loader, n_batches, forward or run_batch, device)
@@ -135,18 +139,17 @@ class _Target:
 
     def __init__(self, name: str, hooked: nn.Module, norm: nn.Module, buffers: tuple[Tensor, ...]) -> None:
         self.name, self.hooked, self.norm, self.buffers = name, hooked, norm, buffers
+        self.input_name = input_name(hooked)
         self.seen: list[Tensor] = []  # [len(buffers), C] of each forward
 
     @torch.no_grad()
     def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook: the batch's own statistics."""
-        given = [*args, *kwargs.values()]
-        x, mask = given[0], kwargs.get("mask", args[1] if len(args) > 1 else None)
+        x = tensor_input_of(args, kwargs, self.input_name)
         norm = self.norm
         if isinstance(norm, _BatchNorm):
             channel_dim = 1 if x.ndim > 1 else 0
-            tokens = x.shape[:channel_dim] + x.shape[channel_dim + 1 :]
-            valid = mask_for(tokens, self.name)
+            valid = mask_for(tokens_of(x.shape, channel_dim), self.name)
             moments = moments_of_rows(
                 as_rows(x, channel_dim), None if valid is None else valid.reshape(-1), center=True
             )
@@ -154,7 +157,7 @@ class _Target:
             assert isinstance(norm, RepBN | UnifiedNorm | PowerNorm)
             if isinstance(module, PRepBN) and module.feature_dims > 1:
                 x = x.flatten(x.ndim - module.feature_dims) if x.ndim > module.feature_dims else x.reshape(1, -1)
-            rows, valid = norm.rows_of(x, mask)
+            rows, valid = norm.rows_of(x, mask_of(args, kwargs))
             if isinstance(norm, PowerNorm) and norm.groups is not None:
                 rows = norm.scaled(rows)
             moments = norm.moments(rows, valid, center=isinstance(norm, RepBN) and norm.center)
@@ -220,18 +223,17 @@ def _gather(
     targets: list[_Target],
     loader: Iterable[Any],
     n_batches: int,
-    forward: Callable[[nn.Module, Any], Any],
+    forward: Forward,
     device: torch.device,
 ) -> int:
     """Run the batches with hooks on; how many there were."""
     batches = 0
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # graphs made before have no hooks in them
-        for target in targets:
-            target.norm.train()
-            target.hooked.training = True
-            stack.callback(target.hooked.register_forward_pre_hook(target.look, with_kwargs=True).remove)
+    for target in targets:
+        target.norm.train()
+        target.hooked.training = True
+    hooks = (target.hooked.register_forward_pre_hook(target.look, with_kwargs=True) for target in targets)
+    # A graph that was compiled before has no hooks in it, so the model runs in eager mode.
+    with hooked(hooks), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in itertools.islice(loader, n_batches):
             forward(model, moved(batch, device))
             batches += 1

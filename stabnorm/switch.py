@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.calls import input_of, mask_of
+from stabnorm._models.hooks import Hook
+from stabnorm._models.wrappers import plain_name
 from stabnorm.nn._channel_norm import ChannelNorm
 from stabnorm.nn.prep import PRepBN
-
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # of torch.compile and checkpointing: not the user's names
 
 
 def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
@@ -22,16 +23,12 @@ def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
     >>> list(progressive_norms(nn.Sequential(nn.Linear(4, 8), PRepBN(8))))
     ['1']
     """
-    return {_own(name): module for name, module in model.named_modules() if isinstance(module, PRepBN)}
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, PRepBN)}
 
 
 def running_norms(model: nn.Module) -> dict[str, ChannelNorm]:
     """This package's norms with running statistics, by name; those inside progressive norms, too."""
-    return {_own(name): module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
-
-
-def _own(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
 
 
 def write_lam(norms: Iterable[PRepBN], lam: Sequence[float], *, settled: bool = False) -> None:
@@ -136,9 +133,7 @@ class BranchGap:
 
     def add(self, index: int, module: PRepBN, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add one forward of a layer."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
-        norm, rep, valid = module.branches(x, mask)
+        norm, rep, valid = module.branches(input_of(args, kwargs), mask_of(args, kwargs))
         squares = torch.stack([(norm - rep).float().square().sum(-1), norm.float().square().sum(-1)])
         squares = (squares if valid is None else torch.where(valid, squares, 0)).sum(-1)
         self._squares[index] = self._squares[index] + squares if index in self._squares else squares
@@ -156,7 +151,7 @@ class BranchGap:
         return (squares[:, 0] / squares[:, 1]).sqrt()
 
 
-class _GapHook:
+class _GapHook(Hook):
     """A hook of one layer; a copied or saved model does not get a copy of all the others."""
 
     def __init__(self, gap: BranchGap, index: int) -> None:
@@ -167,13 +162,3 @@ class _GapHook:
             return
         assert isinstance(module, PRepBN)
         self.gap.add(self.index, module, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _no_hook, ()
-
-
-def _no_hook() -> Any:
-    return _nothing
-
-
-def _nothing(*_: object) -> None: ...

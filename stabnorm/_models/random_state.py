@@ -1,4 +1,4 @@
-"""Random state that is afterwards what it was."""
+"""Random state that is afterwards what it was before."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Python's, NumPy's and torch's, on the CPU and on `device`, whatever happens inside."""
+    """Restore Python's, NumPy's and torch's random state, on the CPU and on `device`, whatever happens inside."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

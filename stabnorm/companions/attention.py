@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stabnorm._models.devices import device_of
+from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
+from stabnorm._models.wrappers import plain_name, unwrapped
 from stabnorm.companions import _attention_calls as calls
 from stabnorm.companions._attention_sums import (
     AttentionSums,
     accumulate_attention_,
     accumulate_attention_logits_,
 )
-from stabnorm.companions.companion import Companion, Hook, Measure, Watch, clean, first_device, selected
+from stabnorm.companions.companion import Companion, Measure, Watch, selected
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _FUNCTION = "scaled_dot_product_attention"
@@ -106,8 +109,8 @@ class AttentionCompanion(Companion):
 
     def watch(self, model: nn.Module) -> "AttentionWatch":
         """Find the attentions."""
-        model = getattr(model, "_orig_mod", model)
-        found = [(clean(name), module) for name, module in _attentions(model)]
+        model = unwrapped(model)
+        found = [(plain_name(name), module) for name, module in _attentions(model)]
         wanted = selected([name for name, _ in found], self.include, self.exclude)
         chosen = [pair for pair, yes in zip(found, wanted, strict=True) if yes]
         if not chosen:
@@ -200,7 +203,7 @@ class _Place:
         self.watch, self.name, self.module, self.rows = watch, name, module, rows
         self.heads = rows.stop - rows.start
         self.multi_head = isinstance(module, nn.MultiheadAttention)
-        device = next((p.device for p in module.parameters()), first_device(watch.model))
+        device = device_of(module, watch.model)
         self.into = self._rows_on(device)  # now, not at the first forward: nothing may change under a compiled graph
         self.refused = False
 

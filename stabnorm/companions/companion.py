@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stabnorm.norms.search import _WRAPPERS, _patterns
+from stabnorm._models.names import NameFilter, Patterns
 
 
 @dataclass(frozen=True)
@@ -109,21 +109,6 @@ class Companion(ABC):
         """
 
 
-class Hook:
-    """A hook of a watch; a copied or saved model gets an inert one, not a copy of the watch."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inert, ()
-
-
-def _no_hook(*_: object) -> None:
-    """What stands for a hook in a copy of the model: the copy is not watched."""
-
-
-def _inert() -> Callable[..., None]:
-    return _no_hook
-
-
 def sampled(length: int, at_most: int | None) -> slice:
     """Evenly spaced positions, the last one among them: no random state is touched, and batch splits change nothing.
 
@@ -136,34 +121,13 @@ def sampled(length: int, at_most: int | None) -> slice:
     return slice((length - 1) % stride if length else 0, None, stride)
 
 
-def selected(
-    names: Sequence[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
-) -> list[bool]:
+def selected(names: Sequence[str], include: Patterns, exclude: Patterns) -> list[bool]:
     """Which names match one pattern of `include` and none of `exclude`.
 
     Raises:
         ValueError: a pattern is no regular expression.
     """
-    wanted, unwanted = _patterns("include", include), _patterns("exclude", exclude) or ()
-    return [
-        (wanted is None or any(pattern.search(name) for pattern in wanted))
-        and not any(pattern.search(name) for pattern in unwanted)
-        for name in names
-    ]
-
-
-def clean(name: str) -> str:
-    """A module's name without those of the wrappers of torch.compile and checkpointing.
-
-    >>> clean("_orig_mod.blocks.0._checkpoint_wrapped_module.attn")
-    'blocks.0.attn'
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def first_device(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
-    return next(model.parameters(), torch.empty(0)).device
+    return list(map(NameFilter(include, exclude), names))
 
 
 def wide(device: torch.device) -> torch.dtype:

@@ -8,8 +8,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.wrappers import plain_name
 from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
-from stabnorm.companions.companion import Companion, Measure, Watch, clean, selected, wide
+from stabnorm.companions.companion import Companion, Measure, Watch, selected, wide
 
 
 class EmbeddingSums(NamedTuple):
@@ -85,7 +86,7 @@ class EmbeddingCompanion(Companion):
         of_tokens = {
             id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         }
-        named = [(clean(name), parameter) for name, parameter in model.named_parameters()]
+        named = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
         wanted = selected([name for name, _ in named], self.include, self.exclude)
         if self.include is None:
             wanted = [yes and id(p) in of_tokens for yes, (_, p) in zip(wanted, named, strict=True)]

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stabnorm._models.devices import device_of
+from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
 from stabnorm._models.watched import unwatch_class, watch_class
-from stabnorm.companions.companion import Companion, Hook, Measure, Watch, clean, first_device, sampled, wide
+from stabnorm._models.wrappers import plain_name, unwrapped
+from stabnorm.companions.companion import Companion, Measure, Watch, sampled, wide
 from stabnorm.ops.moments import is_recompute
 
 logger = logging.getLogger("stabnorm")
@@ -154,8 +157,8 @@ class OutputCompanion(Companion):
 
     def watch(self, model: nn.Module) -> "OutputWatch":
         """Find the output layer."""
-        model = getattr(model, "_orig_mod", model)
-        modules = {clean(name): module for name, module in model.named_modules()}
+        model = unwrapped(model)
+        modules = {plain_name(name): module for name, module in model.named_modules()}
         if self.layer is not None:
             names = [self.layer] if isinstance(self.layer, str) else list(self.layer)
             for name in names:
@@ -240,7 +243,7 @@ class _OutputHook(Hook):
 
     def __init__(self, watch: OutputWatch, row: int, name: str, module: nn.Module) -> None:
         self.watch, self.row, self.name = watch, row, name
-        device = next((p.device for p in module.parameters()), first_device(watch.model))
+        device = device_of(module, watch.model)
         self.into = self._row_on(device)  # now, not at the first forward: nothing may change under a compiled graph
         self.refused = False
 

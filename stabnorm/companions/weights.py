@@ -13,8 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.wrappers import plain_name
 from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
-from stabnorm.companions.companion import Companion, Measure, Watch, clean, selected, wide
+from stabnorm.companions.companion import Companion, Measure, Watch, selected, wide
 
 _FIRST = 16  # power iterations before the first figure; after that one per step, from where the last one ended
 _SHIFT = 1e-15  # added to W^T W: the vectors are the same, and those of a matrix of zeros do not vanish
@@ -118,7 +119,7 @@ class WeightCompanion(Companion):
 
     def watch(self, model: nn.Module) -> "WeightWatch":
         """Find the matrices."""
-        matrices = [(clean(name), p) for name, p in model.named_parameters() if _is_matrix(p)]
+        matrices = [(plain_name(name), p) for name, p in model.named_parameters() if _is_matrix(p)]
         wanted = selected([name for name, _ in matrices], self.include, self.exclude)
         chosen = [pair for pair, yes in zip(matrices, wanted, strict=True) if yes]
         if not chosen:

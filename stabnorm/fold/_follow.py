@@ -13,22 +13,24 @@ tensor is one of these, and nothing else:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stabnorm._models.examples import Example, Picker, run, tensors_in
+from stabnorm._models.calls import input_name, tensor_input_of
+from stabnorm._models.examples import Example, run
+from stabnorm._models.hooks import hooked
+from stabnorm._models.outputs import Picker, tensors_in
 from stabnorm.errors import StabNormError
 from stabnorm.fold._readers import Linear, Operands, Slot, View, new_bias, operands
 from stabnorm.fold._shadow import Shadow, averaged, columns, function_of, moved
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Obstacle, Residual, Trace, Use
-from stabnorm.fold.folded import input_of
 
 aten = torch.ops.aten
 
@@ -36,7 +38,7 @@ aten = torch.ops.aten
 def trace_model(model: nn.Module, sites: Sequence[Site], examples: Sequence[Example], outputs: Picker) -> Trace:
     """Run `model` on the examples and write down where its norms' channels go."""
     mode = _Follow(model, sites)
-    with mode.hooked():
+    with hooked(mode.hooks()):
         for example in examples:
             with mode:
                 result = run(model, example)
@@ -64,22 +66,16 @@ class _Follow(TorchDispatchMode):
 
     # --- modules ---
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """While this lasts modules say when they run, and norms say what they read and tag what they return."""
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Register hooks by which modules say when they run, and norms say what they read and tag what they return."""
         sites = {site.name: index for index, site in enumerate(self.trace.sites)}
-        handles = []
         for name, module in self.model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._entering(name), prepend=True))
+            yield module.register_forward_pre_hook(self._entering(name), prepend=True)
             if name in sites:
-                handles.append(module.register_forward_pre_hook(self._reading(sites[name]), with_kwargs=True))
-                handles.append(module.register_forward_hook(self._returning(sites[name])))
-            handles.append(module.register_forward_hook(self._leaving))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                reading = self._reading(sites[name], input_name(module))
+                yield module.register_forward_pre_hook(reading, with_kwargs=True)
+                yield module.register_forward_hook(self._returning(sites[name]))
+            yield module.register_forward_hook(self._leaving)
 
     def _entering(self, name: str) -> Callable[..., None]:
         return lambda module, args: self.paths.append(name)
@@ -87,9 +83,9 @@ class _Follow(TorchDispatchMode):
     def _leaving(self, module: nn.Module, args: Any, out: Any) -> None:
         self.paths.pop()
 
-    def _reading(self, index: int) -> Callable[..., None]:
+    def _reading(self, index: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.trace.calls.append(self._call(index, input_of(args, kwargs)))
+            self.trace.calls.append(self._call(index, tensor_input_of(args, kwargs, name)))
             self.pauses += 1  # what happens inside a norm is the norm's
 
         return hook

@@ -5,17 +5,18 @@ does not know shows: an overflow, a mixture of types that does not run. How far 
 measured: it is the distance between the two.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stabnorm._models.examples import Example, OutputError, Picker, cast, is_same, redrawn
+from stabnorm._models.copies import copied
+from stabnorm._models.examples import Example
+from stabnorm._models.outputs import OutputError, Picker
 from stabnorm.errors import StabNormError
 from stabnorm.fold._follow import trace_model
+from stabnorm.fold._second_input import cast, is_same, redrawn
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Trace
 from stabnorm.fold._verify import TOLERANCE, Outputs, Precision, finite, largest_error, run_all
@@ -118,22 +119,6 @@ def try_on(lanes: Lanes, change: Callable[[nn.Module], None], outputs: Picker) -
         if not errors[-1] <= lane.tolerance:
             return errors[0], f"rolled back: the output would be off by {errors[-1]:.1e} of its largest element"
     return errors[0], ""
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, or a ValueError that says why there is none.
-
-    What a forward with gradients left on a module, such as a pruned weight, is copied without its history.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*vars(module).values(), *module._buffers.values()):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(f"the model cannot be copied, which verifying needs: {error}") from error
 
 
 def _own_lane(

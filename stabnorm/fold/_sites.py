@@ -1,15 +1,15 @@
 """The norms of a model as the fold sees them: affine in eval, or to stay, and why."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.hooks import has_forward_hooks
 from stabnorm.errors import StabNormError
 from stabnorm.norms import find_norms
+from stabnorm.norms.affine import affine_in_eval
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TYPE_NAMES = {
     "layer": "normalises every token by itself: switch it first (convert_norms), or leave it",
     "rms": "divides every token by its own rms: switch it first (convert_norms), or leave it",
@@ -66,8 +66,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
         if affine is None:
             continue
         scale, shift, channel_dim = affine
-        hooks = module._forward_hooks or module._forward_pre_hooks
-        if hooks:
+        if has_forward_hooks(module):
             staying[name] = HOOKED
         else:
             scale, shift = (t.detach().to("cpu", torch.float64).flatten() for t in (scale, shift))
@@ -96,42 +95,3 @@ def find_gains(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
             place = Gain(norm.weight_name if gain is not None else None, norm.bias_name, norm.gain_offset)
             sites.append(Site(norm.name, scale, shift, norm.channel_dim, place))
     return sites, staying
-
-
-def affine_in_eval(module: nn.Module) -> tuple[Tensor, Tensor, int] | None:
-    """``(scale, shift, channel_dim)`` of a norm that is one affine map per channel in eval; None for any other module.
-
-    Torch's BatchNorms count by exact type: a subclass may end in an activation.
-
-    Raises:
-        StabNormError: it is such a norm, but not in this state.
-        TypeError: its `fold_affine` returns anything else.
-    """
-    if callable(getattr(module, "fold_affine", None)):
-        return _stated(module)
-    if type(module) not in _BATCH_NORMS:
-        return None
-    mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
-    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-        raise StabNormError(f"{type(module).__name__} keeps no running statistics, so in eval it uses the batch's own")
-    scale = torch.rsqrt(var.double() + float(module.eps))  # type: ignore[arg-type]
-    if isinstance(weight, Tensor):
-        scale = weight.detach().double() * scale
-    shift = -scale * mean.double()
-    return scale, bias.detach().double() + shift if isinstance(bias, Tensor) else shift, 1
-
-
-def _stated(module: nn.Module) -> tuple[Tensor, Tensor, int]:
-    try:
-        affine: Any = module.fold_affine()  # type: ignore[operator]
-    except NotImplementedError as error:
-        raise StabNormError(f"the fold_affine() of {type(module).__name__} is not implemented") from error
-    if not (isinstance(affine, tuple) and [type(part) for part in affine[2:]] == [int]):
-        affine = (None, None, None)
-    scale, shift, channel_dim = affine
-    if not (isinstance(scale, Tensor) and isinstance(shift, Tensor) and scale.numel() == shift.numel()):
-        raise TypeError(
-            f"the fold_affine() of {type(module).__name__} does not return (scale, shift, channel_dim): two tensors of "
-            "one number for each channel, and the axis of the channels"
-        )
-    return scale, shift, channel_dim

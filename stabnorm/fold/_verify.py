@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stabnorm._models.examples import Example, Picker, run, tensors_in
+from stabnorm._models.examples import Example, run
+from stabnorm._models.outputs import Picker, tensors_in
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 

@@ -5,7 +5,7 @@ channels alike keeps them: movement, averages, sums with other streams, multipli
 the stream as it is, and is written down against its writers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from stabnorm._models.examples import Example, Picker, run, tensors_in
+from stabnorm._models.calls import input_name, tensor_input_of
+from stabnorm._models.examples import Example, run
+from stabnorm._models.hooks import hooked
+from stabnorm._models.outputs import Picker, tensors_in
 from stabnorm.fold._readers import Operands, View, operands
 from stabnorm.fold._shadow import ZERO, Shadow, averaged, moved
-from stabnorm.fold.folded import input_of
 
 aten = torch.ops.aten
 
@@ -45,19 +48,11 @@ class Streams:
 def find_streams(model: nn.Module, norms: Sequence[str], examples: Sequence[Example], outputs: Picker) -> Streams:
     """Run `model` and write down what the named norms read; their channels are on the last axis."""
     mode = _FollowStreams(model)
-    handles = []
-    for name in norms:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(mode.reading(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(mode.returning))
-    try:
+    with hooked(mode.hooks(norms)):
         for example in examples:
             with mode:
                 result = run(model, example)
             mode.stop(tensors_in(result, outputs), "the model returns it")
-    finally:
-        for handle in handles:
-            handle.remove()
     return mode.streams
 
 
@@ -69,12 +64,18 @@ class _FollowStreams(TorchDispatchMode):
         self.pauses = 0
         self.index_of: dict[View, int] = {}
         self.owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters()}
+        self.model = model
 
-    def reading(self, name: str) -> Callable[..., None]:
-        """A hook that says what a norm reads."""
+    def hooks(self, norms: Sequence[str]) -> Iterator[RemovableHandle]:
+        """Register hooks by which the named norms say what they read and when they are done."""
+        for name in norms:
+            module = self.model.get_submodule(name)
+            yield module.register_forward_pre_hook(self._reading(name, input_name(module)), with_kwargs=True)
+            yield module.register_forward_hook(self._returning)
 
+    def _reading(self, name: str, argument: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = input_of(args, kwargs)
+            x = tensor_input_of(args, kwargs, argument)
             self.pauses += 1
             if x not in self.stream:
                 self.streams.problems[name] = "it reads more than a sum of linear layers and embeddings"
@@ -88,8 +89,7 @@ class _FollowStreams(TorchDispatchMode):
 
         return hook
 
-    def returning(self, module: nn.Module, args: Any, out: Any) -> None:
-        """A hook for the end of a norm."""
+    def _returning(self, module: nn.Module, args: Any, out: Any) -> None:
         self.pauses -= 1
 
     def stop(self, tensors: Sequence[Tensor], why: str) -> None:

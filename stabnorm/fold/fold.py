@@ -8,16 +8,21 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from stabnorm._models.examples import Picker, read_examples
+from stabnorm._models.copies import copied
+from stabnorm._models.devices import device_of, floating_tensor_of
+from stabnorm._models.examples import read_examples
+from stabnorm._models.outputs import Picker
 from stabnorm._models.random_state import random_state_kept
+from stabnorm._models.tree import replace_module
+from stabnorm._models.wrappers import is_compiled, is_scripted
 from stabnorm.errors import StabNormError
 from stabnorm.fold._apply import apply_plan, set_gain
-from stabnorm.fold._lanes import Lanes, copied, make_lanes, try_on
+from stabnorm.fold._lanes import Lanes, make_lanes, try_on
 from stabnorm.fold._plan import FOLDED, Plan, plan_folds
 from stabnorm.fold._sites import Site, find_gains, find_sites
 from stabnorm.fold._verify import largest_error, run_all
 from stabnorm.fold.folded import FrozenAffine
-from stabnorm.fold.manifest import manifest_of, own_parameters, replace
+from stabnorm.fold.manifest import manifest_of, own_parameters
 from stabnorm.fold.result import FoldedSite, FoldResult
 
 
@@ -154,7 +159,7 @@ def _fold(
         )
     if residual == "auto":
         residual = not any(p.dtype == torch.float16 for p in model.parameters())
-    with random_state_kept(next(model.parameters(), torch.empty(0)).device), torch.inference_mode(False):
+    with random_state_kept(device_of(model)), torch.inference_mode(False):
         lanes = make_lanes(model, sites, examples, others, outputs)
         plan, error = _settle(lanes, {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}, outputs)
         vacuous = not _shows_faults(lanes, plan, outputs)
@@ -210,11 +215,11 @@ def check_model(model: nn.Module, is_eval: bool = True) -> None:
         where = f"'{name}'" if name else "the model"
         if is_eval and module.training:
             raise StabNormError(f"{where} is in training mode, where a norm is no affine map. Call model.eval() first")
-        if isinstance(module, torch.jit.ScriptModule):
+        if is_scripted(module):
             raise StabNormError(
                 f"{where} is scripted, so its operations cannot be followed. Fold first, then export or trace"
             )
-        if type(module).__name__ == "OptimizedModule":
+        if is_compiled(module):
             raise StabNormError(f"{where} is compiled, so its operations cannot be followed. Fold first, then compile")
 
 
@@ -256,13 +261,13 @@ def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
     if not changed:
         return True
     faulty = copied(lane.model)
-    like = next((t for t in (*faulty.parameters(), *faulty.buffers()) if t.is_floating_point()), torch.empty(0))
+    like = floating_tensor_of(faulty)
     for site in lanes.trace.sites:
         if site.name not in changed:
             continue
         scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
         if site.gain is None:
-            replace(faulty, site.name, FrozenAffine(scale.to(like), shift.to(like), site.channel_dim))
+            replace_module(faulty, site.name, FrozenAffine(scale.to(like), shift.to(like), site.channel_dim))
         else:
             set_gain(faulty, site, scale, shift)
     error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)

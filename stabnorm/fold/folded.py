@@ -1,25 +1,12 @@
 """What stands where a norm was: nothing, or one multiply-add. No class here names a normalization."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.calls import tensor_input_of
 from stabnorm.nn._channel_norm import Float32Buffers
-
-
-def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a call of a norm reads: its first argument or, whatever its name, the first floating tensor by keyword.
-
-    Raises:
-        TypeError: there is none.
-    """
-    floating = (value for value in kwargs.values() if isinstance(value, Tensor) and value.is_floating_point())
-    x = args[0] if args else next(floating, None)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"a norm reads a tensor, and this call has {type(x).__name__}. Pass it first, or by keyword")
-    return x
 
 
 class _Unfused(nn.Module):
@@ -48,7 +35,7 @@ class FoldedNorm(_Unfused, nn.Identity):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The input."""
-        return input_of(args, kwargs)
+        return tensor_input_of(args, kwargs)
 
 
 class FrozenAffine(_Unfused, Float32Buffers):
@@ -84,7 +71,7 @@ class FrozenAffine(_Unfused, Float32Buffers):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Scale x + shift."""
-        x = input_of(args, kwargs)
+        x = tensor_input_of(args, kwargs)
         scale, shift = self.scale, self.shift
         if self.channel_dim not in (-1, x.ndim - 1):
             shape = [1] * x.ndim

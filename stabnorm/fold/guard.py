@@ -7,9 +7,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from stabnorm._models.examples import read_example, run
+from stabnorm._models.batches import Forward, moved, run_batch
+from stabnorm._models.calls import tensor_input_of
+from stabnorm._models.devices import device_of
+from stabnorm._models.fast_path import without_fused_layers
+from stabnorm._models.hooks import take_off
 from stabnorm.errors import StabNormError
-from stabnorm.fold.folded import FoldedNorm, FrozenAffine, input_of
+from stabnorm.fold.folded import FoldedNorm, FrozenAffine
 
 Action = Literal["warn", "raise"]
 
@@ -50,8 +54,7 @@ class FoldGuard:
 
     def remove(self) -> None:
         """Take the hooks off again; do so before exporting or compiling."""
-        for handle in self._handles:
-            handle.remove()
+        take_off(self._handles)
         self._judge()
 
     def __enter__(self) -> "FoldGuard":
@@ -62,7 +65,7 @@ class FoldGuard:
 
     def _reading(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = input_of(args, kwargs).detach()
+            x = tensor_input_of(args, kwargs).detach()
             if not x.numel():
                 return
             largest = x.abs().amax().float()  # NaN stays NaN
@@ -119,7 +122,12 @@ class FoldGuard:
 
 
 def guard_folds(
-    model: nn.Module, calibration: Iterable[Any], guard: Action = "warn", *, margin: float = 2.0
+    model: nn.Module,
+    loader: Iterable[Any],
+    guard: Action = "warn",
+    *,
+    margin: float = 2.0,
+    forward: Forward | None = None,
 ) -> FoldGuard:
     """Report inputs on which a folded model leaves what it was calibrated on.
 
@@ -131,9 +139,12 @@ def guard_folds(
 
     Args:
         model: folded, in eval mode.
-        calibration: inputs, each in one of the formats of `fold_norms`.
+        loader: a DataLoader or an iterable of batches of calibration data. A tensor is the model's input, a tuple or
+            list is ``(input, targets, ...)``, a mapping holds keyword arguments.
         guard: "warn": a UserWarning; "raise": a StabNormError. Default: "warn".
         margin: how many times the bound may be exceeded. Default: 2.
+        forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: as the
+            format of `loader` says.
 
     Returns:
         A handle: its `bounds`, `remove()`; also a context manager.
@@ -153,8 +164,9 @@ def guard_folds(
         raise ValueError(f"guard={guard!r} is unknown. Choose one of {', '.join(map(repr, get_args(Action)))}")
     handle = FoldGuard(model, guard, margin)
     try:
-        for batch in calibration:
-            run(model, read_example("calibration", batch))
+        with torch.inference_mode(False), torch.no_grad(), without_fused_layers():
+            for batch in loader:
+                (forward or run_batch)(model, moved(batch, device_of(model)))
     except BaseException:
         handle.remove()
         raise

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabnorm._models.devices import floating_tensor_of
+from stabnorm._models.tree import replace_module
 from stabnorm.fold._plan import FOLDED, Plan
 from stabnorm.fold._readers import NewBias
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
@@ -76,16 +78,15 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         if isinstance(owner, nn.MultiheadAttention) and owner.out_proj.bias is None:
             _register_zeros(owner.out_proj, "bias", owner.embed_dim)  # its fast path wants both or none
     for name in manifest["folded"]:
-        replace(model, name, FoldedNorm())
+        replace_module(model, name, FoldedNorm())
     for name, said in manifest["affine"].items():
-        norm = model.get_submodule(name)
-        like = next((t for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()), torch.empty(0))
+        like = floating_tensor_of(model.get_submodule(name))
         dtype = torch.promote_types(like.dtype, torch.float32)
         scale = torch.ones(said["num_features"], dtype=dtype, device=like.device)
-        replace(model, name, FrozenAffine(scale, torch.zeros_like(scale), said["channel_dim"]))
+        replace_module(model, name, FrozenAffine(scale, torch.zeros_like(scale), said["channel_dim"]))
     for name, said in manifest.get("rms", {}).items():
-        like = next(model.get_submodule(name).parameters(), next(model.parameters()))
-        replace(model, name, nn.RMSNorm(said["num_features"], said["eps"], device=like.device, dtype=like.dtype))
+        like = floating_tensor_of(model.get_submodule(name), model)
+        replace_module(model, name, nn.RMSNorm(said["num_features"], said["eps"], device=like.device, dtype=like.dtype))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(m, FoldedNorm | FrozenAffine) for m in module.modules()
@@ -110,13 +111,3 @@ def _register_zeros(owner: nn.Module, attribute: str, size: int) -> None:
     like = next(owner.parameters())
     zeros = torch.zeros(size, dtype=like.dtype, device=like.device)
     owner.register_parameter(attribute, nn.Parameter(zeros, requires_grad=like.requires_grad))
-
-
-def replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` wherever the module of this name stands."""
-    old = model.get_submodule(name)
-    new.train(old.training)
-    for module in list(model.modules()):
-        for child, there in module._modules.items():
-            if there is old:
-                module._modules[child] = new

@@ -4,21 +4,26 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
+from stabnorm._models.copies import copied
+from stabnorm._models.devices import device_of
 from stabnorm._models.examples import Example, read_examples, run
+from stabnorm._models.hooks import hooked
 from stabnorm._models.random_state import random_state_kept
-from stabnorm._surgery import Target, Tree, plan_conversion
+from stabnorm._models.tables import aligned
+from stabnorm._models.tree import Tree
+from stabnorm._surgery import Target, plan_conversion
 from stabnorm.convert import check_conversion
 from stabnorm.errors import StabNormError
-from stabnorm.fold._lanes import copied
 from stabnorm.fold._plan import FOLDED
 from stabnorm.fold.fold import check_model, fold_norms
 from stabnorm.fold.result import FoldedSite, counts_of
@@ -87,9 +92,7 @@ class FoldPlan:
             residual = "-" if norm.affine_residual != norm.affine_residual else f"{norm.affine_residual:.3f}"
             share = "-" if norm.share != norm.share else f"{norm.share:.1%}"
             rows.append((norm.name, norm.kind, norm.status, residual, share, ", ".join(norm.into) or norm.reason))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
-        lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows]
-        return "\n".join([self.summary, *lines, *self._notes()])
+        return "\n".join([self.summary, *aligned(rows), *self._notes()])
 
     def _notes(self) -> list[str]:
         notes = []
@@ -163,7 +166,7 @@ def plan_fold(
     check_model(model, is_eval=False)
     check_conversion(model, to, norm_options)
     examples = read_examples("example", example)
-    device = next(model.parameters(), torch.empty(0)).device
+    device = device_of(model)
     with random_state_kept(device):
         now = copied(model).eval()
         layers = find_norms(now)  # says which layers look like norms and are not understood; once is enough
@@ -288,10 +291,12 @@ def _seconds(
     def marking(name: str) -> Callable[..., None]:
         return lambda *_: marks[name].append(_mark(device))
 
-    with ExitStack() as stack:
+    def hooks() -> Iterator[RemovableHandle]:
         for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(marking(name)).remove)
-            stack.callback(module.register_forward_hook(marking(name), prepend=True).remove)
+            yield module.register_forward_pre_hook(marking(name))
+            yield module.register_forward_hook(marking(name), prepend=True)
+
+    with hooked(hooks()):
         for example in examples:
             run(model, example)
     if device.type == "cuda":

@@ -7,7 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stabnorm._models.examples import Example, Picker, read_examples
+from stabnorm._models.devices import device_of
+from stabnorm._models.examples import Example, read_examples
+from stabnorm._models.hooks import has_forward_hooks
+from stabnorm._models.outputs import Picker
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.fold._lanes import make_lanes, try_on
 from stabnorm.fold._sites import HOOKED
@@ -64,7 +67,7 @@ def to_pre_rms(
     """
     result = fold_gains(model, example, check=check, tied=tied, outputs=outputs)
     examples = read_examples("example", example)
-    with random_state_kept(next(model.parameters(), torch.empty(0)).device), torch.inference_mode(False):
+    with random_state_kept(device_of(model)), torch.inference_mode(False):
         return _centred(result, examples, None if check is None else read_examples("check", check), tied, outputs)
 
 
@@ -117,7 +120,7 @@ def _settle(streams: Streams, layers: Mapping[str, NormLayer], tied: Mapping[str
             problems.setdefault(name, "its bias found no reader to go into")
         if name not in read:
             problems.setdefault(name, "no example reaches it")
-        if layer.module._forward_hooks or layer.module._forward_pre_hooks:
+        if has_forward_hooks(layer.module):
             problems.setdefault(name, HOOKED)
     for index, writer in enumerate(streams.writers):
         if writer.weight.name in tied:

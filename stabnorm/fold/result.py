@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from stabnorm._models.tables import aligned
 from stabnorm.fold._plan import Status
 
 
@@ -63,10 +64,11 @@ class FoldResult:
         )
 
     def __str__(self) -> str:
-        width = max((len(norm.name) for norm in self.norms), default=0)
-        told = [". ".join(filter(None, [", ".join(norm.into), norm.reason])) for norm in self.norms]
-        lines = [f"{norm.name:{width}}  {norm.status:8}  {text}" for norm, text in zip(self.norms, told, strict=True)]
-        return "\n".join([self.summary, *lines])
+        rows = [
+            (norm.name, norm.status, ". ".join(filter(None, [", ".join(norm.into), norm.reason])))
+            for norm in self.norms
+        ]
+        return "\n".join([self.summary, *aligned(rows)])
 
 
 def counts_of(norms: Sequence[FoldedSite]) -> str:

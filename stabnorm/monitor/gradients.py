@@ -1,38 +1,26 @@
 """Hooks that gather gradient sums: of what comes back to gain and bias, or to the output of a norm that has none."""
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.hooks import Hook
 from stabnorm._models.ranks import Part, is_distributed, own_part
-from stabnorm.ops.moments import as_rows
 
 if TYPE_CHECKING:
     from stabnorm.monitor.observe import Observer
 
 
-def _no_hook(*_: object) -> None:
-    """What stands for a hook in a copy of the model: the copy is not watched."""
-
-
-def _inert() -> Callable[..., None]:
-    return _no_hook
-
-
-class Hook:
-    """A hook of one layer; a copied or saved model gets an inert one, not a copy of the monitor."""
+class LayerHook(Hook):
+    """A hook of one layer."""
 
     def __init__(self, observer: "Observer", index: int) -> None:
         self.observer, self.layer, self.index = observer, observer.layers[index], index
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _inert, ()
 
-
-class ParameterHook(Hook):
+class ParameterHook(LayerHook):
     """After a backward: gain times the parameter's gradient, as accumulated so far, into its row.
 
     Under DDP this is the rank's own gradient, before the reduction (or the mean so far and its own on top). FSDP2 calls
@@ -72,7 +60,7 @@ class ParameterHook(Hook):
         return weight.flatten()[part.start : part.stop] + self.layer.gain_offset
 
 
-class OutputHook(Hook):
+class OutputHook(LayerHook):
     """For a norm with no trainable gain: the gradient at its output, in eager mode."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -88,7 +76,7 @@ class OutputHook(Hook):
     def _add(self, gradient: Tensor, y: Tensor) -> None:
         start = time.perf_counter()
         layer = self.layer
-        g, y = (as_rows(t.detach(), layer.channel_dim, layer.feature_dims).float() for t in (gradient, y))
+        g, y = (layer.rows(t.detach()).float() for t in (gradient, y))
         if layer.bias is not None:
             y = y - layer.bias
         shift = g.sum(0) if layer.gain is None else g.sum(0) * layer.gain

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stabnorm._models.wrappers import unwrapped
 from stabnorm.companions.companion import Companion
 from stabnorm.errors import StabNormError
 from stabnorm.monitor import buffers
@@ -21,7 +22,7 @@ from stabnorm.monitor.details import Details, is_detailed
 from stabnorm.monitor.detect import Alert, Detector
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
-from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers, unwrap
+from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.monitor.tracks import Tracks
@@ -100,7 +101,7 @@ class StabilityMonitor:
         chosen = [s for s in resolve(preset) if gradients or "gradients" not in s.needs_all]
         if not chosen:
             raise ValueError(f"preset {preset!r} holds gradient statistics only, and gradients=False leaves them out")
-        model = unwrap(model)
+        model = unwrapped(model)
         norms = find_norms(model, include=include, exclude=exclude)
         if not norms:
             narrowed = f" with include={include!r}, exclude={exclude!r}" if include or exclude else ""

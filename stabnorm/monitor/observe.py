@@ -4,8 +4,6 @@ A hook does nothing but call one op on its layer's row; no statistic is computed
 the hooks of one optimizer step gathered is taken with `Observer.take`, which starts the next step.
 """
 
-import inspect
-import itertools
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -15,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stabnorm._models.masks import mask_for
+from stabnorm._models.devices import device_of
 from stabnorm._models.ranks import is_distributed
 from stabnorm._models.watched import unwatch_class, watch_class
+from stabnorm._models.wrappers import unwrapped
 from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
 from stabnorm.functional_detail import DetailMoments
 from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.fused import FusedNorm, can_fuse
-from stabnorm.monitor.gradients import Hook, OutputHook, ParameterHook
+from stabnorm.monitor.gradients import LayerHook, OutputHook, ParameterHook
 from stabnorm.norms import NormLayer
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
 from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
@@ -55,7 +54,7 @@ class Observer:
         merged: bool = False,
         fused: bool = False,
     ) -> None:
-        self.model: nn.Module = getattr(model, "_orig_mod", model)  # a hook in a graph must not look at its compiler
+        self.model: nn.Module = unwrapped(model)  # a hook in a graph must not look at its compiler
         self.layers = tuple(layers)
         self.tokens, self.normalized, self.gradients = tokens, normalized, gradients
         self.details, self.merged, self.fused = details, merged, fused
@@ -117,7 +116,7 @@ class Observer:
         """Where the first norm runs, or will run."""
         if self._hooks:
             return self._hooks[0].account.seen.device
-        return next(itertools.chain(self.layers[0].module.parameters(), self.model.parameters()), torch.empty(0)).device
+        return device_of(self.layers[0].module, self.model)
 
     def slab(self, device: torch.device) -> RawMoments:
         """The slab on a device; a model spread over several has one on each, of which the others stay empty."""
@@ -180,7 +179,7 @@ class Observer:
             yield bias.register_post_accumulate_grad_hook(ParameterHook(self, index, 1))
 
 
-class _InputHook(Hook):
+class _InputHook(LayerHook):
     """Before a norm's forward: its input's moments into its row."""
 
     def __init__(self, observer: Observer, index: int) -> None:
@@ -192,7 +191,6 @@ class _InputHook(Hook):
         self.fused: FusedNorm | None = None
         if observer.fused and can_fuse(self.layer):
             self.fused = FusedNorm(observer, self.layer, self.add)
-        self.input_name = next(iter(inspect.signature(self.layer.module.forward).parameters), "")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.fused is not None and not torch.compiler.is_compiling():
@@ -208,14 +206,14 @@ class _InputHook(Hook):
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer = self.layer
-        x: Any = args[0] if args else kwargs.get(self.input_name, kwargs.get("x"))
+        x = layer.input_of(args, kwargs)
         why_not = self.not_understood(x)
         if why_not is not None:
             if not self.refused and not torch.compiler.is_compiling():
                 logger.warning("norm %s is not counted: %s", layer.name, why_not)
                 self.refused = True
             return
-        valid = self.valid_of(x)
+        valid = layer.valid(x)
         if self.account.seen.device != x.device:
             self.account = self.observer.account(self.index, x.device)
         fused = None if torch.compiler.is_compiling() else self.fused
@@ -243,15 +241,6 @@ class _InputHook(Hook):
         if torch.compiler.is_compiling() or self.account.seen.device.type != "cpu":
             return False
         return not self.account.seen.numpy().any()  # no operation of torch's, and no wait for a device
-
-    def valid_of(self, x: Tensor) -> Tensor | None:
-        """The mask that fits the tokens of x."""
-        layer = self.layer
-        axis = layer.channel_dim % x.ndim
-        tokens = x.shape[:axis] + x.shape[axis + 1 :]
-        if layer.feature_dims > 1:
-            tokens = x.shape[: x.ndim - layer.feature_dims]
-        return mask_for(tokens, layer.name)
 
     def not_understood(self, x: Any) -> str | None:
         """Why this input cannot be counted; the norm itself may well take it, and looking must not stop it."""
@@ -295,7 +284,7 @@ class _DetailedInputHook(_InputHook):
         )  # fmt: skip
 
 
-class _OutlierHook(Hook):
+class _OutlierHook(LayerHook):
     """After a norm's forward: the outliers of its output into their row, which is the input hook's."""
 
     def __init__(self, observer: Observer, of_input: _InputHook) -> None:
@@ -318,7 +307,7 @@ class _OutlierHook(Hook):
         if self.detail.seen.device != output.device:
             self.detail = self.row(output.device)
         op = torch.ops.stabnorm.count_outliers_.default if compiling else count_outliers_
-        layer, valid = self.layer, self.of_input.valid_of(output)
+        layer, valid = self.layer, self.layer.valid(output)
         with torch.no_grad():
             op(output.detach(), valid, self.detail.counts, self.detail.outputs, layer.channel_dim, layer.feature_dims)
         if not compiling:

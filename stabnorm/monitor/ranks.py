@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from stabnorm._models.ranks import gather_in_group, ranks
 from stabnorm.errors import StabNormError
@@ -36,11 +35,6 @@ class Gathered(NamedTuple):
     running: Tensor
     loss: Tensor
     branch_gap: Tensor
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model in a DistributedDataParallel, so that layers have the same names on one process and on several."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def group_of(sync: "bool | dist.ProcessGroup") -> "dist.ProcessGroup | None":

@@ -15,7 +15,7 @@ from stabnorm._models.masks import mask_for
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments, channel_affine, merge_batches
-from stabnorm.ops.moments import as_rows
+from stabnorm.norms.rows import as_rows
 from stabnorm.ops.rows import LOW_PRECISION, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows, widened
 from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
 

@@ -14,9 +14,9 @@ from stabnorm.nn._channel_norm import Float32Buffers
 from stabnorm.nn.rep import RepBN
 from stabnorm.nn.unified import check_variant
 from stabnorm.norms import Kind, find_norms, is_registered, register_norm
+from stabnorm.norms.rows import as_rows
 from stabnorm.ops.blend import blend, join_gradients
 from stabnorm.ops.dispatch import REFERENCE, execution
-from stabnorm.ops.moments import as_rows
 
 EvalMode = Literal["blend", "rep"]
 _BASES: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional_detail import OUTPUTS, DetailMoments, detail_moments, merge_detail_, outlier_counts
-from stabnorm.ops.moments import as_rows, is_recompute
+from stabnorm.norms.rows import as_rows
+from stabnorm.ops.moments import is_recompute
 
 _library = torch.library.Library("stabnorm", "FRAGMENT")
 _library.define(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stabnorm import functional
 from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_, normalize_groups, raw_moments
+from stabnorm.norms.rows import as_rows
 from stabnorm.ops.dispatch import execution
 
 _library = torch.library.Library("stabnorm", "DEF")
@@ -23,31 +24,6 @@ _library.define(
 def is_recompute() -> bool:
     """Whether this forward runs inside a backward: activation checkpointing repeats one that was counted already."""
     return torch._C._current_graph_task_id() != -1
-
-
-def as_rows(x: Tensor, channel_dim: int, feature_dims: int = 1) -> Tensor:
-    """``x`` as ``[R, C]`` with the channels last; a view where the layout allows.
-
-    >>> as_rows(torch.zeros(2, 3, 4, 5), channel_dim=1).shape
-    torch.Size([40, 3])
-    """
-    if channel_dim not in (-1, x.ndim - 1):
-        x = x.movedim(channel_dim, -1)
-    features = x.shape[x.ndim - feature_dims :].numel()
-    return x.reshape(x.numel() // max(features, 1), features)
-
-
-def from_rows(rows: Tensor, shape: torch.Size, channel_dim: int, feature_dims: int = 1) -> Tensor:
-    """What `as_rows` was made of, of this shape.
-
-    >>> x = torch.randn(2, 3, 4)
-    >>> torch.equal(from_rows(as_rows(x, 1), x.shape, 1), x)
-    True
-    """
-    if feature_dims > 1 or channel_dim in (-1, len(shape) - 1):
-        return rows.reshape(shape)
-    moved = [size for axis, size in enumerate(shape) if axis != channel_dim % len(shape)]
-    return rows.reshape(*moved, rows.shape[1]).movedim(-1, channel_dim)
 
 
 def accumulate_moments_(

@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from stabnorm.functional import RawMoments
+from stabnorm.norms.rows import as_rows
 from stabnorm.ops.dispatch import execution
-from stabnorm.ops.moments import as_rows, is_recompute
+from stabnorm.ops.moments import is_recompute
 from stabnorm.ops.rows import LOW_PRECISION
 
 OP = "observed_norm"

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabnorm._models.devices import device_of
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.nn.prep import PRepBN
 from stabnorm.pretrained.repair import Distance
-from stabnorm.pretrained.watch import Runner, device_of
+from stabnorm.pretrained.watch import Runner
 from stabnorm.switch import write_lam
 
 

@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.calls import tensor_input_of
+from stabnorm._models.hooks import hooked
 from stabnorm._models.ranks import gather_over_ranks
-from stabnorm.ops.moments import as_rows
+from stabnorm.norms.rows import as_rows
 from stabnorm.pretrained.sums import Affine, Seen
 
 # Rho, as a share of the mean variance of the layer's inputs; less ended further from the original on other text.
@@ -53,14 +55,15 @@ def passing(modules: Sequence[nn.Module]) -> Iterator[list[list[tuple[Tensor, Te
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in modules]
 
     def hook_of(calls: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
-        return lambda _, args, output: calls.append((args[0].clone(), output.clone()))  # see `watched`
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = tensor_input_of(args, kwargs, "input")  # what torch's Linear and Embedding call it
+            calls.append((x.clone(), output.clone()))  # copies: the model may change both in place
 
-    handles = [module.register_forward_hook(hook_of(calls)) for module, calls in zip(modules, seen, strict=True)]
-    try:
+        return hook
+
+    pairs = zip(modules, seen, strict=True)
+    with hooked(module.register_forward_hook(hook_of(calls), with_kwargs=True) for module, calls in pairs):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- a linear layer ---

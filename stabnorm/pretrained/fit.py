@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabnorm._models.batches import batches_of
+from stabnorm._models.devices import device_of
 from stabnorm.errors import StabNormError
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormLayer, NormSearch
 from stabnorm.pretrained.feed import Feeder, JointSums, Rests, change_layer, draw, passing, refit_table, rests_of
 from stabnorm.pretrained.sums import Affine, ChannelSums, Seen
-from stabnorm.pretrained.watch import Runner, batches_of, seen_in
+from stabnorm.pretrained.watch import Runner, seen_in
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ class _Place:
         self.ours, self.theirs, self.norm = ours, theirs, ours.module
         self.feeders, self.their_feeders = fed, their_fed
         self.fed = bool(fed)
-        device = next((t.device for t in (*theirs.module.parameters(), *theirs.module.buffers())), None)
+        device = device_of(theirs.module)
         self.sums = ChannelSums(theirs.num_features, device)
         linear = fed[0] if fed else None
         self.linear = linear if isinstance(linear, nn.Linear) else None

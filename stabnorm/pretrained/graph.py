@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from stabnorm._models.examples import tensors_in
-from stabnorm._surgery import Tree
+from stabnorm._models.calls import input_name, input_of
+from stabnorm._models.hooks import hooked
+from stabnorm._models.outputs import tensors_in
+from stabnorm._models.tree import Tree
 from stabnorm.errors import StabNormError
 from stabnorm.norms import NormLayer
 from stabnorm.pretrained.feed import WIDEST, Feeder
@@ -57,16 +59,16 @@ def order_of(model: nn.Module, layers: Sequence[NormLayer], batch: Any, run: Run
     }
     calls: dict[str, _Calls] = {}
     modules = {layer.name: layer.module for layer in layers} | {f"feeds {name}": m for name, m in producers.items()}
-    handles = [m.register_forward_hook(_hook(calls, name), with_kwargs=True) for name, m in modules.items()]
+    hooks = (
+        m.register_forward_hook(_hook(calls, name, input_name(m)), with_kwargs=True) for name, m in modules.items()
+    )
     wanted_gradients = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _ in wanted_gradients:
             parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad(), run.prepared(model, batch) as there:
-            output = _output(model, there, run)
+        with hooked(hooks), torch.enable_grad(), run.prepared(model, batch) as prepared:
+            output = _output(model, prepared, run)
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, wanted in wanted_gradients:
             parameter.requires_grad_(wanted)
     norms = {name: found for name, found in calls.items() if not name.startswith("feeds ")}
@@ -93,9 +95,9 @@ def _output(model: nn.Module, batch: Any, run: Runner) -> Any:
         ) from error
 
 
-def _hook(calls: dict[str, _Calls], name: str) -> Callable[..., None]:
+def _hook(calls: dict[str, _Calls], name: str, argument: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = input_of(args, kwargs, argument)
         if isinstance(x, Tensor) and isinstance(output, Tensor):
             found = calls.setdefault(name, _Calls([], [], []))
             found.reads.append(x.grad_fn)

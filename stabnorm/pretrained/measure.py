@@ -4,15 +4,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from stabnorm._models.batches import batches_of
+from stabnorm._models.devices import device_of
 from stabnorm.errors import StabNormError
 from stabnorm.norms import NormLayer
 from stabnorm.pretrained.feed import Feeder
 from stabnorm.pretrained.graph import Order, order_of
 from stabnorm.pretrained.sums import ChannelSums
-from stabnorm.pretrained.watch import Runner, batches_of, seen_in
+from stabnorm.pretrained.watch import Runner, seen_in
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def measure_norms(model: nn.Module, layers: Sequence[NormLayer], loader: Iterabl
     Raises:
         StabNormError: the loader is empty, or the model does not run on the first batch.
     """
-    sums = {layer.name: ChannelSums(layer.num_features, _device(layer)) for layer in layers}
+    sums = {layer.name: ChannelSums(layer.num_features, device_of(layer.module)) for layer in layers}
     calls: dict[str, set[int]] = {layer.name: set() for layer in layers}
     order = Order([], {})
     for number, batch in enumerate(batches_of(loader)):
@@ -71,7 +72,3 @@ def measure_norms(model: nn.Module, layers: Sequence[NormLayer], loader: Iterabl
             residuals[layer.name] = float("nan")
     constant = {name: min(found) for name, found in calls.items() if len(found) == 1}
     return Measure(tuple(tuple(level) for level in [*order.levels, *late]), residuals, constant, order.feeders)
-
-
-def _device(layer: NormLayer) -> torch.device | None:
-    return next((t.device for t in (*layer.module.parameters(), *layer.module.buffers())), None)

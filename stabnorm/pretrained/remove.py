@@ -3,21 +3,26 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from stabnorm._models.batches import Forward, batches_of
+from stabnorm._models.copies import copied
+from stabnorm._models.devices import device_of
 from stabnorm._models.examples import Example, first_rows
+from stabnorm._models.hooks import hooked
 from stabnorm._models.masks import MaskOfBatch
 from stabnorm._models.random_state import random_state_kept
+from stabnorm._models.tables import aligned
+from stabnorm._models.tree import replace_module
+from stabnorm._models.wrappers import is_compiled, is_scripted
 from stabnorm.convert import check_conversion, check_patterns, convert_norms
 from stabnorm.errors import StabNormError
 from stabnorm.fold import FoldResult, fold_norms
-from stabnorm.fold._lanes import copied
-from stabnorm.fold.manifest import replace
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormLayer, NormSearch
 from stabnorm.pretrained.decide import HeldOut, costs_of, fewest_kept, keep_only
@@ -25,7 +30,7 @@ from stabnorm.pretrained.fit import fit_norms
 from stabnorm.pretrained.measure import Measure, measure_norms
 from stabnorm.pretrained.repair import Distance, Recipe, Repair, relative_error, repair_norms
 from stabnorm.pretrained.sums import Affine
-from stabnorm.pretrained.watch import Runner, batches_of, device_of
+from stabnorm.pretrained.watch import Runner
 from stabnorm.switch import progressive_norms
 
 ROWS = 4  # of a batch to fold on
@@ -82,7 +87,7 @@ class RemovalResult:
             numbers = ["" if math.isnan(x) else f"{x:.3f}" for x in (norm.residual, norm.left)]
             cost = "" if math.isnan(norm.cost) else f"{norm.cost:+.1e}"
             rows.append((norm.name, "kept" if norm.kept else "gone", *numbers, cost, norm.reason))
-        return "\n".join([f"{gone} of {len(self.norms)} norms removed{error}", *_table(rows)])
+        return "\n".join([f"{gone} of {len(self.norms)} norms removed{error}", *aligned(rows, indent=2)])
 
 
 def remove_norms(
@@ -97,7 +102,7 @@ def remove_norms(
     recipe: Recipe | None = None,
     fit: Fit | None = None,
     fit_batches: int = 32,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward | None = None,
     mask: MaskOfBatch = None,
     progress: bool = False,
 ) -> RemovalResult:
@@ -117,7 +122,8 @@ def remove_norms(
     Args:
         model: trained, on any device; three copies of it fit there. With several processes all of them call this, each
             with batches of its own.
-        loader: batches like those the model is for: a DataLoader or a list. What comes with the inputs is left alone.
+        loader: a DataLoader or a list of batches like those the model is for. A tensor is the model's input, a tuple or
+            list is ``(input, targets, ...)`` of which the targets are not used, a mapping holds keyword arguments.
         steps: optimizer steps of the repair. Default: 0, only the fit.
         tolerance: the largest mean of `loss` on the held-out batches. If even the repaired model is beyond it, norms
             are put back into it; if that is not enough, the repair is given up, and norms stay in a fit of the
@@ -134,8 +140,8 @@ def remove_norms(
             "layers" the linear layer before a post-norm, too, see `stabnorm.pretrained.feed`. Default: "layers", the
             closest; with a repair "tables", from which it ends closer to the original.
         fit_batches: how many of the loader's batches to fit to; they are kept in memory. Default: 32.
-        forward: how a batch is run, ``forward(model, batch)``. Default: ``model(batch)`` for a tensor,
-            ``model(batch[0])`` for a tuple or list, ``model(**batch)`` for a mapping, each on the model's device.
+        forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: as the
+            format of `loader` says.
         mask: which tokens are valid: a key of the batch, an index, or a function of the batch. Default:
             "attention_mask" where the batch is a mapping that has it.
         progress: print the norms as they were measured, and show a bar for the repair. Default: False.
@@ -291,7 +297,7 @@ class _Removal:
             with torch.no_grad():
                 for parameter_name, parameter in old.named_parameters():
                     parameter.copy_(trained[parameter_name])
-            replace(self.model, self.paths[name], old)
+            replace_module(self.model, self.paths[name], old)
         fold = None
         if len(kept) < len(self.norms):
             example = first_rows(_called_with(self.model, self.fitted[0], self.run), ROWS)
@@ -332,12 +338,7 @@ def describe(measure: Measure) -> str:
     rows = [("level", "norm", "residual")]
     for number, level in enumerate(measure.levels):
         rows += [(str(number), name, f"{measure.residuals[name]:.3f}") for name in level]
-    return "\n".join(_table(rows))
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(aligned(rows, indent=2))
 
 
 # --- what is wrong with the call ---
@@ -354,8 +355,8 @@ def _check(model: nn.Module, steps: int, tolerance: float | None, fit: str | Non
         raise ValueError(f"tolerance={tolerance} is no distance. Use 0 or more, or None to remove every norm")
     check_conversion(model, "prepbn", {})
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule":
-            how = "scripted" if isinstance(module, torch.jit.ScriptModule) else "compiled"
+        if is_scripted(module) or is_compiled(module):
+            how = "scripted" if is_scripted(module) else "compiled"
             raise StabNormError(f"{name or 'the model'} is {how}, so its norms cannot be replaced. Do that afterwards")
 
 
@@ -385,10 +386,10 @@ class _After:
 def _called_with(model: nn.Module, batch: Any, run: Runner) -> Example:
     """The arguments that a batch comes to."""
     seen: list[Example] = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(Example(args, kwargs)), with_kwargs=True)
-    try:
-        with torch.no_grad():
-            run(model, batch)
-    finally:
-        hook.remove()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(Example(args, kwargs))
+
+    with hooked(m.register_forward_pre_hook(note, with_kwargs=True) for m in [model]), torch.no_grad():
+        run(model, batch)
     return seen[0]

@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from stabnorm._models.examples import tensors_in
+from stabnorm._models.batches import batches_of
+from stabnorm._models.devices import device_of
 from stabnorm._models.masks import mask_for
+from stabnorm._models.outputs import tensors_in
 from stabnorm._models.ranks import gather_over_ranks, ranks
 from stabnorm.errors import StabNormError
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained.sums import Seen
-from stabnorm.pretrained.watch import Runner, batches_of, device_of, drawn_towards, watched
+from stabnorm.pretrained.watch import Runner, drawn_towards, watched
 from stabnorm.schedules import Order, make_schedule
 from stabnorm.switch import progressive_norms, write_lam
 

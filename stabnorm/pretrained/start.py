@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from stabnorm._models.batches import batches_of
+from stabnorm._models.copies import copied
+from stabnorm._models.devices import device_of
 from stabnorm._models.random_state import random_state_kept
-from stabnorm.fold._lanes import copied
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained.fit import fit_norms, write_affine
 from stabnorm.pretrained.measure import measure_norms
 from stabnorm.pretrained.sums import Affine
-from stabnorm.pretrained.watch import Runner, batches_of, device_of
+from stabnorm.pretrained.watch import Runner
 from stabnorm.switch import progressive_norms
 
 BATCHES = 32  # of the loader; two numbers per channel need no more

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabnorm._models.batches import moved, run_batch
-from stabnorm._models.examples import without_fused_layers
-from stabnorm._models.masks import MaskOfBatch, mask_for, masks_of, valid_tokens
+from stabnorm._models.batches import Forward, moved, run_batch
+from stabnorm._models.devices import device_of
+from stabnorm._models.fast_path import without_fused_layers
+from stabnorm._models.hooks import hooked
+from stabnorm._models.masks import MaskOfBatch, masks_of, valid_tokens
 from stabnorm.errors import StabNormError
 from stabnorm.norms import NormLayer
-from stabnorm.ops.moments import as_rows, from_rows
 from stabnorm.pretrained.sums import Seen
 
 MASK = "attention_mask"  # what every tokenizer calls it
@@ -27,13 +28,13 @@ class Runner:
     """How a model is run on a batch: on the model's device, with padding known to every norm.
 
     Args:
-        forward: ``forward(model, batch)``. Default: ``model(batch)`` for a tensor, ``model(batch[0])`` for a tuple or
-            list, ``model(**batch)`` for a mapping.
+        forward: ``forward(model, batch)``. Default: a tensor is the model's input, a tuple or list is
+            ``(input, targets, ...)``, a mapping holds keyword arguments.
         mask: which tokens are valid: a key of the batch, an index, or a function of the batch. Default:
             "attention_mask" where the batch is a mapping that has it.
     """
 
-    def __init__(self, forward: Callable[[nn.Module, Any], Any] | None = None, mask: MaskOfBatch = None) -> None:
+    def __init__(self, forward: Forward | None = None, mask: MaskOfBatch = None) -> None:
         self.forward, self.mask = forward or run_batch, mask
 
     @contextmanager
@@ -47,17 +48,12 @@ class Runner:
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
         """The model's output."""
-        with self.prepared(model, batch) as there:
-            return self.forward(model, there)
+        with self.prepared(model, batch) as prepared:
+            return self.forward(model, prepared)
 
 
 def _holds(batch: Any, key: Any) -> bool:
     return isinstance(batch, Mapping) and key in batch
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model is."""
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 class _Enough(BaseException):
@@ -80,24 +76,18 @@ def watched(layers: Iterable[NormLayer], enough: int | None = None) -> Iterator[
 
     def hook_of(layer: NormLayer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            axis = layer.channel_dim % x.ndim
-            tokens = x.shape[: x.ndim - layer.feature_dims] if layer.feature_dims > 1 else _without(x.shape, axis)
-            valid = mask_for(torch.Size(tokens), layer.name)
+            x = layer.input_of(args, kwargs)
+            valid = layer.valid(x)
             # Copies: the model may go on to change both in place, a residual stream say.
-            read, written = (as_rows(t.clone(), layer.channel_dim, layer.feature_dims) for t in (x, output))
+            read, written = (layer.rows(t.clone()) for t in (x, output))
             seen.setdefault(layer.name, []).append(Seen(read, written, None if valid is None else valid.reshape(-1)))
             if next(calls) == enough:
                 raise _Enough
 
         return hook
 
-    handles = [layer.module.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in layers]
-    try:
+    with hooked(layer.module.register_forward_hook(hook_of(layer), with_kwargs=True) for layer in layers):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -119,25 +109,17 @@ def drawn_towards(wanted: Mapping[str, Sequence[Seen]], layers: Iterable[NormLay
                 raise StabNormError(
                     f"{layer.name} runs more often than in the original: the two models do not run alike on one batch"
                 )
-            there = from_rows(call.written, output.shape, layer.channel_dim, layer.feature_dims)
-            return torch.lerp(output, there.to(output.dtype), share)
+            original = layer.from_rows(call.written, output.shape)
+            return torch.lerp(output, original.to(output.dtype), share)
 
         return hook
 
-    handles = [
+    with hooked(
         layer.module.register_forward_hook(hook_of(layer, iter(wanted[layer.name])))
         for layer in layers
         if share and layer.name in wanted
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _without(shape: Sequence[int], axis: int) -> list[int]:
-    return [size for index, size in enumerate(shape) if index != axis]
 
 
 def seen_in(
@@ -155,23 +137,3 @@ def seen_in(
     with torch.no_grad(), watched(layers, enough) as seen, suppress(_Enough):
         run(model, batch)
     return seen
-
-
-def batches_of(loader: Iterable[Any], limit: int | None = None) -> Iterator[Any]:
-    """A loader's batches from its beginning.
-
-    Raises:
-        ValueError: it is an iterator, which gives its batches once only.
-        StabNormError: it has none.
-    """
-    if iter(loader) is loader:
-        raise ValueError(
-            f"the loader is a {type(loader).__name__}, which gives its batches only once, and several passes are "
-            "needed. Pass a DataLoader or a list of batches"
-        )
-    count = 0
-    for batch in itertools.islice(loader, limit):
-        count += 1
-        yield batch
-    if not count:
-        raise StabNormError("the loader is empty, so there is nothing to fit to. Give one with batches")

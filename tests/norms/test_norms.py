@@ -14,7 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import stabnorm.norms
 from stabnorm import find_norms, register_norm
-from stabnorm.norms import NormLayer, search
+from stabnorm.norms import NormLayer
+from stabnorm.norms import registry as classes
 
 # --- norms of the user's own ---
 
@@ -54,7 +55,7 @@ class PreNorm(nn.Module):
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "_REGISTERED", dict(search._REGISTERED))
+    monkeypatch.setattr(classes, "_REGISTERED", dict(classes._REGISTERED))
 
 
 def randomised(module: nn.Module) -> nn.Module:

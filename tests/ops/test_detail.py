@@ -26,8 +26,8 @@ from stabnorm.functional_detail import (
     merge_detail_,
     outlier_counts,
 )
+from stabnorm.norms.rows import as_rows
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
-from stabnorm.ops.moments import as_rows
 
 
 def nothing(channels: int) -> DetailMoments:

@@ -25,7 +25,8 @@ from stabnorm.functional import (
     normalize_groups,
     raw_moments,
 )
-from stabnorm.ops.moments import accumulate_moments_, as_rows, from_rows
+from stabnorm.norms.rows import as_rows, from_rows
+from stabnorm.ops.moments import accumulate_moments_
 
 KINDS: tuple[Kind, ...] = ("layer", "rms", "batch")
 

@@ -22,8 +22,9 @@ from stabnorm.functional import (
     normalize_groups,
     raw_moments,
 )
+from stabnorm.norms.rows import as_rows
 from stabnorm.ops import use_kernels
-from stabnorm.ops.moments import accumulate_moments_, as_rows, empty_accounts, merge_accounts
+from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
 from tests.triton_kernels import DEVICE, MARKS, assert_close, nan_in_new_memory, random_rows
 
 pytestmark = MARKS

@@ -1,0 +1,69 @@
+"""Hooks that come off whatever happens, and hooks of which a copy of the model gets nothing."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Hook:
+    """Base of the hooks that stay on a model: in a copy or a pickle of the model a function that does nothing stands.
+
+    Without it a copy of the model would copy whatever the hook refers to, such as a monitor with all it has gathered.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make_inert, ()
+
+
+def inert(*_: object) -> None:
+    """Stand in for a `Hook` in a copy of its model."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return inert
+
+
+@contextmanager
+def hooked(registrations: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks on while the context is open; they come off whatever happens, also when a registration fails.
+
+    Args:
+        registrations: a generator that registers the hooks one after the other, and yields their handles.
+
+    >>> model, widths = nn.Identity(), []
+    >>> with hooked(part.register_forward_hook(lambda *call: widths.append(call[2])) for part in [model]):
+    ...     model(3)
+    3
+    >>> widths, len(model._forward_hooks)
+    ([3], 0)
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        for handle in registrations:
+            handles.append(handle)
+        yield
+    finally:
+        take_off(handles)
+
+
+def take_off(handles: list[RemovableHandle]) -> None:
+    """Remove these hooks from their modules, and empty the list."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a forward hook is on the module that does something."""
+    return any(hook is not inert for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+
+
+def drop_inert_hooks(module: nn.Module) -> None:
+    """Remove what stands for our hooks in a copy."""
+    for name, hooks in vars(module).items():
+        if "_hooks" in name and isinstance(hooks, dict):
+            for key in [key for key, hook in hooks.items() if hook is inert]:
+                del hooks[key]

@@ -1,0 +1,55 @@
+"""A model's modules as a tree: their parents, their parameters' owners, and how one module takes another's place."""
+
+from torch import Tensor, nn
+
+from stabnorm._models.devices import floating_tensor_of
+
+
+class Tree:
+    """Parents and positions of a model's modules, and the owners of its parameters, as they are when it is built.
+
+    Attributes:
+        position: each module's number in module order, by its `id`.
+        parents: each module's parents, and the names it has there, by its `id`.
+        holders: each parameter's full names, and the modules that hold it, by its `id`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.position: dict[int, int] = {}
+        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.holders: dict[int, list[tuple[str, nn.Module]]] = {}
+        for number, (name, module) in enumerate(model.named_modules()):
+            self.position[id(module)] = number
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    self.parents.setdefault(id(child), []).append((module, child_name))
+            for parameter_name, parameter in module._parameters.items():
+                if parameter is not None:
+                    path = f"{name}.{parameter_name}" if name else parameter_name
+                    self.holders.setdefault(id(parameter), []).append((path, module))
+
+    def shared(self, module: nn.Module) -> str | None:
+        """Say which parameter of the module another module holds, too; None where there is no such parameter."""
+        for name, parameter in module.named_parameters(recurse=False):
+            for path, holder in self.holders[id(parameter)]:
+                if holder is not module:
+                    return f"its {name} is also {path}"
+        return None
+
+    def nearest_tensor(self, module: nn.Module) -> Tensor:
+        """Give a floating tensor of the module or of what surrounds it: new tensors belong where it is."""
+        surroundings = [module]
+        while id(surroundings[-1]) in self.parents:
+            surroundings.append(self.parents[id(surroundings[-1])][0][0])
+        return floating_tensor_of(*surroundings)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` wherever the module of this name stands, in that module's mode."""
+    old = model.get_submodule(name)
+    new.train(old.training)
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if child is old:
+                parent._modules[child_name] = new

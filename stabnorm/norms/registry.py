@@ -1,0 +1,123 @@
+"""Norm classes that the user has described with `register_norm`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
+
+from torch import nn
+
+from stabnorm.functional import Kind
+from stabnorm.norms.layer import NormLayer, eps_of
+
+
+def register_norm(
+    norm_class: type[nn.Module],
+    kind: Kind,
+    *,
+    channel_dim: int | str = -1,
+    num_features: str | int = "num_features",
+    eps: str | float | None = "eps",
+    weight: str | None = "weight",
+    bias: str | None = "bias",
+    gain_offset: float = 0.0,
+) -> None:
+    """Describe a norm class of your own; this wins over everything `find_norms` would find out by itself.
+
+    Subclasses are covered, and the most derived registered class counts. Registering a class again replaces its entry.
+
+    Args:
+        norm_class: The class.
+        kind: "layer", "rms", "batch", "group" (the module has `num_groups`) or "instance".
+        channel_dim: Axis of the input that holds the channels, or the attribute that says so. Default: -1.
+        num_features: Attribute with the number of channels, or the number; a shape like LayerNorm's
+            `normalized_shape` will do. Default: "num_features".
+        eps: Attribute with eps, or its value; None for the dtype's own. Default: "eps".
+        weight: Attribute with the weight, None when the class has none. Default: "weight".
+        bias: Attribute with the bias, None when the class has none. Default: "bias".
+        gain_offset: What the class adds to its weight before multiplying; 1 for `1 + weight`. Default: 0.
+
+    Raises:
+        TypeError: If `norm_class` is not an `nn.Module` class.
+        ValueError: If `kind` is unknown, or `channel_dim` is 0, the batch.
+
+    Example:
+        >>> import torch
+        >>> from stabnorm import find_norms, register_norm
+        >>> class Scaled(nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.width, self.scale = width, nn.Parameter(torch.ones(width))
+        >>> register_norm(Scaled, "rms", num_features="width", eps=1e-6, weight="scale", bias=None)
+        >>> find_norms(Scaled(8))[0].num_features
+        8
+    """
+    if not (isinstance(norm_class, type) and issubclass(norm_class, nn.Module)):
+        raise TypeError(f"register_norm takes an nn.Module class, not {norm_class!r}. Pass the class, not an instance.")
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind={kind!r} is unknown. Choose one of {', '.join(map(repr, get_args(Kind)))}.")
+    if channel_dim == 0:
+        raise ValueError("channel_dim=0 is the batch. Give the axis that holds the channels, usually -1 or 1.")
+    _REGISTERED[norm_class] = _Registration(kind, channel_dim, num_features, eps, weight, bias, gain_offset)
+
+
+def is_registered(norm_class: type[nn.Module]) -> bool:
+    """Whether the class, or one it derives from, was given to `register_norm`."""
+    return any(cls in _REGISTERED for cls in norm_class.__mro__)
+
+
+class _Registration(NamedTuple):
+    kind: Kind
+    channel_dim: int | str
+    num_features: str | int
+    eps: str | float | None
+    weight: str | None
+    bias: str | None
+    gain_offset: float
+
+
+_REGISTERED: dict[type[nn.Module], _Registration] = {}
+
+
+def registered(name: str, module: nn.Module) -> NormLayer | None:
+    """Describe a module whose class, or one it derives from, was registered; None for any other module."""
+    entry = next((_REGISTERED[cls] for cls in type(module).__mro__ if cls in _REGISTERED), None)
+    if entry is None:
+        return None
+    read = {
+        argument: _read(name, module, argument, value) if isinstance(value, str) else value
+        for argument, value in entry._asdict().items()
+        if argument not in ("kind", "gain_offset")
+    }
+    shape = _shape(read["num_features"])
+    num_features, groups = math.prod(shape), 1
+    if entry.kind == "group":
+        groups = _read(name, module, "kind", "num_groups")
+    elif entry.kind == "instance":
+        groups = num_features
+    return NormLayer(
+        name,
+        module,
+        entry.kind,
+        read["channel_dim"],
+        num_features,
+        eps_of(read["eps"], read["weight"]),
+        groups,
+        len(shape),
+        entry.weight,
+        entry.bias,
+        entry.gain_offset,
+    )
+
+
+def _read(name: str, module: nn.Module, argument: str, attribute: str) -> Any:
+    if not hasattr(module, attribute):
+        raise ValueError(
+            f"{type(module).__name__} was registered as a norm with {argument}={attribute!r}, but layer {name!r} has "
+            f"no attribute {attribute!r}. Call register_norm again with the right {argument}=; weight=, bias= and eps= "
+            "may be None."
+        )
+    return getattr(module, attribute)
+
+
+def _shape(features: int | Sequence[int]) -> tuple[int, ...]:
+    return (features,) if isinstance(features, int) else tuple(features)

@@ -1,0 +1,35 @@
+"""Torch's own norms, known by type."""
+
+import math
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from stabnorm._models.watched import own_class
+from stabnorm.functional import Kind
+from stabnorm.norms.layer import NormLayer, eps_of
+
+_SPATIAL_DIMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}
+
+
+def torch_own(name: str, module: nn.Module) -> NormLayer | None:
+    """Describe one of torch's norms, or of a subclass that keeps torch's `forward`; None for any other module.
+
+    A subclass that overrides `forward` may compute anything.
+    """
+    forward = getattr(own_class(module), "forward", None)  # a scripted module's class has none
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
+        kind: Kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
+        shape = module.normalized_shape
+        eps = eps_of(module.eps, module.weight)
+        return NormLayer(name, module, kind, -1, math.prod(shape), eps, feature_dims=len(shape))
+    if isinstance(module, _BatchNorm) and forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return NormLayer(name, module, "batch", 1, module.num_features, module.eps)
+    if isinstance(module, nn.GroupNorm) and forward is nn.GroupNorm.forward:
+        return NormLayer(name, module, "group", 1, module.num_channels, module.eps, groups=module.num_groups)
+    if isinstance(module, _InstanceNorm) and forward is _InstanceNorm.forward:
+        channel_dim = -1 - next(dims for cls, dims in _SPATIAL_DIMS.items() if isinstance(module, cls))
+        num_features = module.num_features
+        return NormLayer(name, module, "instance", channel_dim, num_features, module.eps, groups=num_features)
+    return None

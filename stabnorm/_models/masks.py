@@ -10,7 +10,7 @@ from torch import Tensor
 
 MaskOfBatch = Callable[[Any], Tensor | Sequence[Tensor]] | int | str | None
 
-_masks: list[Tensor] = []  # a plain list: Dynamo follows it, and not a context variable
+_masks: list[Tensor] = []  # a plain list, which Dynamo can follow, as it cannot follow a context variable
 _contexts: list["valid_tokens"] = []
 
 
@@ -19,10 +19,10 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
 
     A mask fits a layer when it has the shape of the layer's input without the channel axis. Where the input splits the
     tokens further, [batch, length] also fits [batch, length, heads] and, if the lengths say so, [batch, heads, length];
-    a flattened input is fitted by as many elements. A layer whose tokens have another number of axes is not concerned.
+    a flattened input is fitted by as many elements. A layer whose tokens have another number of axes ignores the mask.
 
     Args:
-        *masks: bool tensors, True = valid token; for an encoder-decoder one for each, the first that fits is taken.
+        *masks: bool tensors, True = valid token. For an encoder-decoder pass one for each; the first that fits is used.
 
     Raises:
         TypeError: a mask is not a bool tensor.
@@ -37,8 +37,8 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
     def __init__(self, *masks: Tensor) -> None:
         for mask in masks:
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"a mask of valid tokens is a bool tensor, True = valid; got {found}. Use mask.bool()")
+                given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"a mask of valid tokens is a bool tensor, True = valid; got {given}. Use mask.bool()")
         # Hugging Face's [batch, 1, 1, length] masks say the same as [batch, length].
         self._pushed = [mask.reshape([mask.shape[0], *(n for n in mask.shape[1:] if n != 1)]) for mask in masks]
         self.asked = self.taken = False
@@ -63,7 +63,15 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
 
 
 def mask_for(tokens: torch.Size, name: str) -> Tensor | None:
-    """The active mask that fits a layer's tokens, in their shape; None when none concerns it."""
+    """Give the active mask that fits a layer's tokens, in their shape; None when no active mask concerns the layer.
+
+    Args:
+        tokens: the shape of the layer's input without the channels.
+        name: of the layer, for the message.
+
+    Raises:
+        ValueError: a mask has as many axes as the tokens, but is transposed or of another length.
+    """
     if not _masks:
         return None
     if not torch.compiler.is_compiling():
@@ -80,7 +88,7 @@ def mask_for(tokens: torch.Size, name: str) -> Tensor | None:
         transposed = mask.ndim == len(tokens) > 1 and mask.shape == tokens[::-1]
         if transposed or (mask.ndim == len(tokens) > 1 and mask.shape[0] == tokens[0]):
             for context in _contexts:
-                context.taken = True  # no need to say it twice
+                context.taken = True  # this error says it; a warning at the end would say it twice
             hint = (
                 "Give its transpose" if transposed else "Give a mask of that shape (a class token needs an entry, too)"
             )
@@ -104,7 +112,11 @@ def _fit(mask: Tensor, tokens: torch.Size) -> Tensor | None:
 
 
 def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
-    """A batch's masks, as an argument ``mask=`` says them: a key, an index, a function of the batch, or None for none.
+    """Give a batch's masks as the argument ``mask=`` names them.
+
+    Args:
+        batch: as it comes from the loader.
+        mask: a key or an index of the batch, or a function of the batch; None: the batch has no mask.
 
     Raises:
         ValueError: the batch has no such entry, or the function returned None.
@@ -126,5 +138,5 @@ def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
         raise ValueError("the mask function returned None; it returns a bool tensor, True = valid token")
     if not isinstance(masks, Tensor):
         return masks
-    # A key names what the tokenizer made, often 0 and 1; a function's answer is taken as it is.
+    # A key names what the tokenizer made, often 0 and 1. A function's answer is used as it is.
     return (masks if callable(mask) else masks.bool(),)

@@ -1,4 +1,4 @@
-"""The one collective of this package: everybody's small vector, for everybody."""
+"""The one collective of this package: every rank gets every rank's small vector."""
 
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ _library.define("gather_over_ranks(Tensor x) -> Tensor")
 
 
 def ranks(group: "dist.ProcessGroup | None" = None) -> int:
-    """How many processes train together, all or those of a group; 1 when none of it was set up."""
+    """Count the processes that train together, all or those of a group; 1 where `torch.distributed` is not set up."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather_over_ranks(x: Tensor) -> Tensor:
-    """Every rank's ``x``, stacked: ``[...] -> [W, ...]``. Gathered, not summed, so that ranks merge by Chan's rule.
+    """Stack every rank's ``x``: ``[...] -> [W, ...]``. It is not summed, so that ranks can merge by Chan's rule.
 
     >>> gather_over_ranks(torch.ones(3)).shape
     torch.Size([1, 3])
@@ -27,18 +27,18 @@ def gather_over_ranks(x: Tensor) -> Tensor:
 
 
 def gather_in_group(x: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
-    """The same among the processes of a group, outside of graphs. Default: all."""
+    """Do the same among the processes of a group, outside of compiled graphs. Default: all processes."""
     count = ranks(group)
     if count == 1:
         return x[None].clone()
-    meet = _meeting_place(x.device, group)
-    everyone = torch.empty(count, *x.shape, dtype=x.dtype, device=meet)
-    dist.all_gather(list(everyone.unbind()), x.to(meet).contiguous(), group=group)
+    device = _gathering_device(x.device, group)
+    everyone = torch.empty(count, *x.shape, dtype=x.dtype, device=device)
+    dist.all_gather(list(everyone.unbind()), x.to(device).contiguous(), group=group)
     return everyone.to(x.device)
 
 
-def _meeting_place(device: torch.device, group: "dist.ProcessGroup | None") -> torch.device:
-    """Where the group can gather: gloo does so on the host only, NCCL on GPUs only."""
+def _gathering_device(device: torch.device, group: "dist.ProcessGroup | None") -> torch.device:
+    """Give a device on which the group can gather: gloo gathers on the host only, NCCL on GPUs only."""
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     if backends.get(device.type) not in (None, "gloo"):
         return device
@@ -54,17 +54,17 @@ def _(x: Tensor) -> Tensor:
 
 
 def is_distributed(x: Tensor) -> bool:
-    """Whether it is a DTensor, of which this process has a part or a copy; torch is not asked to load that class."""
+    """Whether it is a DTensor, of which this process has a part or a copy. The class is not imported for this."""
     return type(x).__name__ == "DTensor"
 
 
 class Part(NamedTuple):
-    """What one process has of a vector.
+    """One process's part of a vector.
 
     Attributes:
         values: ``[stop - start]``.
-        start, stop: where in the whole vector.
-        parts: how many there are of the same kind.
+        start, stop: the part's range in the whole vector.
+        parts: the number of parts.
     """
 
     values: Tensor
@@ -74,7 +74,7 @@ class Part(NamedTuple):
 
 
 def own_part(x: Any) -> Part | None:
-    """This process's part of a DTensor, flattened; None where it is no range of the whole, as under FSDP it is."""
+    """Give this process's part of a DTensor, flattened; None where it is no range of the whole, as it is under FSDP."""
     sharded = [mesh_dim for mesh_dim, placement in enumerate(x.placements) if not placement.is_replicate()]
     values: Tensor = x.to_local().flatten()
     if not sharded:

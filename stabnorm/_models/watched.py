@@ -1,10 +1,10 @@
-"""Hooks and compiled models: a graph that was made without hooks must not run a module that has some.
+"""Watched classes: they force recompilation, so that no compiled graph without hooks runs a module that has some.
 
-Dynamo does not guard the absence of hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`): a hook that is added
-after the first compiled call, or to a second instance of a class that was compiled before, never runs, and nothing
-says so. What it does guard is the class. So a watched module is of a subclass of its own class, with the same name and
-nothing in it, for as long as it is watched: graphs from before do not fit it, and those made meanwhile do not fit it
-afterwards. That is one recompile when watching begins, and none when it ends or begins again.
+Dynamo does not guard the absence of hooks (`torch._dynamo.config.skip_nnmodule_hook_guards`). A hook that is added
+after the first compiled call, or to a second instance of a class that was compiled before, never runs, and no error
+says so. Dynamo does guard the class. So a module that is watched belongs to an empty subclass of its own class, with
+the same name: graphs from before do not fit it, and graphs made meanwhile do not fit it afterwards. That costs one
+recompilation when watching begins, and none when it ends or begins again.
 """
 
 import copyreg
@@ -16,29 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-StandIn = Callable[[Tensor], Tensor | None]  # what may run in a forward's stead; None: it does not want to
+from stabnorm._models.calls import input_of
+
+StandIn = Callable[[Tensor], Tensor | None]  # runs in a forward's place; None from it: the forward has to run
 
 
 def watch_class(module: nn.Module, stand_in: StandIn | None = None) -> None:
-    """Have the module's graphs made anew. Watched by several monitors, it is so several times over.
+    """Force recompilation of graphs that contain this module. Calls nest, one per monitor.
 
     Args:
         module: its class is changed.
-        stand_in: called with the forward's input in eager mode, in its stead; None from it: the forward runs. It is
-            held weakly. None where another stands in already.
+        stand_in: called with the forward's input in eager mode, in the forward's place; where it returns None, the
+            forward runs. It is held weakly. Pass None where another one stands in already. Default: None.
     """
     if isinstance(module, torch.jit.ScriptModule):
-        return  # never in a graph of Dynamo's
+        return  # Dynamo never puts it into a graph
     try:
         module.__class__ = _watched(type(module), stand_in is not None)
         if stand_in is not None:
             _STAND_INS[module] = weakref.ref(stand_in)
-    except TypeError:  # a class that wants no subclasses; then a monitor in which no norm runs says so
+    except TypeError:  # the class allows no subclass; if then no norm runs, the monitor says so
         return
 
 
 def unwatch_class(module: nn.Module) -> None:
-    """Take one `watch_class` back. A class that somebody else has set in between stays."""
+    """Undo one `watch_class` call. A class that somebody else has set in between stays."""
     base = vars(type(module)).get("_watched_class")
     if base is not None:
         if "forward" in vars(type(module)):
@@ -47,23 +49,23 @@ def unwatch_class(module: nn.Module) -> None:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module that may be watched."""
-    found = type(module)
-    while "_watched_class" in vars(found):
-        found = vars(found)["_watched_class"]
-    return found
+    """Give the class that the module has while nobody watches it."""
+    cls = type(module)
+    while "_watched_class" in vars(cls):
+        cls = vars(cls)["_watched_class"]
+    return cls
 
 
 def has_stand_in(module: nn.Module) -> bool:
-    """Whether something stands in for its forward."""
+    """Whether something stands in for the module's forward."""
     return module in _STAND_INS
 
 
 _WATCHED: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
-def _nobody() -> None:
-    """In place of a reference."""
+def _no_stand_in() -> None:
+    """Stand-in for a dead or missing weak reference."""
 
 
 _STAND_INS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[StandIn]] = weakref.WeakKeyDictionary()
@@ -81,14 +83,14 @@ def _watched(base: Any, stands_in: bool) -> type[nn.Module]:
         finally:
             self.__class__ = made
         how, arguments, *rest = reduced
-        if how is copyreg.__newobj__:  # type: ignore[attr-defined]  # which pickle takes for the object's own class only
+        if how is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle takes it for the object's own class only
             return object.__new__, (base,), *rest
         return how, arguments, *rest
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        stand_in = None if torch.compiler.is_compiling() else _STAND_INS.get(self, _nobody)()
-        y = None if stand_in is None else stand_in(*args, *kwargs.values())
+        stand_in = None if torch.compiler.is_compiling() else _STAND_INS.get(self, _no_stand_in)()
+        y = None if stand_in is None else stand_in(input_of(args, kwargs))
         return base.forward(self, *args, **kwargs) if y is None else y
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -27,6 +25,7 @@ from stabnorm._models.examples import Example, run
 from stabnorm._models.hooks import hooked
 from stabnorm._models.outputs import Picker, tensors_in
 from stabnorm.errors import StabNormError
+from stabnorm.fold._following import Following, storage_of, tensors_of
 from stabnorm.fold._readers import Linear, Operands, Slot, View, new_bias, operands
 from stabnorm.fold._shadow import Shadow, averaged, columns, function_of, moved
 from stabnorm.fold._sites import Site
@@ -46,22 +45,17 @@ def trace_model(model: nn.Module, sites: Sequence[Site], examples: Sequence[Exam
     return mode.trace
 
 
-class _Follow(TorchDispatchMode):
+class _Follow(Following):
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.model = model
+        super().__init__(model)
         self.trace = Trace(sites)
         self.trace.first_tags = [self.trace.new_tags(site.num_features) for site in sites]
         self.features_from = self.trace.next_tag  # tags below are norms' channels
         self.shadows = WeakTensorKeyDictionary()
         self.paths = [""]
-        self.pauses = 0
         self.linear_of_view: dict[View, int] = {}
-        self.owners: dict[int, list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in model.named_parameters():
-            self.owners.setdefault(_storage(parameter), []).append((name, parameter))
         self.buffers = list(model.buffers())  # held, so that no activation takes the place of a freed one
-        self.constant_storages = {*self.owners, *map(_storage, self.buffers)}
+        self.constant_storages = {*self.owners, *map(storage_of, self.buffers)}
         self.constants = WeakTensorKeyDictionary()  # what was computed from parameters and buffers alone
 
     # --- modules ---
@@ -140,38 +134,23 @@ class _Follow(TorchDispatchMode):
 
     # --- operations ---
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if any(hasattr(cls, "__tensor_flatten__") for cls in types):
-            return NotImplemented  # a jagged tensor, say, takes its operations apart itself
-        out: Any = NotImplemented
-        if not any(t.is_nested for t in _tensors((args, kwargs))):
-            with self:  # an op made of ops arrives whole in inference mode: take it apart
-                out = func.decompose(*args, **kwargs)
-        if out is NotImplemented:
-            out = func(*args, **kwargs)
-            if not self.pauses:
-                self._follow(func, args, kwargs, out)
-        return out
-
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        inputs, outs = _tensors((args, kwargs)), _tensors(out)
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Move the tags along, or write down what stops them."""
+        inputs, outs = tensors_of((args, kwargs)), tensors_of(out)
         if any(t.is_nested for t in (*inputs, *outs)):  # has no shape that a shadow could have
             self.stop(inputs, f"{self._where(func)} reads it")
             for t in filter(self._is_parameter, inputs):
                 self._use(t, None, self._where(func))
             return
         if func._schema.is_mutable and inputs:
-            self.constant_storages.discard(_storage(inputs[0]))  # a buffer that the forward writes is none
+            self.constant_storages.discard(storage_of(inputs[0]))  # a buffer that the forward writes is none
         parameters = [t for t in inputs if self._is_parameter(t)]
         operands_ = self._linear(func, args, kwargs, out) if parameters else []
         if not operands_ and any(t in self.shadows for t in inputs):
             operands_ = self._pass(func, args, kwargs, out)
-        aliases = {_storage(t) for t in outs}  # a view reads nothing yet
+        aliases = {storage_of(t) for t in outs}  # a view reads nothing yet
         for t in parameters:
-            if _storage(t) not in aliases and not any(t is operand for operand in operands_):
+            if storage_of(t) not in aliases and not any(t is operand for operand in operands_):
                 self._use(t, None, self._where(func))
         if inputs and all(self._is_constant(t) for t in inputs):
             for t in outs:
@@ -179,7 +158,7 @@ class _Follow(TorchDispatchMode):
 
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
         """Follow what no weight meets; returns a parameter that turned out to be a linear operation's bias."""
-        tagged = [t for t in _tensors((args, kwargs)) if t in self.shadows]
+        tagged = [t for t in tensors_of((args, kwargs)) if t in self.shadows]
         if func._schema.is_mutable:
             self.stop(tagged, f"{self._where(func)} changes it in place")
             return []
@@ -198,7 +177,7 @@ class _Follow(TorchDispatchMode):
                 tagged, f"{self._where(func)}: {why}" if isinstance(why, str) else f"{self._where(func)} reads it"
             )
             return []
-        for t, shadow in zip(_tensors(out), shadows, strict=True):
+        for t, shadow in zip(tensors_of(out), shadows, strict=True):
             self.shadows[t] = shadow
         return bias
 
@@ -221,10 +200,10 @@ class _Follow(TorchDispatchMode):
         return found
 
     def _is_parameter(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and _storage(value) in self.owners
+        return isinstance(value, Tensor) and storage_of(value) in self.owners
 
     def _is_constant(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and (value in self.constants or _storage(value) in self.constant_storages)
+        return isinstance(value, Tensor) and (value in self.constants or storage_of(value) in self.constant_storages)
 
     # --- what a scale passes ---
 
@@ -272,7 +251,7 @@ class _Follow(TorchDispatchMode):
 
     def _bias_added(self, features: Shadow, bias: Any, out: Tensor, func: Any) -> tuple[Shadow | None, list[Tensor]]:
         """A linear operation's bare output and a parameter: from here on their sum is the operation's output."""
-        view, tags = self._view(bias), features.present()
+        view, tags = self.view_of(bias), features.present()
         linear = next((n for n in self.trace.linears if len(tags) and n.outputs == tags[0]), None)
         if view is None or linear is None or features.factor is not None or out.shape != features.tags.shape:
             return None, []
@@ -285,7 +264,7 @@ class _Follow(TorchDispatchMode):
         strided = bias.reshape(groups, outputs)
         slot = View(view.name, tuple(strided.shape), tuple(strided.stride()), view.offset)
         if not linear.biased:
-            if isinstance(linear.bias, View) or _storage(strided) != _storage(bias):
+            if isinstance(linear.bias, View) or storage_of(strided) != storage_of(bias):
                 return None, []
             linear.bare_slot, linear.biased = linear.bias, self.trace.new_tags(count)
             linear.bias, linear.has_bias = slot, True
@@ -299,7 +278,7 @@ class _Follow(TorchDispatchMode):
     def _linear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
         """Write a linear operation down, tag its output, and return its parameters; none if it is no such operation."""
         found = operands(func, args, kwargs, self._is_parameter)
-        view = self._view(found.form) if isinstance(found, Operands) and out.numel() else None
+        view = self.view_of(found.form) if isinstance(found, Operands) and out.numel() else None
         if view is None or not isinstance(found, Operands) or view.is_expanded:
             return []
         index = self._index_of(func, view, found, out)
@@ -345,7 +324,7 @@ class _Follow(TorchDispatchMode):
     def _slot(self, view: View, found: Operands, out: Tensor) -> Slot:
         if found.bias is None:
             return new_bias(self.model, view, self.paths[-1])
-        bias = self._view(found.bias)
+        bias = self.view_of(found.bias)
         if bias is None:
             return "its bias is computed, not a Parameter"
         groups, outputs = view.size[0], view.size[2]
@@ -358,29 +337,6 @@ class _Follow(TorchDispatchMode):
     # --- parameters ---
 
     def _use(self, t: Tensor, linear: int | None, text: str) -> None:
-        view = self._view(t)
+        view = self.view_of(t)
         if view is not None:
             self.trace.uses.append(Use(view, linear, text))
-
-    def _view(self, t: Any) -> View | None:
-        """The part of a parameter that a tensor is; None if it is none."""
-        if not isinstance(t, Tensor):
-            return None
-        for name, parameter in self.owners.get(_storage(t), ()):
-            offset = int(t.storage_offset() - parameter.storage_offset())
-            view = View(name, tuple(t.shape), tuple(t.stride()), offset)
-            whole = View(name, tuple(parameter.shape), tuple(parameter.stride()), 0)
-            if offset >= 0 and view.reach[1] <= whole.reach[1] and t.dtype == parameter.dtype:
-                return view
-        return None
-
-
-def _storage(t: Tensor) -> int:
-    try:
-        return t.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse, or opaque to us
-        return 0
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]

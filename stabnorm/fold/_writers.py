@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -20,6 +19,7 @@ from stabnorm._models.calls import input_name, tensor_input_of
 from stabnorm._models.examples import Example, run
 from stabnorm._models.hooks import hooked
 from stabnorm._models.outputs import Picker, tensors_in
+from stabnorm.fold._following import Following, tensors_of
 from stabnorm.fold._readers import Operands, View, operands
 from stabnorm.fold._shadow import ZERO, Shadow, averaged, moved
 
@@ -56,15 +56,12 @@ def find_streams(model: nn.Module, norms: Sequence[str], examples: Sequence[Exam
     return mode.streams
 
 
-class _FollowStreams(TorchDispatchMode):
+class _FollowStreams(Following):
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(model)
         self.streams = Streams()
         self.stream = WeakTensorKeyDictionary()  # tensor -> (Shadow, frozenset of writers)
-        self.pauses = 0
         self.index_of: dict[View, int] = {}
-        self.owners = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters()}
-        self.model = model
 
     def hooks(self, norms: Sequence[str]) -> Iterator[RemovableHandle]:
         """Register hooks by which the named norms say what they read and when they are done."""
@@ -102,35 +99,20 @@ class _FollowStreams(TorchDispatchMode):
         for index in writers:
             self.streams.writers[index].problem = self.streams.writers[index].problem or why
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if any(hasattr(cls, "__tensor_flatten__") for cls in types):
-            return NotImplemented
-        out: Any = NotImplemented
-        if not any(t.is_nested for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
-            with self:
-                out = func.decompose(*args, **kwargs)
-        if out is NotImplemented:
-            out = func(*args, **kwargs)
-            if not self.pauses:
-                self._follow(func, args, kwargs, out)
-        return out
-
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note what the operation writes to a stream, or does with one."""
+        inputs = tensors_of((args, kwargs))
         followed = [t for t in inputs if t in self.stream]
         where = func.overloadpacket.__name__
-        if any(t.is_nested for t in (*inputs, *pytree.tree_leaves(out)) if isinstance(t, Tensor)):
+        if any(t.is_nested for t in (*inputs, *tensors_of(out))):
             self.stop(followed, f"{where} reads it without a norm")
             return
-        found = operands(func, args, kwargs, lambda t: self._view(t) is not None)
+        found = operands(func, args, kwargs, lambda t: self.view_of(t) is not None)
         if isinstance(found, Operands):
             self.stop(followed, f"{where} reads it without a norm")
             self._written(found, out)
             return
-        if func.overloadpacket is aten.embedding and self._view(args[0]) is not None:
+        if func.overloadpacket is aten.embedding and self.view_of(args[0]) is not None:
             self._add_writer(out, args[0][None], None, torch.arange(1, out.shape[-1] + 1, device=out.device))
             return
         if not followed:
@@ -165,8 +147,9 @@ class _FollowStreams(TorchDispatchMode):
         """A parameter added to a stream, or joined to it, writes to it: positions, a class token."""
         channels = torch.arange(1, like.tags.shape[-1] + 1, device=like.tags.device)
         for t in inputs:
-            if t not in self.stream and self._view(t) is not None and t.shape[-1] == len(channels):
-                _, whole = self.owners[t.untyped_storage().data_ptr()]
+            view = self.view_of(t)
+            if t not in self.stream and view is not None and t.shape[-1] == len(channels):
+                whole = self.model.get_parameter(view.name)
                 if whole.shape[-1] == len(channels) and whole.is_contiguous():
                     self._add_writer(t, whole.detach().view(1, -1, len(channels)), None, channels)
 
@@ -175,7 +158,7 @@ class _FollowStreams(TorchDispatchMode):
         bias = None
         if found.bias is not None:
             picked = found.pick(found.align(found.bias).expand(out.shape))
-            bias = self._view(picked)
+            bias = self.view_of(picked)
             if bias is None:
                 return
         if groups == 1:  # the mean over outputs of several groups is not one group's
@@ -183,7 +166,7 @@ class _FollowStreams(TorchDispatchMode):
             self._add_writer(out, found.form, bias, channels)
 
     def _add_writer(self, out: Tensor, form: Tensor, bias: View | None, channels: Tensor) -> None:
-        view = self._view(form)
+        view = self.view_of(form)
         assert view is not None
         if view not in self.index_of:
             self.index_of[view] = len(self.streams.writers)
@@ -196,10 +179,3 @@ class _FollowStreams(TorchDispatchMode):
     def _shadow(self, value: Any) -> Shadow | None:
         found = self.stream.get(value) if isinstance(value, Tensor) else None
         return None if found is None else found[0]
-
-    def _view(self, t: Any) -> View | None:
-        owner = self.owners.get(t.untyped_storage().data_ptr()) if isinstance(t, Tensor) else None
-        if owner is None or t.dtype != owner[1].dtype:
-            return None
-        name, parameter = owner
-        return View(name, tuple(t.shape), tuple(t.stride()), int(t.storage_offset() - parameter.storage_offset()))

@@ -1,6 +1,6 @@
-"""What a module computes, found out by running a copy of it: layer norm, rms norm, or nothing that we know.
+"""What a module computes, found out by running a copy of it: layer norm, rms norm, or something else.
 
-Used by `norms` for classes that it knows neither by registration nor by type. The user's module is only read.
+`find_norms` asks this of classes that it knows neither by registration nor by type. The user's module is only read.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ class Formula(NamedTuple):
 
 
 def probe(module: nn.Module) -> Formula | None:
-    """Run a copy of a module on random input, and give the norm that explains its output, if one does.
+    """Run a copy of a module on random input, and find the norm that explains its output.
 
     Args:
-        module: Any module; neither it nor the random state is touched.
+        module: Any module; neither it nor the random state changes.
 
     Returns:
         The formula; None if the module computes anything else, cannot be copied, or raises.
@@ -80,9 +80,9 @@ def probe(module: nn.Module) -> Formula | None:
 
 
 def _may_run(module: nn.Module) -> bool:
-    if "forward" in vars(module):  # put on the object: a copy's forward might still run the user's own module
+    if "forward" in vars(module):  # it was set on the object: a copy's might still run the user's own module
         return False
-    if any("." in name for name, _ in module.named_parameters()):  # a child with weights: more than a norm
+    if any("." in name for name, _ in module.named_parameters()):  # a child has weights: this is more than a norm
         return False
     inputs = inspect.signature(module.forward).parameters.values()
     # A second input, even an optional one, is a gate, a residual or a condition, on which the output depends.
@@ -94,10 +94,10 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stand_ins(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """A random fp32 tensor for each floating one of the module: with ones, a weight and 1 + weight look alike."""
+    """Draw a random float32 tensor for each floating one of the module: with ones, weight and 1 + weight look alike."""
     return {
         name: (torch.rand(tensor.shape, generator=generator, device="cpu") + 0.5).to(
-            "cpu" if tensor.is_meta else tensor.device  # there is nothing to compute with on meta
+            "cpu" if tensor.is_meta else tensor.device  # on meta nothing can be computed
         )
         for name, tensor in _own_tensors(module)
         if tensor.is_floating_point()
@@ -105,7 +105,7 @@ def _stand_ins(module: nn.Module, generator: torch.Generator) -> dict[str, Tenso
 
 
 def _num_features(module: nn.Module, stand_ins: dict[str, Tensor]) -> int:
-    """The size that all its tensors share, or else what an attribute says; raises where neither tells."""
+    """Give the size that all its tensors share, or else what an attribute says; raise where neither tells."""
     if stand_ins:
         (num_features,) = {tensor.numel() for tensor in stand_ins.values()}
     else:
@@ -118,12 +118,12 @@ def _num_features(module: nn.Module, stand_ins: dict[str, Tensor]) -> int:
 
 
 def _copy(module: nn.Module, stand_ins: dict[str, Tensor]) -> nn.Module:
-    """A copy that has the stand-ins for tensors and no hooks; neither the user's tensors nor hooks are ever copied."""
+    """Copy the module with the stand-ins for its tensors, and without its hooks."""
     memo: dict[int, Any] = {
         id(value): type(value)()
         for part in module.modules()
         for name, value in vars(part).items()
-        if "_hooks" in name and isinstance(value, dict)  # a hook may be a method of something large
+        if "_hooks" in name and isinstance(value, dict)  # a hook may refer to something large
     }
     for name, tensor in _own_tensors(module):
         if name in stand_ins:
@@ -132,13 +132,13 @@ def _copy(module: nn.Module, stand_ins: dict[str, Tensor]) -> nn.Module:
 
 
 def _outputs(twin: nn.Module, tokens: Tensor, stand_ins: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """What the copy makes of the tokens, in each layout that it takes."""
+    """Run the copy on the tokens, in each layout that it takes."""
     device = next((tensor.device for tensor in stand_ins.values()), torch.device("cpu"))
     for channel_dim, axes in _LAYOUTS:
         x = tokens.float().reshape(*axes, -1).movedim(-1, channel_dim).contiguous().to(device)
         y: object = None
         with (
-            contextlib.suppress(Exception),  # not a layout that it takes
+            contextlib.suppress(Exception),  # it does not take this layout
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             torch.no_grad(),
@@ -150,7 +150,7 @@ def _outputs(twin: nn.Module, tokens: Tensor, stand_ins: dict[str, Tensor]) -> I
 
 
 def _roles(names: Sequence[str]) -> Iterator[tuple[str | None, str | None, float]]:
-    """Every (weight, bias, gain_offset): a tensor's role is what it does, whatever its name."""
+    """List every (weight, bias, gain_offset): a tensor's role is what it does, whatever its name."""
     for weight, bias in itertools.product((*names, None), repeat=2):
         if weight is None or weight != bias:
             yield from ((weight, bias, gain_offset) for gain_offset in ((0.0, 1.0) if weight else (0.0,)))

@@ -1,0 +1,70 @@
+"""A dispatch mode that sees every operation of a forward, and knows which parameter a tensor is a part of."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stabnorm.fold._readers import View
+
+
+class Following(TorchDispatchMode):
+    """Base of the modes that follow channels through a model: `follow` is called after each operation.
+
+    Args:
+        model: whose parameters are known.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.pauses = 0  # above 0 inside a norm, whose operations are not followed
+        self.owners: dict[int, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in model.named_parameters():
+            self.owners.setdefault(storage_of(parameter), []).append((name, parameter))
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Look at an operation that has just run."""
+        raise NotImplementedError
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(hasattr(cls, "__tensor_flatten__") for cls in types):
+            return NotImplemented  # a jagged tensor, say, takes its operations apart itself
+        out: Any = NotImplemented
+        if not any(t.is_nested for t in tensors_of((args, kwargs))):
+            with self:  # an op made of ops arrives whole in inference mode: take it apart
+                out = func.decompose(*args, **kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+            if not self.pauses:
+                self.follow(func, args, kwargs, out)
+        return out
+
+    def view_of(self, t: Any) -> View | None:
+        """Give the part of a parameter that a tensor is; None if it is none."""
+        if not isinstance(t, Tensor):
+            return None
+        for name, parameter in self.owners.get(storage_of(t), ()):
+            offset = int(t.storage_offset() - parameter.storage_offset())
+            view = View(name, tuple(t.shape), tuple(t.stride()), offset)
+            whole = View(name, tuple(parameter.shape), tuple(parameter.stride()), 0)
+            if offset >= 0 and view.reach[1] <= whole.reach[1] and t.dtype == parameter.dtype:
+                return view
+        return None
+
+
+def storage_of(t: Tensor) -> int:
+    """Give the address of a tensor's storage; 0 where it has none that can be known."""
+    try:
+        return t.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, or one of a class that hides it
+        return 0
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """List the tensors among an operation's arguments or results."""
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]

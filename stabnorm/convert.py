@@ -1,7 +1,7 @@
-"""convert_norms: give a model's layer and rms norms a successor that is affine in eval, in place.
+"""`convert_norms`: give a model's layer and rms norms a successor that is affine in eval, in place.
 
-First everything is planned, and whatever can fail fails there; then the plan is carried out. So a model is converted as
-the report says or, after an error, is what it was.
+The whole conversion is planned first, and whatever can fail fails then; afterwards the plan is carried out. So the
+model is converted as the report says or, after an error, unchanged.
 """
 
 import inspect
@@ -34,7 +34,7 @@ class NormConversion:
         name: Dotted name in the model.
         converted: Whether this call converted it.
         kind: "layer", "rms", "batch", "group" or "instance"; "unknown" for what only looks like a norm.
-        reason: Why it was left; of a converted one, what was kept of it.
+        reason: Why it was left, or what was kept of a norm that was converted.
     """
 
     name: str
@@ -83,36 +83,36 @@ def convert_norms(
 
     ``to="prepbn"`` changes the class of each norm object to `PRepBN` over its own class: its parameters, their names,
     its hooks, its places in the model and ``isinstance`` stay, and with lam = 1 it computes bit for bit what it did. It
-    gains the child `rep` and the buffer `lam`; move lam to 0 while the model trains. Of a frozen norm `rep` is frozen.
+    gains the child `rep` and the buffer `lam`; move lam to 0 while the model trains. A frozen norm gets a frozen `rep`.
 
     .. math:: y = \lambda\, \mathrm{norm}(x) + (1 - \lambda)\, \mathrm{RepBN}(x)
 
-    The other three put a new module in the norm's place, under every name the norm has, and change what the model
-    computes at once. The norm's weight and bias go on as the new module's, the same Parameters, so an optimizer that
-    was built before still trains them. Where that cannot be (a gain of 1 + weight, another shape), a new Parameter has
-    the value; what the norm did not have (`eta`, a bias for PowerNorm, a weight where there was none) starts as in a
-    new module; a norm whose bias would be lost is left. Forward and backward hooks move over. Whatever else the object
-    carried is gone, and a reference to it outside of the module tree, say in a list, still leads to the old norm.
+    The other three put a new module in the norm's place, under every name that the norm has, and change what the model
+    computes at once. The new module takes over the norm's weight and bias as the same Parameters, so an optimizer that
+    was built before still trains them. Where that is impossible (a gain of 1 + weight, another shape), a new Parameter
+    gets the value. What the norm did not have (`eta`, a bias for PowerNorm, a weight where there was none) starts as in
+    a new module, and a norm whose bias would be lost is left. Forward and backward hooks move over. Whatever else the
+    object carried is gone, and a reference outside of the module tree, such as in a list, still leads to the old norm.
 
-    Convert before the optimizer is built and before the model is wrapped for several processes, in ``__init__`` or
-    ``configure_model``, say; then converted checkpoints load, and so does, with "prepbn", a checkpoint of the model as
-    it was. Calling it again changes nothing.
+    Convert before the optimizer is built and before the model is wrapped for several processes, for instance in
+    ``__init__`` or ``configure_model``. Then converted checkpoints load; with "prepbn" a checkpoint of the model from
+    before its conversion loads, too. A second call changes nothing.
 
-    Gradients at lam = 1 are the same bits, too, where the norm is one operation; a norm that is written out in several,
-    like Llama's, has its own gradients added up before the residual's join them.
+    Gradients at lam = 1 are the same bits, too, where the norm is one operation. A norm that is written out in several,
+    like Llama's, adds up its own gradients before it adds the residual's.
 
     ``nn.TransformerEncoder`` has a fused path for eval that reads the norms' weights and never calls the norms. It is
-    switched off in the layers concerned, along with nested tensors, so that eval computes what was trained: with a
-    padding mask, places that are padding then hold numbers in place of zeros.
+    switched off in the layers concerned, and nested tensors with it, so that eval computes what was trained. With a
+    padding mask, padded places then hold numbers instead of zeros.
 
     Args:
         model: Any module.
         to: "prepbn", "repbn", "unified" or "power". Default: "prepbn".
         include: Regular expression, or several, searched for in a norm's name. Default: all norms.
         exclude: The same, for norms to leave alone; it wins over `include`. Default: none.
-        loader: What ``init="fit"`` fits to: a DataLoader or list of batches, of which it takes the first 32. The model
-            is called with a batch that is a tensor, with the first entry of a tuple or list, with a mapping as keyword
-            arguments; where that has "attention_mask", padding is left out.
+        loader: A DataLoader or a list of batches for ``init="fit"``, which uses the first 32. A tensor is the model's
+            input, a tuple or list is ``(input, targets, ...)``, a mapping holds keyword arguments; where it has
+            "attention_mask", padding does not count. Default: none.
         **norm_options: Further arguments of `PRepBN` and its `RepBN`, `RepBN`, `UnifiedNorm` or `PowerNorm`. Three
             defaults differ: RepBN has ``filtration="calibrated"``, so that a burst stays out of its running statistics,
             and ``center=False``, scale only, for an rms norm; UnifiedNorm has a bias where the norm has one. With
@@ -159,9 +159,9 @@ def convert_norms(
     plans = {id(layer.module): plan_conversion(layer, to, norm_options, tree) for layer in search.found}
     report = _report(to, search, plans, tree)
     if not any(plan.carry_out or plan.done_before for plan in plans.values()):
-        there = "\n".join(_table(report.norms)) or f"  {len(every.found)} norms, none of them included"
+        table = "\n".join(_table(report.norms)) or f"  {len(every.found)} norms, none of them included"
         raise StabNormError(
-            f"{type(model).__name__} has no norm to convert. What there is:\n{there}\n"
+            f"{type(model).__name__} has no norm to convert. What there is:\n{table}\n"
             "Convert a model that has layer or rms norms, after it has built them"
         )
     search.warn(stacklevel=3)

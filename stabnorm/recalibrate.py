@@ -32,10 +32,10 @@ class RecalibrationReport:
 
     Attributes:
         norms: the layers whose statistics were measured.
-        left: the layers with running statistics that were left alone, and why.
-        batches: how many batches each process ran.
+        left: the layers with running statistics that were not changed, and why.
+        batches: the number of batches that each process ran.
         before: the metric with the old statistics; None without a metric.
-        after: the metric with the new ones.
+        after: the metric with the new statistics; None without a metric.
         kept: whether the new statistics are in the model now.
     """
 
@@ -59,29 +59,30 @@ def recalibrate_norms(
 
     .. math:: \hat\mu_c = \mathrm{median}_b\, \mu_{b,c},\qquad \hat\sigma^2_c = \mathrm{median}_b\, \sigma^2_{b,c}
 
-    A median, because one burst in the loader ruins a mean. Every norm sees what it would see in training, inputs
-    normalised by the batches' statistics all the way, so all layers are measured at once; the rest of the model is in
-    eval mode, so that dropout and the like are off, as they will be when the statistics are used. Of torch's BatchNorm
-    and of `RepBN`, inside a `PRepBN`, too, it is mean and unbiased variance; of `UnifiedNorm` and `PowerNorm` the mean
-    square. A batch with anything non-finite, or without a valid token, does not count for the layer.
+    It is a median because one burst in the loader would ruin a mean. Every norm sees what it would see in training:
+    inputs that the batches' own statistics have normalised all the way, so that all layers are measured at once. The
+    rest of the model is in eval mode, so that dropout is off, as it will be when the statistics are used. For torch's
+    BatchNorm and for `RepBN`, also inside a `PRepBN`, the statistics are mean and unbiased variance; for `UnifiedNorm`
+    and `PowerNorm` the mean square. A batch with a non-finite value, or without a valid token, does not count for the
+    layer.
 
-    Nothing else changes: counters, filter windows, gradients, random state and each module's mode are what they were,
-    also after an exception, and then so are the statistics. With several processes all take part, each with as many
-    batches, and the median is over the batches of all. Padding is left out inside `stabnorm.valid_tokens`.
+    Nothing else changes: counters, filter windows, gradients, random state and each module's mode are what they were.
+    After an exception the statistics are, too. With several processes each runs as many batches, and the median is over
+    the batches of all. Padding does not count inside `stabnorm.valid_tokens`.
 
     Args:
         model: a trained model.
         loader: a DataLoader or an iterable of batches, best of training data without augmentation. A tensor is the
             model's input, a tuple or list is ``(input, targets, ...)``, a mapping holds keyword arguments.
-        n_batches: how many to use; 50 are plenty. A shorter loader gives what it has.
-        metric: a function of the model, in eval mode, to a number, **lower is better**: a loss on validation data, say.
-            The new statistics stay only if it does not get worse. With several processes its mean decides.
-            Default: None, they stay.
+        n_batches: the number of batches to use; 50 are plenty. A shorter loader is used whole.
+        metric: a function that takes the model in eval mode and returns a number, **lower is better**, such as a loss
+            on validation data. The new statistics stay only if it does not get worse. With several processes its mean
+            decides. Default: None, they stay.
         forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: as the
             format of `loader` says.
 
     Returns:
-        What was measured and whether it stayed.
+        What was measured, and whether it stays.
 
     Raises:
         ValueError: `n_batches` is below 1, or the model has no norm with running statistics.
@@ -108,12 +109,12 @@ def recalibrate_norms(
     medians = {target.name: target.median() for target in targets}
     if not batches:
         raise StabNormError("the loader is empty, so nothing was measured. Give one with batches")
-    if all(found is None for found in medians.values()):
+    if all(median is None for median in medians.values()):
         raise StabNormError(
             f"in {batches} batches no norm with running statistics saw a finite input; the first is {targets[0].name}. "
             "Check that the batches reach the model and what they hold"
         )
-    left |= {name: "it saw no finite input" for name, found in medians.items() if found is None}
+    left |= {name: "it saw no finite input" for name, median in medians.items() if median is None}
     old = [(buffer, buffer.clone()) for target in targets for buffer in target.buffers]
     kept = False
     try:
@@ -121,13 +122,13 @@ def recalibrate_norms(
             target.write(medians[target.name])
         with _unchanged(model, device):
             after = _measured(metric, model, device)
-        # A NaN of before is worse than any number, and a NaN of after than all.
+        # A NaN before is worse than any number, and a NaN after is worse than anything.
         kept = before is None or after is None or after <= before or (math.isnan(before) and not math.isnan(after))
     finally:
         if not kept:
             for buffer, value in old:
                 buffer.copy_(value)
-    norms = tuple(name for name, found in medians.items() if found is not None)
+    norms = tuple(name for name, median in medians.items() if median is not None)
     return RecalibrationReport(norms, left, batches, before, after, kept)
 
 
@@ -135,7 +136,7 @@ def recalibrate_norms(
 
 
 class _Target:
-    """A norm with running statistics: its buffers, and what each batch brought for them."""
+    """A norm with running statistics: its buffers, and each batch's own statistics."""
 
     def __init__(self, name: str, hooked: nn.Module, norm: nn.Module, buffers: tuple[Tensor, ...]) -> None:
         self.name, self.hooked, self.norm, self.buffers = name, hooked, norm, buffers
@@ -144,7 +145,7 @@ class _Target:
 
     @torch.no_grad()
     def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook: the batch's own statistics."""
+        """Forward pre-hook: note the batch's own statistics."""
         x = tensor_input_of(args, kwargs, self.input_name)
         norm = self.norm
         if isinstance(norm, _BatchNorm):
@@ -166,25 +167,25 @@ class _Target:
     def _statistics(self, moments: BatchMoments) -> Tensor:
         count, mean, square = moments
         unbiased = square * (count / (count - 1).clamp(min=1))
-        found = square[None] if mean is None else torch.stack([mean, unbiased])
-        return torch.where(torch.isfinite(found).all() & (count > 0), found, torch.nan)
+        statistics = square[None] if mean is None else torch.stack([mean, unbiased])
+        return torch.where(torch.isfinite(statistics).all() & (count > 0), statistics, torch.nan)
 
     def median(self) -> Tensor | None:
-        """``[len(buffers), C]`` over the batches of all processes, float64; None where none was finite."""
+        """Give ``[len(buffers), C]`` over the batches of all processes, float64; None where no batch was finite."""
         shape = (len(self.buffers), self.buffers[0].numel())
         device = self.buffers[0].device
         most = int(gather_over_ranks(torch.tensor(len(self.seen), device=device)).max())
         if not most:
             return None
-        mine = torch.full((most, *shape), torch.nan, device=device)
-        for index, found in enumerate(self.seen):
-            mine[index] = found
-        everyone = gather_over_ranks(mine).flatten(0, 1).cpu().double().numpy()
+        padded = torch.full((most, *shape), torch.nan, device=device)  # ranks may have different numbers of batches
+        if self.seen:
+            padded[: len(self.seen)] = torch.stack(self.seen)
+        everyone = gather_over_ranks(padded).flatten(0, 1).cpu().double().numpy()
         finite = everyone[~np.isnan(everyone).any((1, 2))]
         return torch.from_numpy(np.median(finite, axis=0)) if len(finite) else None
 
     def write(self, median: Tensor | None) -> None:
-        """Put it into the buffers; None leaves them."""
+        """Write the medians into the buffers; None leaves them as they are."""
         if median is not None:
             for buffer, value in zip(self.buffers, median, strict=True):
                 buffer.copy_(value)
@@ -194,7 +195,7 @@ def _running_norms(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:
     targets, left, inside = [], {}, set()
     for name, module in model.named_modules():
         norm: nn.Module = module
-        if isinstance(module, PRepBN):  # it runs its child without calling it
+        if isinstance(module, PRepBN):  # it computes its child without calling it, so the hook goes on the PRepBN
             norm = module.rep
             inside.add(id(norm))
         elif id(module) in inside:
@@ -209,9 +210,9 @@ def _running_norms(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:
             buffers = (norm.running_square,)
         elif isinstance(norm, _BatchNorm):
             buffers = (norm.running_mean, norm.running_var)
-        found = tuple(buffer for buffer in buffers if buffer is not None)
-        if found:
-            targets.append(_Target(name, module, norm, found))
+        kept = tuple(buffer for buffer in buffers if buffer is not None)
+        if kept:
+            targets.append(_Target(name, module, norm, kept))
     return targets, left
 
 
@@ -226,7 +227,7 @@ def _gather(
     forward: Forward,
     device: torch.device,
 ) -> int:
-    """Run the batches with hooks on; how many there were."""
+    """Run the batches with hooks on, and count them."""
     batches = 0
     for target in targets:
         target.norm.train()
@@ -241,7 +242,7 @@ def _gather(
 
 
 def _measured(metric: Callable[[nn.Module], float] | None, model: nn.Module, device: torch.device) -> float | None:
-    """The metric of the model in eval mode, the same in every process."""
+    """Give the metric of the model in eval mode, the mean over processes."""
     if metric is None:
         return None
     model.eval()
@@ -254,7 +255,7 @@ def _measured(metric: Callable[[nn.Module], float] | None, model: nn.Module, dev
 
 @contextmanager
 def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model in eval mode; afterwards modes, buffers and random state are what they were, whatever happens."""
+    """Put the model in eval mode; afterwards modes, buffers and random state are what they were, whatever happens."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())

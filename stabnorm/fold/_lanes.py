@@ -14,12 +14,14 @@ from torch import nn
 from stabnorm._models.copies import copied
 from stabnorm._models.examples import Example
 from stabnorm._models.outputs import OutputError, Picker
+from stabnorm._models.tree import Tree
 from stabnorm.errors import StabNormError
 from stabnorm.fold._follow import trace_model
 from stabnorm.fold._second_input import cast, is_same, redrawn
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Trace
 from stabnorm.fold._verify import TOLERANCE, Outputs, Precision, finite, largest_error, run_all
+from stabnorm.fold.manifest import own_parameters
 
 _UNFOLLOWED = "the model runs on the example, but its operations cannot be followed one by one"
 ROOM = 30.0  # how much further rounding may carry in a folded model than in the unfolded one
@@ -121,12 +123,14 @@ def try_on(lanes: Lanes, change: Callable[[nn.Module], None], outputs: Picker) -
     return errors[0], ""
 
 
-def _own_lane(
-    model: nn.Module, examples: list[Example], check: list[Example] | None, outputs: Picker
-) -> tuple[Lane, str]:
-    unfolded = copied(model)
+def run_checked(model: nn.Module, examples: Sequence[Example], outputs: Picker) -> Outputs:
+    """Run the model on the user's examples.
+
+    Raises:
+        ValueError: it does not run on one of them.
+    """
     try:
-        expected = run_all(unfolded, examples, outputs)
+        return run_all(model, examples, outputs)
     except OutputError:
         raise
     except Exception as error:
@@ -134,6 +138,13 @@ def _own_lane(
             f"the model does not run on the example: {type(error).__name__}: {error}. A tuple is positional arguments, "
             "a dict keyword arguments, a tuple (args, kwargs) both"
         ) from error
+
+
+def _own_lane(
+    model: nn.Module, examples: list[Example], check: list[Example] | None, outputs: Picker
+) -> tuple[Lane, str]:
+    unfolded = copied(model)
+    expected = run_checked(unfolded, examples, outputs)
     try:
         with Precision() as precision:
             again = run_all(unfolded, examples, outputs)
@@ -174,17 +185,10 @@ def _untie(model: nn.Module) -> dict[str, str]:
 
     So the trace tells who reads which. Of these copies a folded model keeps those that folding changes.
     """
-    owners: dict[int, list[tuple[nn.Module, str, str]]] = {}
-    for name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                full = f"{name}.{attribute}" if name else attribute
-                owners.setdefault(id(parameter), []).append((module, attribute, full))
     tied = {}
-    for (_, _, first), *rest in owners.values():
-        for module, attribute, name in rest:
+    for (first, _), *rest in Tree(model).holders.values():
+        for name, _ in rest:
             tied[name] = first
             tied.setdefault(first, name)
-            shared = getattr(module, attribute)
-            setattr(module, attribute, nn.Parameter(shared.detach().clone(), shared.requires_grad))
+        own_parameters(model, [name for name, _ in rest])
     return tied

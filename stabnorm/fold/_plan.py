@@ -15,7 +15,6 @@ Going the other way, a norm that reads nothing but a linear layer's outputs is t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,21 +23,10 @@ from stabnorm.fold._index import NONE, SEVERAL, Index
 from stabnorm.fold._readers import Linear, View
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Trace
+from stabnorm.fold.result import FoldedSite, Status
 
-Status = Literal["forward", "backward", "residual", "affine", "rms", "kept"]
-FOLDED = ("forward", "backward", "residual")  # nothing of the norm is left
 UNSEEN = "no example reaches it, so nothing about it can be verified: pass one that does"
 VANISHING = 1e-6  # of the largest scale in a stream: dividing a branch by less loses its digits
-
-
-@dataclass(frozen=True)
-class Fold:
-    """What happens to one norm, where it goes, and why nowhere else."""
-
-    name: str
-    status: Status
-    into: tuple[str, ...] = ()
-    reason: str = ""
 
 
 @dataclass(eq=False)
@@ -84,7 +72,7 @@ class Plan:
         max_gauge: The largest factor by which a residual stream's channels are scaled, either way; 1 where none is.
     """
 
-    folds: list[Fold] = field(default_factory=list)
+    folds: list[FoldedSite] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     affine: dict[str, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
@@ -275,23 +263,25 @@ class _Decisions:
         for site, affine in enumerate(self.trace.sites):
             reasons = self.reasons[site]
             if affine.gain is not None:
-                plan.folds.append(Fold(affine.name, "kept", () if reasons else self._readers(site), "; ".join(reasons)))
+                plan.folds.append(
+                    FoldedSite(affine.name, "kept", () if reasons else self._readers(site), "; ".join(reasons))
+                )
                 plan.neutral += [] if reasons else [affine]
                 continue
             if not reasons:
                 status: Status = "residual" if site in streams else "forward"
-                plan.folds.append(Fold(affine.name, status, self._readers(site)))
+                plan.folds.append(FoldedSite(affine.name, status, self._readers(site)))
                 continue
             problem = "" if affine.name in self.refused else self._backward_problem(site)
             if not problem and affine.name not in self.refused:
-                plan.folds.append(Fold(affine.name, "backward", self._into_rows(plan.edits, site)))
+                plan.folds.append(FoldedSite(affine.name, "backward", self._into_rows(plan.edits, site)))
                 continue
             reason = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
             reason += f". Backward: {problem}" if problem else ""
             if affine.name in self.fixed:
-                plan.folds.append(Fold(affine.name, "kept", (), reason))
+                plan.folds.append(FoldedSite(affine.name, "kept", (), reason))
                 continue
-            plan.folds.append(Fold(affine.name, "affine", (), reason))
+            plan.folds.append(FoldedSite(affine.name, "affine", (), reason))
             plan.affine[affine.name] = (*self._composed(site), affine.channel_dim)
         plan.edits = [edit for edit in plan.edits if edit.changes]
         plan.untied = sorted({name for edit in plan.edits for name in edit.parameters if name in self.index.tied})

@@ -18,12 +18,12 @@ from stabnorm._models.wrappers import is_compiled, is_scripted
 from stabnorm.errors import StabNormError
 from stabnorm.fold._apply import apply_plan, set_gain
 from stabnorm.fold._lanes import Lanes, make_lanes, try_on
-from stabnorm.fold._plan import FOLDED, Plan, plan_folds
+from stabnorm.fold._plan import Plan, plan_folds
 from stabnorm.fold._sites import Site, find_gains, find_sites
 from stabnorm.fold._verify import largest_error, run_all
 from stabnorm.fold.folded import FrozenAffine
 from stabnorm.fold.manifest import manifest_of, own_parameters
-from stabnorm.fold.result import FoldedSite, FoldResult
+from stabnorm.fold.result import FOLDED, FoldedSite, FoldResult
 
 
 def fold_norms(
@@ -275,6 +275,6 @@ def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
 
 
 def _report(model: nn.Module, plan: Plan, staying: dict[str, str]) -> list[FoldedSite]:
-    found = {fold.name: FoldedSite(fold.name, fold.status, fold.into, fold.reason) for fold in plan.folds}
-    found |= {name: FoldedSite(name, "kept", (), reason) for name, reason in staying.items()}
-    return [found[name] for name, _ in model.named_modules() if name in found]
+    sites = {site.name: site for site in plan.folds}
+    sites |= {name: FoldedSite(name, "kept", (), reason) for name, reason in staying.items()}
+    return [sites[name] for name, _ in model.named_modules() if name in sites]

@@ -1,4 +1,4 @@
-"""After a fold nothing normalises an extreme input any more: bounds from calibration data, and a report beyond them."""
+"""`guard_folds`: reports inputs beyond the calibration data, because after a fold nothing normalises them."""
 
 import warnings
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ Action = Literal["warn", "raise"]
 
 
 class FoldGuard:
-    """Watches what the folded norms of a model read; made by `guard_folds`.
+    """Watches the inputs of a model's folded norms; made by `guard_folds`.
 
     Args:
         model: with `FoldedNorm` or `FrozenAffine` in it.
@@ -27,7 +27,7 @@ class FoldGuard:
         margin: how many times a bound may be exceeded.
 
     Raises:
-        ValueError: there is none of these in it.
+        ValueError: the model has neither.
     """
 
     def __init__(self, model: nn.Module, guard: Action, margin: float) -> None:
@@ -38,7 +38,7 @@ class FoldGuard:
         self._names = list(sites)
         self._bounds = torch.zeros(len(sites))
         self._largest = torch.zeros(len(sites))  # in this forward, or over the calibration data
-        self._left: Tensor | None = None  # what a forward left to be judged
+        self._unjudged: Tensor | None = None  # the largest values of a forward, on their way to the host
         self._copied: torch.cuda.Event | None = None
         self._calibrating = True
         self._handles = [
@@ -49,11 +49,11 @@ class FoldGuard:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """The largest absolute value that each site read on the calibration data."""
+        """The largest absolute value that each folded norm read on the calibration data."""
         return dict(zip(self._names, self._bounds.tolist(), strict=True))
 
     def remove(self) -> None:
-        """Take the hooks off again; do so before exporting or compiling."""
+        """Take the hooks off. Do so before exporting or compiling the model."""
         take_off(self._handles)
         self._judge()
 
@@ -81,8 +81,8 @@ class FoldGuard:
     def _after(self, module: nn.Module, args: Any, out: Any) -> None:
         if self._calibrating:
             return
-        self._judge()  # what the forward before left: its copy has long arrived
-        self._left = self._largest.to("cpu", non_blocking=True)
+        self._judge()  # the forward before: its copy has long arrived
+        self._unjudged = self._largest.to("cpu", non_blocking=True)
         if self._largest.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -90,20 +90,20 @@ class FoldGuard:
             self._judge()
 
     def _judge(self) -> None:
-        left, self._left = self._left, None
-        if left is None:
+        largest, self._unjudged = self._unjudged, None
+        if largest is None:
             return
         if self._copied is not None:
             self._copied.synchronize()
-        ratio = left / self._bounds.clamp(min=torch.finfo(torch.float32).tiny)
+        ratio = largest / self._bounds.clamp(min=torch.finfo(torch.float32).tiny)
         outside = (~(ratio <= self.margin)).nonzero().flatten().tolist()
         if not outside:
             return
         worst = max(outside, key=lambda index: float(ratio[index].nan_to_num(torch.inf)))
         text = (
             f"{len(outside)} of {len(self._names)} folded norms read values beyond {self.margin:g} times those of the "
-            f"calibration data, '{self._names[worst]}' {float(left[worst]):.3g}, not {float(self._bounds[worst]):.3g}. "
-            "Nothing normalises them any more: distrust this output"
+            f"calibration data: '{self._names[worst]}' read {float(largest[worst]):.3g}, and its bound is "
+            f"{float(self._bounds[worst]):.3g}. Nothing normalises them any more: distrust this output"
         )
         if self.guard == "raise":
             raise StabNormError(text)
@@ -131,10 +131,10 @@ def guard_folds(
 ) -> FoldGuard:
     """Report inputs on which a folded model leaves what it was calibrated on.
 
-    LayerNorm divides an extreme token by its own size; a folded model does not, and the output may be anything (a
-    GPT-2 XL without norms, of those of arXiv:2507.02559, reached a loss of 130 on raw text, where it was 1.1 in the
-    median). For each folded norm the largest absolute value it reads on the calibration data becomes a bound. A forward
-    in which one is exceeded is reported, on a GPU with the next forward or `remove()`, so that nothing waits for the
+    LayerNorm divides an extreme token by its own size. A folded model does not, and its output may be anything: a GPT-2
+    XL without norms (arXiv:2507.02559) reached a loss of 130 on raw text, where the median was 1.1. The largest
+    absolute value that each folded norm reads on the calibration data becomes its bound. A forward that exceeds a bound
+    is reported; on a GPU the report comes with the next forward or with `remove()`, so that no forward waits for the
     device.
 
     Args:
@@ -147,10 +147,11 @@ def guard_folds(
             format of `loader` says.
 
     Returns:
-        A handle: its `bounds`, `remove()`; also a context manager.
+        A handle with `bounds` and `remove()`. It is also a context manager.
 
     Raises:
-        ValueError: `guard` is unknown, the model has no folded norm, or the data give no bound for one.
+        ValueError: `guard` is unknown, the model has no folded norm, or the data give no finite bound for one.
+        StabNormError: with guard="raise", in a forward, when a bound is exceeded.
 
     >>> from stabnorm import fold_norms
     >>> from stabnorm.nn import RepBN

@@ -8,9 +8,10 @@ from torch import nn
 
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.tree import replace_module
-from stabnorm.fold._plan import FOLDED, Plan
+from stabnorm.fold._plan import Plan
 from stabnorm.fold._readers import NewBias
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
+from stabnorm.fold.result import FOLDED
 
 FORMAT = 1
 

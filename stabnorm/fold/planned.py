@@ -24,9 +24,9 @@ from stabnorm._models.tree import Tree
 from stabnorm._surgery import Target, plan_conversion
 from stabnorm.convert import check_conversion
 from stabnorm.errors import StabNormError
-from stabnorm.fold._plan import FOLDED
+from stabnorm.fold._lanes import run_checked
 from stabnorm.fold.fold import check_model, fold_norms
-from stabnorm.fold.result import FoldedSite, counts_of
+from stabnorm.fold.result import FOLDED, FoldedSite, counts_of
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.residuals import STATISTIC
 from stabnorm.nn import PRepBN
@@ -172,7 +172,7 @@ def plan_fold(
         layers = find_norms(now)  # says which layers look like norms and are not understood; once is enough
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _run_first(now, examples)
+            run_checked(now, examples, outputs)
             switched = copied(now)
             left = _switch(switched, to, norm_options)
             _measure_statistics(switched, examples)
@@ -197,17 +197,6 @@ def plan_fold(
 
 def _total(shares: Iterable[float]) -> float:
     return sum(share for share in shares if share == share)
-
-
-def _run_first(model: nn.Module, examples: Sequence[Example]) -> None:
-    try:
-        for example in examples:
-            run(model, example)
-    except Exception as error:
-        raise ValueError(
-            f"the model does not run on the example: {type(error).__name__}: {error}. A tuple is positional arguments, "
-            "a dict keyword arguments, a tuple (args, kwargs) both"
-        ) from error
 
 
 # --- as it would be at the end ---

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from stabnorm._models.tables import aligned
-from stabnorm.fold._plan import Status
+
+Status = Literal["forward", "residual", "backward", "affine", "rms", "kept"]
+FOLDED = ("forward", "backward", "residual")  # nothing of the norm is left
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,5 @@ class FoldResult:
 
 def counts_of(norms: Sequence[FoldedSite]) -> str:
     """How many have which status, in words."""
-    counts = {status: sum(norm.status == status for norm in norms) for status in _ORDER}
+    counts = {status: sum(norm.status == status for norm in norms) for status in get_args(Status)}
     return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"
-
-
-_ORDER: tuple[Status, ...] = ("forward", "residual", "backward", "affine", "rms", "kept")

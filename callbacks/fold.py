@@ -29,39 +29,38 @@ _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 
 
 class FoldCallback(Callback):
-    """Folds a copy of the trained model with `fold_norms` and writes it down; needs no argument.
+    """Folds a copy of the trained model with `fold_norms` and saves it; needs no argument.
 
-    When a fit is over, the folder ``stabnorm`` in the logger's own has ``folded.pt`` (the state dict of the folded
-    model), ``folded_manifest.json`` (what changed in its structure) and ``folded_report.txt``; the report is printed,
-    and logged to TensorBoard. With the manifest the weights load into a model that is built like the one that was
-    trained::
+    After a fit, the folder ``stabnorm`` in the logger's own holds ``folded.pt`` (the state dict of the folded model),
+    ``folded_manifest.json`` (what changed in its structure) and ``folded_report.txt``. The report is also printed, and
+    logged to TensorBoard. With the manifest the weights load into a model that is built like the trained one::
 
         model = apply_manifest(build(), json.load(open("folded_manifest.json")))
         model.load_state_dict(torch.load("folded.pt"))
 
-    That is a model with its own norms where all were folded; where the report says that some are kept, call
-    `convert_norms` before `apply_manifest`, because they are PRepBN.
+    `build` gives the model with its own norms where all norms were folded. Where the report says that some are kept,
+    call `convert_norms` before `apply_manifest`, because they are PRepBN.
 
-    The LightningModule stays as it was trained: it trains on, and checkpoints hold its norms. Where the callback stands
-    among others makes no difference: it acts in `teardown`, after each of them has left the model as it is to be.
+    The LightningModule does not change: it can be trained further, and checkpoints hold its norms. The callback's place
+    among the others does not matter, because it acts in `teardown`, after they have finished with the model.
 
-    Something must be there to fold: put `ProgressiveNormCallback` beside it, or convert the model with `convert_norms`
-    and move lam to 0 yourself; BatchNorm folds as well. The model is folded once before the first training step, for
-    trial, so that an example that does not run, a compiled part or the like is said then. What goes wrong at the end
-    is a warning, and nothing is written: the training is not lost with it. Both times it happens on the CPU, where
-    Lightning has put the model by then, takes some seconds, and the memory of a few copies of the model, half of them
-    in float64. With several processes the first one does it.
+    The model must have something to fold: add `ProgressiveNormCallback`, or convert the model with `convert_norms` and
+    move lam to 0 yourself; BatchNorm folds as well. The model is folded once on trial before the first training step,
+    so that an example that does not run, or a compiled part, is an error then. An error at the end becomes a warning,
+    and nothing is written, so that the training is not lost. Both folds happen on the CPU, where Lightning has put the
+    model by then. They take some seconds, and the memory of a few copies of the model, half of them in float64. With
+    several processes the first one folds.
 
     Args:
         module: name of the part to fold, ``"net"`` say. Default: the LightningModule itself, by its `forward`.
-        example: what `fold_norms` runs that part on, in its formats; or a function that makes it of a batch. Default:
-            the first rows of the first batch, of validation or training: a tensor as it is, the first entry of a tuple
-            or list, a mapping as keyword arguments.
+        example: what `fold_norms` runs that part on, in its formats; or a function of a batch that gives it. Default:
+            the first rows of the first batch of validation or training. A tensor is the input, a tuple or list is
+            ``(input, targets, ...)``, a mapping holds keyword arguments.
         options: further arguments of `fold_norms`. Default: none.
 
     Attributes:
-        result: what `fold_norms` returned at the end, the folded model in it; None before.
-        directory: where the files are; None where none were written.
+        result: what `fold_norms` returned at the end, with the folded model; None before.
+        directory: the folder of the files; None where none were written.
 
     Raises:
         TypeError: `example` has none of the formats, or `fold_norms` no such option.
@@ -98,7 +97,7 @@ class FoldCallback(Callback):
     # -- before the training: say what cannot work ---------------------------------------------------------------------
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Whatever converts or builds the model has done so by now."""
+        """Check what can be checked now: whatever converts or builds the model has done so."""
         sharding = _SHARDING.intersection(cls.__name__ for cls in type(trainer.strategy).__mro__)
         if sharding:
             raise StabNormError(
@@ -108,9 +107,9 @@ class FoldCallback(Callback):
         part = self._part(pl_module)
         if not any(map(_may_fold, part.modules())):
             norms = find_norms(part)
-            there = f"its norms are {type(norms[0].module).__name__} and the like" if norms else "it has no norms"
+            why = f"its norms are {type(norms[0].module).__name__} and the like" if norms else "it has no norms"
             raise StabNormError(
-                f"nothing in {self.module or type(pl_module).__name__} could be folded at the end: {there}. Add "
+                f"nothing in {self.module or type(pl_module).__name__} could be folded at the end: {why}. Add "
                 "ProgressiveNormCallback(), or convert the model with stabnorm.convert_norms"
             )
         self._fitting, self._examples, self.result, self.directory = True, None, None, None
@@ -120,13 +119,13 @@ class FoldCallback(Callback):
     def on_validation_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """The sanity check's first batch, if there is one, makes the example."""
+        """Make the example from the first batch of the sanity check, if there is one."""
         self._take(trainer, pl_module, batch)
 
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Else the training's."""
+        """Else make the example from the first batch of the training."""
         self._take(trainer, pl_module, batch)
 
     def _part(self, pl_module: "LightningModule") -> nn.Module:
@@ -149,8 +148,8 @@ class FoldCallback(Callback):
         for examples in candidates:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of a head that is still at zero, say
-                    self._fold(pl_module, examples, strict=False)  # before the switch is over norms may stay
+                    warnings.simplefilter("ignore")  # for example of a head that is still at zero
+                    self._fold(pl_module, examples, strict=False)  # norms may stay before the switch is over
             except ValueError as failed:
                 error = failed
             else:
@@ -172,7 +171,7 @@ class FoldCallback(Callback):
             return fold_norms(copy, [(e.args, e.kwargs) for e in moved], inplace=True, **{**self.options, **changed})
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Fold and write, when it was a fit that went through to its end."""
+        """Fold the model and write the files, after a fit that reached its end."""
         fitting, self._fitting = self._fitting, False
         if not fitting or not trainer.is_global_zero:
             return
@@ -185,7 +184,7 @@ class FoldCallback(Callback):
             directory = None if getattr(trainer, "fast_dev_run", False) else output_directory(trainer)
             if directory is not None:
                 _write(result, directory)
-        except Exception as error:  # whatever it is, the training must not be lost with it: a full disk, no memory
+        except Exception as error:  # a full disk, no memory: whatever it is, the training must not be lost
             what = str(error) if isinstance(error, StabNormError | ValueError) else f"{type(error).__name__}: {error}"
             warnings.warn(f"FoldCallback wrote no folded model: {what}", stacklevel=1)  # not Lightning's fault
             return
@@ -196,13 +195,13 @@ class FoldCallback(Callback):
             print(f"the folded model is in {directory}")
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """What is not trained to its end is not shipped."""
+        """A model whose training failed is not folded."""
         self._fitting = False
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.update(result=None, _examples=None, _fitting=False)
-        # The Trainer hangs the module's bound methods on every callback: pickling them would pickle the model.
+        # The Trainer sets bound methods of the module on every callback, and pickling them would pickle the model.
         for name in ("log", "log_dict"):
             state.pop(name, None)
         return state
@@ -211,7 +210,7 @@ class FoldCallback(Callback):
 def _may_fold(module: nn.Module) -> bool:
     try:
         return affine_in_eval(module) is not None
-    except StabNormError:  # not in the state it is in now
+    except StabNormError:  # it cannot fold now, but perhaps at the end
         return True
 
 

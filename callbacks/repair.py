@@ -1,4 +1,4 @@
-"""A repair by a Lightning Trainer: its loop, precision, accumulation, strategies, bars and checkpoints."""
+"""`repair_module`: a Lightning Trainer carries out a repair, with its precision, strategies and checkpoints."""
 
 import functools
 from typing import Any, cast
@@ -11,14 +11,14 @@ from stabnorm.pretrained.repair import Repair
 
 
 def repair_module(repair: Repair, base: type[Any] = LightningModule) -> LightningModule:
-    """What a Trainer fits to carry out a repair; afterwards `repair.model` is repaired.
+    """Give a LightningModule for a Trainer to fit; afterwards `repair.model` is repaired.
 
-    Give the Trainer ``max_steps=repair.steps``. Precision and accumulation are the Trainer's, not the recipe's; its
-    checkpoints hold the converted model, and a fit that resumes from one goes on where it was.
+    Give the Trainer ``max_steps=repair.steps``. Precision and accumulation are the Trainer's, not the recipe's. Its
+    checkpoints hold the converted model, and a fit that resumes from one continues where it was.
 
     Args:
         repair: not begun yet.
-        base: LightningModule of the namespace that the Trainer is from. Default: pytorch_lightning's.
+        base: the LightningModule class of the Trainer's own package. Default: pytorch_lightning's.
 
     Example:
         >>> import logging, torch
@@ -55,10 +55,10 @@ class _RepairHooks:
     def __init__(self, repair: Repair) -> None:
         super().__init__()
         self.repair = repair
-        self.model = repair.model  # a child: it is moved, saved and loaded; the original is not
+        self.model = repair.model  # as a child it is moved, saved and loaded; the original is not
 
     def on_fit_start(self) -> None:
-        """The original goes where the model went.
+        """Move the original to the model's device.
 
         Raises:
             ValueError: the Trainer ends at another step than the repair.
@@ -70,10 +70,10 @@ class _RepairHooks:
                 "both the same number"
             )
         self.repair.original.to(device_of(self.repair.model))
-        self.repair.model.train()  # Lightning warns of eval mode; `training_step` puts it there
+        self.repair.model.train()  # Lightning warns of eval mode; `training_step` switches to it
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The repair's loss."""
+        """Compute the repair's loss."""
         module: Any = self
         self.repair.model.eval()
         self.repair.begin(module.global_step)
@@ -82,7 +82,7 @@ class _RepairHooks:
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The repair's own, its rate moved at each step."""
+        """Give the repair's optimizer, and its schedule, which moves at each step."""
         return {
             "optimizer": self.repair.optimizer,
             "lr_scheduler": {"scheduler": self.repair.schedule, "interval": "step"},
@@ -91,7 +91,7 @@ class _RepairHooks:
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """As the recipe says, unless the Trainer does."""
+        """Clip as the Trainer says, or else as the recipe does."""
         module: Any = self
         module.clip_gradients(
             optimizer,
@@ -100,6 +100,6 @@ class _RepairHooks:
         )
 
     def on_train_end(self) -> None:
-        """Lam is 0."""
+        """Set lam to 0 in the end."""
         self.repair.steps_done = int(self.global_step)  # type: ignore[attr-defined]
         self.repair.finish()

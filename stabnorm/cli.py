@@ -31,17 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Failure(Exception):
-    """What the user is told, without our own traceback."""
+    """An error that is printed for the user, without a traceback of our own."""
 
 
 # --- stabnorm plan ---
 
 _PLAN = """\
-For each norm of a model, what switching it would lose, what it would gain, and where fold_norms would put it.
+Say for each norm of a model what switching it would lose, what it would gain, and where fold_norms would put it.
 
-The factory takes no arguments and returns (model, example): the model fresh or trained, in whatever mode; the example a
-tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple (args, kwargs), or a list of these. Affine
-residuals want real data and many tokens: a list of batches. Modules are looked for in the current directory, too."""
+The factory takes no arguments and returns (model, example). The model may be fresh or trained, in any mode. The example
+holds the model's arguments: a tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple (args,
+kwargs), or a list of these. Affine residuals need real data and many tokens: pass a list of real inputs. Modules are
+also looked for in the current directory."""
 
 
 def _add_plan(commands: Any) -> None:
@@ -76,9 +77,9 @@ def _plan(options: argparse.Namespace) -> str:
 def _find(module_name: str, name: str) -> tuple[Callable[[], Any], str]:
     called = f"{module_name}:{name}"
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does; an installed command does not
+        sys.path.insert(0, os.getcwd())  # `python -m` does this, and an installed command does not
     try:
-        found: Any = importlib.import_module(module_name)
+        factory: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise _Failure(
@@ -89,14 +90,14 @@ def _find(module_name: str, name: str) -> tuple[Callable[[], Any], str]:
     except Exception as error:
         raise _of_the_user(error, f"{module_name} cannot be imported") from error
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(factory, part):
             raise _Failure(f"{module_name} has no {name!r}")
-        found = getattr(found, part)
-    if not callable(found):
+        factory = getattr(factory, part)
+    if not callable(factory):
         raise _Failure(
-            f"{called} is no function but of type {type(found).__name__}. Name one that returns (model, example)"
+            f"{called} is no function but of type {type(factory).__name__}. Name one that returns (model, example)"
         )
-    return found, called
+    return factory, called
 
 
 def _call(factory: Callable[[], Any], called: str) -> Any:
@@ -107,7 +108,7 @@ def _call(factory: Callable[[], Any], called: str) -> Any:
 
 
 def _of_the_user(error: BaseException, what: str) -> _Failure:
-    """Their traceback, from where their code begins."""
+    """Print the traceback from where the user's code begins."""
     frame = error.__traceback__
     while frame is not None and _is_machinery(frame.tb_frame.f_code.co_filename):
         frame = frame.tb_next

@@ -1,7 +1,7 @@
-"""One forward under a dispatch mode that follows the norms' channels (`_shadow`) and writes a `Trace`.
+"""Follow the norms' channels through one forward, by a dispatch mode and tag planes (`_shadow`), and write a `Trace`.
 
-A norm's output is tagged with the norm's channels, a linear operation's output with its features. What meets a tagged
-tensor is one of these, and nothing else:
+A norm's output is tagged with the norm's channels, a linear operation's output with its features. An operation that
+meets a tagged tensor is one of these:
 
 - it moves or averages elements: the tags move along;
 - it is a linear operation with a Parameter: a reader, and its own features start (`Linear`);
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 
 def trace_model(model: nn.Module, sites: Sequence[Site], examples: Sequence[Example], outputs: Picker) -> Trace:
-    """Run `model` on the examples and write down where its norms' channels go."""
+    """Run the model on the examples and record where its norms' channels go."""
     mode = _Follow(model, sites)
     with hooked(mode.hooks()):
         for example in examples:
@@ -54,7 +54,7 @@ class _Follow(Following):
         self.shadows = WeakTensorKeyDictionary()
         self.paths = [""]
         self.linear_of_view: dict[View, int] = {}
-        self.buffers = list(model.buffers())  # held, so that no activation takes the place of a freed one
+        self.buffers = list(model.buffers())  # held, so that no activation gets the address of a freed buffer
         self.constant_storages = {*self.owners, *map(storage_of, self.buffers)}
         self.constants = WeakTensorKeyDictionary()  # what was computed from parameters and buffers alone
 
@@ -80,7 +80,7 @@ class _Follow(Following):
     def _reading(self, index: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.trace.calls.append(self._call(index, tensor_input_of(args, kwargs, name)))
-            self.pauses += 1  # what happens inside a norm is the norm's
+            self.pauses += 1  # the operations inside a norm are not followed
 
         return hook
 
@@ -137,18 +137,18 @@ class _Follow(Following):
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Move the tags along, or write down what stops them."""
         inputs, outs = tensors_of((args, kwargs)), tensors_of(out)
-        if any(t.is_nested for t in (*inputs, *outs)):  # has no shape that a shadow could have
+        if any(t.is_nested for t in (*inputs, *outs)):  # tag planes have plain shapes
             self.stop(inputs, f"{self._where(func)} reads it")
             for t in filter(self._is_parameter, inputs):
                 self._use(t, None, self._where(func))
             return
         if func._schema.is_mutable and inputs:
-            self.constant_storages.discard(storage_of(inputs[0]))  # a buffer that the forward writes is none
+            self.constant_storages.discard(storage_of(inputs[0]))  # a buffer that the forward writes is no constant
         parameters = [t for t in inputs if self._is_parameter(t)]
         operands_ = self._linear(func, args, kwargs, out) if parameters else []
         if not operands_ and any(t in self.shadows for t in inputs):
             operands_ = self._pass(func, args, kwargs, out)
-        aliases = {storage_of(t) for t in outs}  # a view reads nothing yet
+        aliases = {storage_of(t) for t in outs}  # making a view reads no number
         for t in parameters:
             if storage_of(t) not in aliases and not any(t is operand for operand in operands_):
                 self._use(t, None, self._where(func))
@@ -157,7 +157,7 @@ class _Follow(Following):
                 self.constants[t] = True
 
     def _pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
-        """Follow what no weight meets; returns a parameter that turned out to be a linear operation's bias."""
+        """Follow an operation without a weight; return the parameter that turns out to be a linear operation's bias."""
         tagged = [t for t in tensors_of((args, kwargs)) if t in self.shadows]
         if func._schema.is_mutable:
             self.stop(tagged, f"{self._where(func)} changes it in place")
@@ -196,8 +196,8 @@ class _Follow(Following):
         return f"{name} in '{self.paths[-1]}'" if self.paths[-1] else f"{name} in the model's own forward"
 
     def _shadow(self, value: Any) -> Shadow | None:
-        found: Shadow | None = self.shadows.get(value) if isinstance(value, Tensor) else None
-        return found
+        shadow: Shadow | None = self.shadows.get(value) if isinstance(value, Tensor) else None
+        return shadow
 
     def _is_parameter(self, value: Any) -> bool:
         return isinstance(value, Tensor) and storage_of(value) in self.owners
@@ -230,27 +230,27 @@ class _Follow(Following):
         return Shadow(tags, None if shadow.factor is None else factors.expand(out.shape))
 
     def _added(self, func: Any, one: Any, other: Any, out: Tensor) -> tuple[Shadow | None, list[Tensor]]:
-        """The shadow of a sum, and the bias if it adds one; None if neither a residual nor a bias is added."""
+        """Give the tags of a sum, and the bias if it adds one; None if neither a residual nor a bias is added."""
         if self._shadow(one) is None:
             one, other = other, one
-        mine, others = self._shadow(one), self._shadow(other)
-        if mine is None:
+        shadow, others = self._shadow(one), self._shadow(other)
+        if shadow is None:
             return None, []
         if others is None:
-            return self._bias_added(mine, other, out, func)
-        if mine.tags.shape != others.tags.shape:
+            return self._bias_added(shadow, other, out, func)
+        if shadow.tags.shape != others.tags.shape:
             return None, []
-        if bool((mine.tags >= self.features_from).any()):
-            mine, others = others, mine
-        is_stream = (mine.tags > 0) & (mine.tags < self.features_from)
-        pairs = function_of(others.tags, mine.tags)
+        if bool((shadow.tags >= self.features_from).any()):
+            shadow, others = others, shadow
+        is_stream = (shadow.tags > 0) & (shadow.tags < self.features_from)
+        pairs = function_of(others.tags, shadow.tags)
         if pairs is None or not bool((is_stream & (others.tags >= self.features_from)).all()):
             return None, []
         self.trace.residuals.append(Residual(pairs[1].long(), pairs[0], self.paths[-1]))
-        return mine, []
+        return shadow, []
 
     def _bias_added(self, features: Shadow, bias: Any, out: Tensor, func: Any) -> tuple[Shadow | None, list[Tensor]]:
-        """A linear operation's bare output and a parameter: from here on their sum is the operation's output."""
+        """Add a parameter to a linear operation's bare output: from here on the sum is the operation's output."""
         view, tags = self.view_of(bias), features.present()
         linear = next((n for n in self.trace.linears if len(tags) and n.outputs == tags[0]), None)
         if view is None or linear is None or features.factor is not None or out.shape != features.tags.shape:
@@ -276,61 +276,61 @@ class _Follow(Following):
     # --- linear operations ---
 
     def _linear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[Tensor]:
-        """Write a linear operation down, tag its output, and return its parameters; none if it is no such operation."""
-        found = operands(func, args, kwargs, self._is_parameter)
-        view = self.view_of(found.form) if isinstance(found, Operands) and out.numel() else None
-        if view is None or not isinstance(found, Operands) or view.is_expanded:
+        """Record a linear operation, tag its output, and return its parameters; none if it is no such operation."""
+        operation = operands(func, args, kwargs, self._is_parameter)
+        view = self.view_of(operation.form) if isinstance(operation, Operands) and out.numel() else None
+        if view is None or not isinstance(operation, Operands) or view.is_expanded:
             return []
-        index = self._index_of(func, view, found, out)
+        index = self._index_of(func, view, operation, out)
         linear = self.trace.linears[index]
         groups, inputs, outputs = linear.size
-        shadow = self._shadow(found.x)
+        shadow = self._shadow(operation.x)
         if shadow is None:
             nothing = torch.zeros(groups, inputs)
             read = columns(Shadow(nothing.double()), lambda plane: plane[..., None])
         else:
             features = torch.where(shadow.tags < self.features_from, 0.0, shadow.tags)
             self._stop(Shadow(features), f"{linear} reads it")
-            read = columns(Shadow(shadow.tags - features, shadow.factor), found.gather)
+            read = columns(Shadow(shadow.tags - features, shadow.factor), operation.gather)
             if read.problem:
                 self._stop(Shadow(shadow.tags - features), f"{linear}: {read.problem}")
         linear.note(read)
         first = linear.outputs + torch.arange(groups * outputs, dtype=torch.float64, device=out.device)
-        self.shadows[out] = Shadow(found.spread(first.view(groups, outputs)).expand(out.shape))
+        self.shadows[out] = Shadow(operation.spread(first.view(groups, outputs)).expand(out.shape))
         where = self._where(func)
-        self._use(found.weight, index, where)
-        if found.bias is None:
-            return [found.weight]
-        self.stop([found.bias], f"{linear} adds it to its own output")
+        self._use(operation.weight, index, where)
+        if operation.bias is None:
+            return [operation.weight]
+        self.stop([operation.bias], f"{linear} adds it to its own output")
         if isinstance(linear.bias, View):
-            self._use(found.bias, index, where)
-        return [found.weight, *([found.bias] if isinstance(linear.bias, View) else [])]
+            self._use(operation.bias, index, where)
+        return [operation.weight, *([operation.bias] if isinstance(linear.bias, View) else [])]
 
-    def _index_of(self, func: Any, view: View, found: Operands, out: Tensor) -> int:
-        slot = self._slot(view, found, out)
+    def _index_of(self, func: Any, view: View, operation: Operands, out: Tensor) -> int:
+        slot = self._slot(view, operation, out)
         if view not in self.linear_of_view:
             first = self.trace.new_tags(view.size[0] * view.size[2])
             name = func.overloadpacket.__name__
-            linear = Linear(name, self.paths[-1], view, first, slot, found.bias is not None, found.pads)
+            linear = Linear(name, self.paths[-1], view, first, slot, operation.bias is not None, operation.pads)
             self.trace.linears.append(linear)
             self.linear_of_view[view] = len(self.trace.linears) - 1
         index = self.linear_of_view[view]
         linear = self.trace.linears[index]
         if slot != (linear.bare_slot if linear.biased else linear.bias):
             linear.problem = "it is used in two ways"
-        linear.pads = linear.pads or found.pads
+        linear.pads = linear.pads or operation.pads
         return index
 
-    def _slot(self, view: View, found: Operands, out: Tensor) -> Slot:
-        if found.bias is None:
+    def _slot(self, view: View, operation: Operands, out: Tensor) -> Slot:
+        if operation.bias is None:
             return new_bias(self.model, view, self.paths[-1])
-        bias = self.view_of(found.bias)
+        bias = self.view_of(operation.bias)
         if bias is None:
             return "its bias is computed, not a Parameter"
         groups, outputs = view.size[0], view.size[2]
-        picked = found.pick(found.align(found.bias).expand(out.shape))
+        picked = operation.pick(operation.align(operation.bias).expand(out.shape))
         slot = View(bias.name, tuple(picked.shape), tuple(picked.stride()), bias.offset)
-        if found.bias.numel() != groups * outputs or slot.is_expanded:
+        if operation.bias.numel() != groups * outputs or slot.is_expanded:
             return "its bias is not one number for each output"
         return slot
 

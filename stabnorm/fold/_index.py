@@ -1,4 +1,4 @@
-"""The trace, indexed by tag: who a tag belongs to, what stops it, and what can be done to a linear operation."""
+"""The trace, indexed by tag: whose tag it is, what stops it, and how a linear operation can be changed."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ class Index:
     """Tables over a trace's tags; an entry is `NONE`, `SEVERAL`, or what the table says.
 
     Args:
-        trace: What was seen.
+        trace: The records of the forward.
         tied: For each parameter that has a second owner, that owner's name for it.
         untie: Whether such a parameter may get a copy of its own.
     """
@@ -66,21 +66,21 @@ class Index:
         return ""
 
     def sites(self, tags: Tensor) -> list[int]:
-        """The norms whose channels these are."""
+        """List the norms whose channels these are."""
         return [site for site in torch.unique(self.site[tags]).tolist() if site != NONE]
 
     def linears(self, tags: Tensor) -> list[int]:
-        """The linear operations whose features these are."""
+        """List the linear operations whose features these are."""
         return [linear for linear in torch.unique(self.linear[tags]).tolist() if linear != NONE]
 
     def text(self, table: Tensor, tags: Tensor) -> str:
-        """What the first obstacle on these tags says; empty if there is none."""
-        found = table[tags]
-        found = found[found != NONE]
-        return self.trace.obstacles[int(found.min())].text if len(found) else ""
+        """Give the text of the first obstacle on these tags; empty if there is none."""
+        obstacles = table[tags]
+        obstacles = obstacles[obstacles != NONE]
+        return self.trace.obstacles[int(obstacles.min())].text if len(obstacles) else ""
 
     def bias_problem(self, index: int) -> str:
-        """Why a linear operation's outputs cannot get a shift; empty if they can."""
+        """Say why a linear operation's outputs cannot get a shift; empty if they can."""
         linear = self.trace.linears[index]
         if isinstance(linear.bias, str):
             return linear.bias
@@ -91,7 +91,7 @@ class Index:
         return self._problem(index, linear.bias) if isinstance(linear.bias, View) else ""
 
     def rows_problem(self, features: Tensor) -> str:
-        """Why these features cannot be scaled; empty if they can."""
+        """Say why these features cannot be scaled; empty if they can."""
         stopped = self.text(self.obstacle, features)
         if stopped:
             return stopped

@@ -1,8 +1,8 @@
-"""The model before folding, in two precisions: what a folded one must return in each, and how closely.
+"""The unfolded model in two precisions: what a folded one must return in each, and how closely.
 
-In float64 the algebra shows: rounding cannot hide a fault there. In the model's own precision only what the algebra
-does not know shows: an overflow, a mixture of types that does not run. How far rounding carries in this model is
-measured: it is the distance between the two.
+In float64 the algebra is checked, because rounding cannot hide a fault there. In the model's own precision those faults
+show that the algebra does not know: an overflow, or a mixture of types that does not run. The distance between the two
+outputs measures how far rounding carries in this model.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ class Lanes:
 
     Args:
         lanes: float64 where it runs, and the model's own precision.
-        trace: What was seen, in the first of them.
+        trace: The records of a forward in the first of them.
         tied: For each parameter that has a second owner, that owner's name for it.
         checked_on: The inputs, in words.
     """
@@ -63,7 +63,7 @@ class Lanes:
     checked_on: str
 
     def precision(self, error: float) -> str:
-        """What an error in the first lane was computed in; a lower precision that it does not show does not count."""
+        """Name the precision in which an error of the first lane was computed: float64 where the error is as small."""
         is_wide = len(self.lanes) > 1
         lowest = torch.float64 if is_wide and error <= TOLERANCE[torch.float64] else self.lanes[0].lowest
         return str(lowest).removeprefix("torch.")
@@ -109,7 +109,7 @@ def make_lanes(
 
 
 def try_on(lanes: Lanes, change: Callable[[nn.Module], None], outputs: Picker) -> tuple[float, str]:
-    """Change a copy in each lane: the error in the first one, and what is wrong; empty if nothing is."""
+    """Change a copy in each lane; give the error in the first one, and what is wrong, empty if nothing is."""
     errors = []
     for lane in lanes.lanes:
         changed = copied(lane.model)
@@ -159,31 +159,31 @@ def _own_lane(
             "the model returns something else each time it runs the example. Take out what is random in eval or left "
             "over from the forward before, or name the outputs that matter with outputs="
         )
-    said = "the example" if len(examples) == 1 else f"{len(examples)} examples"
+    inputs = "the example" if len(examples) == 1 else f"{len(examples)} examples"
     if check is not None:
         try:
             more = run_all(unfolded, check, outputs)
         except Exception as error:
             raise ValueError(f"the model does not run on check: {type(error).__name__}: {error}") from error
-        return Lane(model, examples + check, expected + more, precision.lowest, tolerance), f"{said} and check"
+        return Lane(model, examples + check, expected + more, precision.lowest, tolerance), f"{inputs} and check"
     seconds, more = [], []
     for given in examples:
         second = redrawn(given)
         try:
-            (found,) = run_all(unfolded, [second], outputs)
-        except Exception:  # not all that is redrawn is an input: then the example must do
+            (returned,) = run_all(unfolded, [second], outputs)
+        except Exception:  # some tensors cannot be redrawn: then the example alone must do
             continue
-        if finite(found) and not is_same(second, given):
+        if finite(returned) and not is_same(second, given):
             seconds.append(second)
-            more.append(found)
-    said += " and a second input" if seconds else ""
-    return Lane(model, examples + seconds, expected + more, precision.lowest, tolerance), said
+            more.append(returned)
+    inputs += " and a second input" if seconds else ""
+    return Lane(model, examples + seconds, expected + more, precision.lowest, tolerance), inputs
 
 
 def _untie(model: nn.Module) -> dict[str, str]:
-    """Give every module its own copy of a parameter it shares, and name for each such parameter another owner's.
+    """Give every module its own copy of a shared parameter; return another owner's name for each such parameter.
 
-    So the trace tells who reads which. Of these copies a folded model keeps those that folding changes.
+    So the trace shows which module reads which copy. A folded model keeps the copies that folding changes.
     """
     tied = {}
     for (first, _), *rest in Tree(model).holders.values():

@@ -1,7 +1,7 @@
 """From a trace to what happens to each norm and each weight. Pure: the same trace gives the same plan.
 
-Along a path that folds, the value v of the model as it is and the value u of the folded model differ by one affine map
-per channel: v = A u + C. This is all the algebra there is:
+Along a path that folds, the unfolded model's value v and the folded model's value u differ by one affine map per
+channel: v = A u + C. This is the whole algebra:
 
 - behind a norm y = a x + c whose input is untouched: A = a, C = c;
 - behind one whose input is itself such a stream, v = A' u + C': A = a A', C = a C' + c;
@@ -44,17 +44,17 @@ class Edit:
 
     @property
     def shifts(self) -> bool:
-        """Whether there must be a bias."""
+        """Whether a bias is needed."""
         return bool((self.in_shift != 0).any() or (self.out_shift != 0).any())
 
     @property
     def changes(self) -> bool:
-        """Whether anything does."""
+        """Whether any number changes."""
         return self.shifts or bool((self.in_scale != 1).any() or (self.out_scale != 1).any())
 
     @property
     def parameters(self) -> list[str]:
-        """Names of the parameters that change and are there already."""
+        """Names of the parameters that exist already and change."""
         bias = self.linear.bias
         return [self.linear.weight.name, *([bias.name] if isinstance(bias, View) else [])]
 
@@ -89,10 +89,10 @@ def plan_folds(
     refused: Mapping[str, str] | None = None,
     fixed: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Decide.
+    """Decide what happens to each norm and each weight.
 
     Args:
-        trace: What was seen.
+        trace: The records of a forward.
         residual: Whether a stream may carry a norm's scale through residual adds. Default: True.
         tied: For each parameter that has a second owner, that owner's name for it. Default: none.
         untie: Whether such a parameter may get a copy of its own. Default: True.
@@ -113,7 +113,7 @@ def plan_folds(
 
 
 class _Decisions:
-    """Which norms fold forward, refusal by refusal, and then the rest."""
+    """Decides which norms fold forward, by refusing one after the other, and then what happens to the rest."""
 
     def __init__(self, index: Index, refused: Mapping[str, str], fixed: Mapping[str, str]) -> None:
         self.index, self.trace, self.refused, self.fixed = index, index.trace, refused, fixed
@@ -175,7 +175,7 @@ class _Decisions:
                 )
 
     def refuse_unread(self) -> None:
-        """What nothing was seen to read may have left by a way that cannot be followed, such as NumPy."""
+        """Refuse norms that nothing reads: their output may have left by a way that is not followed, such as NumPy."""
         for site, first in enumerate(self.trace.first_tags):
             if not self.reasons[site] and not self._readers(site):
                 self._refuse(torch.tensor([first]), "nothing was seen to read its output")
@@ -194,7 +194,7 @@ class _Decisions:
                 self._refuse(add.stream, f"{where}: {problem}")
 
     def settle(self) -> None:
-        """Follow A and C along the streams and refuse what they do not allow, until all is allowed."""
+        """Follow A and C along the streams, and refuse norms whose A or C is not allowed, until all are allowed."""
         order = list(dict.fromkeys(call.site for call in self.trace.calls))
         fresh = True
         while fresh:
@@ -216,7 +216,7 @@ class _Decisions:
                 )
 
     def _composed(self, site: int) -> tuple[Tensor, Tensor]:
-        """A and C behind a norm that folds, or scale and shift of one that stays."""
+        """Give A and C behind a norm that folds, or scale and shift of one that stays."""
         scale, shift = self.trace.sites[site].scale, self.trace.sites[site].shift
         if site not in self.links:
             return scale, shift
@@ -227,7 +227,7 @@ class _Decisions:
     # --- backward ---
 
     def _backward_problem(self, site: int) -> str:
-        """Why a norm cannot go into the layer before it; empty if it can."""
+        """Say why a norm cannot go into the layer before it; empty if it can."""
         calls, affine = self.index.calls[site], self.trace.sites[site]
         if not calls or any(call.source != "linear" for call in calls):
             return "its input is more than a linear layer's output"
@@ -288,23 +288,23 @@ class _Decisions:
         return plan
 
     def _edit(self, linear: Linear) -> Edit:
-        """What the streams that a linear operation reads do to its weight."""
+        """Give the change of a linear operation's weight that makes up for the streams it reads."""
         groups, _, outputs = linear.size
-        read = linear.reads[0]  # where there are several, nothing of them folds
+        read = linear.reads[0]  # where there are several, none of them folds
         scale, shift = self.scale[read.tags], _times(read.factor, self.shift[read.tags])
         one = torch.ones(groups, outputs, dtype=torch.float64)
         return Edit(linear, scale, shift, one, torch.zeros_like(one))
 
     def _scale_rows(self, edits: list[Edit], features: Tensor, scale: Tensor, shift: Tensor | None = None) -> list[str]:
-        """Scale features, and shift them; returns the layers."""
+        """Scale features, and shift them; return the layers' names."""
         names = []
         for index in self.index.linears(features):
-            mine = self.index.linear[features] == index
+            own = self.index.linear[features] == index
             edit = edits[index]
-            rows = features[mine] - (edit.linear.biased or edit.linear.outputs)
-            edit.out_scale.view(-1)[rows] = scale[mine]
+            rows = features[own] - (edit.linear.biased or edit.linear.outputs)
+            edit.out_scale.view(-1)[rows] = scale[own]
             if shift is not None:
-                edit.out_shift.view(-1)[rows] = shift[mine]
+                edit.out_shift.view(-1)[rows] = shift[own]
             names.append(edit.linear.name)
         return names
 
@@ -321,5 +321,5 @@ class _Decisions:
 
 
 def _times(factor: Tensor, shift: Tensor) -> Tensor:
-    """The product; a factor that is unknown does not matter where there is no shift."""
+    """Multiply; an unknown factor does not matter where the shift is 0."""
     return torch.where(shift == 0, 0, factor * shift)

@@ -8,12 +8,15 @@ from stabnorm._models.examples import Example
 
 
 def redrawn(example: Example, seed: int = 0) -> Example:
-    """Another input of these shapes: floats with another mean and scale, integers shuffled, masks and scalars kept."""
+    """Make another input of these shapes: other floats, with another mean and scale, and shuffled integers.
+
+    Masks and scalars stay.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def change(t: Tensor) -> Tensor:
         if t.is_nested or t.layout != torch.strided or (t.itemsize == 1 and t.is_floating_point()):
-            return t  # has no elements to draw anew, or, of float8, no arithmetic
+            return t  # its elements cannot be drawn anew, or it has no arithmetic, as float8
         if t.is_complex():
             return torch.view_as_complex(change(torch.view_as_real(t.resolve_conj())))
         if t.ndim == 0 or not t.numel() or t.dtype == torch.bool or _is_mask(t):
@@ -42,5 +45,5 @@ def _is_mask(t: Tensor) -> bool:
 
 
 def cast(example: Example, dtype: torch.dtype) -> Example:
-    """Floating tensors in another precision."""
+    """Convert the floating tensors to another precision."""
     return example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)

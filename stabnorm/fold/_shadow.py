@@ -1,11 +1,11 @@
-"""Shadows: what each element of a tensor is, followed through every operation that only moves elements.
+"""Tag planes: for each element of a tensor a tag, followed through every operation that only moves elements.
 
-A tag is a number: 0 for what is not followed, `ZERO` for an exact zero that padding put there, and a positive integer
-for one channel of one norm, or one output feature of one linear layer. Tags are float64, so that whatever moves or
-averages activations can be run again on their tags, and no operation needs a rule of its own.
+A tag is a number: 0 for an element that is not followed, `ZERO` for an exact zero from a padding, and a positive
+integer for one channel of one norm, or one output feature of one linear layer. Tags are float64. So an operation that
+moves or averages activations can be run again on their tags, and needs no rule of its own.
 
-Beside its tag an element has the factor its shift was multiplied by since: after ``s * norm(x)`` a scale folded out of
-the norm is the same, but its shift is s times as large.
+Beside its tag an element has the factor by which its shift was multiplied since: after ``s * norm(x)`` a scale that is
+folded out of the norm is the same, but its shift is s times as large.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ ZERO = -1.0
 
 @dataclass(frozen=True, eq=False)
 class Shadow:
-    """Tags of one tensor's elements, and their factors; None where every factor is 1."""
+    """The tag plane of one tensor, and the elements' factors; None where every factor is 1."""
 
     tags: Tensor
     factor: Tensor | None = None
 
     def present(self) -> Tensor:
-        """The positive tags, each once and in order."""
+        """List the positive tags, each once and in order."""
         tags = self.tags.flatten().clamp(min=0).long()
         seen = torch.zeros(int(tags.max()) + 1 if tags.numel() else 1, dtype=torch.bool, device=tags.device)
         seen[tags] = True
@@ -36,7 +36,7 @@ class Shadow:
         return seen.nonzero().flatten().cpu()
 
     def factors(self) -> Tensor:
-        """The factors, ones written out."""
+        """Give the factors, also where they are all 1."""
         return torch.ones_like(self.tags) if self.factor is None else self.factor
 
 
@@ -60,12 +60,12 @@ _AVERAGES = {
 
 
 def moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shadow: Shadows, out: Any) -> list[Shadow] | None:
-    """Shadows of what `func` returns, if it only moves elements of its first argument; None if it does more."""
+    """Give the tag planes of the results, if `func` only moves elements of its first argument; None if it does more."""
     if func.overloadpacket not in _MOVES or func is aten.view.dtype or not _all_floating(out):
         return None
     first, *rest = args
     sources = [(t, shadow(t)) for t in (first if isinstance(first, list | tuple) else [first])]
-    if all(source is None for _, source in sources):  # what is followed is an index here
+    if all(source is None for _, source in sources):  # only an index has tags
         return None
 
     def run(plane: Callable[[Shadow], Tensor], fill: float, padding: float) -> list[Tensor]:
@@ -95,12 +95,12 @@ def _run(func: Any, first: Any, rest: list[Any], kwargs: dict[str, Any], padding
 
 
 def averaged(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shadow: Shadows, out: Any) -> Shadow | None:
-    """The shadow of an average, an interpolation or a sum over elements with the same tag; None if they differ."""
+    """Give the tag plane of an average, interpolation or sum over elements with one tag; None if the tags differ."""
     source = shadow(args[0]) if args else None
     if func.overloadpacket not in _AVERAGES | {aten.sum} or source is None or not _all_floating(out):
         return None
     if func.overloadpacket is aten.sum:
-        func = aten.mean  # of the tags; that a sum adds the shift several times is the caller's to say
+        func = aten.mean  # of the tags; the caller reports that a sum adds the shift several times
     kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
 
     def average(plane: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _all_floating(out: Any) -> bool:
 
 
 def function_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Each key once, and its value; None if a key has several, or is not positive."""
+    """List each key once, with its value; None if a key has several values, or is not positive."""
     keys, values = keys.flatten().long(), values.flatten().double()
     if not keys.numel() or bool((keys <= 0).any()):
         return None
@@ -136,8 +136,8 @@ def function_of(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
     table[keys] = values
     if not torch.equal(table[keys], values):
         return None
-    found = torch.isfinite(table).nonzero().flatten()
-    return found.cpu(), table[found].cpu()
+    present = torch.isfinite(table).nonzero().flatten()
+    return present.cpu(), table[present].cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ class Columns:
     problem: str
 
     def same(self, other: "Columns") -> bool:
-        """Whether the same arrives, padding apart."""
+        """Whether the same arrives, apart from padding."""
         return (
             torch.equal(self.tags, other.tags)
             and torch.allclose(self.factor, other.factor, rtol=1e-12, atol=0, equal_nan=True)
@@ -166,7 +166,7 @@ class Columns:
 
 
 def columns(shadow: Shadow, gather: Callable[[Tensor], Tensor]) -> Columns:
-    """What reaches each input, over all positions; `gather` turns a plane into ``[groups, inputs, positions]``."""
+    """Say what reaches each input, over all positions; `gather` turns a plane into ``[groups, inputs, positions]``."""
     planes = gather(shadow.tags)
     high, low = planes.amax(-1), torch.where(planes > 0, planes, torch.inf).amin(-1)
     followed = high > 0

@@ -17,7 +17,7 @@ Outputs = list[list[Tensor]]
 
 
 def run_all(model: nn.Module, examples: Sequence[Example], outputs: Picker) -> Outputs:
-    """The floating tensors the model returns for each example; of a complex one, its real and imaginary parts."""
+    """Run the model on each example, and list the floating tensors it returns; complex ones as pairs of reals."""
     returned = []
     for example in examples:
         tensors = tensors_in(run(model, example), outputs)
@@ -26,10 +26,10 @@ def run_all(model: nn.Module, examples: Sequence[Example], outputs: Picker) -> O
     return returned
 
 
-def largest_error(found: Outputs, expected: Outputs) -> float:
-    """Largest difference of a tensor's elements, relative to the largest that differs; inf where one is not finite."""
+def largest_error(outputs: Outputs, expected: Outputs) -> float:
+    """Give the largest difference, relative to the largest element that differs; inf where one is not finite."""
     worst = 0.0
-    for tensors, references in zip(found, expected, strict=True):
+    for tensors, references in zip(outputs, expected, strict=True):
         if [t.shape for t in tensors] != [t.shape for t in references]:
             return float("inf")
         for t, reference in zip(tensors, references, strict=True):
@@ -43,7 +43,7 @@ def largest_error(found: Outputs, expected: Outputs) -> float:
 
 
 def _size(reference: Tensor, same: Tensor) -> Tensor:
-    """The largest element that differs: not the -1e9 that masks a logit, beside which no fault would show."""
+    """Give the largest element that differs, not the -1e9 that masks a logit: beside that no fault would show."""
     finite = reference.isfinite()
     if not bool(finite.any()):
         return reference.new_ones(())
@@ -53,12 +53,12 @@ def _size(reference: Tensor, same: Tensor) -> Tensor:
 
 
 def finite(outputs: Sequence[Tensor]) -> bool:
-    """Whether there is something, and none of it NaN."""
+    """Whether there is an output, and no NaN in it."""
     return bool(outputs) and not any(bool(t.isnan().any()) for t in outputs)
 
 
 class Precision(TorchDispatchMode):
-    """The lowest floating precision that any operation returned."""
+    """Records the lowest floating precision that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""Who writes what the norms read: the layers, embeddings and parameters whose sum a residual stream is.
+"""The layers, embeddings and parameters whose sum the norms read: those that write a residual stream.
 
-Tags are channels here, counted from 1. A tensor also has the set of writers it is a sum of. Only what treats all
-channels alike keeps them: movement, averages, sums with other streams, multiplication by a number. Anything else needs
-the stream as it is, and is written down against its writers.
+Tags are channels here, counted from 1. A tensor also has the set of writers of which it is the sum. Only operations
+that treat all channels alike keep it: movement, averages, sums with other streams, multiplication by a number. Any
+other operation needs the stream unchanged, so its writers get a problem.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ class Writer:
 
 @dataclass
 class Streams:
-    """What was seen: writers, the norms that read each set of them, and the norms that read something else."""
+    """What a forward shows: writers, the norms that read each set of them, and the norms that read something else."""
 
     writers: list[Writer] = field(default_factory=list)
     reads: list[tuple[str, frozenset[int]]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Streams:
 
 
 def find_streams(model: nn.Module, norms: Sequence[str], examples: Sequence[Example], outputs: Picker) -> Streams:
-    """Run `model` and write down what the named norms read; their channels are on the last axis."""
+    """Run the model and record what the named norms read; their channels are on the last axis."""
     mode = _FollowStreams(model)
     with hooked(mode.hooks(norms)):
         for example in examples:
@@ -90,7 +90,7 @@ class _FollowStreams(Following):
         self.pauses -= 1
 
     def stop(self, tensors: Sequence[Tensor], why: str) -> None:
-        """Write down that the streams in `tensors` are needed as they are."""
+        """Record that something needs the streams in `tensors` unchanged."""
         for t in tensors:
             if t in self.stream:
                 self._blame(self.stream[t][1], why)
@@ -107,10 +107,10 @@ class _FollowStreams(Following):
         if any(t.is_nested for t in (*inputs, *tensors_of(out))):
             self.stop(followed, f"{where} reads it without a norm")
             return
-        found = operands(func, args, kwargs, lambda t: self.view_of(t) is not None)
-        if isinstance(found, Operands):
+        operation = operands(func, args, kwargs, lambda t: self.view_of(t) is not None)
+        if isinstance(operation, Operands):
             self.stop(followed, f"{where} reads it without a norm")
-            self._written(found, out)
+            self._written(operation, out)
             return
         if func.overloadpacket is aten.embedding and self.view_of(args[0]) is not None:
             self._add_writer(out, args[0][None], None, torch.arange(1, out.shape[-1] + 1, device=out.device))
@@ -135,16 +135,16 @@ class _FollowStreams(Following):
         if average is not None:
             return [average]
         one, other = (*args[:2], None)[:2]
-        mine, others = self._shadow(one), self._shadow(other)
-        if func.overloadpacket in (aten.mul, aten.div) and mine and isinstance(other, int | float):
-            return [mine]
-        if func.overloadpacket is aten.add and mine and others:
-            sums = torch.broadcast_tensors(mine.tags, others.tags)
+        shadow, others = self._shadow(one), self._shadow(other)
+        if func.overloadpacket in (aten.mul, aten.div) and shadow and isinstance(other, int | float):
+            return [shadow]
+        if func.overloadpacket is aten.add and shadow and others:
+            sums = torch.broadcast_tensors(shadow.tags, others.tags)
             return [Shadow(sums[0])] if torch.equal(*sums) else None
         return None
 
     def _take_in_parameters(self, inputs: Sequence[Tensor], like: Shadow) -> None:
-        """A parameter added to a stream, or joined to it, writes to it: positions, a class token."""
+        """Record as writers the parameters that are added to a stream or joined to it: positions, a class token."""
         channels = torch.arange(1, like.tags.shape[-1] + 1, device=like.tags.device)
         for t in inputs:
             view = self.view_of(t)
@@ -153,17 +153,17 @@ class _FollowStreams(Following):
                 if whole.shape[-1] == len(channels) and whole.is_contiguous():
                     self._add_writer(t, whole.detach().view(1, -1, len(channels)), None, channels)
 
-    def _written(self, found: Operands, out: Tensor) -> None:
-        groups, _, outputs = found.form.shape[:3]
+    def _written(self, operation: Operands, out: Tensor) -> None:
+        groups, _, outputs = operation.form.shape[:3]
         bias = None
-        if found.bias is not None:
-            picked = found.pick(found.align(found.bias).expand(out.shape))
+        if operation.bias is not None:
+            picked = operation.pick(operation.align(operation.bias).expand(out.shape))
             bias = self.view_of(picked)
             if bias is None:
                 return
-        if groups == 1:  # the mean over outputs of several groups is not one group's
-            channels = found.spread(torch.arange(1.0, outputs + 1, device=out.device)[None])
-            self._add_writer(out, found.form, bias, channels)
+        if groups == 1:  # a mean over the outputs of several groups is not one group's
+            channels = operation.spread(torch.arange(1.0, outputs + 1, device=out.device)[None])
+            self._add_writer(out, operation.form, bias, channels)
 
     def _add_writer(self, out: Tensor, form: Tensor, bias: View | None, channels: Tensor) -> None:
         view = self.view_of(form)
@@ -177,5 +177,5 @@ class _FollowStreams(Following):
         self.stream[out] = (Shadow(channels.double().expand(out.shape)), frozenset([index]))
 
     def _shadow(self, value: Any) -> Shadow | None:
-        found = self.stream.get(value) if isinstance(value, Tensor) else None
-        return None if found is None else found[0]
+        stream = self.stream.get(value) if isinstance(value, Tensor) else None
+        return None if stream is None else stream[0]

@@ -43,37 +43,37 @@ def fold_norms(
 
     The model runs once on the example while each norm's channels are followed to whatever reads them. A norm goes
     forward into the linear and convolution layers that read it, or along the residual stream of a post-norm model, or
-    backward into the layer before it; what finds no place becomes one multiply-add. A LayerNorm or RMSNorm stays and is
-    named. Then both models run, in float64 where a ``.double()`` copy can, on the example and on a second input; what
-    does not hold is rolled back.
+    backward into the layer before it; a norm that finds no place becomes one multiply-add. A LayerNorm or RMSNorm stays
+    and is named. Then both models run, in float64 where a ``.double()`` copy can, on the example and on a second input.
+    A fold that does not hold is rolled back.
 
-    A path that the example does not take is not seen: pass several examples where there are several paths, and where a
-    padding, or a multiplication by ``x.shape[1] ** -0.5`` or the like, depends on the shape. What a forward stores
-    aside, or a hook takes out, may be unnormalised afterwards.
+    A path that the example does not take is not seen. Pass several examples where the model has several paths, or where
+    a padding or a factor such as ``x.shape[1] ** -0.5`` depends on the shape. A tensor that a forward stores, or that a
+    hook takes out, may be unnormalised afterwards.
 
     Args:
         model: in eval mode. RepBN, UnifiedNorm, PRepBN at lam = 0, torch's BatchNorm1d, 2d and 3d, and any module with
             ``fold_affine()`` fold.
-        example: a tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple ``(args, kwargs)`` of
-            these, or a list of such; a small batch, of a few rows and tokens, will do.
-        check: further inputs to verify on, in the same formats. Default: the example with floating tensors redrawn with
-            another mean and scale, integers shuffled, masks and scalars kept.
-        residual: whether a residual stream may carry a norm's scale (post-norm models). Weights grow with depth then,
-            see `FoldResult.max_gauge`; "auto": not where parameters are float16. Default: True.
-        tied: what to do with a weight that is also used elsewhere under another name, such as an output layer tied to
-            the embedding: "untie" gives it a copy, "refuse" leaves its norm. Default: "untie".
-        outputs: picks the outputs that matter from what the model returns. A norm whose own output is among them cannot
-            go. Default: all.
+        example: the model's arguments: a tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple
+            ``(args, kwargs)`` of these, or a list of several examples. A few rows and tokens are enough.
+        check: further examples to verify on. Default: the example with floating tensors redrawn with another mean and
+            scale, integers shuffled, and the same masks and scalars.
+        residual: whether a residual stream may carry a norm's scale (post-norm models). The weights then grow with
+            depth, see `FoldResult.max_gauge`; "auto" is False where parameters are float16. Default: True.
+        tied: what to do with a weight that a second module uses under another name, such as an output layer tied to the
+            embedding: "untie" gives it a copy, "refuse" keeps its norm. Default: "untie".
+        outputs: a function that picks the outputs that matter from what the model returns. A norm whose own output is
+            among them cannot go. Default: all outputs.
         strict: raise when a norm is kept. Default: False.
-        inplace: fold `model` itself instead of a copy; weights that change become new Parameters, so that nothing else
-            that holds the old ones changes with them. Default: False.
+        inplace: fold `model` itself instead of a copy. Weights that change become new Parameters, so that other holders
+            of the old ones do not change. Default: False.
 
     Returns:
-        The folded model, and for each norm where it went or why it did not; see `FoldResult`.
+        The folded model, and for each norm where it went or why it stays; see `FoldResult`.
 
     Raises:
-        TypeError: `example` or `check` has none of the formats, `model` is no module, or a `fold_affine` returns
-            something else.
+        TypeError: `example` or `check` has none of the formats, `model` is no module, or a `fold_affine` does not
+            return (scale, shift, channel_dim).
         ValueError: an option is unknown, the example does not run, or the model cannot be copied or followed.
         StabNormError: the model is in training mode, compiled, scripted, without numbers (meta, lazy) or itself a norm;
             a `fold_affine` has other channels than its norm reads; or `strict` and one is kept.
@@ -106,9 +106,8 @@ def fold_gains(
 
     .. math:: W (\gamma \odot n(x) + \beta) + b = (W \operatorname{diag}(\gamma))\, n(x) + (b + W \beta)
 
-    The norms stay where they are, with gain 1 and bias 0, and every one has the status "kept"; `into` names the layers
-    that took its gain and bias in, `reason` says why there are none. The method is `fold_norms`', and so are the
-    arguments.
+    The norms stay, with gain 1 and bias 0, and every one has the status "kept". `into` names the layers that took its
+    gain and bias in; where there are none, `reason` says why. Method and arguments are those of `fold_norms`.
 
     Args:
         model: in eval mode.
@@ -173,7 +172,7 @@ def _fold(
         manifest = manifest_of(plan)
         _warn(manifest, vacuous)
         folded = model if inplace else copied(model)
-        if inplace:  # the first change to what is the user's; whatever shares memory with a weight stays as it is
+        if inplace:  # the first change to the user's model; whatever shares memory with a weight does not change
             own_parameters(folded, {name for edit in plan.edits for name in edit.parameters})
         apply_plan(plan, manifest, folded)
     precision = lanes.precision(error)
@@ -191,7 +190,7 @@ def _warn(manifest: dict[str, Any], vacuous: bool) -> None:
     if adapters:
         warnings.warn(
             f"a bias was added to {len(adapters)} LoRA adapters, first {adapters[0]!r}, and merging them later would "
-            "leave it out. Merge the adapters into their layers first, then fold.",
+            "lose it. Merge the adapters into their layers first, then fold.",
             stacklevel=4,
         )
 
@@ -200,7 +199,7 @@ def _warn(manifest: dict[str, Any], vacuous: bool) -> None:
 
 
 def check_model(model: nn.Module, is_eval: bool = True) -> None:
-    """Raise TypeError or StabNormError for what cannot be folded, whatever its norms are."""
+    """Raise TypeError or StabNormError for a model that cannot be folded, whatever its norms are."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}. Pass an nn.Module")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -227,7 +226,7 @@ def check_model(model: nn.Module, is_eval: bool = True) -> None:
 
 
 def _settle(lanes: Lanes, options: dict[str, Any], outputs: Picker) -> tuple[Plan, float]:
-    """The plan that holds, and its error in the first lane."""
+    """Find the plan that holds, and its error in the first lane."""
     refused: dict[str, str] = {}
     fixed: dict[str, str] = {}
     while True:
@@ -236,7 +235,7 @@ def _settle(lanes: Lanes, options: dict[str, Any], outputs: Picker) -> tuple[Pla
         if not problem:
             return plan, error
         folded = [fold.name for fold in plan.folds if fold.status in FOLDED or fold.into]
-        if not folded and not plan.affine:  # nothing is changed, and yet it differs
+        if not folded and not plan.affine:  # nothing was changed, and yet the output differs
             raise ValueError("the model returns something else each time it is copied and run: state outside of it?")
         culprits = {}
         for name in [*folded, *plan.affine]:

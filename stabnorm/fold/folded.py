@@ -1,4 +1,4 @@
-"""What stands where a norm was: nothing, or one multiply-add. No class here names a normalization."""
+"""Modules that take a folded norm's place: the identity, or one multiply-add. No class here names a normalization."""
 
 from typing import Any
 
@@ -34,12 +34,12 @@ class FoldedNorm(_Unfused, nn.Identity):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The input."""
+        """Return the input."""
         return tensor_input_of(args, kwargs)
 
 
 class FrozenAffine(_Unfused, Float32Buffers):
-    r"""y = scale x + shift per channel, in one operation: a norm that is affine in eval and found no weight to go into.
+    r"""y = scale x + shift per channel, in one operation: an eval-affine norm that no weight could take in.
 
     Scale and shift stay float32 under ``.to(torch.bfloat16)``, as the statistics they come from. The input goes by
     whatever name the norm had for it; further arguments, such as a mask, are ignored.
@@ -80,7 +80,7 @@ class FrozenAffine(_Unfused, Float32Buffers):
         return torch.addcmul(shift, x, scale).to(x.dtype)
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """``(scale, shift, channel_dim)``, float64: it can be folded again, say after the model was changed."""
+        """Give ``(scale, shift, channel_dim)`` in float64: it can be folded again after a change of the model."""
         return self.scale.double(), self.shift.double(), self.channel_dim
 
     def extra_repr(self) -> str:

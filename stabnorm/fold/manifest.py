@@ -1,4 +1,4 @@
-"""What folding changed in a model's structure, as JSON: with it a fresh model takes the folded weights."""
+"""The manifest: what folding changed in a model's structure, as JSON; with it a fresh model loads the weights."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ FORMAT = 1
 
 
 def manifest_of(plan: Plan) -> dict[str, Any]:
-    """The structural part of a plan."""
+    """Give the structural part of a plan."""
     new = [edit.linear.bias for edit in plan.edits if edit.shifts]
     return {
         "format": FORMAT,
@@ -71,32 +71,36 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     own_parameters(model, manifest["untied"])
     config = getattr(model, "config", None)
     if config is not None and manifest["untied"] and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # or saving the model would tie them again
+        config.tie_word_embeddings = False  # else saving the model would tie them again
     for name, size in manifest["biases"].items():
         owner, attribute = _owner(model, name)
         if owner._parameters.get(attribute) is None:
             _register_zeros(owner, attribute, size)
         if isinstance(owner, nn.MultiheadAttention) and owner.out_proj.bias is None:
-            _register_zeros(owner.out_proj, "bias", owner.embed_dim)  # its fast path wants both or none
+            _register_zeros(owner.out_proj, "bias", owner.embed_dim)  # the fast path needs both biases or none
     for name in manifest["folded"]:
         replace_module(model, name, FoldedNorm())
-    for name, said in manifest["affine"].items():
+    for name, sizes in manifest["affine"].items():
         like = floating_tensor_of(model.get_submodule(name))
         dtype = torch.promote_types(like.dtype, torch.float32)
-        scale = torch.ones(said["num_features"], dtype=dtype, device=like.device)
-        replace_module(model, name, FrozenAffine(scale, torch.zeros_like(scale), said["channel_dim"]))
-    for name, said in manifest.get("rms", {}).items():
+        scale = torch.ones(sizes["num_features"], dtype=dtype, device=like.device)
+        replace_module(model, name, FrozenAffine(scale, torch.zeros_like(scale), sizes["channel_dim"]))
+    for name, sizes in manifest.get("rms", {}).items():
         like = floating_tensor_of(model.get_submodule(name), model)
-        replace_module(model, name, nn.RMSNorm(said["num_features"], said["eps"], device=like.device, dtype=like.dtype))
+        replace_module(
+            model, name, nn.RMSNorm(sizes["num_features"], sizes["eps"], device=like.device, dtype=like.dtype)
+        )
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(m, FoldedNorm | FrozenAffine) for m in module.modules()
         ):
-            module.use_nested_tensor = module.enable_nested_tensor = False  # goes with the fused layers only
+            module.use_nested_tensor = module.enable_nested_tensor = (
+                False  # only the fused layers can take nested tensors
+            )
 
 
 def own_parameters(model: nn.Module, names: Iterable[str]) -> None:
-    """Give these names parameters of their own, with memory of their own."""
+    """Give the modules under these names parameters of their own, with memory of their own."""
     for name in names:
         owner, attribute = _owner(model, name)
         shared = getattr(owner, attribute)

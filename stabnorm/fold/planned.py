@@ -1,4 +1,4 @@
-"""`plan_fold`: what switching and folding a model would bring, before anything is trained."""
+"""`plan_fold`: what switching and folding would do to a model, before anything is trained."""
 
 import re
 import statistics
@@ -36,7 +36,7 @@ from stabnorm.recalibrate import recalibrate_norms
 
 ROUNDS = 5  # timed forwards
 AFFINE = 0.30  # residuals below are those of norms that can be switched: `stabnorm.gate.AffineGate`
-FEW = 100  # tokens: fewer explain a hundredth of any norm by chance
+FEW = 100  # tokens: on fewer, chance alone explains a hundredth of any norm's output
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class PlannedNorm(FoldedSite):
     Args:
         kind: What it is now: "layer", "rms", "batch", "group", "instance", or "affine" for a module of which only its
             `fold_affine` is known.
-        affine_residual: What switching it would lose there: the share of its output that no affine map per channel
-            reproduces, in [0, 1]. NaN where it was not reached, and for what is no layer or rms norm.
-        tokens: How many that was measured on. With N tokens it reads up to about 1 / (N - 1) too low.
-        share: Its share of the time of a forward; NaN where it was not reached.
+        affine_residual: What switching it would lose: the share of its output that no affine map per channel
+            reproduces, in [0, 1]. NaN for a norm that did not run, and for one that is no layer or rms norm.
+        tokens: The number of tokens this was measured on. With N tokens it reads up to about 1 / (N - 1) too low.
+        share: Its share of the time of a forward; NaN for a norm that did not run.
     """
 
     kind: str = "affine"
@@ -74,12 +74,12 @@ class FoldPlan:
 
     @property
     def share(self) -> float:
-        """The share of a forward that norms take of which nothing would be left."""
+        """The share of a forward that the norms take that would disappear."""
         return _total(norm.share for norm in self.norms if norm.status in FOLDED)
 
     @property
     def summary(self) -> str:
-        """One line: how many norms would go where, and what share of a forward that is."""
+        """One line: how many norms would get which status, and what share of a forward would be saved."""
         every = _total(norm.share for norm in self.norms)
         return (
             f"{len(self.norms)} norms, if switched to {self.to}: {counts_of(self.norms)}; norms take {every:.1%} of a "
@@ -121,24 +121,24 @@ def plan_fold(
     outputs: Callable[[Any], Any] | None = None,
     **norm_options: Any,
 ) -> FoldPlan:
-    r"""What would become of each norm if it were switched and folded: where it goes, what that loses, what it gains.
+    r"""Say for each norm what switching and folding it would do: where it goes, what that loses, what it gains.
 
-    Nothing is done to the model. A copy of it, in eval mode, is switched as `convert_norms` would, at lam = 0, with
-    running statistics from the example, and folded by `fold_norms`, verification included. Norms that are affine
-    already, BatchNorm among them, are planned along. So a fresh model, a trained one, one in the middle of a switch and
-    one after it, in training or in eval mode, all give the plan of what they would be at the end.
+    The model does not change. A copy of it in eval mode is switched as by `convert_norms`, at lam = 0, with running
+    statistics from the example, and folded by `fold_norms`, verification included. Norms that are affine already, such
+    as BatchNorm, are part of the plan. So a fresh model, a trained one, one in the middle of a switch and one after it,
+    in training or in eval mode, all give the plan of what they would be at the end.
 
     What a switch loses at a norm is its *affine residual* on the model as it is now,
 
     .. math:: A = 1 - \operatorname{mean}_c \operatorname{corr}_n(x_{n,c}, \mathrm{norm}(x)_{n,c})^2
 
-    the share of what the norm computes that no affine map per channel reproduces. What it gains is the norm's share of
-    a forward: timed around each call in eager mode, the median of five forwards; another batch size, device or a
-    compiler may shift it.
+    the share of the norm's output that no affine map per channel reproduces. What it gains is the norm's share of the
+    time of a forward, the median of five, measured around each call in eager mode. Another batch size or device, or a
+    compiler, may change that share.
 
     Args:
         model: any; its norms of all kinds are listed.
-        example: as for `fold_norms`. The residuals are as good as these are: pass a list of real batches.
+        example: as for `fold_norms`. The residuals are as good as the examples are: pass a list of real inputs.
         to: what to switch to, as for `convert_norms`. Default: "prepbn".
         residual: as for `fold_norms`. Default: True.
         tied: as for `fold_norms`. Default: "untie".
@@ -204,7 +204,7 @@ def _total(shares: Iterable[float]) -> float:
 
 @torch.no_grad()
 def _switch(model: nn.Module, to: Target, norm_options: dict[str, Any]) -> dict[str, str]:
-    """Switch what can be switched, to what it is after the training; why the other layer and rms norms cannot."""
+    """Switch the norms that can be switched, to what they are after the training; say why the others cannot."""
     tree, left = Tree(model), {}
     names = {id(module): name for name, module in model.named_modules()}
     plans = [(layer, plan_conversion(layer, to, norm_options, tree)) for layer in find_norms(model)]
@@ -222,14 +222,14 @@ def _switch(model: nn.Module, to: Target, norm_options: dict[str, Any]) -> dict[
 
 
 def _train(norm: nn.Module) -> None:
-    """A fresh norm's bias of zeros folds where no other bias does, and gains of zero nowhere: have them drawn."""
+    """Draw parameters that are all zero: a zero bias folds where no other bias does, and a zero gain nowhere."""
     for parameter in norm.parameters(recurse=False):
         if not bool(parameter.any()):
             parameter.copy_(torch.linspace(0.5, 1.0, parameter.numel()))
 
 
 def _measure_statistics(model: nn.Module, examples: Sequence[Example]) -> None:
-    with suppress(ValueError, StabNormError):  # there are none to measure, or nothing reaches them
+    with suppress(ValueError, StabNormError):  # no norm has running statistics, or none runs
         recalibrate_norms(model, examples, len(examples), forward=run)
 
 
@@ -239,32 +239,32 @@ def _measure_statistics(model: nn.Module, examples: Sequence[Example]) -> None:
 def _affine_residuals(
     model: nn.Module, layers: Sequence[NormLayer], examples: Sequence[Example]
 ) -> dict[int, tuple[float, int]]:
-    """Residual and tokens of the layer and rms norms, by their `id`."""
-    mine = {f"0.{layer.name}".rstrip("."): layer for layer in layers if layer.kind in ("layer", "rms")}
-    if not mine:
+    """Measure residual and tokens of the layer and rms norms, by their `id`."""
+    layer_of = {f"0.{layer.name}".rstrip("."): layer for layer in layers if layer.kind in ("layer", "rms")}
+    if not layer_of:
         return {}
-    # A monitor counts forwards of a model in training mode: here that is a holder, and what it holds is in eval mode.
+    # A monitor counts the forwards of a model in training mode: here of a holder, whose child is in eval mode.
     holder = nn.ModuleList([model]).train(False)
     holder.training = True
-    watched = [f"^{re.escape(name)}$" for name in mine]
+    watched = [f"^{re.escape(name)}$" for name in layer_of]
     with StabilityMonitor(holder, [STATISTIC], include=watched, gradients=False) as monitor:
         for example in examples:
             run(model, example)
         monitor.step()
     history = monitor.history()
-    found = zip(monitor.layers, history[STATISTIC][0].tolist(), history["tokens"][0].tolist(), strict=True)
-    return {id(mine[name].module): (residual, int(tokens)) for name, residual, tokens in found}
+    measured = zip(monitor.layers, history[STATISTIC][0].tolist(), history["tokens"][0].tolist(), strict=True)
+    return {id(layer_of[name].module): (residual, int(tokens)) for name, residual, tokens in measured}
 
 
 def _time(
     model: nn.Module, names: Sequence[str], examples: Sequence[Example], device: torch.device
 ) -> tuple[float, dict[str, float]]:
-    """Seconds of a forward on all examples, and each norm's share of it; medians."""
+    """Measure the seconds of a forward on all examples, and each norm's share of it; medians."""
     modules = dict(model.named_modules())
     norms = {name: modules[name] for name in names}
     _seconds(model, norms, examples, device)  # warm up
     whole, parts = [], []
-    for _ in range(ROUNDS):  # in turn, so that both have their part in a busy moment
+    for _ in range(ROUNDS):  # in turn, so that a busy moment slows both
         whole.append(_seconds(model, {"": model}, examples, device)[""])
         parts.append(_seconds(model, norms, examples, device))
     seconds = statistics.median(whole)
@@ -274,7 +274,7 @@ def _time(
 def _seconds(
     model: nn.Module, modules: dict[str, nn.Module], examples: Sequence[Example], device: torch.device
 ) -> dict[str, float]:
-    """Time spent in each of these modules; NaN where it was not called."""
+    """Measure the time spent in each of these modules; NaN for a module that did not run."""
     marks: dict[str, list[Any]] = {name: [] for name in modules}
 
     def marking(name: str) -> Callable[..., None]:
@@ -294,7 +294,7 @@ def _seconds(
 
 
 def _mark(device: torch.device) -> Any:
-    """This moment, on a GPU that of the stream."""
+    """Give the present moment; on a GPU an event in the stream."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""Pre-LN to Pre-RMSNorm: a stream with mean zero needs no norm that takes the mean away."""
+"""`to_pre_rms`: where the residual stream has mean zero, a LayerNorm is an RMSNorm."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -33,9 +33,9 @@ def to_pre_rms(
 
     .. math:: \operatorname{LN}(x) = \operatorname{RMSNorm}(x - \bar x)
 
-    Gains and biases go into the readers (`fold_gains`). Then whatever writes to the residual stream (projections,
-    embeddings, positions) loses its mean over the channels, so that the stream has none, and each LayerNorm whose input
-    is such a stream becomes an RMSNorm with the same eps. Nothing else may see the stream but through those norms. In
+    Gains and biases go into the readers (`fold_gains`). Then the layers that write to the residual stream (projections,
+    embeddings, positions) lose their mean over the channels, so that the stream has mean zero, and each LayerNorm whose
+    input is such a stream becomes an RMSNorm with the same eps. Nothing but those norms may read the stream. In
     training the two models stay equal only without dropout on the stream.
 
     Args:
@@ -74,7 +74,7 @@ def to_pre_rms(
 def _centred(
     result: FoldResult, examples: list[Example], check: list[Example] | None, tied: str, outputs: Picker
 ) -> FoldResult:
-    """The same with its writers centred, and an RMSNorm for each LayerNorm that then takes nothing away."""
+    """Centre the writers, and put an RMSNorm in the place of each LayerNorm that then subtracts nothing."""
     lanes = make_lanes(result.model, [], examples, check, outputs)
     layers = {layer.name: layer for layer in find_norms(result.model) if layer.kind == "layer"}
     candidates = [name for name, layer in layers.items() if layer.feature_dims == 1 and layer.channel_dim == -1]
@@ -94,7 +94,7 @@ def _centred(
         return dataclasses.replace(result, norms=kept)
     converted = result.model  # fold_gains made it
     _convert(converted, writers, manifest, layers)
-    said = {
+    converted_sites = {
         name: FoldedSite(name, "rms", tuple(_owner(w) for w in writers if _feeds(streams, w, [name])))
         for name in wanted
     }
@@ -102,7 +102,7 @@ def _centred(
         norm.name: FoldedSite(norm.name, "kept", norm.into, problems.get(norm.name, _OTHER)) for norm in result.norms
     }
     error = max(error, result.max_rel_error)
-    norms = [said.get(norm.name, stays[norm.name]) for norm in result.norms]
+    norms = [converted_sites.get(norm.name, stays[norm.name]) for norm in result.norms]
     return dataclasses.replace(
         result, model=converted, norms=norms, max_rel_error=error, precision=lanes.precision(error), manifest=manifest
     )
@@ -112,7 +112,7 @@ _OTHER = "only a LayerNorm over the last axis is converted"
 
 
 def _settle(streams: Streams, layers: Mapping[str, NormLayer], tied: Mapping[str, str]) -> dict[str, str]:
-    """Why norms stay, until all that is left agrees: a writer can be centred if all that read it can do without."""
+    """Say why norms stay. A writer can be centred only if no reader needs its mean; so one that stays keeps others."""
     problems = dict(streams.problems)
     read = {name for name, _ in streams.reads}
     for name, layer in layers.items():

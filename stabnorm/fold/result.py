@@ -18,11 +18,11 @@ class FoldedSite:
 
     Args:
         name: Its name in the model.
-        status: "forward": into the weights that read it; "backward": into the layer before it; "residual": forward,
-            with its scale carried along a residual stream; "affine": one multiply-add is left; "rms": an RMSNorm is
-            (`to_pre_rms`); "kept": it stays as it was.
+        status: "forward": it went into the weights that read it; "backward": into the layer before it; "residual":
+            forward, and the residual stream carries its scale; "affine": one multiply-add is left; "rms": an RMSNorm is
+            left (`to_pre_rms`); "kept": it stays unchanged.
         into: The layers, or norms, that took it in.
-        reason: Why it went no further; empty when nothing of it is left.
+        reason: Why something of it is left; empty when nothing is.
     """
 
     name: str
@@ -39,11 +39,11 @@ class FoldResult:
         model: The folded model.
         norms: One entry for each norm, in module order.
         max_rel_error: Largest difference between the outputs before and after, relative to the largest output.
-        precision: What that was computed in: "float64", or the lowest precision in the model's own forward.
-        checked_on: On what inputs.
+        precision: The precision of this error: "float64", or the lowest one in the model's own forward.
+        checked_on: The inputs it was checked on, in words.
         vacuous: True when the outputs do not change when the norms do, so that the check says nothing.
-        max_gauge: The largest factor by which a channel of a residual stream is scaled, either way. Weights grow by as
-            much: beyond 1e3 or so do not store them in float16, or in int8 with one scale per tensor.
+        max_gauge: The largest factor by which a channel of a residual stream is scaled up or down. Weights grow by this
+            factor: beyond about 1e3 do not store them in float16, or in int8 with one scale per tensor.
         manifest: What changed in the model's structure, JSON-able; see `apply_manifest`.
     """
 
@@ -74,6 +74,6 @@ class FoldResult:
 
 
 def counts_of(norms: Sequence[FoldedSite]) -> str:
-    """How many have which status, in words."""
+    """Say how many norms have which status."""
     counts = {status: sum(norm.status == status for norm in norms) for status in get_args(Status)}
     return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "none"

@@ -30,12 +30,12 @@ class HeldOut:
     @torch.no_grad()
     def error(self, model: nn.Module) -> float:
         """The mean distance to the original's output, over the batches of all ranks."""
-        found = []
+        errors = []
         for batch in self.batches:
             wanted = self.run(self.original, batch)
-            with self.run.prepared(model, batch) as there:
-                found.append(self.distance(self.run.forward(model, there), wanted).double().reshape(()))
-        everyone = gather_over_ranks(torch.stack(found).mean().to(device_of(model)))
+            with self.run.prepared(model, batch) as prepared:
+                errors.append(self.distance(self.run.forward(model, prepared), wanted).double().reshape(()))
+        everyone = gather_over_ranks(torch.stack(errors).mean().to(device_of(model)))
         return float(everyone.mean())
 
 

@@ -390,6 +390,6 @@ def _called_with(model: nn.Module, batch: Any, run: Runner) -> Example:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(Example(args, kwargs))
 
-    with hooked(m.register_forward_pre_hook(note, with_kwargs=True) for m in [model]), torch.no_grad():
+    with hooked([model.register_forward_pre_hook(note, with_kwargs=True)]), torch.no_grad():
         run(model, batch)
     return seen[0]

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stabnorm.gate import Change
 from stabnorm.monitor.buffers import Flight
 from stabnorm.monitor.record import Block, RecordWriter
+from stabnorm.switch.gate import Change
 
 FLUSH_EVERY = 50  # steps
 

@@ -26,9 +26,9 @@ from stabnorm.callbacks.stability import StabilityCallback
 from stabnorm.convert import ConversionReport, Target, convert_norms
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.record import RecordWriter
-from stabnorm.progressive import ProgressiveSwitch
-from stabnorm.schedules import Order, check_order, check_schedule, check_span, make_schedule, schedule_end
-from stabnorm.switch import progressive_norms, running_norms, write_lam
+from stabnorm.switch.lam import progressive_norms, running_norms, write_lam
+from stabnorm.switch.progressive import ProgressiveSwitch
+from stabnorm.switch.schedules import Order, check_order, check_schedule, check_span, make_schedule, schedule_end
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -59,8 +59,8 @@ class ProgressiveNormCallback(Callback):
         to: "prepbn"; or "repbn", "unified", "power": these have no lam, the norms are replaced at once and this
             callback keeps their step counters and loss scale. Default: "prepbn".
         schedule: "adaptive" (a layer is switched when its norm has become nearly affine, and keeps it else, see
-            `stabnorm.gate.AffineGate`), "linear", "cosine", "constant" (no transition), or a function of the step that
-            gives lam. Default: "adaptive".
+            `stabnorm.switch.AffineGate`), "linear", "cosine", "constant" (no transition), or a function of the step
+            that gives lam. Default: "adaptive".
         start: the optimizer step at which the switch begins. Default: 0.
         fraction: how long it takes, as a share of the training. Default: 0.8.
         order: "together", or one layer after the other, "shallow_first" or "deep_first". Default: "together".

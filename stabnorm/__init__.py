@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from stabnorm.norms import register_norm as register_norm
     from stabnorm.pretrained.remove import remove_norms as remove_norms
     from stabnorm.recalibrate import recalibrate_norms as recalibrate_norms
+    from stabnorm.switch.progressive import ProgressiveSwitch as ProgressiveSwitch
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Alert": "stabnorm.monitor.detect",
+    "ProgressiveSwitch": "stabnorm.switch.progressive",
     "StabNormError": "stabnorm.errors",
     "StabilityMonitor": "stabnorm.monitor.monitor",
     "apply_manifest": "stabnorm.fold.manifest",
@@ -45,6 +47,7 @@ _HOME = {
 
 __all__ = [
     "Alert",
+    "ProgressiveSwitch",
     "StabNormError",
     "StabilityMonitor",
     "apply_manifest",

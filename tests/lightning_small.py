@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stabnorm.switch import progressive_norms
+from stabnorm.switch.lam import progressive_norms
 
 BATCHES, SIZE, WIDTH = 12, 4, 24
 

@@ -20,11 +20,11 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_by("import stabnorm") == set()
-    assert loaded_by("import stabnorm.monitor, stabnorm.dashboard, stabnorm.ops") == set()
+    assert loaded_by("import stabnorm.monitor, stabnorm.dashboard, stabnorm.ops, stabnorm.switch") == set()
 
 
 def test_the_core_loads_without_lightning_and_tensorboard() -> None:
-    heavy = loaded_by("from stabnorm import StabilityMonitor, find_norms, valid_tokens")
+    heavy = loaded_by("from stabnorm import ProgressiveSwitch, StabilityMonitor, find_norms, valid_tokens")
     assert heavy.isdisjoint({"pytorch_lightning", "lightning", "tensorboard", "triton"})
 
 

@@ -35,7 +35,7 @@ from stabnorm.norms import NormLayer, find_norms
 from stabnorm.recalibrate import recalibrate_norms
 
 ROUNDS = 5  # timed forwards
-AFFINE = 0.30  # residuals below are those of norms that can be switched: `stabnorm.gate.AffineGate`
+AFFINE = 0.30  # residuals below are those of norms that can be switched: `stabnorm.switch.AffineGate`
 FEW = 100  # tokens: on fewer, chance alone explains a hundredth of any norm's output
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional_detail import DetailMoments
-from stabnorm.gate import MOMENTUM as RESIDUAL_MOMENTUM
 from stabnorm.monitor.parameters import Parameters
 from stabnorm.monitor.past import Moments, Past
+from stabnorm.switch.gate import MOMENTUM as RESIDUAL_MOMENTUM
 
 SPIKE_MOMENTUM = 0.01  # of the average gradient a spike is measured against
 SPIKE_STEPS = 10  # steps in it before it is believed

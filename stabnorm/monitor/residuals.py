@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from stabnorm._models.ranks import ranks
-from stabnorm.gate import MEASURE_EVERY, AffineGate
 from stabnorm.monitor.buffers import Flight
 from stabnorm.monitor.monitor import StabilityMonitor
+from stabnorm.switch.gate import MEASURE_EVERY, AffineGate
 
 STATISTIC = "affine_residual"
 

@@ -116,7 +116,7 @@ class PRepBN(Float32Buffers):
 
         Nor where `rep` was fitted (``convert_norms(init="fit")``).
 
-        Call it where lam leaves 1 after a training at lam = 1, as `stabnorm.progressive.ProgressiveSwitch` does.
+        Call it where lam leaves 1 after a training at lam = 1, as `stabnorm.ProgressiveSwitch` does.
 
         >>> norm = PRepBN(2)
         >>> _ = nn.init.constant_(norm.weight, 3.0)

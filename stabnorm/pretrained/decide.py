@@ -11,7 +11,7 @@ from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.nn.prep import PRepBN
 from stabnorm.pretrained.repair import Distance
 from stabnorm.pretrained.watch import Runner
-from stabnorm.switch import write_lam
+from stabnorm.switch.lam import write_lam
 
 
 class HeldOut:

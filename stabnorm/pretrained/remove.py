@@ -31,7 +31,7 @@ from stabnorm.pretrained.measure import Measure, measure_norms
 from stabnorm.pretrained.repair import Distance, Recipe, Repair, relative_error, repair_norms
 from stabnorm.pretrained.sums import Affine
 from stabnorm.pretrained.watch import Runner
-from stabnorm.switch import progressive_norms
+from stabnorm.switch.lam import progressive_norms
 
 ROWS = 4  # of a batch to fold on
 HELD_OUT = 4  # one of so many batches, where none are given

@@ -31,8 +31,8 @@ from stabnorm.errors import StabNormError
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained.sums import Seen
 from stabnorm.pretrained.watch import Runner, drawn_towards, watched
-from stabnorm.schedules import Order, make_schedule
-from stabnorm.switch import progressive_norms, write_lam
+from stabnorm.switch.lam import progressive_norms, write_lam
+from stabnorm.switch.schedules import Order, make_schedule
 
 Weights = Literal["all", "affine"]
 Distance = Callable[[Any, Any], Tensor]
@@ -54,7 +54,7 @@ class Recipe:
             hidden states is unlearnt first; nor can affine numbers alone do what the original does.
         homotopy: share of the steps over which lam of each norm goes from 1 to 0, LayerNorm to affine map; 0 starts
             without LayerNorm.
-        order: "together", "shallow_first" or "deep_first", see `stabnorm.schedules.linear`.
+        order: "together", "shallow_first" or "deep_first", see `stabnorm.switch.schedules.linear`.
         accumulate: batches in a step.
         precision: of `torch.autocast`, say torch.bfloat16; None: the model's own.
         clip: the gradient's largest norm.

@@ -15,7 +15,7 @@ from stabnorm.pretrained.fit import fit_norms, write_affine
 from stabnorm.pretrained.measure import measure_norms
 from stabnorm.pretrained.sums import Affine
 from stabnorm.pretrained.watch import Runner
-from stabnorm.switch import progressive_norms
+from stabnorm.switch.lam import progressive_norms
 
 BATCHES = 32  # of the loader; two numbers per channel need no more
 

@@ -16,8 +16,8 @@ from torch import nn
 from stabnorm import StabNormError
 from stabnorm.callbacks import ProgressiveNormCallback
 from stabnorm.nn import PRepBN, RepBN, UnifiedNorm
-from stabnorm.schedules import cosine, linear
-from stabnorm.switch import progressive_norms
+from stabnorm.switch.lam import progressive_norms
+from stabnorm.switch.schedules import cosine, linear
 from tests.lightning_small import BATCHES, WIDTH, fit, hooks, loader, module, trainer
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand

@@ -15,7 +15,7 @@ from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.record import Record, read_record
 from stabnorm.nn import PRepBN
-from stabnorm.switch import progressive_norms
+from stabnorm.switch.lam import progressive_norms
 from tests.lightning_small import BATCHES, fit, hooks, loader, module, trainer
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand

@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
-from stabnorm.switch import progressive_norms
+from stabnorm.switch.lam import progressive_norms
 from tests.lightning_small import BATCHES, fit, module, trainer
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand

@@ -14,7 +14,7 @@ from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.callbacks._run_facts import refuse_lost_conversion
 from stabnorm.convert import convert_norms
 from stabnorm.monitor.record import read_record
-from stabnorm.switch import progressive_norms
+from stabnorm.switch.lam import progressive_norms
 from tests.lightning_small import BATCHES, WIDTH, Body, fit, module, trainer
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand

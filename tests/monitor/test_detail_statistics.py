@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor
 from stabnorm.nn import PRepBN, RepBN
-from stabnorm.switch import BranchGap
+from stabnorm.switch.branch_gap import BranchGap
 
 
 def watched(

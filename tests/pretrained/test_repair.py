@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stabnorm import StabNormError, convert_norms
 from stabnorm.pretrained import Recipe, Repair, Runner, fit_norms, relative_error, repair_norms
-from stabnorm.switch import progressive_norms
+from stabnorm.switch.lam import progressive_norms
 from tests.pretrained.nets import Batch, batches, converted_pair, post_norm
 
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from stabnorm._models.tables import aligned
 from stabnorm._models.watched import own_class
 from stabnorm.errors import StabNormError
-from stabnorm.gate import MEASURE_EVERY, AffineGate, Change
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.residuals import STATISTIC, ResidualFeed, watches
-from stabnorm.schedules import Order, check_schedule, make_schedule
-from stabnorm.switch import BranchGap, progressive_norms, running_norms, write_lam, write_loss_scale, write_step
+from stabnorm.switch.branch_gap import BranchGap
+from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change
+from stabnorm.switch.lam import progressive_norms, running_norms, write_lam, write_loss_scale, write_step
+from stabnorm.switch.schedules import Order, check_schedule, make_schedule
 
 
 class SwitchRecorder(Protocol):
@@ -45,7 +46,7 @@ class ProgressiveSwitch:
             Default: "adaptive".
         start: the step at which the switch begins. Default: 0.
         fraction: how long it takes, as a share of `total_steps`. Default: 0.8.
-        order: "together", "shallow_first" or "deep_first", see `stabnorm.schedules.linear`. Default: "together".
+        order: "together", "shallow_first" or "deep_first", see `stabnorm.switch.schedules.linear`. Default: "together".
         monitor: one that is attached to the model and stepped by the training. Default: none.
 
     Raises:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor, StabNormError, convert_norms
-from stabnorm.gate import AffineGate, Change
 from stabnorm.nn import PRepBN, UnifiedNorm
-from stabnorm.progressive import ProgressiveSwitch
-from stabnorm.switch import progressive_norms
+from stabnorm.switch.gate import AffineGate, Change
+from stabnorm.switch.lam import progressive_norms
+from stabnorm.switch.progressive import ProgressiveSwitch
 
 
 class Two(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stabnorm.schedules import constant, cosine, linear, make_schedule, schedule_end
+from stabnorm.switch.schedules import constant, cosine, linear, make_schedule, schedule_end
 
 NAMED: dict[str, Callable[..., float]] = {"linear": linear, "cosine": cosine, "constant": constant}
 ORDERS = ("together", "shallow_first", "deep_first")
@@ -108,6 +108,6 @@ def test_other_arguments_out_of_range_are_refused(options: dict[str, Any], said:
 
 
 def test_schedules_and_gate_load_without_torch() -> None:
-    code = "import sys, stabnorm.schedules, stabnorm.gate; print('torch' in sys.modules)"
+    code = "import sys, stabnorm.switch.schedules, stabnorm.switch.gate; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stabnorm.errors import StabNormError
-from stabnorm.schedules import schedule_end
+from stabnorm.switch.schedules import schedule_end
 
 MEASURE_EVERY = 4  # steps between two affine residuals
 MOMENTUM = 0.1  # PyTorch's, of a layer's average affine residual

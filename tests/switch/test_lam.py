@@ -9,14 +9,7 @@ import torch
 from torch import nn
 
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from stabnorm.switch import (
-    BranchGap,
-    progressive_norms,
-    running_norms,
-    write_lam,
-    write_loss_scale,
-    write_step,
-)
+from stabnorm.switch import BranchGap, progressive_norms, running_norms, write_lam, write_loss_scale, write_step
 
 
 def model() -> nn.Sequential:

@@ -2,7 +2,7 @@
 
 `linear`, `cosine` and `constant` are pure: 1 before ``start``, exactly 0 from ``start + fraction * total`` on.
 `make_schedule` makes one of them, or a function of the user's, ready for a run. The closed loop, which also looks at
-what the layers see, is `stabnorm.gate`. Nothing in here knows torch.
+what the layers see, is `stabnorm.switch.gate`. Nothing in here knows torch.
 """
 
 import math

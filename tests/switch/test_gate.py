@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stabnorm.errors import StabNormError
-from stabnorm.gate import MEASURE_EVERY, AffineGate
-from stabnorm.schedules import linear
+from stabnorm.switch.gate import MEASURE_EVERY, AffineGate
+from stabnorm.switch.schedules import linear
 
 
 def by_the_rule(residuals: list[float], total: int, start: int = 0, fraction: float = 0.8) -> tuple[list[float], str]:

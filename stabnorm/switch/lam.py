@@ -1,0 +1,84 @@
+"""What drives a converted model while it trains: lam, step counters, the loss scale, and the gap between the branches.
+
+Plain functions for any training loop; `stabnorm.callbacks.ProgressiveNormCallback` calls them on a Lightning Trainer.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from stabnorm._models.wrappers import plain_name
+from stabnorm.nn._channel_norm import ChannelNorm
+from stabnorm.nn.prep import PRepBN
+
+
+def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
+    """The layers that have a lam, by the names `find_norms` gives them, in module order; a shared one once.
+
+    >>> from stabnorm.nn import PRepBN
+    >>> list(progressive_norms(nn.Sequential(nn.Linear(4, 8), PRepBN(8))))
+    ['1']
+    """
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, PRepBN)}
+
+
+def running_norms(model: nn.Module) -> dict[str, ChannelNorm]:
+    """This package's norms with running statistics, by name; those inside progressive norms, too."""
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
+
+
+def write_lam(norms: Iterable[PRepBN], lam: Sequence[float], *, settled: bool = False) -> None:
+    """Give each layer its lam, in place; once no lam will change any more, the layers at 0 compute their norm no more.
+
+    Call it between the optimizer step and the next forward. Nothing is read from the device, and a compiled model is
+    compiled again only once, at the end.
+
+    Args:
+        norms: what `progressive_norms` found.
+        lam: one for each.
+        settled: no lam will change any more, though it is not 0 in all of them. Default: False.
+
+    >>> from stabnorm.nn import PRepBN
+    >>> norm = PRepBN(8)
+    >>> write_lam([norm], [0.25])
+    >>> norm.lam, norm.leave_out_norm
+    (tensor(0.2500), False)
+    """
+    # At one moment for all: Dynamo compiles a function for eight sets of flags, and then no more.
+    settled = settled or not any(lam)
+    for norm, value in zip(norms, lam, strict=True):
+        norm.lam.fill_(value)
+        norm.leave_out_norm = settled and value == 0
+
+
+def write_step(norms: Iterable[ChannelNorm], step: int) -> None:
+    """Tell norms how many optimizer steps were done, in the place of their own count of training forwards.
+
+    With gradient accumulation, or several forwards a step, the two differ, and warm-ups are meant in steps.
+
+    >>> from stabnorm.nn import UnifiedNorm
+    >>> norm = UnifiedNorm(8)
+    >>> write_step([norm], 100)
+    >>> _ = norm(torch.randn(4, 8))
+    >>> norm.step
+    tensor(100)
+    """
+    for norm in norms:
+        norm.counts_steps = False
+        if (counter := norm._buffers.get("step")) is not None:  # the published variants count for themselves
+            counter.fill_(step)
+
+
+def write_loss_scale(norms: Iterable[ChannelNorm], scale: Tensor | float) -> None:
+    """Tell norms with running gradient statistics by what the loss is multiplied; call it before the backward.
+
+    Args:
+        norms: what `running_norms` found.
+        scale: ``scaler.get_scale()``, or the scaler's own tensor, which is not read.
+    """
+    buffers = [buffer for norm in norms if (buffer := norm._buffers.get("loss_scale")) is not None]
+    for buffer in buffers:
+        if isinstance(scale, Tensor):
+            buffer.copy_(scale.reshape(()), non_blocking=True)
+        else:
+            buffer.fill_(scale)

@@ -56,6 +56,7 @@ def write_step(norms: Iterable[ChannelNorm], step: int) -> None:
 
     With gradient accumulation, or several forwards a step, the two differ, and warm-ups are meant in steps.
 
+    >>> import torch
     >>> from stabnorm.nn import UnifiedNorm
     >>> norm = UnifiedNorm(8)
     >>> write_step([norm], 100)

@@ -5,7 +5,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from stabnorm.callbacks._run_facts import (
 )
 from stabnorm.callbacks._switch_record import SwitchRecord
 from stabnorm.callbacks.stability import StabilityCallback
-from stabnorm.convert import ConversionReport, Target, convert_norms
+from stabnorm.convert import ConversionReport, Target, check_target, convert_norms
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.record import RecordWriter
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam
@@ -104,8 +104,7 @@ class ProgressiveNormCallback(Callback):
         check_schedule(schedule)
         check_order(order)
         check_span(start, fraction)
-        if to not in get_args(Target):
-            raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, get_args(Target)))}")
+        check_target(to)
         if to != "prepbn" and schedule != "adaptive":
             raise ValueError(f"schedule={schedule!r} moves lam, and to={to!r} has none. Leave the schedule out")
         if total_steps is not None and total_steps < 1:

@@ -4,23 +4,20 @@ The whole conversion is planned first, and whatever can fail fails then; afterwa
 model is converted as the report says or, after an error, unchanged.
 """
 
-import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
 from stabnorm._models.tables import aligned
 from stabnorm._models.tree import Tree
 from stabnorm._models.wrappers import is_scripted, parallel_wrapper
-from stabnorm._surgery import Plan, Target, leave_fused_path, plan_conversion
+from stabnorm._surgery import Plan, Target, plan_conversion
 from stabnorm.errors import StabNormError
-from stabnorm.nn.power import PowerNorm
-from stabnorm.nn.prep import PRepBN
-from stabnorm.nn.rep import RepBN
-from stabnorm.nn.unified import UnifiedNorm
+from stabnorm.nn._base import TARGETS
+from stabnorm.nn._fused_path import leave_fused_paths
 from stabnorm.norms import Kind, NormSearch
 
 __all__ = ["ConversionReport", "NormConversion", "Target", "convert_norms"]
@@ -175,7 +172,7 @@ def convert_norms(
             plan.carry_out()
     if start is not None:
         start(model)
-    leave_fused_path(model)
+    leave_fused_paths(model)
     return report
 
 
@@ -221,15 +218,6 @@ def _asks_for_fit(to: Target, loader: Iterable[Any] | None, options: dict[str, A
     return fit
 
 
-_OPTIONS: dict[Target, tuple[Callable[..., None], ...]] = {
-    "prepbn": (PRepBN.__init__, RepBN.__init__),
-    "repbn": (RepBN.__init__,),
-    "unified": (UnifiedNorm.__init__,),
-    "power": (PowerNorm.__init__,),
-}
-_OF_THE_LAYER = {"self", "num_features", "normalized_shape", "channel_dim", "kind", "rep_options"}  # nobody's to choose
-
-
 def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> None:
     """What can be wrong before a norm is looked at.
 
@@ -238,13 +226,11 @@ def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> N
         TypeError: the target has no such option.
         StabNormError: the model is wrapped in DDP or FSDP already.
     """
-    if to not in get_args(Target):
-        raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, get_args(Target)))}")
-    signatures = [inspect.signature(constructor).parameters for constructor in _OPTIONS[to]]
-    known = sorted({name for signature in signatures for name in signature} - _OF_THE_LAYER)
+    check_target(to)
+    known = TARGETS[to].conversion_options()
     for name in options:
         if name not in known:
-            raise TypeError(f"to={to!r} has no option {name!r}. It takes {', '.join(known)}")
+            raise TypeError(f"to={to!r} has no option {name!r}. It takes {', '.join(sorted(known))}")
     for name, module in model.named_modules():
         wrapper = parallel_wrapper(module)
         if wrapper:
@@ -252,6 +238,13 @@ def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> N
                 f"{name or 'the model'} is wrapped in {wrapper} already, which would not know the parameters that "
                 "conversion adds. Convert the model first, then wrap it"
             )
+
+
+def check_target(to: Target) -> None:
+    """Raise ValueError unless `to` is what a norm can be converted to."""
+    if to not in TARGETS:
+        names = sorted(TARGETS, key=lambda name: name != "prepbn")  # the default first
+        raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, names))}")
 
 
 def check_patterns(model: nn.Module, every: NormSearch, **filters: str | Sequence[str] | None) -> None:

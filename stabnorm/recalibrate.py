@@ -20,8 +20,8 @@ from stabnorm._models.masks import mask_for
 from stabnorm._models.random_state import random_state_kept
 from stabnorm._models.ranks import gather_over_ranks, ranks
 from stabnorm.errors import StabNormError
-from stabnorm.functional import BatchMoments
-from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
+from stabnorm.nn._base import EvalAffineNorm
+from stabnorm.nn._channel_norm import running_values
 from stabnorm.norms.rows import as_rows, tokens_of
 from stabnorm.ops.rows import moments_of_rows
 
@@ -138,9 +138,9 @@ def recalibrate_norms(
 class _Target:
     """A norm with running statistics: its buffers, and each batch's own statistics."""
 
-    def __init__(self, name: str, hooked: nn.Module, norm: nn.Module, buffers: tuple[Tensor, ...]) -> None:
-        self.name, self.hooked, self.norm, self.buffers = name, hooked, norm, buffers
-        self.input_name = input_name(hooked)
+    def __init__(self, name: str, norm: nn.Module, buffers: tuple[Tensor, ...]) -> None:
+        self.name, self.norm, self.buffers = name, norm, buffers
+        self.input_name = input_name(norm)
         self.seen: list[Tensor] = []  # [len(buffers), C] of each forward
 
     @torch.no_grad()
@@ -148,27 +148,16 @@ class _Target:
         """Forward pre-hook: note the batch's own statistics."""
         x = tensor_input_of(args, kwargs, self.input_name)
         norm = self.norm
-        if isinstance(norm, _BatchNorm):
-            channel_dim = 1 if x.ndim > 1 else 0
-            valid = mask_for(tokens_of(x.shape, channel_dim), self.name)
-            moments = moments_of_rows(
-                as_rows(x, channel_dim), None if valid is None else valid.reshape(-1), center=True
-            )
+        if isinstance(norm, EvalAffineNorm):
+            self.seen.append(norm.batch_statistics(x, mask_of(args, kwargs)))
         else:
-            assert isinstance(norm, RepBN | UnifiedNorm | PowerNorm)
-            if isinstance(module, PRepBN) and module.feature_dims > 1:
-                x = x.flatten(x.ndim - module.feature_dims) if x.ndim > module.feature_dims else x.reshape(1, -1)
-            rows, valid = norm.rows_of(x, mask_of(args, kwargs))
-            if isinstance(norm, PowerNorm) and norm.groups is not None:
-                rows = norm.scaled(rows)
-            moments = norm.moments(rows, valid, center=isinstance(norm, RepBN) and norm.center)
-        self.seen.append(self._statistics(moments))
+            self.seen.append(_of_batch_norm(x, self.name))
 
-    def _statistics(self, moments: BatchMoments) -> Tensor:
-        count, mean, square = moments
-        unbiased = square * (count / (count - 1).clamp(min=1))
-        statistics = square[None] if mean is None else torch.stack([mean, unbiased])
-        return torch.where(torch.isfinite(statistics).all() & (count > 0), statistics, torch.nan)
+    def train(self) -> None:
+        """Let the norm use the batch's statistics; whatever else it holds stays in eval mode."""
+        for part in self.norm.modules():
+            if part is self.norm or isinstance(part, EvalAffineNorm):
+                part.training = True
 
     def median(self) -> Tensor | None:
         """Give ``[len(buffers), C]`` over the batches of all processes, float64; None where no batch was finite."""
@@ -191,28 +180,35 @@ class _Target:
                 buffer.copy_(value)
 
 
+def _of_batch_norm(x: Tensor, name: str) -> Tensor:
+    """A batch's mean and variance as torch's BatchNorm takes them, but without padding."""
+    channel_dim = 1 if x.ndim > 1 else 0
+    valid = mask_for(tokens_of(x.shape, channel_dim), name)
+    rows = as_rows(x, channel_dim)
+    return running_values(moments_of_rows(rows, None if valid is None else valid.reshape(-1), center=True))
+
+
 def _running_norms(model: nn.Module) -> tuple[list[_Target], dict[str, str]]:
-    targets, left, inside = [], {}, set()
+    """Find the norms whose running statistics can be measured; of the others with such statistics, say why not."""
+    targets: list[_Target] = []
+    left: dict[str, str] = {}
+    inside: set[int] = set()
     for name, module in model.named_modules():
-        norm: nn.Module = module
-        if isinstance(module, PRepBN):  # it computes its child without calling it, so the hook goes on the PRepBN
-            norm = module.rep
-            inside.add(id(norm))
-        elif id(module) in inside:
+        if id(module) in inside:
             continue
         buffers: tuple[Tensor | None, ...] = ()
-        if isinstance(norm, RepBN):
-            buffers = (norm.running_mean, norm.running_var) if norm.center else (norm.running_var,)
-        elif isinstance(norm, UnifiedNorm | PowerNorm):
-            if norm.official is not None:
-                left[name] = "the published variant keeps statistics of its own"
-                continue
-            buffers = (norm.running_square,)
-        elif isinstance(norm, _BatchNorm):
-            buffers = (norm.running_mean, norm.running_var)
+        if isinstance(module, EvalAffineNorm):
+            # A norm computes the norms in it without calling them, so the hook goes on the outer one.
+            inside.update(id(part) for part in module.modules() if isinstance(part, EvalAffineNorm))
+            try:
+                buffers = module.running_statistics()
+            except StabNormError as error:
+                left[name] = str(error)
+        elif isinstance(module, _BatchNorm):
+            buffers = (module.running_mean, module.running_var)
         kept = tuple(buffer for buffer in buffers if buffer is not None)
         if kept:
-            targets.append(_Target(name, module, norm, kept))
+            targets.append(_Target(name, module, kept))
     return targets, left
 
 
@@ -230,9 +226,8 @@ def _gather(
     """Run the batches with hooks on, and count them."""
     batches = 0
     for target in targets:
-        target.norm.train()
-        target.hooked.training = True
-    hooks = (target.hooked.register_forward_pre_hook(target.look, with_kwargs=True) for target in targets)
+        target.train()
+    hooks = (target.norm.register_forward_pre_hook(target.look, with_kwargs=True) for target in targets)
     # A graph that was compiled before has no hooks in it, so the model runs in eager mode.
     with hooked(hooks), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in itertools.islice(loader, n_batches):

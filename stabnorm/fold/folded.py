@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm._models.calls import tensor_input_of
-from stabnorm.nn._channel_norm import Float32Buffers
+from stabnorm.nn._base import Float32Buffers
 
 
 class _Unfused(nn.Module):

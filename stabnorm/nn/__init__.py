@@ -1,6 +1,6 @@
 """Norm modules that are affine in eval: Unified Normalization, RepBN, PRepBN and PowerNorm."""
 
-from stabnorm.nn import _fused_path  # noqa: F401  # keeps torch's encoder layers from passing our norms over
+from stabnorm.nn import _fused_path, _official_variants  # noqa: F401  # a hook on torch's encoder layers; variants
 from stabnorm.nn.groups import no_decay_groups
 from stabnorm.nn.power import PowerNorm
 from stabnorm.nn.prep import PRepBN

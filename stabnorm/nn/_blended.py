@@ -1,26 +1,44 @@
-"""Both norms of a PRepBN over LayerNorm at once: one autograd function over `stabnorm.ops.blended`."""
+"""The autograd functions of PRepBN: both norms over LayerNorm at once, or one after the other and blended."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.functional import channel_affine
-from stabnorm.nn._channel_norm import refuse_second_derivative
+from stabnorm.nn._normalize import refuse_second_derivative
+from stabnorm.nn.rep import RepBN
+from stabnorm.ops.blend import blend, join_gradients
 from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
 
-if TYPE_CHECKING:
-    from stabnorm.nn.prep import PRepBN
 
+def blended(
+    body: str,
+    lam: Tensor,
+    rows: Tensor,
+    valid: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rep: RepBN,
+) -> Tensor:
+    """Y ``[R, C]`` of LayerNorm and RepBN in training; `rep` gathers statistics.
 
-def blended(body: str, norm: "PRepBN", rows: Tensor, valid: Tensor | None) -> Tensor:
-    """What `norm` makes of ``rows [R, C]`` in training; its `rep` gathers statistics."""
-    rep = norm.rep
+    Args:
+        body: which backend runs, see `stabnorm.ops.dispatch`.
+        lam: LayerNorm's share, ``[]``.
+        rows: ``[R, C]``.
+        valid: ``[R]`` bool or None.
+        weight: LayerNorm's, ``[C]`` or None.
+        bias: LayerNorm's, ``[C]`` or None.
+        eps: LayerNorm's.
+        rep: the RepBN.
+    """
     moments, rstd = rep.gather(rows, valid)
     return _Blended.apply(  # type: ignore[no-any-return, no-untyped-call]
-        body, norm.lam, rows, norm.weight, norm.bias, norm.eps, rep.weight, rep.bias, rep.eta, moments.mean, rstd,
-        moments.rows, valid, rep.sync,
+        body, lam, rows, weight, bias, eps, rep.weight, rep.bias, rep.eta, moments.mean, rstd, moments.rows, valid,
+        rep.sync,
     )  # fmt: skip
 
 
@@ -87,3 +105,61 @@ class _Blended(torch.autograd.Function):
             of(through.sum().reshape(eta.shape), eta),
             *[None] * 5,
         )  # fmt: skip
+
+
+class Fork(torch.autograd.Function):
+    """The input twice, for norm and RepBN, and RepBN's parameters; a branch of weight 0 gets no gradient back."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(lam: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eta: Tensor) -> tuple[Tensor | None, ...]:
+        others = (None if t is None else t.view_as(t) for t in (weight, bias, eta))
+        return x.view_as(x), x.view_as(x), *others
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0].clone())  # lam moves between forward and backward
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (lam,) = ctx.saved_tensors
+        of_norm, of_rep, *parameters = grads
+        gated = (None if g is None else torch.where(lam == 1, 0, g) for g in parameters)
+        if of_norm is None or of_rep is None:
+            return None, of_rep if of_norm is None else of_norm, *gated
+        return None, join_gradients(lam, of_norm, of_rep), *gated
+
+
+class Idle(torch.autograd.Function):
+    """y, and a gradient of 0 for parameters that had no part in it: DistributedDataParallel waits for every one."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *map(torch.zeros_like, ctx.saved_tensors)
+
+
+class Blend(torch.autograd.Function):
+    """lam norm + (1 - lam) rep in the norm's dtype, see `stabnorm.ops.blend`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
+        return blend(lam, norm, rep.to(norm.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        lam, _, rep = inputs
+        ctx.save_for_backward(lam.clone())
+        ctx.rep_dtype = rep.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (lam,) = ctx.saved_tensors
+        return None, grad * lam, (grad * (1 - lam)).to(ctx.rep_dtype)  # times 1 is exact; what 0 leaves, Fork stops

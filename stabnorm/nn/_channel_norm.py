@@ -1,50 +1,28 @@
-"""What the norms of this package share: rows and masks, statistics over ranks, one autograd function, fp32 buffers.
-
-In training each of them is y = (x - mean) rstd weight + eta x + bias, per channel, and they differ in where `mean` and
-`rstd` come from and in what their backward puts for mean(dz z). The autograd function saves no buffer: two forwards
-before one backward, and a module used twice, are ordinary.
-"""
+"""What the norms over one channel axis share: rows and masks, statistics over ranks, eval, how a norm becomes one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.masks import mask_for
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments, channel_affine, merge_batches
+from stabnorm.nn._base import Conversion, EvalAffineNorm, tensors_like
+from stabnorm.norms import NormLayer
 from stabnorm.norms.rows import as_rows
-from stabnorm.ops.rows import LOW_PRECISION, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows, widened
-from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
+from stabnorm.ops.rows import moments_of_rows, widened
 
 UNSAVED = {"recent": -1.0, "loss_scale": 1.0}  # -1 is no second moment: no forward is remembered
 
 
-class Float32Buffers(nn.Module):
-    """Floating buffers stay float32 under `.to(torch.bfloat16)` and `.half()`: a running mean needs its digits."""
-
-    def _own_buffers(self) -> dict[str, Tensor | None]:
-        return self._buffers
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As `nn.Module` does; also where `torch.set_default_dtype` made it low in precision."""
-        low = tensor is not None and tensor.dtype in LOW_PRECISION
-        super().register_buffer(name, tensor.float() if low else tensor, persistent)  # type: ignore[union-attr]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {name: buffer for name, buffer in self._own_buffers().items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype in LOW_PRECISION and before.dtype not in LOW_PRECISION:
-                self._buffers[name] = before.to(after.device)
-        return self
-
-
-class ChannelNorm(Float32Buffers):
+class ChannelNorm(EvalAffineNorm):
     """Base of the norms over one channel axis.
+
+    A subclass with ``variant="..."`` in its class statement is what that argument of its parent's constructor makes.
 
     Args:
         num_features: C.
@@ -53,15 +31,29 @@ class ChannelNorm(Float32Buffers):
         sync: merge the statistics over the ranks of `torch.distributed`.
 
     Raises:
-        ValueError: `num_features` < 1 or `channel_dim` is 0, the batch.
+        ValueError: `num_features` < 1 or `channel_dim` is 0, the batch; the class has no such `variant`.
     """
 
+    variant: ClassVar[str] = "corrected"
+    center: bool = False  # whether the batch's mean is a statistic, too
     weight: nn.Parameter
     bias: nn.Parameter | None
     step: Tensor
     skips: Tensor
     progress: Tensor
     loss_scale: Tensor
+
+    def __init_subclass__(cls, variant: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.variant = variant or cls.variant
+
+    def __new__(cls, *args: Any, variant: str | None = None, **options: Any) -> Any:
+        """An instance of the class that `variant` names; None, as in a copy: of this one."""
+        made = next((c for c in (cls, *cls.__subclasses__()) if variant in (None, c.variant)), None)
+        if made is None:
+            check_variant(str(variant))
+            raise ValueError(f"{cls.__name__} has no variant={variant!r}. Leave it out")
+        return super().__new__(made)
 
     def __init__(self, num_features: int, eps: float, channel_dim: int, sync: bool) -> None:
         super().__init__()
@@ -106,6 +98,19 @@ class ChannelNorm(Float32Buffers):
         self.skips.zero_()
         self.progress.zero_()
 
+    def reset_parameters(self) -> None:
+        """Start again: parameters, statistics and counters."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Forget the statistics."""
+        raise NotImplementedError
+
+    # -- a forward -----------------------------------------------------------------------------------------------------
+
     def rows_of(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The input as ``[R, C]`` and which rows count, ``[R]`` bool or None.
 
@@ -148,6 +153,11 @@ class ChannelNorm(Float32Buffers):
         return y.contiguous() if x.is_contiguous() else y
 
     @torch.no_grad()
+    def batch_statistics(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What one batch says of `running_statistics`; see the base class."""
+        return running_values(self.moments(*self.rows_of(x, mask), center=self.center))
+
+    @torch.no_grad()
     def moments(self, rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
         """The batch's moments, of all ranks' batches where `sync` is on."""
         found = moments_of_rows(rows, valid, center=center)
@@ -174,10 +184,6 @@ class ChannelNorm(Float32Buffers):
         y = wide * scale if shift is None else torch.addcmul(shift, wide, scale)
         return y.to(rows.dtype)
 
-    def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """What the norm is in eval: ``(scale, shift, channel_dim)``, y = scale x + shift per channel, in float64."""
-        raise NotImplementedError
-
     def _folded(
         self, mean: Tensor | None, square: Tensor, bias: Tensor | None, eta: Tensor | None
     ) -> tuple[Tensor, Tensor, int]:
@@ -191,115 +197,63 @@ class ChannelNorm(Float32Buffers):
         return scale, torch.zeros_like(scale) if shift is None else shift, self.channel_dim
 
     def _common_repr(self) -> str:
-        options = "" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}"
+        options = f", variant={self.variant!r}" if self.variant != "corrected" else ""
+        options += "" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}"
         return options + (", sync=True" if self.sync else "")
 
+    # -- how a norm becomes one ----------------------------------------------------------------------------------------
 
-def refuse_second_derivative() -> None:
-    """Raise StabNormError in a backward with `create_graph=True`.
+    @classmethod
+    def plan_from_norm(cls, layer: NormLayer, like: Tensor | None = None, **options: Any) -> Conversion:
+        """Build the new module around the norm's weight and bias; see the base class."""
+        old = layer.module
+        if layer.feature_dims > 1:
+            raise StabNormError(f"it normalises {layer.feature_dims} axes together: only to='prepbn' can convert it")
+        like = floating_tensor_of(old) if like is None else like
+        with tensors_like(like):
+            options = cls.defaults_after(layer) | options
+            new = cls(layer.num_features, channel_dim=layer.channel_dim, **options)
+        new.to(like.dtype).train(old.training)
+        if layer.bias is not None and new.bias is None:
+            why = next((f"{name}=False" for name in ("bias", "center") if options.get(name) is False), cls.__name__)
+            raise StabNormError(f"its bias would be lost: {why} has no place for one")
+        kept = [new._take_over("weight", layer.gain_parameter, layer.gain, exactly=not layer.gain_offset)]
+        kept += [new._take_over("bias", layer.bias_parameter, layer.bias)] if new.bias is not None else []
+        return Conversion(", ".join(kept), lambda: new)
 
-    The statistics are constants to these functions and the gradient's state moves, so that a second derivative would be
-    wrong without a sign. `once_differentiable` says so only where the upstream gradient requires a gradient, too.
+    @classmethod
+    def defaults_after(cls, layer: NormLayer) -> dict[str, Any]:
+        """The arguments whose default is another one where the new norm follows this one."""
+        del layer
+        return {}
+
+    def _take_over(
+        self, name: str, parameter: nn.Parameter | None, value: Tensor | None, exactly: bool = True
+    ) -> str:
+        """Make the old norm's parameter, or else its value, this one's, and say so."""
+        own = getattr(self, name)
+        if value is None:
+            return f"{name} new"
+        if parameter is None or not exactly or parameter.shape != own.shape:
+            own.data.copy_(value.detach())
+            return f"{name} new, of the same value"
+        for part in self.modules():  # a variant may have a child that holds it, too
+            if getattr(part, name, None) is own:
+                setattr(part, name, parameter)
+        return f"{name} kept"
+
+
+def running_values(moments: BatchMoments) -> Tensor:
+    """A batch's mean and unbiased variance ``[2, C]``, or its mean square ``[1, C]`` where there is no mean.
+
+    All of it is NaN where the batch is empty or holds anything that is not finite.
     """
-    if torch.is_grad_enabled():
-        raise StabNormError(
-            "the norms of stabnorm have no second derivative in training mode. Take the gradient without create_graph, "
-            "or call eval() on them first"
-        )
+    count, mean, square = moments
+    values = square[None] if mean is None else torch.stack([mean, square * (count / (count - 1).clamp(min=1))])
+    return torch.where(torch.isfinite(values).all() & (count > 0), values, torch.nan)
 
 
-_Maybe = Tensor | None
-Psi = tuple[str, float, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe]
-EXACT: Psi = ("exact", 0.0, None, None, None, None, None, None)
-
-
-def normalize(
-    rows: Tensor,
-    valid: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eta: Tensor | None,
-    moments: BatchMoments,
-    rstd: Tensor,
-    sync: bool,
-    psi: Psi = EXACT,
-) -> Tensor:
-    """Y ``[R, C]`` with the statistics of this batch, or what stands for them, and their gradient.
-
-    Args:
-        rows: ``[R, C]``.
-        valid: ``[R]`` bool or None.
-        weight: ``[C]``.
-        bias: ``[C]`` or None.
-        eta: ``[1]`` or None.
-        moments: the batch's; `mean` decides whether x is centred, `rows` is what the gradient's means divide by.
-        rstd: ``[C]``, what x is multiplied with.
-        sync: add the backward's sums over ranks.
-        psi: what the backward puts for mean(dz z): ("exact", ...), or ("smooth", momentum, loss scale, gate, window,
-            average, filled, None), or ("quadratic", alpha, loss scale, gate, nu, None, None, mean(z^2)).
-    """
-    arguments = (rows, weight, bias, eta, moments.mean, rstd, moments.rows, valid, sync, *psi)
-    return _Normalize.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Normalize(torch.autograd.Function):
-    r"""y = (x - mean) rstd weight + eta x + bias, with z = (x - mean) rstd and dz = weight dy.
-
-    .. math:: dx = (dz - \psi z - \overline{dz})\, rstd + \eta\, dy
-
-    (the mean only where x is centred); psi = mean(dz z) is the exact gradient when rstd is the batch's own.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        eta: Tensor | None,
-        mean: Tensor | None,
-        rstd: Tensor,
-        count: Tensor,
-        valid: Tensor | None,
-        sync: bool,
-        rule: str,
-        decay: float,
-        loss_scale: Tensor | None,
-        gate: Tensor | None,
-        first: Tensor | None,
-        second: Tensor | None,
-        third: Tensor | None,
-        power: Tensor | None,
-    ) -> Tensor:
-        scale, shift = channel_affine(weight, bias, eta, mean, rstd)
-        ctx.save_for_backward(rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power)
-        ctx.loss_scale = loss_scale
-        ctx.sync, ctx.rule, ctx.decay = sync, rule, decay
-        ctx.first, ctx.second, ctx.third = first, second, third  # buffers: changed by other batches, so never saved
-        return affine_of_rows(rows, scale, shift)
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power = ctx.saved_tensors
-        plain, weighted, plain_valid, weighted_valid = sums_of_rows(grad_y, rows, mean, valid)
-        if ctx.sync:
-            sums = gather_over_ranks(torch.cat([plain_valid, weighted_valid])).sum(0)
-            plain_valid, weighted_valid = sums.chunk(2)
-        size = count.clamp(min=1)
-        gain = weight.to(scale.dtype)
-        psi = gain * weighted_valid * rstd / size
-        if ctx.rule == "smooth":
-            state = ctx.first, ctx.second, ctx.third
-            psi = smooth_gradient_(psi / ctx.loss_scale, gate, *state, ctx.decay) * ctx.loss_scale
-        elif ctx.rule == "quadratic":
-            psi = quadratic_gradient_(psi / ctx.loss_scale, power, gate, ctx.first, ctx.decay) * ctx.loss_scale
-        offset = None if mean is None else gain * plain_valid * rstd / size
-        dx = gradient_of_rows(grad_y, rows, mean, valid, scale, psi * rstd * rstd, offset)
-        d_weight = (weighted * rstd).to(weight.dtype)
-        d_bias = None if bias is None else plain.to(bias.dtype)
-        d_eta = None
-        if eta is not None:
-            through = weighted if mean is None else weighted + mean * plain
-            d_eta = through.sum().reshape(eta.shape).to(eta.dtype)
-        return dx, d_weight, d_bias, d_eta, *[None] * 13
+def check_variant(variant: str) -> None:
+    """Raise ValueError unless `variant` is one there is."""
+    if variant not in ("corrected", "official"):
+        raise ValueError(f"variant={variant!r} is unknown. Choose 'corrected' or 'official'")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import channel_affine
-from stabnorm.nn._channel_norm import refuse_second_derivative
+from stabnorm.nn._normalize import refuse_second_derivative
 from stabnorm.ops.one_pass import affine_with_square, gradient_with_sums, redo_affine_, redo_gradient_, worth_a_guess
 from stabnorm.ops.running import quadratic_gradient_, track_quadratic_
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabnorm.nn._channel_norm import refuse_second_derivative
+from stabnorm.nn._normalize import refuse_second_derivative
 
 Correction = Callable[[Tensor, Tensor], Tensor]  # (dz, z) -> dz - psi z; updates what psi comes from
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from stabnorm.errors import StabNormError
 from stabnorm.functional import scale_groups
-from stabnorm.nn._channel_norm import ChannelNorm, normalize
+from stabnorm.nn._base import TARGETS
+from stabnorm.nn._channel_norm import ChannelNorm, running_values
+from stabnorm.nn._normalize import Psi, normalize
 from stabnorm.nn._one_pass import OnePass
-from stabnorm.nn.official import OfficialPowerNorm
-from stabnorm.nn.unified import check_variant
 from stabnorm.norms import register_norm
 from stabnorm.ops.one_pass import saves_a_read
 from stabnorm.ops.rows import gradient_of_groups, scaled_groups, widened
@@ -76,52 +76,34 @@ class PowerNorm(ChannelNorm):
         sync: bool = False,
         variant: str = "corrected",
     ) -> None:
+        del variant  # it has chosen the class
         super().__init__(num_features, eps, channel_dim, sync)
-        check_variant(variant)
         if groups is not None and (groups < 1 or num_features % groups):
             raise ValueError(f"groups={groups} does not divide num_features={num_features}. Give a divisor, or None")
-        self.groups, self.warmup_steps, self.variant = groups, warmup_steps, variant
+        self.groups, self.warmup_steps = groups, warmup_steps
         self.alpha_fwd, self.alpha_bkw = alpha_fwd, alpha_bkw
         self.weight = nn.Parameter(torch.empty(num_features))
         self.bias = nn.Parameter(torch.empty(num_features))
-        self.official: OfficialPowerNorm | None = None
-        if variant == "official":
-            self._build_official()
-        else:
-            self.register_buffer("running_square", torch.empty(num_features))
-            self.register_buffer("nu", torch.empty(num_features))
-            self.register_buffer("recent", torch.empty(REMEMBERED, 2 * num_features + 1), persistent=False)
-            self._add_counters()
-            self._add_loss_scale()
+        self._add_state()
         self.reset_parameters()
 
-    def _build_official(self) -> None:
-        if self.channel_dim != -1 or self.sync:
-            raise ValueError("the official variant has channels last and no sync. Leave channel_dim and sync")
-        groups = 1 if self.groups is None else self.groups
-        self.official = OfficialPowerNorm(
-            self.num_features, groups, self.warmup_steps, self.alpha_fwd, self.alpha_bkw, self.eps
-        )
-        self.official.weight, self.official.bias = self.weight, self.bias
+    def _add_state(self) -> None:
+        self.register_buffer("running_square", torch.empty(self.num_features))
+        self.register_buffer("nu", torch.empty(self.num_features))
+        self.register_buffer("recent", torch.empty(REMEMBERED, 2 * self.num_features + 1), persistent=False)
+        self._add_counters()
+        self._add_loss_scale()
 
-    def reset_parameters(self) -> None:
-        """Start again: parameters, statistics and counters."""
-        if self.official is not None:
-            self._build_official()
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-        if self.official is None:
-            self.running_square.fill_(1)
-            self.nu.zero_()
-            self.recent.fill_(-1)
-            self._reset_counters()
+    def reset_running_stats(self) -> None:
+        """Forget the statistics."""
+        self.running_square.fill_(1)
+        self.nu.zero_()
+        self.recent.fill_(-1)
+        self._reset_counters()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise; in training mode also gather statistics."""
         rows, valid = self.rows_of(x, mask)
-        if self.official is not None:
-            y: Tensor = self.official(x, None if valid is None else valid.reshape(x.shape[:-1]))
-            return y
         if self.groups is not None:
             rows = self.scaled(rows, masked=valid is not None)
         if not self.training:
@@ -141,7 +123,7 @@ class PowerNorm(ChannelNorm):
             )  # fmt: skip
             rstd = torch.rsqrt(divisor + self.eps)
             power = moments.square * rstd * rstd
-        psi = ("quadratic", self.alpha_bkw, self.loss_scale, gate, self.nu, None, None, power)
+        psi = Psi("quadratic", self.alpha_bkw, self.loss_scale, gate, average=self.nu, power=power)
         y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
         return self.like_input(y, x)
 
@@ -153,27 +135,40 @@ class PowerNorm(ChannelNorm):
         scaled: Tensor = _GroupScaling.apply(rows, self.groups, self.eps, masked)  # type: ignore[no-untyped-call]
         return scaled
 
+    def running_statistics(self) -> tuple[Tensor, ...]:
+        """The mean square, of scaled groups where there are groups."""
+        return (self.running_square,)
+
+    @torch.no_grad()
+    def batch_statistics(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What one batch says of them; see the base class."""
+        rows, valid = self.rows_of(x, mask)
+        return running_values(self.moments(rows if self.groups is None else self.scaled(rows), valid, center=False))
+
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """``(scale, shift, channel_dim)`` of the norm in eval, float64.
 
         Raises:
             StabNormError: `groups` is set, or the statistics are not finite.
         """
-        groups = 1 if self.official is not None and self.groups is None else self.groups
-        if groups is not None:
-            raise StabNormError(
-                f"PowerNorm with groups={groups} divides every token by its own rms, so it is no affine map in eval "
-                "and does not fold. Build it with groups=None"
-            )
+        if self.groups is not None:
+            raise not_affine(self.groups)
         return self._folded(None, self.running_square, self.bias, None)
 
     def extra_repr(self) -> str:
         """Arguments that differ from the usual, too."""
-        options = f", variant={self.variant!r}" if self.variant != "corrected" else ""
         return (
             f"{self.num_features}, groups={self.groups}, warmup_steps={self.warmup_steps}, alpha_fwd={self.alpha_fwd}, "
-            f"alpha_bkw={self.alpha_bkw}, eps={self.eps}{options}{self._common_repr()}"
+            f"alpha_bkw={self.alpha_bkw}, eps={self.eps}{self._common_repr()}"
         )
+
+
+def not_affine(groups: int) -> StabNormError:
+    """Why a PowerNorm with groups has no affine map."""
+    return StabNormError(
+        f"PowerNorm with groups={groups} divides every token by its own rms, so it is no affine map in eval and does "
+        "not fold. Build it with groups=None"
+    )
 
 
 class _GroupScaling(torch.autograd.Function):
@@ -193,3 +188,4 @@ class _GroupScaling(torch.autograd.Function):
 
 
 register_norm(PowerNorm, "batch", channel_dim="channel_dim")
+TARGETS["power"] = PowerNorm

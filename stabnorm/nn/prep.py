@@ -8,14 +8,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.devices import floating_tensor_of
+from stabnorm._models.watched import own_class
 from stabnorm.errors import StabNormError
-from stabnorm.nn._blended import blended
-from stabnorm.nn._channel_norm import Float32Buffers
+from stabnorm.nn._base import TARGETS, Conversion, EvalAffineNorm, Float32Buffers, tensors_like
+from stabnorm.nn._blended import Blend, Fork, Idle, blended
+from stabnorm.nn._channel_norm import check_variant
 from stabnorm.nn.rep import RepBN
-from stabnorm.nn.unified import check_variant
-from stabnorm.norms import Kind, find_norms, is_registered, register_norm
+from stabnorm.norms import Kind, NormLayer, find_norms, is_registered, register_norm
 from stabnorm.norms.rows import as_rows
-from stabnorm.ops.blend import blend, join_gradients
 from stabnorm.ops.dispatch import REFERENCE, execution
 
 EvalMode = Literal["blend", "rep"]
@@ -23,7 +24,7 @@ _BASES: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 _CLASSES: dict[tuple[Any, ...], type["PRepBN"]] = {}
 
 
-class PRepBN(Float32Buffers):
+class PRepBN(EvalAffineNorm):
     r"""Progressive re-parameterised batch norm (arXiv:2405.11582, SLAB, eq. 3): lam norm(x) + (1 - lam) RepBN(x).
 
     `lam` is a 0-dim buffer, 1 at first; write it in place as training goes on. At lam = 1 outputs and gradients are bit
@@ -65,6 +66,7 @@ class PRepBN(Float32Buffers):
     (True, True)
     """
 
+    _in_place = True
     lam: Tensor
     rep: RepBN
     eval_mode: EvalMode
@@ -100,15 +102,52 @@ class PRepBN(Float32Buffers):
         super().__init__(normalized_shape, eps)  # the norm's, by the MRO
         if kind == "rms":
             rep_options.setdefault("center", False)
-        rep_options.setdefault("init", "norm" if variant == "corrected" else "vision")
+        if variant == "official":
+            eval_mode = "rep"
+            rep_options.setdefault("init", "vision")
+        rep_options.setdefault("init", "norm")
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         features = torch.Size(shape).numel()
         self.adopt(
-            RepBN(features, eps, channel_dim=channel_dim, sync=sync, **rep_options),
-            "rep" if variant == "official" else eval_mode,
-            len(shape),
+            RepBN(features, eps, channel_dim=channel_dim, sync=sync, **rep_options), eval_mode, len(shape)
         )
         self.norm_channel_dim = -1  # torch's norms take channels last
+
+    @classmethod
+    def plan_from_norm(cls, layer: NormLayer, like: Tensor | None = None, **options: Any) -> Conversion:
+        """Build `rep` and the class over the norm's own, which the norm object then is of; see the base class."""
+        module = layer.module
+        for name in sorted(_RESERVED):
+            if hasattr(module, name) and not (name == "channel_dim" and module.channel_dim == layer.channel_dim):
+                raise StabNormError(f"its class has an attribute {name!r} of its own, which PRepBN needs")
+        if layer.feature_dims > 1 and layer.channel_dim != -1:
+            raise StabNormError(f"it normalises {layer.feature_dims} axes together that are not the last ones")
+        like = floating_tensor_of(module) if like is None else like
+        with tensors_like(like):  # the mixin over torch's norm checks the options, and builds `rep`
+            options = RepBN.defaults_after(layer) | options
+            twin = PRepBN(layer.num_features, channel_dim=layer.channel_dim, **options).to(like.dtype)
+        base = type(module)
+        try:
+            made = _class_after(layer)
+            base.__new__(base).__class__ = made
+        except TypeError as error:
+            raise StabNormError(f"no class can be made of {base.__name__} and PRepBN: {error}") from error
+
+        def carry_out() -> PRepBN:
+            module.__class__ = made
+            assert isinstance(module, PRepBN)
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                twin.rep.requires_grad_(False)  # frozen before, frozen after
+            module.adopt(twin.rep, twin.eval_mode, layer.feature_dims)
+            return module
+
+        return Conversion(f"class {made.__name__}", carry_out)
+
+    @classmethod
+    def conversion_options(cls) -> set[str]:
+        """Its own and those of `RepBN`."""
+        return (super().conversion_options() | RepBN.conversion_options()) - {"rep_options"}
 
     @torch.no_grad()
     def start_from_norm(self) -> None:
@@ -183,16 +222,18 @@ class PRepBN(Float32Buffers):
         """The blend at the current lam; in training mode `rep` also gathers statistics."""
         if self.leave_out_norm or (not self.training and self.eval_mode == "rep"):
             y = self.__rep(x, mask, *self.__rep_parameters())
-            return _Idle.apply(y, *self.__norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
+            return Idle.apply(y, *self.__norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
         if self.__at_once():
             rows, valid = self.rep.rows_of(x, mask)
             body = execution("blended_norm", rows, valid)
             if body != REFERENCE:
-                return self.rep.like_input(blended(body, self, rows, valid), x)
+                norm: Any = self  # an nn.LayerNorm
+                y = blended(body, self.lam, rows, valid, norm.weight, norm.bias, norm.eps, self.rep)
+                return self.rep.like_input(y, x)
         weight, bias, eta = self.__rep_parameters()
-        for_norm, for_rep, weight, bias, eta = _Fork.apply(self.lam, x, weight, bias, eta)  # type: ignore[no-untyped-call]
+        for_norm, for_rep, weight, bias, eta = Fork.apply(self.lam, x, weight, bias, eta)  # type: ignore[no-untyped-call]
         rep = self.__rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
-        return _Blend.apply(self.lam, self.__norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
+        return Blend.apply(self.lam, self.__norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
 
     def __at_once(self) -> bool:
         """Whether both norms can be computed at once: only torch's own LayerNorm, over the channels, in training."""
@@ -217,6 +258,12 @@ class PRepBN(Float32Buffers):
         rep, valid = self.rep.of_batch(flat, mask)
         return as_rows(norm, self.channel_dim), rep, valid
 
+    def __flat(self, x: Tensor) -> Tensor:
+        """The input with the axes that are normalised together as one."""
+        if self.feature_dims == 1:
+            return x
+        return x.flatten(x.ndim - self.feature_dims) if x.ndim > self.feature_dims else x.reshape(1, -1)
+
     def __norm(self, x: Tensor) -> Tensor:
         as_it_is = self.norm_channel_dim == self.channel_dim or self.channel_dim == x.ndim - 1
         y: Tensor = super().forward(x if as_it_is else x.movedim(self.channel_dim, -1))
@@ -226,10 +273,16 @@ class PRepBN(Float32Buffers):
         return y.contiguous() if x.is_contiguous() else y
 
     def __rep(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
-        if self.feature_dims == 1:
-            return self.rep.apply_with(x, mask, weight, bias, eta)
-        flat = x.flatten(x.ndim - self.feature_dims) if x.ndim > self.feature_dims else x.reshape(1, -1)
-        return self.rep.apply_with(flat, mask, weight, bias, eta).reshape(x.shape)
+        y = self.rep.apply_with(self.__flat(x), mask, weight, bias, eta)
+        return y if self.feature_dims == 1 else y.reshape(x.shape)
+
+    def running_statistics(self) -> tuple[Tensor, ...]:
+        """Those of `rep`."""
+        return self.rep.running_statistics()
+
+    def batch_statistics(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What one batch says of them."""
+        return self.rep.batch_statistics(self.__flat(x), mask)
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """``(scale, shift, channel_dim)`` of the norm in eval, float64.
@@ -272,6 +325,31 @@ class PRepBN(Float32Buffers):
         if made_of is None:
             return super().__reduce_ex__(protocol)  # a subclass somebody wrote, which pickle finds by its name
         return _blank, made_of, self.__dict__
+
+
+# What PRepBN puts before a norm's own, apart from what hands on to it.
+_RESERVED = {
+    name
+    for mixin in (PRepBN, EvalAffineNorm, Float32Buffers)
+    for name in (*vars(mixin), *mixin.__annotations__)
+} - {*dir(nn.Module), "reset_parameters"}  # fmt: skip
+
+
+def _class_after(layer: NormLayer) -> type[PRepBN]:
+    """The class over a layer's own; what `register_norm` needs to know is the layer's."""
+    base = own_class(layer.module)
+    if base.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or is_registered(base):
+        return prep_class(base)
+    return prep_class(
+        base,
+        layer.kind,
+        channel_dim=layer.channel_dim,
+        num_features=layer.num_features,
+        eps=layer.eps,
+        weight=layer.weight_name,
+        bias=layer.bias_name,
+        gain_offset=layer.gain_offset,
+    )
 
 
 def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: Any) -> type[PRepBN]:
@@ -321,59 +399,4 @@ def _blank(base: type[nn.Module], kind: Kind | None, registration: tuple[tuple[s
     return made.__new__(made)
 
 
-class _Fork(torch.autograd.Function):
-    """The input twice, for norm and RepBN, and RepBN's parameters; a branch of weight 0 gets no gradient back."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(lam: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eta: Tensor) -> tuple[Tensor | None, ...]:
-        others = (None if t is None else t.view_as(t) for t in (weight, bias, eta))
-        return x.view_as(x), x.view_as(x), *others
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[0].clone())  # lam moves between forward and backward
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (lam,) = ctx.saved_tensors
-        of_norm, of_rep, *parameters = grads
-        gated = (None if g is None else torch.where(lam == 1, 0, g) for g in parameters)
-        if of_norm is None or of_rep is None:
-            return None, of_rep if of_norm is None else of_norm, *gated
-        return None, join_gradients(lam, of_norm, of_rep), *gated
-
-
-class _Idle(torch.autograd.Function):
-    """y, and a gradient of 0 for parameters that had no part in it: DistributedDataParallel waits for every one."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *map(torch.zeros_like, ctx.saved_tensors)
-
-
-class _Blend(torch.autograd.Function):
-    """lam norm + (1 - lam) rep in the norm's dtype, see `stabnorm.ops.blend`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
-        return blend(lam, norm, rep.to(norm.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        lam, _, rep = inputs
-        ctx.save_for_backward(lam.clone())
-        ctx.rep_dtype = rep.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (lam,) = ctx.saved_tensors
-        return None, grad * lam, (grad * (1 - lam)).to(ctx.rep_dtype)  # times 1 is exact; what 0 leaves, _Fork stops
+TARGETS["prepbn"] = PRepBN

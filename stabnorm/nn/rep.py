@@ -1,13 +1,15 @@
 """RepBN: batch norm with a skip path, which is one affine map in eval."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from stabnorm.functional import BatchMoments, channel_affine
-from stabnorm.nn._channel_norm import ChannelNorm, normalize
-from stabnorm.norms import register_norm
+from stabnorm.nn._base import TARGETS
+from stabnorm.nn._channel_norm import ChannelNorm
+from stabnorm.nn._normalize import normalize
+from stabnorm.norms import NormLayer, register_norm
 from stabnorm.ops.rows import affine_of_rows
 from stabnorm.ops.running import track_batch_
 
@@ -72,7 +74,7 @@ class RepBN(ChannelNorm):
         super().__init__(num_features, eps, channel_dim, sync)
         if init not in get_args(Init):
             raise ValueError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, get_args(Init)))}")
-        check_filtration(filtration, official=False)
+        check_filtration(filtration)
         self.momentum, self.center, self.filtration, self.init = momentum, center, filtration, init
         self.weight = nn.Parameter(torch.empty(num_features))
         self.bias = nn.Parameter(torch.empty(num_features)) if center else None
@@ -134,6 +136,15 @@ class RepBN(ChannelNorm):
         scale, shift = channel_affine(self.weight, self.bias, self.eta, moments.mean, rstd)
         return affine_of_rows(rows, scale, shift), valid
 
+    def running_statistics(self) -> tuple[Tensor, ...]:
+        """Mean and variance, or the mean square where the mean is not taken out."""
+        return (self.running_var,) if self.running_mean is None else (self.running_mean, self.running_var)
+
+    @classmethod
+    def defaults_after(cls, layer: NormLayer) -> dict[str, Any]:
+        """A burst stays out of the running statistics, and what follows an rms norm only scales."""
+        return {"filtration": "calibrated", "center": layer.kind == "layer" or layer.bias is not None}
+
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """``(scale, shift, channel_dim)`` of the norm in eval, float64.
 
@@ -150,15 +161,16 @@ class RepBN(ChannelNorm):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{options}{self._common_repr()}"
 
 
-def check_filtration(filtration: str | None, *, official: bool) -> None:
+def check_filtration(filtration: str | None, known: tuple[str, ...] = ("calibrated",)) -> None:
     """Raise ValueError unless `filtration` is one there is."""
-    if filtration == "official" and not official:
+    if filtration == "official" and filtration not in known:
         raise ValueError(
             "filtration='official' belongs to UnifiedNorm(variant='official'); by itself it skips nearly every batch "
             "or none. Use filtration='calibrated', or that variant"
         )
-    if filtration not in (None, "calibrated", "official"):
+    if filtration is not None and filtration not in known:
         raise ValueError(f"filtration={filtration!r} is unknown. Choose 'calibrated', or None for no filter")
 
 
 register_norm(RepBN, "batch", channel_dim="channel_dim")
+TARGETS["repbn"] = RepBN

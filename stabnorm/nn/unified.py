@@ -1,12 +1,15 @@
 """UnifiedNorm: batch statistics smoothed over a window of batches, with a filter for outliers."""
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from stabnorm.nn._channel_norm import ChannelNorm, normalize
-from stabnorm.nn.official import OfficialUnifiedNorm
+from stabnorm.nn._base import TARGETS
+from stabnorm.nn._channel_norm import ChannelNorm
+from stabnorm.nn._normalize import Psi, normalize
 from stabnorm.nn.rep import check_filtration
-from stabnorm.norms import register_norm
+from stabnorm.norms import NormLayer, register_norm
 from stabnorm.ops.running import REMEMBERED, smooth_square_
 
 NEVER = 2**62  # a warm-up that does not end
@@ -55,6 +58,7 @@ class UnifiedNorm(ChannelNorm):
     True
     """
 
+    filtrations: ClassVar[tuple[str, ...]] = ("calibrated",)
     running_square: Tensor
     window_square: Tensor
     window_gradient: Tensor
@@ -77,9 +81,9 @@ class UnifiedNorm(ChannelNorm):
         sync: bool = False,
         variant: str = "corrected",
     ) -> None:
+        del variant  # it has chosen the class
         super().__init__(num_features, eps, channel_dim, sync)
-        check_variant(variant)
-        check_filtration(filtration, official=variant == "official")
+        check_filtration(filtration, self.filtrations)
         windows = tuple(window) if isinstance(window, tuple | list) else (window, window)
         if len(windows) != 2 or min(windows) < 1:
             raise ValueError(f"window={window!r} holds no batch. Give a number of batches >= 1, or a pair of them")
@@ -87,53 +91,32 @@ class UnifiedNorm(ChannelNorm):
             raise ValueError(f"patience={patience} is too short. Give a number of batches >= 1, or None for 2 windows")
         self.windows, self.warmup_steps, self.filtration = windows, warmup_steps, filtration
         self.patience = 2 * windows[0] if patience is None else patience
-        self.momentum, self.variant = momentum, variant
+        self.momentum = momentum
         self.weight = nn.Parameter(torch.empty(num_features))
         self.bias = nn.Parameter(torch.empty(num_features)) if bias else None
-        self.official: OfficialUnifiedNorm | None = None
-        if variant == "official":
-            self._build_official()
-        else:
-            self.register_buffer("running_square", torch.empty(num_features))
-            self.register_buffer("window_square", torch.empty(windows[0], num_features))
-            self.register_buffer("window_gradient", torch.empty(windows[1], num_features))
-            self.register_buffer("average_gradient", torch.empty(num_features))
-            self.register_buffer("filled_gradient", torch.zeros((), dtype=torch.int64))
-            self.register_buffer("recent", torch.empty(REMEMBERED, 2 * num_features + 1), persistent=False)
-            self._add_counters()
-            self._add_loss_scale()
+        self._add_state()
         self.reset_parameters()
 
-    def _build_official(self) -> None:
-        if self.bias is None or self.channel_dim != -1 or self.sync:
-            raise ValueError(
-                "the official variant has a bias, channels last and no sync. Leave bias, channel_dim, sync"
-            )
-        filtered = self.filtration is not None
-        self.official = OfficialUnifiedNorm(
-            self.num_features, self.windows, self.warmup_steps, filtered, self.momentum, self.eps
-        )
-        self.official.weight, self.official.bias = self.weight, self.bias
+    def _add_state(self) -> None:
+        self.register_buffer("running_square", torch.empty(self.num_features))
+        self.register_buffer("window_square", torch.empty(self.windows[0], self.num_features))
+        self.register_buffer("window_gradient", torch.empty(self.windows[1], self.num_features))
+        self.register_buffer("average_gradient", torch.empty(self.num_features))
+        self.register_buffer("filled_gradient", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("recent", torch.empty(REMEMBERED, 2 * self.num_features + 1), persistent=False)
+        self._add_counters()
+        self._add_loss_scale()
 
-    def reset_parameters(self) -> None:
-        """Start again: parameters, statistics and counters."""
-        if self.official is not None:
-            self._build_official()
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        if self.official is None:
-            self.running_square.fill_(1)
-            self.window_square.fill_(1)
-            self.recent.fill_(-1)  # no second moment is negative: nothing is remembered
-            self._reset_counters()
-            self.reset_warmup()
+    def reset_running_stats(self) -> None:
+        """Forget the statistics."""
+        self.running_square.fill_(1)
+        self.window_square.fill_(1)
+        self.recent.fill_(-1)  # no second moment is negative: nothing is remembered
+        self._reset_counters()
+        self.reset_warmup()
 
     def reset_warmup(self) -> None:
         """Warm up again, say for fine-tuning: steps count from 0 and the windows fill anew; eval stays as it is."""
-        if self.official is not None:
-            self.official.iters.zero_()
-            return
         self.step.zero_()
         self.progress[2] = 0
         self.window_gradient.zero_()
@@ -143,10 +126,6 @@ class UnifiedNorm(ChannelNorm):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise; in training mode also gather statistics."""
         rows, valid = self.rows_of(x, mask)
-        if self.official is not None:
-            keep = None if valid is None else valid.reshape(x.shape[:-1])
-            y: Tensor = self.official(x, keep)
-            return y
         if not self.training:
             return self.like_input(self.eval_affine(rows, None, self.running_square, self.weight, self.bias, None), x)
         moments = self.moments(rows, valid, center=False)
@@ -158,10 +137,21 @@ class UnifiedNorm(ChannelNorm):
                 self.filtration is not None, self.counts_steps,
             )  # fmt: skip
             rstd = torch.rsqrt(divisor + self.eps)
-        state = (self.window_gradient, self.average_gradient, self.filled_gradient)
-        psi = ("smooth", self.momentum, self.loss_scale, gate, *state, None)
+        psi = Psi(
+            "smooth", self.momentum, self.loss_scale, gate, self.average_gradient, self.window_gradient,
+            self.filled_gradient,
+        )  # fmt: skip
         y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
         return self.like_input(y, x)
+
+    def running_statistics(self) -> tuple[Tensor, ...]:
+        """The mean square."""
+        return (self.running_square,)
+
+    @classmethod
+    def defaults_after(cls, layer: NormLayer) -> dict[str, Any]:
+        """A bias where the norm has one."""
+        return {"bias": layer.bias is not None}
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """``(scale, shift, channel_dim)`` of the norm in eval, float64.
@@ -169,24 +159,17 @@ class UnifiedNorm(ChannelNorm):
         Raises:
             StabNormError: the statistics are not finite.
         """
-        square = self.running_square if self.official is None else self.official.running_var
-        return self._folded(None, square, self.bias, None)
+        return self._folded(None, self.running_square, self.bias, None)
 
     def extra_repr(self) -> str:
         """Arguments that differ from the usual, too."""
         window = self.windows[0] if self.windows[0] == self.windows[1] else self.windows
         options = "" if self.bias is not None else ", bias=False"
-        options += f", variant={self.variant!r}" if self.variant != "corrected" else ""
         return (
             f"{self.num_features}, window={window}, warmup_steps={self.warmup_steps}, filtration={self.filtration!r}, "
             f"patience={self.patience}, momentum={self.momentum}, eps={self.eps}{options}{self._common_repr()}"
         )
 
 
-def check_variant(variant: str) -> None:
-    """Raise ValueError unless `variant` is one there is."""
-    if variant not in ("corrected", "official"):
-        raise ValueError(f"variant={variant!r} is unknown. Choose 'corrected' or 'official'")
-
-
 register_norm(UnifiedNorm, "batch", channel_dim="channel_dim")
+TARGETS["unified"] = UnifiedNorm

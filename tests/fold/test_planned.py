@@ -242,7 +242,7 @@ def test_what_is_wrong_is_said() -> None:
     with pytest.raises(ValueError, match="does not run on the example"):
         plan_fold(model, torch.randn(3, 5))
     with pytest.raises(ValueError, match="to='batch' is unknown"):
-        plan_fold(model, torch.randn(3, 4), to="batch")  # type: ignore[arg-type]
+        plan_fold(model, torch.randn(3, 4), to="batch")
     with pytest.raises(TypeError, match="no option 'centre'"):
         plan_fold(model, torch.randn(3, 4), centre=False)
     with pytest.raises(ValueError, match="Linear has no norm, so there is nothing to plan"):

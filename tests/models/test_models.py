@@ -20,7 +20,7 @@ from stabnorm._models.hooks import Hook, has_forward_hooks, hooked
 from stabnorm._models.names import NameFilter
 from stabnorm._models.tables import aligned
 from stabnorm._models.wrappers import is_compiled, parallel_wrapper, plain_name, unwrapped
-from stabnorm.progressive import ProgressiveSwitch
+from stabnorm.switch.progressive import ProgressiveSwitch
 
 ROOT = Path(__file__).parents[2] / "stabnorm"
 MAY_IMPORT = {"_models": {"_models", "functional", "errors"}, "norms": {"_models", "norms", "functional", "errors"}}

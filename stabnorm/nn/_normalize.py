@@ -1,0 +1,149 @@
+"""The autograd function that the norms of this package share.
+
+In training each of them is y = (x - mean) rstd weight + eta x + bias, per channel, and they differ in where `mean` and
+`rstd` come from and in what their backward puts for mean(dz z). The autograd function saves no buffer: two forwards
+before one backward, and a module used twice, are ordinary.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stabnorm._models.ranks import gather_over_ranks
+from stabnorm.errors import StabNormError
+from stabnorm.functional import BatchMoments, channel_affine
+from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, sums_of_rows
+from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
+
+
+def refuse_second_derivative() -> None:
+    """Raise StabNormError in a backward with `create_graph=True`.
+
+    The statistics are constants to these functions and the gradient's state moves, so that a second derivative would be
+    wrong without a sign. `once_differentiable` says so only where the upstream gradient requires a gradient, too.
+    """
+    if torch.is_grad_enabled():
+        raise StabNormError(
+            "the norms of stabnorm have no second derivative in training mode. Take the gradient without create_graph, "
+            "or call eval() on them first"
+        )
+
+
+class Psi(NamedTuple):
+    """What the backward puts for psi = mean(dz z).
+
+    Attributes:
+        rule: "exact", the batch's own: the gradient of a norm with the batch's own rstd; "smooth", UnifiedNorm's
+            running average of a window's mean; "quadratic", PowerNorm's running nu.
+        decay: weight of the new value ("smooth"), or share of the old one ("quadratic").
+        loss_scale: what the loss is multiplied by; the running statistics are in units of the loss itself.
+        gate: from the forward: whether the batch enters them, and whether they are used.
+        average: ``[C]``, the running statistic; a buffer.
+        window: ``[M, C]``, the last M values ("smooth"); a buffer.
+        filled: how many of them there are ("smooth"); a buffer.
+        power: ``[C]``, mean(z^2) of the batch ("quadratic").
+    """
+
+    rule: Literal["exact", "smooth", "quadratic"] = "exact"
+    decay: float = 0.0
+    loss_scale: Tensor | None = None
+    gate: Tensor | None = None
+    average: Tensor | None = None
+    window: Tensor | None = None
+    filled: Tensor | None = None
+    power: Tensor | None = None
+
+
+EXACT = Psi()
+
+
+def normalize(
+    rows: Tensor,
+    valid: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eta: Tensor | None,
+    moments: BatchMoments,
+    rstd: Tensor,
+    sync: bool,
+    psi: Psi = EXACT,
+) -> Tensor:
+    """Normalise rows with the batch's statistics, or with what replaces them, and carry their gradient: Y ``[R, C]``.
+
+    Args:
+        rows: ``[R, C]``.
+        valid: ``[R]`` bool or None.
+        weight: ``[C]``.
+        bias: ``[C]`` or None.
+        eta: ``[1]`` or None.
+        moments: the batch's; `mean` decides whether x is centred, `rows` is what the gradient's means divide by.
+        rstd: ``[C]``, what x is multiplied with.
+        sync: add the backward's sums over ranks.
+        psi: what the backward puts for mean(dz z). Default: the exact gradient.
+    """
+    arguments = (rows, weight, bias, eta, moments.mean, rstd, moments.rows, valid, sync, *psi)
+    return _Normalize.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Normalize(torch.autograd.Function):
+    r"""y = (x - mean) rstd weight + eta x + bias, with z = (x - mean) rstd and dz = weight dy.
+
+    .. math:: dx = (dz - \psi z - \overline{dz})\, rstd + \eta\, dy
+
+    (the mean only where x is centred); psi = mean(dz z) is the exact gradient when rstd is the batch's own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eta: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor,
+        count: Tensor,
+        valid: Tensor | None,
+        sync: bool,
+        rule: str,
+        decay: float,
+        loss_scale: Tensor | None,
+        gate: Tensor | None,
+        average: Tensor | None,
+        window: Tensor | None,
+        filled: Tensor | None,
+        power: Tensor | None,
+    ) -> Tensor:
+        scale, shift = channel_affine(weight, bias, eta, mean, rstd)
+        ctx.save_for_backward(rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power)
+        ctx.loss_scale = loss_scale
+        ctx.sync, ctx.rule, ctx.decay = sync, rule, decay
+        ctx.average, ctx.window, ctx.filled = average, window, filled  # other batches change them: never saved
+        return affine_of_rows(rows, scale, shift)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power = ctx.saved_tensors
+        plain, weighted, plain_valid, weighted_valid = sums_of_rows(grad_y, rows, mean, valid)
+        if ctx.sync:
+            sums = gather_over_ranks(torch.cat([plain_valid, weighted_valid])).sum(0)
+            plain_valid, weighted_valid = sums.chunk(2)
+        size = count.clamp(min=1)
+        gain = weight.to(scale.dtype)
+        psi = gain * weighted_valid * rstd / size
+        if ctx.rule == "smooth":
+            psi = psi / ctx.loss_scale
+            psi = smooth_gradient_(psi, gate, ctx.window, ctx.average, ctx.filled, ctx.decay) * ctx.loss_scale
+        elif ctx.rule == "quadratic":
+            psi = quadratic_gradient_(psi / ctx.loss_scale, power, gate, ctx.average, ctx.decay) * ctx.loss_scale
+        offset = None if mean is None else gain * plain_valid * rstd / size
+        dx = gradient_of_rows(grad_y, rows, mean, valid, scale, psi * rstd * rstd, offset)
+        d_weight = (weighted * rstd).to(weight.dtype)
+        d_bias = None if bias is None else plain.to(bias.dtype)
+        d_eta = None
+        if eta is not None:
+            through = weighted if mean is None else weighted + mean * plain
+            d_eta = through.sum().reshape(eta.shape).to(eta.dtype)
+        return dx, d_weight, d_bias, d_eta, *[None] * 13

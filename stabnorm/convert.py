@@ -164,7 +164,7 @@ def convert_norms(
     search.warn(stacklevel=3)
     start = None
     if loader is not None and report.converted:
-        from stabnorm.pretrained.start import fitted_start  # the fold, which it uses, needs what is here
+        from stabnorm.fit.start import fitted_start  # the fold, which it uses, needs what is here
 
         start = fitted_start(model, loader, set(report.converted), lambda copy: convert_norms(copy, **norm_options))
     for plan in plans.values():

@@ -1,11 +1,11 @@
 """LayerNorm out of a model that is already trained: measure, fit, repair, decide, and `remove_norms` over them."""
 
-from stabnorm.pretrained.fit import fit_norms
-from stabnorm.pretrained.measure import Measure, measure_norms
+from stabnorm.fit.fit import fit_norms
+from stabnorm.fit.measure import Measure, measure_norms
 from stabnorm.pretrained.remove import RemovalResult, RemovedNorm, remove_norms
 from stabnorm.pretrained.repair import Recipe, Repair, relative_error, repair_norms
-from stabnorm.pretrained.sums import Affine
-from stabnorm.pretrained.watch import Runner
+from stabnorm.fit.sums import Affine
+from stabnorm.fit.watch import Runner
 
 __all__ = [
     "Affine",

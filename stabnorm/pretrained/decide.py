@@ -10,7 +10,7 @@ from stabnorm._models.devices import device_of
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.nn.prep import PRepBN
 from stabnorm.pretrained.repair import Distance
-from stabnorm.pretrained.watch import Runner
+from stabnorm.fit.watch import Runner
 from stabnorm.switch.lam import write_lam
 
 

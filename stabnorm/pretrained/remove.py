@@ -26,11 +26,11 @@ from stabnorm.fold import FoldResult, fold_norms
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormLayer, NormSearch
 from stabnorm.pretrained.decide import HeldOut, costs_of, fewest_kept, keep_only
-from stabnorm.pretrained.fit import fit_norms
-from stabnorm.pretrained.measure import Measure, measure_norms
+from stabnorm.fit.fit import fit_norms
+from stabnorm.fit.measure import Measure, measure_norms
 from stabnorm.pretrained.repair import Distance, Recipe, Repair, relative_error, repair_norms
-from stabnorm.pretrained.sums import Affine
-from stabnorm.pretrained.watch import Runner
+from stabnorm.fit.sums import Affine
+from stabnorm.fit.watch import Runner
 from stabnorm.switch.lam import progressive_norms
 
 ROWS = 4  # of a batch to fold on
@@ -109,7 +109,7 @@ def remove_norms(
     r"""Take LayerNorm and RMSNorm out of a trained model: no labels, and nothing known of its task.
 
     Each norm becomes one affine map per channel, y = a x + b, fitted by least squares to what the original's norm
-    writes, in depth order (`stabnorm.pretrained.fit`). With `steps`, the whole model is then trained until its hidden
+    writes, in depth order (`stabnorm.fit.fit`). With `steps`, the whole model is then trained until its hidden
     states and its output are the original's again (`stabnorm.pretrained.repair`). With `tolerance`, norms stay, worst
     first, until the output is close enough on held-out batches. At the end the affine maps are folded into the weights
     around them (`fold_norms`). All of this happens to copies, in eval mode.
@@ -137,7 +137,7 @@ def remove_norms(
             neither fitted to nor trained on.
         recipe: how to repair. Default: `Recipe()`.
         fit: "norms" fits the affine maps only; "tables" with them the embedding tables that a norm alone reads;
-            "layers" the linear layer before a post-norm, too, see `stabnorm.pretrained.feed`. Default: "layers", the
+            "layers" the linear layer before a post-norm, too, see `stabnorm.fit.feed`. Default: "layers", the
             closest; with a repair "tables", from which it ends closer to the original.
         fit_batches: how many of the loader's batches to fit to; they are kept in memory. Default: 32.
         forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: as the

@@ -29,8 +29,8 @@ from stabnorm._models.outputs import tensors_in
 from stabnorm._models.ranks import gather_over_ranks, ranks
 from stabnorm.errors import StabNormError
 from stabnorm.norms import NormSearch
-from stabnorm.pretrained.sums import Seen
-from stabnorm.pretrained.watch import Runner, drawn_towards, watched
+from stabnorm.fit.sums import Seen
+from stabnorm.fit.watch import Runner, drawn_towards, watched
 from stabnorm.switch.lam import progressive_norms, write_lam
 from stabnorm.switch.schedules import Order, make_schedule
 

@@ -10,10 +10,10 @@ from stabnorm._models.batches import batches_of
 from stabnorm._models.devices import device_of
 from stabnorm.errors import StabNormError
 from stabnorm.norms import NormLayer
-from stabnorm.pretrained.feed import Feeder
-from stabnorm.pretrained.graph import Order, order_of
-from stabnorm.pretrained.sums import ChannelSums
-from stabnorm.pretrained.watch import Runner, seen_in
+from stabnorm.fit.feed import Feeder
+from stabnorm.fit.graph import Order, order_of
+from stabnorm.fit.sums import ChannelSums
+from stabnorm.fit.watch import Runner, seen_in
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Measure:
         residuals: each norm's affine residual: the share of its output's variance, mean over channels, that no affine
             map per channel of its input reproduces. NaN where it read nothing finite.
         calls: how often each norm is called on a batch, for those where that is always the same.
-        feeders: what feeds the norms, see `stabnorm.pretrained.feed`.
+        feeders: what feeds the norms, see `stabnorm.fit.feed`.
     """
 
     levels: tuple[tuple[str, ...], ...]

@@ -11,10 +11,10 @@ from stabnorm._models.copies import copied
 from stabnorm._models.devices import device_of
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.norms import NormSearch
-from stabnorm.pretrained.fit import fit_norms, write_affine
-from stabnorm.pretrained.measure import measure_norms
-from stabnorm.pretrained.sums import Affine
-from stabnorm.pretrained.watch import Runner
+from stabnorm.fit.fit import fit_norms, write_affine
+from stabnorm.fit.measure import measure_norms
+from stabnorm.fit.sums import Affine
+from stabnorm.fit.watch import Runner
 from stabnorm.switch.lam import progressive_norms
 
 BATCHES = 32  # of the loader; two numbers per channel need no more

@@ -14,8 +14,8 @@ from stabnorm import StabNormError, convert_norms, remove_norms
 from stabnorm.nn import PRepBN
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained import Affine, Runner, fit_norms, measure_norms
-from stabnorm.pretrained.sums import ChannelSums, Seen
-from stabnorm.pretrained.watch import seen_in
+from stabnorm.fit.sums import ChannelSums, Seen
+from stabnorm.fit.watch import seen_in
 from tests.pretrained.nets import Batch, batches, converted_pair, post_norm
 from tests.processes import leave
 

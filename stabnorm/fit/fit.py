@@ -22,9 +22,9 @@ from stabnorm._models.devices import device_of
 from stabnorm.errors import StabNormError
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormLayer, NormSearch
-from stabnorm.pretrained.feed import Feeder, JointSums, Rests, change_layer, draw, passing, refit_table, rests_of
-from stabnorm.pretrained.sums import Affine, ChannelSums, Seen
-from stabnorm.pretrained.watch import Runner, seen_in
+from stabnorm.fit.feed import Feeder, JointSums, Rests, change_layer, draw, passing, refit_table, rests_of
+from stabnorm.fit.sums import Affine, ChannelSums, Seen
+from stabnorm.fit.watch import Runner, seen_in
 
 
 @torch.no_grad()
@@ -107,11 +107,11 @@ def fit_norms(
         model: converted with `convert_norms`, in eval mode; lam and RepBN of the norms in `levels` are changed.
         original: what it was converted from, in eval mode.
         loader: batches; one pass for each level.
-        levels: the norms by depth, see `stabnorm.pretrained.measure`.
+        levels: the norms by depth, see `stabnorm.fit.measure`.
         run: how both models are run.
         calls: how often each norm is called on a batch, where that is always the same; then a forward is left as soon
             as all norms of the level have been called. Default: forwards run to their end.
-        feeders: the layers before the norms that take part, see `stabnorm.pretrained.feed`; their weights are changed.
+        feeders: the layers before the norms that take part, see `stabnorm.fit.feed`; their weights are changed.
             Embedding tables take a pass each, and one more for the norm behind them. Default: none.
 
     Returns:

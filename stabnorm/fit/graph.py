@@ -19,8 +19,8 @@ from stabnorm._models.outputs import tensors_in
 from stabnorm._models.tree import Tree
 from stabnorm.errors import StabNormError
 from stabnorm.norms import NormLayer
-from stabnorm.pretrained.feed import WIDEST, Feeder
-from stabnorm.pretrained.watch import Runner
+from stabnorm.fit.feed import WIDEST, Feeder
+from stabnorm.fit.watch import Runner
 
 
 @dataclass(frozen=True)

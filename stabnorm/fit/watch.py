@@ -19,7 +19,7 @@ from stabnorm._models.hooks import hooked
 from stabnorm._models.masks import MaskOfBatch, masks_of, valid_tokens
 from stabnorm.errors import StabNormError
 from stabnorm.norms import NormLayer
-from stabnorm.pretrained.sums import Seen
+from stabnorm.fit.sums import Seen
 
 MASK = "attention_mask"  # what every tokenizer calls it
 

@@ -5,7 +5,7 @@ model is converted as the report says or, after an error, unchanged.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from stabnorm._models.tree import Tree
 from stabnorm._models.wrappers import is_scripted, parallel_wrapper
 from stabnorm._surgery import Plan, Target, plan_conversion
 from stabnorm.errors import StabNormError
+from stabnorm.fit.start import fit_copies, start_from_fits
+from stabnorm.fit.sums import Affine
 from stabnorm.nn._base import TARGETS
 from stabnorm.nn._fused_path import leave_fused_paths
 from stabnorm.norms import Kind, NormSearch
@@ -162,16 +164,14 @@ def convert_norms(
             "Convert a model that has layer or rms norms, after it has built them"
         )
     search.warn(stacklevel=3)
-    start = None
+    fits: Mapping[str, Affine] = {}
     if loader is not None and report.converted:
-        from stabnorm.fit.start import fitted_start  # the fold, which it uses, needs what is here
-
-        start = fitted_start(model, loader, set(report.converted), lambda copy: convert_norms(copy, **norm_options))
+        fits = fit_copies(model, loader, set(report.converted), lambda copy: convert_norms(copy, **norm_options))
     for plan in plans.values():
         if plan.carry_out:
             plan.carry_out()
-    if start is not None:
-        start(model)
+    if fits:
+        start_from_fits(model, fits)
     leave_fused_paths(model)
     return report
 

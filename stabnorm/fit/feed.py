@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from stabnorm._models.calls import tensor_input_of
 from stabnorm._models.hooks import hooked
 from stabnorm._models.ranks import gather_over_ranks
-from stabnorm.norms.rows import as_rows
 from stabnorm.fit.sums import Affine, Seen
+from stabnorm.norms.rows import as_rows
 
 # Rho, as a share of the mean variance of the layer's inputs; less ended further from the original on other text.
 RIDGE = 0.1

@@ -20,11 +20,11 @@ from torch import nn
 from stabnorm._models.batches import batches_of
 from stabnorm._models.devices import device_of
 from stabnorm.errors import StabNormError
-from stabnorm.nn.prep import PRepBN
-from stabnorm.norms import NormLayer, NormSearch
 from stabnorm.fit.feed import Feeder, JointSums, Rests, change_layer, draw, passing, refit_table, rests_of
 from stabnorm.fit.sums import Affine, ChannelSums, Seen
 from stabnorm.fit.watch import Runner, seen_in
+from stabnorm.nn.prep import PRepBN
+from stabnorm.norms import NormLayer, NormSearch
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from stabnorm._models.hooks import hooked
 from stabnorm._models.outputs import tensors_in
 from stabnorm._models.tree import Tree
 from stabnorm.errors import StabNormError
-from stabnorm.norms import NormLayer
 from stabnorm.fit.feed import WIDEST, Feeder
 from stabnorm.fit.watch import Runner
+from stabnorm.norms import NormLayer
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from torch import nn
 from stabnorm._models.batches import batches_of
 from stabnorm._models.devices import device_of
 from stabnorm.errors import StabNormError
-from stabnorm.norms import NormLayer
 from stabnorm.fit.feed import Feeder
 from stabnorm.fit.graph import Order, order_of
 from stabnorm.fit.sums import ChannelSums
 from stabnorm.fit.watch import Runner, seen_in
+from stabnorm.norms import NormLayer
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The fit as the starting point of the switch: what ``convert_norms(init="fit")`` does beside converting."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,26 +10,29 @@ from stabnorm._models.batches import batches_of
 from stabnorm._models.copies import copied
 from stabnorm._models.devices import device_of
 from stabnorm._models.random_state import random_state_kept
-from stabnorm.norms import NormSearch
 from stabnorm.fit.fit import fit_norms, write_affine
 from stabnorm.fit.measure import measure_norms
 from stabnorm.fit.sums import Affine
 from stabnorm.fit.watch import Runner
-from stabnorm.switch.lam import progressive_norms
+from stabnorm.nn.prep import PRepBN
+from stabnorm.norms import NormSearch
 
 BATCHES = 32  # of the loader; two numbers per channel need no more
 
 
-def fitted_start(
+def fit_copies(
     model: nn.Module, loader: Iterable[Any], names: set[str], convert: Callable[[nn.Module], object]
-) -> Callable[[nn.Module], None]:
-    """Fit on copies, in depth order; give what writes the result into a model that was converted alike.
+) -> dict[str, Affine]:
+    """Fit the successors of a model's norms on copies of the model, in depth order.
 
     Args:
-        model: not converted yet; it is copied.
+        model: not converted yet; it is copied twice.
         loader: batches.
         names: the norms that will be converted.
         convert: converts a copy as the model will be.
+
+    Returns:
+        The fit of each norm that has one.
 
     Raises:
         ValueError: the loader gives its batches only once, or the model cannot be copied.
@@ -43,12 +46,13 @@ def fitted_start(
         measure = measure_norms(original, layers, batches, run)
         convert(converted)
         fits = fit_norms(converted, original, batches, measure.levels, run, measure.calls)
+    return {name: fit for name, fit in fits.items() if isinstance(fit, Affine)}
 
-    def write(model: nn.Module) -> None:
-        for name, norm in progressive_norms(model).items():
-            fit = fits.get(name)
-            if isinstance(fit, Affine):
-                write_affine(norm, fit)
-                norm.fitted = True
 
-    return write
+def start_from_fits(model: nn.Module, fits: Mapping[str, Affine]) -> None:
+    """Write the fits into the converted norms of these names; their `start_from_norm` does nothing from then on."""
+    for layer in NormSearch(model).found:
+        if layer.name in fits:
+            assert isinstance(layer.module, PRepBN)
+            write_affine(layer.module, fits[layer.name])
+            layer.module.fitted = True

@@ -18,8 +18,8 @@ from stabnorm._models.fast_path import without_fused_layers
 from stabnorm._models.hooks import hooked
 from stabnorm._models.masks import MaskOfBatch, masks_of, valid_tokens
 from stabnorm.errors import StabNormError
-from stabnorm.norms import NormLayer
 from stabnorm.fit.sums import Seen
+from stabnorm.norms import NormLayer
 
 MASK = "attention_mask"  # what every tokenizer calls it
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from stabnorm._models.devices import device_of
 from stabnorm._models.ranks import gather_over_ranks
+from stabnorm.fit.watch import Runner
 from stabnorm.nn.prep import PRepBN
 from stabnorm.pretrained.repair import Distance
-from stabnorm.fit.watch import Runner
 from stabnorm.switch.lam import write_lam
 
 

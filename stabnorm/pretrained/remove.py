@@ -22,15 +22,15 @@ from stabnorm._models.tree import replace_module
 from stabnorm._models.wrappers import is_compiled, is_scripted
 from stabnorm.convert import check_conversion, check_patterns, convert_norms
 from stabnorm.errors import StabNormError
+from stabnorm.fit.fit import fit_norms
+from stabnorm.fit.measure import Measure, measure_norms
+from stabnorm.fit.sums import Affine
+from stabnorm.fit.watch import Runner
 from stabnorm.fold import FoldResult, fold_norms
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormLayer, NormSearch
 from stabnorm.pretrained.decide import HeldOut, costs_of, fewest_kept, keep_only
-from stabnorm.fit.fit import fit_norms
-from stabnorm.fit.measure import Measure, measure_norms
 from stabnorm.pretrained.repair import Distance, Recipe, Repair, relative_error, repair_norms
-from stabnorm.fit.sums import Affine
-from stabnorm.fit.watch import Runner
 from stabnorm.switch.lam import progressive_norms
 
 ROWS = 4  # of a batch to fold on

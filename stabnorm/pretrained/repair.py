@@ -28,9 +28,9 @@ from stabnorm._models.masks import mask_for
 from stabnorm._models.outputs import tensors_in
 from stabnorm._models.ranks import gather_over_ranks, ranks
 from stabnorm.errors import StabNormError
-from stabnorm.norms import NormSearch
 from stabnorm.fit.sums import Seen
 from stabnorm.fit.watch import Runner, drawn_towards, watched
+from stabnorm.norms import NormSearch
 from stabnorm.switch.lam import progressive_norms, write_lam
 from stabnorm.switch.schedules import Order, make_schedule
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm import convert_norms
-from stabnorm.norms import NormSearch
-from stabnorm.pretrained import Affine, Runner, fit_norms, measure_norms
 from stabnorm.fit.feed import RIDGE, JointSums
 from stabnorm.fit.graph import order_of
 from stabnorm.fit.sums import ChannelSums, Seen
 from stabnorm.fit.watch import seen_in
+from stabnorm.norms import NormSearch
+from stabnorm.pretrained import Affine, Runner, fit_norms, measure_norms
 from tests.pretrained.nets import batches, converted_pair, post_norm
 
 

@@ -11,11 +11,11 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from stabnorm import StabNormError, convert_norms, remove_norms
+from stabnorm.fit.sums import ChannelSums, Seen
+from stabnorm.fit.watch import seen_in
 from stabnorm.nn import PRepBN
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained import Affine, Runner, fit_norms, measure_norms
-from stabnorm.fit.sums import ChannelSums, Seen
-from stabnorm.fit.watch import seen_in
 from tests.pretrained.nets import Batch, batches, converted_pair, post_norm
 from tests.processes import leave
 

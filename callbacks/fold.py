@@ -16,6 +16,7 @@ from stabnorm._models.examples import Example, first_rows, read_examples
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._outputs import log_text, output_directory
+from stabnorm.callbacks._trainer import state_to_pickle
 from stabnorm.errors import StabNormError
 from stabnorm.fold import FoldResult, fold_norms
 from stabnorm.norms import find_norms
@@ -199,12 +200,7 @@ class FoldCallback(Callback):
         self._fitting = False
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(result=None, _examples=None, _fitting=False)
-        # The Trainer sets bound methods of the module on every callback, and pickling them would pickle the model.
-        for name in ("log", "log_dict"):
-            state.pop(name, None)
-        return state
+        return state_to_pickle(self, result=None, _examples=None, _fitting=False)
 
 
 def _may_fold(module: nn.Module) -> bool:

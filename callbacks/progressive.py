@@ -22,6 +22,7 @@ from stabnorm.callbacks._run_facts import (
     warn_of_early_judges,
 )
 from stabnorm.callbacks._switch_record import SwitchRecord
+from stabnorm.callbacks._trainer import logged_steps, loss_scale, state_to_pickle, synchronises_norms
 from stabnorm.callbacks.stability import StabilityCallback
 from stabnorm.convert import ConversionReport, Target, check_target, convert_norms
 from stabnorm.errors import StabNormError
@@ -149,7 +150,7 @@ class ProgressiveNormCallback(Callback):
         progressive = progressive_norms(pl_module)
         converted: Mapping[str, nn.Module] = progressive or running_norms(pl_module)
         refuse_untrained(trainer, pl_module, converted.items())
-        if getattr(trainer.strategy, "_layer_sync", None) is not None:  # Trainer(sync_batchnorm=True)
+        if synchronises_norms(trainer):
             for norm in running_norms(pl_module).values():
                 norm.sync = True
         saved = self._resumed(trainer)
@@ -218,12 +219,10 @@ class ProgressiveNormCallback(Callback):
     ) -> None:
         """Open a step, or go on with an accumulated one."""
         assert self.switch is not None
-        if not self._counted:  # as the loggers' x axis counts; final by now, not before
-            epoch_loop = trainer.fit_loop.epoch_loop
-            self.switch.row = int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
-            self._counted = True
+        if not self._counted:
+            self.switch.row, self._counted = logged_steps(trainer), True
         self._batch_mask.enter(batch)
-        self.switch.begin(_loss_scale(trainer))
+        self.switch.begin(loss_scale(trainer))
 
     def on_train_batch_end(
         self,
@@ -318,12 +317,8 @@ class ProgressiveNormCallback(Callback):
         self._saved, self._loaded, self.switch = state_dict or None, bool(state_dict), None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(switch=None, _saved=self.state_dict() or None, _record=None, _own_writers=[])
-        # The Trainer hangs the module's bound methods on every callback: pickling them would pickle the model.
-        for name in ("log", "log_dict"):
-            state.pop(name, None)
-        return state
+        saved = self.state_dict() or None
+        return state_to_pickle(self, switch=None, _saved=saved, _record=None, _own_writers=[])
 
 
 def _configure_and_convert(
@@ -352,11 +347,3 @@ def _unwrap(pl_module: "LightningModule") -> None:
         del pl_module.__dict__["configure_model"]
         if wrapper.args[1] is not None:
             pl_module.__dict__["configure_model"] = wrapper.args[1]
-
-
-def _loss_scale(trainer: "Trainer") -> Tensor | float | None:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        return None
-    scale = getattr(scaler, "_scale", None)  # get_scale() would wait for the device, once there is one
-    return scale if isinstance(scale, Tensor) else float(scaler.get_scale())

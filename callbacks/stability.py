@@ -19,6 +19,7 @@ from stabnorm.callbacks._outputs import (
     output_directory,
     record_writers,
 )
+from stabnorm.callbacks._trainer import logged_steps, loss_scale, state_to_pickle
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.dashboard.heatmap import heatmap
@@ -186,10 +187,7 @@ class StabilityCallback(Callback):
         """Open a step, or go on with an accumulated one, and say which tokens count."""
         assert self.monitor is not None
         if not self._counted:
-            # As the loggers' x axis counts, also when resuming a run that was not watched; final by now, not before.
-            epoch_loop = trainer.fit_loop.epoch_loop
-            self.monitor.steps_done = int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
-            self._counted = True
+            self.monitor.steps_done, self._counted = logged_steps(trainer), True
         if not self._step.open:
             self.monitor.discard()  # what a learning-rate search or the like ran through the hooks
             self._step = _OpenStep(open=True)
@@ -201,7 +199,7 @@ class StabilityCallback(Callback):
         """Note what will have changed by the end of the batch: learning rate and loss scale."""
         if not self._step.stepped:
             self._step.learning_rate = optimizer.param_groups[0]["lr"]
-        scale = getattr(getattr(trainer.precision_plugin, "scaler", None), "_scale", None)  # get_scale() would sync
+        scale = loss_scale(trainer)
         self._step.grad_scale = scale.clone() if isinstance(scale, Tensor) else None
         self._step.stepped = True
 
@@ -278,12 +276,8 @@ class StabilityCallback(Callback):
         self._saved, self._loaded = state_dict.get("monitor"), True
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.update(monitor=None, _fitting=False, _step=_OpenStep(), _saved=self.state_dict().get("monitor"))
-        # The Trainer hangs the module's bound methods on every callback: pickling them would pickle the model.
-        for name in ("log", "log_dict"):
-            state.pop(name, None)
-        return state
+        saved = self.state_dict().get("monitor")
+        return state_to_pickle(self, monitor=None, _fitting=False, _step=_OpenStep(), _saved=saved)
 
 
 class _OpenStep:

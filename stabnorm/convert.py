@@ -243,8 +243,7 @@ def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> N
 def check_target(to: Target) -> None:
     """Raise ValueError unless `to` is what a norm can be converted to."""
     if to not in TARGETS:
-        names = sorted(TARGETS, key=lambda name: name != "prepbn")  # the default first
-        raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, names))}")
+        raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, sorted(TARGETS)))}")
 
 
 def check_patterns(model: nn.Module, every: NormSearch, **filters: str | Sequence[str] | None) -> None:

@@ -237,7 +237,7 @@ class PRepBN(EvalAffineNorm):
 
     def __at_once(self) -> bool:
         """Whether both norms can be computed at once: only torch's own LayerNorm, over the channels, in training."""
-        own_forward = self._made_of[0].forward is nn.LayerNorm.forward
+        own_forward = norm_class(self).forward is nn.LayerNorm.forward
         return own_forward and self.feature_dims == 1 and self.training and self.rep.training
 
     def __rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -293,7 +293,7 @@ class PRepBN(EvalAffineNorm):
         lam = float(self.lam)
         if lam != 0 and self.eval_mode == "blend":
             raise StabNormError(
-                f"PRepBN at lam={lam:.4g} still holds a share of {self._made_of[0].__name__}, so it is no affine map "
+                f"PRepBN at lam={lam:.4g} still holds a share of {norm_class(self).__name__}, so it is no affine map "
                 "in eval. Finish the schedule: lam reaches 0, then it folds"
             )
         if self.feature_dims > 1:
@@ -350,6 +350,12 @@ def _class_after(layer: NormLayer) -> type[PRepBN]:
         bias=layer.bias_name,
         gain_offset=layer.gain_offset,
     )
+
+
+def norm_class(norm: PRepBN) -> type[nn.Module]:
+    """The norm class that a PRepBN is the mixin over; a converted norm's own class, also while it is watched."""
+    base: type[nn.Module] = norm._made_of[0]
+    return base
 
 
 def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: Any) -> type[PRepBN]:

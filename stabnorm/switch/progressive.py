@@ -8,10 +8,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from stabnorm._models.tables import aligned
-from stabnorm._models.watched import own_class
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.residuals import STATISTIC, ResidualFeed, watches
+from stabnorm.nn.prep import norm_class
 from stabnorm.switch.branch_gap import BranchGap
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam, write_loss_scale, write_step
@@ -198,7 +198,8 @@ class ProgressiveSwitch:
         """A short table: how many layers were switched, and why the others were not."""
         switched = [layer for layer, lam in zip(self.layers, self.lam, strict=True) if lam == 0]
         lines = [f"{len(switched)} of {len(self.layers)} layers switched to RepBN, which is affine in eval"]
-        rows = [(layer, f"keeps {_base(self.norms[layer])}", reason) for layer, reason in self.kept.items()]
+        names = {layer: norm_class(norm).__name__ for layer, norm in self.norms.items()}
+        rows = [(layer, f"keeps {names[layer]}", reason) for layer, reason in self.kept.items()]
         for layer, lam in zip(self.layers, self.lam, strict=True):
             if lam > 0 and layer not in self.kept:
                 why = f"the training ended at step {self.steps_done}, before the switch was over"
@@ -255,9 +256,3 @@ def _own_monitor(model: nn.Module, layers: tuple[str, ...]) -> StabilityMonitor:
         return StabilityMonitor(
             model, [STATISTIC], include=[f"^{re.escape(layer)}$" for layer in layers], gradients=False
         )
-
-
-def _base(norm: nn.Module) -> str:
-    """The name of the class it was made from."""
-    bases = own_class(norm).__bases__  # a monitor may watch it
-    return bases[1].__name__ if len(bases) > 1 else own_class(norm).__name__

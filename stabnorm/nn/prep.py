@@ -29,11 +29,11 @@ class PRepBN(EvalAffineNorm):
 
     `lam` is a 0-dim buffer, 1 at first; write it in place as training goes on. At lam = 1 outputs and gradients are bit
     for bit the norm's, while `rep` gathers statistics; at lam = 0 the norm is RepBN, and folds. A checkpoint of the
-    norm itself loads, too (strict): where it holds nothing of `rep` and `lam`, those stay as they are.
+    norm itself loads with ``strict=True``, too: it holds nothing of `rep` and `lam`, and those stay as they are.
 
-    `rep` starts where the norm stands, with its gain and bias and eta = 0, and takes them over once more as lam leaves
-    1 (`start_from_norm`). The published start, eta = 1, adds the input itself; but a norm divides out whatever scale
-    its input grows to, and by then eta x may be the larger part (`python -m benchmarks.switch_study`, "wide digits").
+    `rep` starts with the norm's gain and bias and with eta = 0, and takes the norm's values once more when lam leaves 1
+    (`start_from_norm`). The published start, eta = 1, adds the input itself to the output. A norm divides out whatever
+    scale its input grows to, so eta x may be the larger part by then (`benchmarks.switch_study`, "wide digits").
 
     The class is a mixin over a norm class: ``PRepBN(d)`` is an instance of `PRepBN` and of `nn.LayerNorm`, with the
     norm's own parameters under their own names and the child `rep` (a `RepBN`) beside them.
@@ -151,11 +151,10 @@ class PRepBN(EvalAffineNorm):
 
     @torch.no_grad()
     def start_from_norm(self) -> None:
-        """Give `rep` the norm's gain and bias of now, and eta = 0; with another `init` than "norm" do nothing.
+        """Give `rep` the current gain and bias of the norm, and eta = 0.
 
-        Nor where `rep` was fitted (``convert_norms(init="fit")``).
-
-        Call it where lam leaves 1 after a training at lam = 1, as `stabnorm.ProgressiveSwitch` does.
+        It does nothing where `init` is not "norm", or where `rep` was fitted (``convert_norms(init="fit")``). Call it
+        when lam leaves 1 after a training at lam = 1, as `stabnorm.ProgressiveSwitch` does.
 
         >>> norm = PRepBN(2)
         >>> _ = nn.init.constant_(norm.weight, 3.0)
@@ -172,9 +171,9 @@ class PRepBN(EvalAffineNorm):
         self.rep.eta.zero_()
 
     def adopt(self, rep: RepBN, eval_mode: EvalMode = "blend", feature_dims: int = 1) -> None:
-        """Give a norm whose `__class__` was set to `prep_class(...)` what it needs beside its own.
+        """Give a norm whose `__class__` was set to `prep_class(...)` what it needs beside its own tensors.
 
-        The norm itself is taken to hold the channels on the same axis as `rep`.
+        The norm must hold the channels on the same axis as `rep`.
 
         Args:
             rep: the RepBN to switch to.
@@ -194,7 +193,7 @@ class PRepBN(EvalAffineNorm):
         self.rep = rep.train(self.training)
         self.eval_mode, self.channel_dim, self.feature_dims = eval_mode, rep.channel_dim, feature_dims
         self.norm_channel_dim = rep.channel_dim
-        self.leave_out_norm = False  # set it in all layers at once when lam is 0 in all: one compilation more
+        self.leave_out_norm = False  # set it in all layers at once when every lam is 0: that costs one recompilation
         self.fitted = False  # True: `rep` starts as the affine map that is closest to the norm
         self.register_buffer("lam", rep.running_var.new_ones(()))
         self.start_from_norm()
@@ -252,11 +251,8 @@ class PRepBN(EvalAffineNorm):
 
         No running statistic changes. How far the two are apart is what a step of lam moves the output by.
         """
-        norm, flat = self.__norm(x), x
-        if self.feature_dims > 1:
-            norm, flat = (t.reshape(-1, self.rep.num_features) for t in (norm, x))
-        rep, valid = self.rep.of_batch(flat, mask)
-        return as_rows(norm, self.channel_dim), rep, valid
+        rep, valid = self.rep.of_batch(self.__flat(x), mask)
+        return as_rows(self.__norm(x), self.channel_dim, self.feature_dims), rep, valid
 
     def __flat(self, x: Tensor) -> Tensor:
         """The input with the axes that are normalised together as one."""
@@ -327,7 +323,7 @@ class PRepBN(EvalAffineNorm):
         return _blank, made_of, self.__dict__
 
 
-# What PRepBN puts before a norm's own, apart from what hands on to it.
+# Attributes of PRepBN that would hide a norm's own.
 _RESERVED = {
     name
     for mixin in (PRepBN, EvalAffineNorm, Float32Buffers)
@@ -341,15 +337,9 @@ def _class_after(layer: NormLayer) -> type[PRepBN]:
     if base.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or is_registered(base):
         return prep_class(base)
     return prep_class(
-        base,
-        layer.kind,
-        channel_dim=layer.channel_dim,
-        num_features=layer.num_features,
-        eps=layer.eps,
-        weight=layer.weight_name,
-        bias=layer.bias_name,
-        gain_offset=layer.gain_offset,
-    )
+        base, layer.kind, channel_dim=layer.channel_dim, num_features=layer.num_features, eps=layer.eps,
+        weight=layer.weight_name, bias=layer.bias_name, gain_offset=layer.gain_offset,
+    )  # fmt: skip
 
 
 def norm_class(norm: PRepBN) -> type[nn.Module]:

@@ -16,9 +16,9 @@ class BranchGap:
 
     .. math:: \mathrm{gap} = \|\mathrm{norm}(x) - \mathrm{RepBN}(x)\| / \|\mathrm{norm}(x)\|
 
-    over all valid tokens of a step. It takes both branches once more, so it is meant for a step now and then. It tells
-    what a step of lam moves, and is no sign of health: in a good run it grows, as RepBN's parameters train away. In a
-    compiled graph it is not measured.
+    over all valid tokens of a step. It computes both branches once more, so measure it now and then only. It says how
+    far a change of lam moves the output. It is no sign of health: in a good run it grows, because RepBN's parameters
+    move away from the norm's. In a compiled graph it is not measured.
 
     Args:
         norms: what `progressive_norms` found.
@@ -40,7 +40,7 @@ class BranchGap:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Put the hooks on."""
+        """Put the hooks on the norms."""
         self.detach()
         hooks = (_GapHook(self, index) for index in range(len(self._norms)))
         self._handles = [
@@ -49,24 +49,24 @@ class BranchGap:
         ]
 
     def detach(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def add(self, index: int, module: PRepBN, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Add one forward of a layer."""
+        """Add one forward of a layer to its sums."""
         norm, rep, valid = module.branches(input_of(args, kwargs), mask_of(args, kwargs))
         squares = torch.stack([(norm - rep).float().square().sum(-1), norm.float().square().sum(-1)])
         squares = (squares if valid is None else torch.where(valid, squares, 0)).sum(-1)
         self._squares[index] = self._squares[index] + squares if index in self._squares else squares
 
     def discard(self) -> None:
-        """Forget what was added since the last time."""
+        """Forget the sums since the last `take`."""
         self._squares.clear()
 
     def take(self) -> Tensor:
-        """Each layer's gap since the last time, ``[layers]`` on the device; NaN where it did not run."""
+        """Give each layer's gap since the last `take`, ``[layers]`` on the device; NaN where the layer did not run."""
         device = self._norms[0].lam.device
         nothing = torch.full((2,), torch.nan, device=device)
         squares = torch.stack([self._squares.get(i, nothing).to(device) for i in range(len(self._norms))])
@@ -75,7 +75,7 @@ class BranchGap:
 
 
 class _GapHook(Hook):
-    """A hook of one layer; a copied or saved model does not get a copy of all the others."""
+    """The hook on one layer."""
 
     def __init__(self, gap: BranchGap, index: int) -> None:
         self.gap, self.index = gap, index

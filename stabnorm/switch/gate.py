@@ -1,4 +1,4 @@
-"""`AffineGate`: switches a layer when its LayerNorm is nearly affine, and keeps it where it never becomes so."""
+"""`AffineGate`: it switches a layer when the LayerNorm is nearly affine, and keeps the norm where it never is."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,23 +28,24 @@ class Change(NamedTuple):
 
 
 class AffineGate:
-    """Switches each layer when its LayerNorm is nearly affine, and keeps it where it never is.
+    """Decide for each layer when it is switched: when its LayerNorm is nearly affine. Where it never is, it stays.
 
     The signal is the *affine residual* A of the statistics catalogue, 1 - mean_c corr(x_c, norm(x)_c)^2: the share of
-    the norm's output that no affine map per channel reproduces. It is measured on the norm's input, so it can be read
-    whatever lam is. Per layer, with S the optimizer steps of the training:
+    the norm's output that no affine map per channel reproduces. It depends on the norm's input alone, so it can be
+    measured at any lam. The states of a layer, with S the optimizer steps of the training:
 
-    - *wait* at lam = 1, at least until 0.06 S; when A < 0.30, run. After 0.45 S it is too late: refused.
-    - *run* in a straight line, from where lam stands to exactly 0 at 0.8 S. While A > 0.50, hold until 0.45 S; between
-      0.45 S and 0.65 S that refuses the layer.
-    - *refused*: lam climbs back to 1 and the layer keeps its norm, for good.
+    - *wait*: lam is 1, at least until 0.06 S. When A < 0.30, the layer runs. After 0.45 S it is refused.
+    - *run*: lam falls in a straight line, from where it stands to exactly 0 at 0.8 S. When A > 0.50, the layer holds
+      (before 0.45 S) or is refused (between 0.45 S and 0.65 S).
+    - *hold*: lam stays where it is until A is at most 0.50.
+    - *refused*: lam climbs back to 1, and the layer keeps its norm for good.
 
-    With `fraction` other than 0.8 these shares stretch with it, and `start` moves them all. The constants come from a
-    study on small models; between layers that can be switched (A below 0.13) and layers that cannot (above 0.46) there
-    was a wide gap.
+    With another `fraction` than 0.8 these shares stretch with it, and `start` moves them all. The constants come from a
+    study on small models. There was a wide gap between layers that can be switched (A below 0.13) and layers that
+    cannot (above 0.46).
 
-    Use: hand every `MEASURE_EVERY`-th step's residuals to `observe`, and ask `advance` for the lam of each step. Which
-    step's residuals decide is up to the caller, who may be some steps late.
+    Give every `MEASURE_EVERY`-th step's residuals to `observe`, and ask `advance` for the lam of each step. The
+    residuals may arrive some steps late.
 
     Args:
         layers: their names.
@@ -98,7 +99,7 @@ class AffineGate:
         )
         self._climb = 6 / (self.end - start)  # back to 1 in at most a sixth of the schedule
         self.step = 0
-        self.changes: list[Change] = []  # whoever wants to tell them takes them out
+        self.changes: list[Change] = []  # whoever reports them removes them
         count = len(self.layers)
         self._lam: Array = np.ones(count)
         self._residual: Array = np.full(count, np.nan)  # running average; NaN: never measured
@@ -132,10 +133,10 @@ class AffineGate:
         return bool((switched & (self.step >= self.end) | back).all())
 
     def observe(self, step: int, residuals: Sequence[float] | Array) -> None:
-        """Take a step's affine residuals in, one for each layer; NaN where a layer did not run.
+        """Add a step's affine residuals to the averages: one for each layer, NaN where a layer did not run.
 
         Raises:
-            ValueError: there are not as many as layers.
+            ValueError: their number is not the number of layers.
         """
         new = np.asarray(residuals, np.float64)
         if new.shape != self._residual.shape:
@@ -144,10 +145,10 @@ class AffineGate:
         self._residual = np.where(np.isfinite(new), average, self._residual)
 
     def advance(self, step: int) -> list[float]:
-        """Go on to a step and give each layer's lam there; asked again for the same step, the same.
+        """Go on to a step and give each layer's lam there; it is idempotent for the same step.
 
         Raises:
-            ValueError: the step lies behind.
+            ValueError: the gate is already past this step.
         """
         if step < self.step:
             raise ValueError(f"the gate is at step {self.step} and does not go back to {step}. Build a new one")
@@ -195,7 +196,7 @@ class AffineGate:
             self.changes.append(Change(now, self.layers[index], state, lam, reason))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, as plain containers."""
+        """The gate's state, as plain containers."""
         return {
             "version": 1,
             "layers": list(self.layers),
@@ -207,16 +208,16 @@ class AffineGate:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue from a state.
 
         Raises:
-            StabNormError: it was taken from a gate over other layers; nothing is loaded then.
+            StabNormError: the state is that of a gate over other layers; nothing is loaded then.
         """
         if tuple(state["layers"]) != self.layers:
-            theirs, mine = set(state["layers"]), set(self.layers)
+            saved, own = set(state["layers"]), set(self.layers)
             raise StabNormError(
-                f"the saved gate is one over other layers: it has {sorted(theirs - mine) or 'no others'}, and lacks "
-                f"{sorted(mine - theirs) or 'none'} (or their order differs). Convert the same layers as in the run "
+                f"the saved gate is one over other layers: it has {sorted(saved - own) or 'no others'}, and lacks "
+                f"{sorted(own - saved) or 'none'} (or their order differs). Convert the same layers as in the run "
                 "that was saved"
             )
         self.step = int(state["step"])

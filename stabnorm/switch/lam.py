@@ -1,6 +1,6 @@
-"""What drives a converted model while it trains: lam, step counters, the loss scale, and the gap between the branches.
+"""What a training tells the norms of a converted model: lam, how many steps were done, and the loss scale.
 
-Plain functions for any training loop; `stabnorm.callbacks.ProgressiveNormCallback` calls them on a Lightning Trainer.
+Plain functions for any training loop. `ProgressiveSwitch` calls them, and so does the callback for Lightning.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from stabnorm.nn.prep import PRepBN
 
 
 def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
-    """The layers that have a lam, by the names `find_norms` gives them, in module order; a shared one once.
+    """Find the layers that have a lam, by the names that `find_norms` gives them, in module order; a shared one once.
 
     >>> from stabnorm.nn import PRepBN
     >>> list(progressive_norms(nn.Sequential(nn.Linear(4, 8), PRepBN(8))))
@@ -23,20 +23,21 @@ def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
 
 
 def running_norms(model: nn.Module) -> dict[str, ChannelNorm]:
-    """This package's norms with running statistics, by name; those inside progressive norms, too."""
+    """Find this package's norms with running statistics, by name; also those inside progressive norms."""
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
 
 
 def write_lam(norms: Iterable[PRepBN], lam: Sequence[float], *, settled: bool = False) -> None:
-    """Give each layer its lam, in place; once no lam will change any more, the layers at 0 compute their norm no more.
+    """Give each layer its lam, in place. Once the schedule is final, layers with lam = 0 skip their LayerNorm.
 
     Call it between the optimizer step and the next forward. Nothing is read from the device, and a compiled model is
     compiled again only once, at the end.
 
     Args:
         norms: what `progressive_norms` found.
-        lam: one for each.
-        settled: no lam will change any more, though it is not 0 in all of them. Default: False.
+        lam: one number for each of them.
+        settled: whether no lam will change any more; without it the schedule is final when every lam is 0.
+            Default: False.
 
     >>> from stabnorm.nn import PRepBN
     >>> norm = PRepBN(8)
@@ -44,7 +45,7 @@ def write_lam(norms: Iterable[PRepBN], lam: Sequence[float], *, settled: bool = 
     >>> norm.lam, norm.leave_out_norm
     (tensor(0.2500), False)
     """
-    # At one moment for all: Dynamo compiles a function for eight sets of flags, and then no more.
+    # The flag changes in all layers at once: Dynamo compiles a function for eight sets of flags and then gives up.
     settled = settled or not any(lam)
     for norm, value in zip(norms, lam, strict=True):
         norm.lam.fill_(value)
@@ -52,9 +53,9 @@ def write_lam(norms: Iterable[PRepBN], lam: Sequence[float], *, settled: bool = 
 
 
 def write_step(norms: Iterable[ChannelNorm], step: int) -> None:
-    """Tell norms how many optimizer steps were done, in the place of their own count of training forwards.
+    """Tell norms how many optimizer steps were done; they stop counting their own training forwards.
 
-    With gradient accumulation, or several forwards a step, the two differ, and warm-ups are meant in steps.
+    With gradient accumulation, or several forwards a step, the two numbers differ, and warm-ups are in steps.
 
     >>> import torch
     >>> from stabnorm.nn import UnifiedNorm
@@ -71,11 +72,11 @@ def write_step(norms: Iterable[ChannelNorm], step: int) -> None:
 
 
 def write_loss_scale(norms: Iterable[ChannelNorm], scale: Tensor | float) -> None:
-    """Tell norms with running gradient statistics by what the loss is multiplied; call it before the backward.
+    """Tell norms with running gradient statistics what the loss is multiplied by; call it before the backward.
 
     Args:
         norms: what `running_norms` found.
-        scale: ``scaler.get_scale()``, or the scaler's own tensor, which is not read.
+        scale: ``scaler.get_scale()``, or the scaler's own tensor, which is copied on the device.
     """
     buffers = [buffer for norm in norms if (buffer := norm._buffers.get("loss_scale")) is not None]
     for buffer in buffers:

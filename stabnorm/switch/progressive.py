@@ -19,25 +19,25 @@ from stabnorm.switch.schedules import Order, check_schedule, make_schedule
 
 
 class SwitchRecorder(Protocol):
-    """Who is told what happens at each step."""
+    """Receives what happens at each step."""
 
     def add(self, row: int, lam: list[float], gap: Tensor | None) -> None:
-        """A step with this lam is over; `gap` is on the device, and there every few steps."""
+        """Take in a step that is over: its lam, and every few steps the branch gap, on the device."""
 
     def change(self, row: int, change: Change) -> None:
-        """The gate has decided something."""
+        """Take in a decision of the gate."""
 
 
 class ProgressiveSwitch:
-    """Moves lam of a model that `convert_norms` has converted, and tells its norms what they have to know.
+    """Move lam of a model that `convert_norms` has converted, and tell its norms the steps and the loss scale.
 
     Call `begin` before each forward of the training, `step` after each optimizer step, `close` at the end. Lam changes
-    between optimizer steps only, so gradient accumulation and several forwards a step are no matter. It never rises
-    over what it was at the beginning: a layer that was switched before stays switched.
+    between optimizer steps only, so gradients may be accumulated, and a step may have several forwards. Lam never rises
+    above its value at the beginning: a layer that was switched before stays switched.
 
-    With ``schedule="adaptive"`` an `AffineGate` decides, which is fed by a monitor: the given one if it watches the
-    affine residual of every layer, else one of its own, with hooks on at every 4th step only. Lam of step t rests on
-    residuals of the steps up to 4 (t // 4) - 4.
+    With ``schedule="adaptive"`` an `AffineGate` decides. A monitor measures for it: the given one if it watches the
+    affine residual of every layer, else one of the switch's own, which has its hooks on at every 4th step only. The lam
+    of step t depends on the residuals of the steps up to 4 (t // 4) - 4.
 
     Args:
         model: a converted model.
@@ -96,7 +96,7 @@ class ProgressiveSwitch:
             options: dict[str, Any] = {"start": start, "fraction": fraction, "order": order}
             self._plan = make_schedule(schedule, total_steps, len(self.layers), **options)
         self.recorder: SwitchRecorder | None = None
-        self.steps_done, self.row = 0, 0  # optimizer steps, and those that are counted as one with several optimizers
+        self.steps_done, self.row = 0, 0  # `row` counts the steps of several optimizers as one
         self._ceiling = [float(norm.lam) for norm in self.norms.values()]
         self._monitor, self._feed = None, None
         if self.gate is not None and self.layers:
@@ -115,10 +115,10 @@ class ProgressiveSwitch:
         return self.row % MEASURE_EVERY == 0
 
     def begin(self, loss_scale: Tensor | float | None = None) -> None:
-        """A forward of the training comes: the first of a step, or one more.
+        """Call before each training forward.
 
         Args:
-            loss_scale: by what the loss will be multiplied, ``scaler.get_scale()`` or the scaler's own tensor.
+            loss_scale: what the loss will be multiplied by, ``scaler.get_scale()`` or the scaler's own tensor.
                 Default: 1.
         """
         if loss_scale is not None:
@@ -132,10 +132,10 @@ class ProgressiveSwitch:
             self._monitor.attach()
 
     def step(self, steps_done: int | None = None) -> None:
-        """An optimizer step is over.
+        """Call after each optimizer step.
 
         Args:
-            steps_done: how many there were, where it is not one more than before.
+            steps_done: how many there were. Default: one more than before.
         """
         gap = None
         if self._monitor is not None and self._measures and self._open:
@@ -154,7 +154,7 @@ class ProgressiveSwitch:
         self.move_to(self.steps_done + 1 if steps_done is None else steps_done)
 
     def move_to(self, steps_done: int) -> None:
-        """Lam and counters as they are after so many optimizer steps."""
+        """Set lam and counters to what they are after so many optimizer steps."""
         self.steps_done = steps_done
         before = self.lam or self._ceiling
         self.lam = [min(lam, most) for lam, most in zip(self._plan(steps_done), self._ceiling, strict=True)]
@@ -169,12 +169,12 @@ class ProgressiveSwitch:
         self.write()
 
     def write(self) -> None:
-        """Lam and counters into the model once more, in case something has overwritten its buffers."""
+        """Write lam and counters into the model once more, in case something has overwritten its buffers."""
         write_lam(self.norms.values(), self.lam, settled=self.gate is not None and self.gate.settled)
         write_step(self._running.values(), self.steps_done)
 
     def close(self) -> None:
-        """Take the hooks off, and let the norms count for themselves again; lam stays where it is."""
+        """Remove the hooks, and let the norms count their own forwards again; lam stays where it is."""
         for norm in self._running.values():
             norm.counts_steps = True
         if self._gap is not None:
@@ -188,11 +188,11 @@ class ProgressiveSwitch:
 
     @property
     def kept(self) -> dict[str, str]:
-        """The layers that keep their norm, and why: those with lam above 0 that no schedule will switch any more."""
+        """The layers that the gate has refused, and why."""
         if self.gate is None:
             return {}
-        told = zip(self.layers, self.gate.states, self.gate.reasons, strict=True)
-        return {layer: reason for layer, state, reason in told if state == "refused"}
+        decisions = zip(self.layers, self.gate.states, self.gate.reasons, strict=True)
+        return {layer: reason for layer, state, reason in decisions if state == "refused"}
 
     def summary(self) -> str:
         """A short table: how many layers were switched, and why the others were not."""
@@ -209,7 +209,7 @@ class ProgressiveSwitch:
     # -- resume --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, as plain containers."""
+        """The state of the switch, as plain containers."""
         return {
             "version": 1,
             "layers": list(self.layers),
@@ -223,16 +223,16 @@ class ProgressiveSwitch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the length of the training is the one given to the constructor.
+        """Continue from a state; the length of the training is the one given to the constructor.
 
         Raises:
             StabNormError: other layers were switched, or by another kind of schedule; nothing is loaded then.
         """
         if state["layers"] != list(self.layers):
-            theirs, mine = set(state["layers"]), set(self.layers)
+            saved, own = set(state["layers"]), set(self.layers)
             raise StabNormError(
-                f"the checkpoint switches other layers: it has {sorted(theirs - mine) or 'no others'}, and lacks "
-                f"{sorted(mine - theirs) or 'none'} (or their order differs). Convert the same layers as in that run"
+                f"the checkpoint switches other layers: it has {sorted(saved - own) or 'no others'}, and lacks "
+                f"{sorted(own - saved) or 'none'} (or their order differs). Convert the same layers as in that run"
             )
         if (state["gate"] is None) != (self.gate is None):
             adaptive = "the checkpoint's" if self.gate is None else "this run's"

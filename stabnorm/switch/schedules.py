@@ -1,8 +1,8 @@
 """When a norm is switched: lam, its share of LayerNorm, as a function of the optimizer step.
 
 `linear`, `cosine` and `constant` are pure: 1 before ``start``, exactly 0 from ``start + fraction * total`` on.
-`make_schedule` makes one of them, or a function of the user's, ready for a run. The closed loop, which also looks at
-what the layers see, is `stabnorm.switch.gate`. Nothing in here knows torch.
+`make_schedule` prepares one of them, or a function of the user's, for a run. `stabnorm.switch.gate` is the closed loop,
+which also looks at the layers' inputs. This file does not import torch.
 """
 
 import math
@@ -22,7 +22,7 @@ def schedule_end(total: int, *, start: int = 0, fraction: float = 0.8) -> int:
         fraction: how long it takes, as a share of `total`. Default: 0.8.
 
     Raises:
-        ValueError: `fraction` is outside (0, 1], `start` is negative, or the training ends before the schedule does.
+        ValueError: `fraction` is outside (0, 1], `start` is negative, or the training ends before the schedule.
 
     >>> schedule_end(1000), schedule_end(1000, start=500, fraction=0.5)
     (800, 1000)
@@ -114,7 +114,7 @@ SCHEDULES: Mapping[str, Callable[..., float]] = {"linear": linear, "cosine": cos
 
 
 def _elapsed(step: int, total: int, layer: int, layers: int, start: int, fraction: float, order: str) -> float:
-    """The share of the layer's schedule that is over: below 0 before its beginning, 1 and more after its end."""
+    """The share of the layer's schedule that is over: below 0 before it begins, 1 or more after it has ended."""
     end = schedule_end(total, start=start, fraction=fraction)
     check_order(order)
     if not 0 <= layer < layers:
@@ -188,16 +188,16 @@ def make_schedule(
         options: dict[str, Any] = {"start": start, "fraction": fraction, "order": order}
         formula(0, total, **options)  # complain now
         return lambda step: [formula(step, total, layer, layers, **options) for layer in range(layers)]
-    last = _asked(schedule, total)
+    last = _lam_at(schedule, total)
     if last != 0:
         raise ValueError(
             f"the schedule function gives lam={last:g} at step {total}, where the training ends, and it has to be 0 by "
             "then: the model would neither have its LayerNorms nor be free of them"
         )
-    return lambda step: [_asked(schedule, step)] * layers
+    return lambda step: [_lam_at(schedule, step)] * layers
 
 
-def _asked(schedule: Callable[[int], float], step: int) -> float:
+def _lam_at(schedule: Callable[[int], float], step: int) -> float:
     lam = float(schedule(step))
     if not 0 <= lam <= 1:
         raise ValueError(f"the schedule function gives lam={lam:g} at step {step}. lam is a share, from 0 to 1")

@@ -169,13 +169,7 @@ class ChannelNorm(EvalAffineNorm):
         return merge_batches(everyone[:, 0], means, squares)
 
     def eval_affine(
-        self,
-        rows: Tensor,
-        mean: Tensor | None,
-        square: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        eta: Tensor | None,
+        self, rows: Tensor, mean: Tensor | None, square: Tensor, weight: Tensor, bias: Tensor | None, eta: Tensor | None
     ) -> Tensor:
         """``rows`` with fixed statistics, differentiable in rows and parameters."""
         wide = widened(rows)
@@ -184,16 +178,24 @@ class ChannelNorm(EvalAffineNorm):
         y = wide * scale if shift is None else torch.addcmul(shift, wide, scale)
         return y.to(rows.dtype)
 
-    def _folded(
-        self, mean: Tensor | None, square: Tensor, bias: Tensor | None, eta: Tensor | None
-    ) -> tuple[Tensor, Tensor, int]:
-        if not all(torch.isfinite(t).all() for t in (mean, square) if t is not None):
+    def fold_affine(self) -> tuple[Tensor, Tensor, int]:
+        """``(scale, shift, channel_dim)`` of the norm in eval, float64.
+
+        Raises:
+            StabNormError: the statistics are not finite, or the norm is no affine map with these options.
+        """
+        return self._folded(*self.running_statistics())
+
+    def _folded(self, *statistics: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The map with these statistics: the variance, and the mean before it where there is one."""
+        if not all(torch.isfinite(t).all() for t in statistics):
             raise StabNormError(
                 f"{type(self).__name__} holds non-finite running statistics, so it has no affine map. Gather them anew"
             )
-        bias, eta, mean = (None if t is None else t.detach().double() for t in (bias, eta, mean))
-        rstd = torch.rsqrt(square.detach().double() + self.eps)
-        scale, shift = channel_affine(self.weight.detach().double(), bias, eta, mean, rstd)
+        *mean, square = (t.detach().double() for t in statistics)
+        bias, eta = (None if t is None else t.detach().double() for t in (self.bias, getattr(self, "eta", None)))
+        rstd = torch.rsqrt(square + self.eps)
+        scale, shift = channel_affine(self.weight.detach().double(), bias, eta, mean[0] if mean else None, rstd)
         return scale, torch.zeros_like(scale) if shift is None else shift, self.channel_dim
 
     def _common_repr(self) -> str:

@@ -64,7 +64,7 @@ class OfficialVariantOfUnifiedNorm(_Published, UnifiedNorm, variant="official"):
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """As of the corrected one."""
-        return self._folded(None, self.official.running_var, self.bias, None)
+        return self._folded(self.official.running_var)
 
 
 class OfficialVariantOfPowerNorm(_Published, PowerNorm, variant="official"):

@@ -146,14 +146,10 @@ class PowerNorm(ChannelNorm):
         return running_values(self.moments(rows if self.groups is None else self.scaled(rows), valid, center=False))
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """``(scale, shift, channel_dim)`` of the norm in eval, float64.
-
-        Raises:
-            StabNormError: `groups` is set, or the statistics are not finite.
-        """
+        """As of the other norms, but never with `groups`."""
         if self.groups is not None:
             raise not_affine(self.groups)
-        return self._folded(None, self.running_square, self.bias, None)
+        return super().fold_affine()
 
     def extra_repr(self) -> str:
         """Arguments that differ from the usual, too."""

@@ -145,14 +145,6 @@ class RepBN(ChannelNorm):
         """A burst stays out of the running statistics, and what follows an rms norm only scales."""
         return {"filtration": "calibrated", "center": layer.kind == "layer" or layer.bias is not None}
 
-    def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """``(scale, shift, channel_dim)`` of the norm in eval, float64.
-
-        Raises:
-            StabNormError: the statistics are not finite.
-        """
-        return self._folded(self.running_mean, self.running_var, self.bias, self.eta)
-
     def extra_repr(self) -> str:
         """Arguments that differ from the usual, too."""
         options = "" if self.center else ", center=False"

@@ -153,14 +153,6 @@ class UnifiedNorm(ChannelNorm):
         """A bias where the norm has one."""
         return {"bias": layer.bias is not None}
 
-    def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """``(scale, shift, channel_dim)`` of the norm in eval, float64.
-
-        Raises:
-            StabNormError: the statistics are not finite.
-        """
-        return self._folded(None, self.running_square, self.bias, None)
-
     def extra_repr(self) -> str:
         """Arguments that differ from the usual, too."""
         window = self.windows[0] if self.windows[0] == self.windows[1] else self.windows

@@ -45,9 +45,6 @@ class RangeNorm(ChannelNorm):
         rows, _ = self.rows_of(x, mask)
         return rows.square().amax(0)[None]
 
-    def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        return self._folded(None, self.running_square, self.bias, None)
-
 
 @pytest.fixture
 def range_target() -> Iterator[str]:

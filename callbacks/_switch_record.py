@@ -14,13 +14,13 @@ FLUSH_EVERY = 50  # steps
 
 
 class SwitchRecord:
-    """Writes blocks of steps to record writers, and the mean lam to loggers.
+    """Write blocks of steps to record writers, and the mean lam to loggers.
 
     Args:
-        writers: of the record that the run keeps; they stay the caller's.
+        writers: of the run's record; whoever made them closes them.
         loggers: the Trainer's.
-        layers: those of the record, in its order.
-        switched: those that have a lam.
+        layers: the layers of the record, in its order.
+        switched: the layers that have a lam.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class SwitchRecord:
         self._first, self._lam, self._gaps = 0, list[list[float]](), list[Flight]()
 
     def add(self, row: int, lam: list[float], gap: Tensor | None) -> None:
-        """A step is over."""
+        """Take in a step that is over."""
         if not self._lam:
             self._first = row
         self._lam.append(lam)
@@ -41,12 +41,12 @@ class SwitchRecord:
             self.flush()
 
     def change(self, row: int, change: Change) -> None:
-        """The gate has decided something."""
+        """Write a decision of the gate."""
         for writer in self._writers:
             writer.write_event("hold", row, change._asdict())
 
     def flush(self) -> None:
-        """Write what there is."""
+        """Write the steps since the last flush."""
         if not self._lam:
             return
         lam, gap = np.full((2, len(self._lam), len(self._layers)), np.nan, np.float32)

@@ -125,14 +125,14 @@ class ProgressiveNormCallback(Callback):
     # -- before the training: convert, and say what cannot work --------------------------------------------------------
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Convert what is there, and see to it that what `setup` and `configure_model` will build is converted, too."""
+        """Convert the norms that exist, and arrange that those which `configure_model` builds are converted, too."""
         if stage == "fit":
             refuse_earlier_copies(trainer, pl_module, self)
         _unwrap(pl_module)
         convert: Callable[[nn.Module], ConversionReport] = functools.partial(
             convert_norms, to=self.to, include=self.include, exclude=self.exclude, **self.norm_options
         )
-        # Callbacks after this one may copy the model as it is now. What is wrong is said once the model is whole.
+        # Callbacks after this one may copy the model as it is now. Errors are raised once the model is complete.
         self._reports = []
         with warnings.catch_warnings(), contextlib.suppress(StabNormError, ValueError):
             warnings.simplefilter("ignore")
@@ -143,7 +143,7 @@ class ProgressiveNormCallback(Callback):
         )
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Whatever can be known to go wrong is said here, before the first batch."""
+        """Raise every error that can be known before the first batch."""
         _unwrap(pl_module)
         if any(report.converted for report in self._reports):
             refuse_lost_conversion(trainer)
@@ -185,7 +185,7 @@ class ProgressiveNormCallback(Callback):
     # -- the training --------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Lam as it is at this step; hooks on."""
+        """Put the hooks on, and set lam for this step."""
         stability = StabilityCallback.of(trainer)
         monitor = None if stability is None else stability.monitor
         schedule, start = self._schedule(trainer)
@@ -217,7 +217,7 @@ class ProgressiveNormCallback(Callback):
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Open a step, or go on with an accumulated one."""
+        """Begin a step, or continue an accumulated one."""
         assert self.switch is not None
         if not self._counted:
             self.switch.row, self._counted = logged_steps(trainer), True
@@ -232,7 +232,7 @@ class ProgressiveNormCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Lam for the next step, when an optimizer stepped in this batch."""
+        """Set lam for the next step, when an optimizer stepped in this batch."""
         self._batch_mask.leave()
         assert self.switch is not None
         if trainer.global_step != self.switch.steps_done:
@@ -240,7 +240,7 @@ class ProgressiveNormCallback(Callback):
             self._move_averages(trainer)
 
     def _move_averages(self, trainer: "Trainer") -> None:
-        """Lam of the averaged weights is lam: an average of it would reach 0 late or never, and they would not fold."""
+        """Give averaged models the current lam: an average of lam would reach 0 late or never, and block the fold."""
         assert self.switch is not None
         for average in averages(trainer):
             norms = progressive_norms(average)
@@ -250,7 +250,7 @@ class ProgressiveNormCallback(Callback):
     # -- afterwards ----------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Hooks off; what came of it, while the loggers are still open."""
+        """Remove the hooks, and report the outcome while the loggers are still open."""
         self._release()
         if self.switch is not None and self.switch.layers and trainer.is_global_zero:
             print(self.report())
@@ -258,12 +258,12 @@ class ProgressiveNormCallback(Callback):
             log_text(trainer, "stability/switch", f"```\n{self.report()}\n```", last)
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Lam once more: who averages weights has put the average of the buffers into the model, and of lam with it."""
+        """Write lam once more: a callback that averages weights has put an average of the buffers into the model."""
         if self.switch is not None:
             self.switch.write()
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """Hooks off and record written; Lightning calls no teardown after an exception."""
+        """Remove the hooks and write the record; Lightning calls no teardown after an exception."""
         _unwrap(pl_module)
         try:
             self._release()
@@ -272,7 +272,7 @@ class ProgressiveNormCallback(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Nothing of ours stays but the converted norms."""
+        """Close the record; only the converted norms stay."""
         _unwrap(pl_module)
         self._release()
         for writer in self._own_writers:
@@ -290,7 +290,7 @@ class ProgressiveNormCallback(Callback):
             record.flush()
 
     def report(self) -> str:
-        """Which layers were switched, which kept their norm, and why; of the run that is under way or was the last."""
+        """Say which layers were switched, which kept their norm, and why, in the current run or the last one."""
         if self.switch is None:
             return "nothing was trained yet"
         lines = [self.switch.summary()]
@@ -305,11 +305,11 @@ class ProgressiveNormCallback(Callback):
     # -- checkpoints and copies ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan and where it stands, as plain containers: Lightning loads weights only."""
+        """The schedule and its state, as plain containers, because Lightning loads weights only."""
         return dict(self._saved or {}) if self.switch is None else self.switch.state_dict()
 
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
-        """A checkpoint of a run without the switch cannot be gone on with, and says why."""
+        """Refuse the checkpoint of a run without the switch."""
         refuse_other_checkpoint(trainer, pl_module, checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

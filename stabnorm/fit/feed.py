@@ -175,17 +175,17 @@ class Rests:
 def draw(rests: Sequence[Rests]) -> Rests:
     """Some of all ranks' draws, evenly."""
     both = torch.cat([torch.cat([rest.original, rest.converted], 1) for rest in rests])
-    mine = both[torch.linspace(0, len(both) - 1, RESTS, device=both.device).long()]
-    everyone = gather_over_ranks(mine).flatten(0, 1)
+    own = both[torch.linspace(0, len(both) - 1, RESTS, device=both.device).long()]
+    everyone = gather_over_ranks(own).flatten(0, 1)
     original, converted = everyone[:: len(everyone) // RESTS].chunk(2, 1)
     return Rests(original, converted)
 
 
-def rests_of(table: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], now: Seen, then: Seen) -> Rests:
+def rests_of(call: tuple[Tensor, Tensor], original_call: tuple[Tensor, Tensor], now: Seen, then: Seen) -> Rests:
     """What was added to a table's rows in one call, where tokens are valid: the norm's input without them."""
     keep: Any = slice(None) if now.valid is None else now.valid
-    converted = now.read - as_rows(table[1].expand(_shape(table[1], now)), -1)
-    original = then.read - as_rows(theirs[1].expand(_shape(theirs[1], then)), -1)
+    converted = now.read - as_rows(call[1].expand(_shape(call[1], now)), -1)
+    original = then.read - as_rows(original_call[1].expand(_shape(original_call[1], then)), -1)
     return Rests(original[keep], converted[keep])
 
 

@@ -48,34 +48,36 @@ def write_affine(norm: PRepBN, fit: Affine) -> None:
     rep.eta.zero_()
 
 
-class _Place:
-    """One norm that is fitted: in both models, with what feeds it."""
+class _Pair:
+    """A norm of the original model, its successor in the converted one, and the layers that feed them."""
 
-    def __init__(self, ours: NormLayer, theirs: NormLayer, fed: list[nn.Module], their_fed: list[nn.Module]) -> None:
-        assert isinstance(ours.module, PRepBN)
-        self.ours, self.theirs, self.norm = ours, theirs, ours.module
-        self.feeders, self.their_feeders = fed, their_fed
+    def __init__(
+        self, converted: NormLayer, original: NormLayer, fed: list[nn.Module], original_fed: list[nn.Module]
+    ) -> None:
+        assert isinstance(converted.module, PRepBN)
+        self.converted, self.original, self.norm = converted, original, converted.module
+        self.feeders, self.original_feeders = fed, original_fed
         self.fed = bool(fed)
-        device = device_of(theirs.module)
-        self.sums = ChannelSums(theirs.num_features, device)
+        device = device_of(original.module)
+        self.sums = ChannelSums(original.num_features, device)
         linear = fed[0] if fed else None
         self.linear = linear if isinstance(linear, nn.Linear) else None
-        self.joint = None if self.linear is None else JointSums(self.linear.in_features, theirs.num_features, device)
+        self.joint = None if self.linear is None else JointSums(self.linear.in_features, original.num_features, device)
         self.rests: list[list[Rests]] = [[] for _ in self.feeders]
 
-    def add(self, now: Sequence[Seen], then: Sequence[Seen], given: Sequence[Any], their_given: Sequence[Any]) -> None:
-        """One batch: what the norm read here and wrote there, and what went through the feeders."""
-        for mine, wanted in zip(now, then, strict=True):
-            self.sums.add(mine, wanted.written)
-        if not self.fed or not all(len(calls) == len(now) for calls in (*given, *their_given)):
+    def add(self, now: Sequence[Seen], then: Sequence[Seen], fed: Sequence[Any], original_fed: Sequence[Any]) -> None:
+        """Add one batch: what the successor read, what the norm wrote, and what went through the feeders."""
+        for call, wanted in zip(now, then, strict=True):
+            self.sums.add(call, wanted.written)
+        if not self.fed or not all(len(calls) == len(now) for calls in (*fed, *original_fed)):
             self.fed = False  # a feeder that runs more often than its norm feeds something else, too
             return
         if self.joint is not None:
-            for (u, _), mine, wanted in zip(given[0], now, then, strict=True):
-                self.joint.add(u.flatten(0, -2), mine, wanted.written)
+            for (u, _), call, wanted in zip(fed[0], now, then, strict=True):
+                self.joint.add(u.flatten(0, -2), call, wanted.written)
             return
-        for rests, calls, their_calls in zip(self.rests, given, their_given, strict=True):
-            rests += [rests_of(*four) for four in zip(calls, their_calls, now, then, strict=True)]
+        for rests, calls, original_calls in zip(self.rests, fed, original_fed, strict=True):
+            rests += [rests_of(*four) for four in zip(calls, original_calls, now, then, strict=True)]
 
     def affine(self) -> Affine:
         """The fit; a linear layer before the norm takes part at once.
@@ -117,58 +119,58 @@ def fit_norms(
     Returns:
         For each norm the fit, or, as a string, why there is none; its lam then stays what it is.
     """
-    theirs = {layer.name: layer for layer in NormSearch(original).found}
-    ours = {layer.name: layer for layer in NormSearch(model).found}
+    originals = {layer.name: layer for layer in NormSearch(original).found}
+    converted = {layer.name: layer for layer in NormSearch(model).found}
     fits: dict[str, Affine | str] = {}
     for level in levels:
         enough = sum(calls[name] for name in level) if calls and all(name in calls for name in level) else None
 
-        def place(name: str) -> _Place:
+        def pair_of(name: str) -> _Pair:
             paths = feeders[name].names if feeders and name in feeders else ()
-            fed, their_fed = ([part.get_submodule(path) for path in paths] for part in (model, original))
-            return _Place(ours[name], theirs[name], fed, their_fed)
+            fed, original_fed = ([part.get_submodule(path) for path in paths] for part in (model, original))
+            return _Pair(converted[name], originals[name], fed, original_fed)
 
-        places = {name: place(name) for name in level}
-        _pass(model, original, loader, places, run, enough)
-        tables = {name: place(name) for name in level if places[name].fed and places[name].linear is None}
-        for name, found in places.items():
+        pairs = {name: pair_of(name) for name in level}
+        _pass(model, original, loader, pairs, run, enough)
+        tables = {name: pair_of(name) for name in level if pairs[name].fed and pairs[name].linear is None}
+        for name, pair in pairs.items():
             try:
-                fits[name] = _write(found)
+                fits[name] = _write(pair)
             except StabNormError as error:
                 fits[name] = str(error)
                 tables.pop(name, None)
-        for number in range(max((len(found.feeders) for found in tables.values()), default=0)):
+        for number in range(max((len(pair.feeders) for pair in tables.values()), default=0)):
             _pass(model, original, loader, tables, run, enough)
-            for name, found in tables.items():
+            for name, pair in tables.items():
                 fit = fits[name]
-                if number < len(found.feeders) and isinstance(fit, Affine):
-                    table, their_table = found.feeders[number], found.their_feeders[number]
+                if number < len(pair.feeders) and isinstance(fit, Affine):
+                    table, original_table = pair.feeders[number], pair.original_feeders[number]
                     assert isinstance(table, nn.Embedding)
-                    assert isinstance(their_table, nn.Embedding)
-                    refit_table(table, their_table, found.theirs.module, fit, draw(found.rests[number]))
-            tables = {name: place(name) for name in tables}
+                    assert isinstance(original_table, nn.Embedding)
+                    refit_table(table, original_table, pair.original.module, fit, draw(pair.rests[number]))
+            tables = {name: pair_of(name) for name in tables}
         if tables:
             _pass(model, original, loader, tables, run, enough)
-            fits |= {name: _write(found) for name, found in tables.items()}
+            fits |= {name: _write(pair) for name, pair in tables.items()}
     return fits
 
 
 def _pass(
-    model: nn.Module, original: nn.Module, loader: Iterable[Any], places: Mapping[str, _Place], run: Runner,
+    model: nn.Module, original: nn.Module, loader: Iterable[Any], pairs: Mapping[str, _Pair], run: Runner,
     enough: int | None,
 ) -> None:  # fmt: skip
     for batch in batches_of(loader):
         with ExitStack() as stack:
-            given = {name: stack.enter_context(passing(found.feeders)) for name, found in places.items()}
-            their_given = {name: stack.enter_context(passing(found.their_feeders)) for name, found in places.items()}
-            wanted = seen_in(original, [found.theirs for found in places.values()], batch, run, enough)
-            seen = seen_in(model, [found.ours for found in places.values()], batch, run, enough)
-        for name, found in places.items():
-            found.add(seen.get(name, ()), wanted.get(name, ()), given[name], their_given[name])
+            fed = {name: stack.enter_context(passing(pair.feeders)) for name, pair in pairs.items()}
+            original_fed = {name: stack.enter_context(passing(pair.original_feeders)) for name, pair in pairs.items()}
+            wanted = seen_in(original, [pair.original for pair in pairs.values()], batch, run, enough)
+            seen = seen_in(model, [pair.converted for pair in pairs.values()], batch, run, enough)
+        for name, pair in pairs.items():
+            pair.add(seen.get(name, ()), wanted.get(name, ()), fed[name], original_fed[name])
 
 
-def _write(place: _Place) -> Affine:
-    fit = place.affine()
-    write_affine(place.norm, fit)
-    place.norm.lam.zero_()
+def _write(pair: _Pair) -> Affine:
+    fit = pair.affine()
+    write_affine(pair.norm, fit)
+    pair.norm.lam.zero_()
     return fit

@@ -134,6 +134,7 @@ def convert_norms(
     Source: arXiv:2405.11582 (PRepBN and RepBN), 2208.01313 (UnifiedNorm), 2003.07845 (PowerNorm).
 
     Example:
+        >>> import torch
         >>> from stabnorm import convert_norms
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.BatchNorm1d(8))
         >>> x = torch.randn(3, 4)

@@ -9,7 +9,8 @@ import torch
 from pytorch_lightning import Callback, LightningModule
 from torch import Tensor
 
-from stabnorm import StabNormError, masks
+from stabnorm import StabNormError
+from stabnorm._models import masks
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.callbacks._run_facts import refuse_lost_conversion
 from stabnorm.convert import convert_norms

@@ -28,11 +28,11 @@ from stabnorm.fold._lanes import run_checked
 from stabnorm.fold.fold import check_model, fold_norms
 from stabnorm.fold.result import FOLDED, FoldedSite, counts_of
 from stabnorm.monitor.monitor import StabilityMonitor
-from stabnorm.monitor.residuals import STATISTIC
 from stabnorm.nn import PRepBN
 from stabnorm.nn._channel_norm import ChannelNorm
 from stabnorm.norms import NormLayer, find_norms
 from stabnorm.recalibrate import recalibrate_norms
+from stabnorm.switch.residuals import STATISTIC
 
 ROUNDS = 5  # timed forwards
 AFFINE = 0.30  # residuals below are those of norms that can be switched: `stabnorm.switch.AffineGate`

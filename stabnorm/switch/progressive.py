@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from stabnorm._models.tables import aligned
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.monitor import StabilityMonitor
-from stabnorm.monitor.residuals import STATISTIC, ResidualFeed, watches
 from stabnorm.nn.prep import norm_class
 from stabnorm.switch.branch_gap import BranchGap
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam, write_loss_scale, write_step
+from stabnorm.switch.residuals import STATISTIC, ResidualFeed, watches
 from stabnorm.switch.schedules import Order, check_schedule, make_schedule
 
 

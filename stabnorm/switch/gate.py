@@ -213,14 +213,17 @@ class AffineGate:
         Raises:
             StabNormError: the state is that of a gate over other layers; nothing is loaded then.
         """
-        if tuple(state["layers"]) != self.layers:
-            saved, own = set(state["layers"]), set(self.layers)
-            raise StabNormError(
-                f"the saved gate is one over other layers: it has {sorted(saved - own) or 'no others'}, and lacks "
-                f"{sorted(own - saved) or 'none'} (or their order differs). Convert the same layers as in the run "
-                "that was saved"
-            )
+        refuse_other_layers("the saved gate is one over", state["layers"], self.layers)
         self.step = int(state["step"])
         self._lam, self._residual = np.array(state["lam"], np.float64), np.array(state["residual"], np.float64)
         self._state = np.array(state["state"], dtype="<U8")
         self._reasons = list(state["reasons"])
+
+
+def refuse_other_layers(what: str, saved: Sequence[str], own: Sequence[str]) -> None:
+    """Raise StabNormError unless a saved state is about the same layers, in the same order."""
+    if list(saved) != list(own):
+        raise StabNormError(
+            f"{what} other layers: it has {sorted({*saved} - {*own}) or 'no others'}, and lacks "
+            f"{sorted({*own} - {*saved}) or 'none'} (or their order differs). Convert the same layers as in that run"
+        )

@@ -12,7 +12,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.nn.prep import norm_class
 from stabnorm.switch.branch_gap import BranchGap
-from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change
+from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change, refuse_other_layers
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam, write_loss_scale, write_step
 from stabnorm.switch.residuals import STATISTIC, ResidualFeed, watches
 from stabnorm.switch.schedules import Order, check_schedule, make_schedule
@@ -228,12 +228,7 @@ class ProgressiveSwitch:
         Raises:
             StabNormError: other layers were switched, or by another kind of schedule; nothing is loaded then.
         """
-        if state["layers"] != list(self.layers):
-            saved, own = set(state["layers"]), set(self.layers)
-            raise StabNormError(
-                f"the checkpoint switches other layers: it has {sorted(saved - own) or 'no others'}, and lacks "
-                f"{sorted(own - saved) or 'none'} (or their order differs). Convert the same layers as in that run"
-            )
+        refuse_other_layers("the checkpoint switches", state["layers"], self.layers)
         if (state["gate"] is None) != (self.gate is None):
             adaptive = "the checkpoint's" if self.gate is None else "this run's"
             raise StabNormError(

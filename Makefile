@@ -8,7 +8,7 @@
 # make lock           constraints.txt made again from pyproject.toml; LOCK=--upgrade takes the newest versions
 #
 # PYTHON=python3.13 takes another Python; VENV=.venv-3.13 keeps its environment beside the first one.
-.PHONY: demo test bench gpu test-oldest test-newest check-install lock clean
+.PHONY: demo test lint tests bench gpu test-oldest test-newest check-install lock clean
 PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -22,9 +22,13 @@ STAMP   = $(VENV)/installed-$(VERSION)
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP)
+test: lint tests
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+tests: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 bench: $(STAMP)
@@ -40,12 +44,11 @@ lock: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --universal --extra dev --no-annotate --quiet $(LOCK) \
 		--custom-compile-command "make lock" --output-file constraints.txt
 
-# Lightning before 2.6 imports pkg_resources, which setuptools has no longer from version 81 on.
+# Without types: what the annotations of old versions lack is no fault of ours.
 test-oldest: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --python $(BIN)/python --resolution lowest-direct --only-binary :all: --quiet \
 		--output-file $(VENV)/oldest.txt
-	echo "setuptools<81" >> $(VENV)/oldest.txt
-	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)/oldest.txt
+	$(MAKE) tests VENV=$(VENV)-oldest CONSTRAINTS=$(VENV)/oldest.txt
 
 test-newest:
 	rm -rf $(VENV)-newest

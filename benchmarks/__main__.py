@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with contextlib.redirect_stdout(_Both(page, sys.stdout)):  # type: ignore[arg-type]
             run(options)
     finally:  # what was measured before an interruption is not lost
-        options.output.write_text(page.getvalue())
+        options.output.write_text(page.getvalue(), encoding="utf-8")
     print(f"\nwritten to {options.output}")
 
 

@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception:  # the next stage may well run
             found, failed = f"failed:\n\n```\n{traceback.format_exc()[-2000:]}\n```", failed + 1
         text += f"\n## {stage} ({time.perf_counter() - start:.0f} s)\n\n{found}\n"
-        options.out.write_text(text)
+        options.out.write_text(text, encoding="utf-8")
         print(text.rpartition("\n## ")[2], flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

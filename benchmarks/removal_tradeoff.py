@@ -56,7 +56,7 @@ class Point:
 
 def read(path: Path) -> list[Point]:
     """The points there are."""
-    lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else ())
     return [Point(**line | {kind: Agreement(**line[kind]) for kind in COLOURS}) for line in lines]
 
 
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Point]:
         minutes = (time.perf_counter() - start) / 60
         found = {kind: agreement(embeddings(model, text, tokenizer), wanted[kind]) for kind, text in judged.items()}
         points.append(Point(curve, at, found["seen"], found["unseen"], minutes))
-        with options.out.open("a") as file:
+        with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(points[-1])) + "\n")
     for point in sorted(points, key=lambda point: (point.curve, point.at)):
         print(f"{point.curve} {point.at}, {point.minutes:.1f} minutes; seen: {point.seen}; unseen: {point.unseen}")

@@ -230,7 +230,7 @@ def judge(model: nn.Module, batch: Sequence[Tensor]) -> tuple[float, float]:
 def read(path: Path) -> dict[tuple[str, str, str, int, int], Outcome]:
     """The runs there are; a line that was cut off by a kill does not count."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             outcome = Outcome(**json.loads(line))
         except ValueError:
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(min(options.jobs, max(1, len(missing)))) as pool:
         for number, outcome in enumerate(pool.imap_unordered(_work, missing), 1):
-            with options.out.open("a") as file:
+            with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
             done[outcome.key] = outcome
             left = (time.perf_counter() - start) / number * (len(missing) - number)

@@ -36,7 +36,7 @@ class FoldCallback(Callback):
     ``folded_manifest.json`` (what changed in its structure) and ``folded_report.txt``. The report is also printed, and
     logged to TensorBoard. With the manifest the weights load into a model that is built like the trained one::
 
-        model = apply_manifest(build(), json.load(open("folded_manifest.json")))
+        model = apply_manifest(build(), json.loads(Path("folded_manifest.json").read_text(encoding="utf-8")))
         model.load_state_dict(torch.load("folded.pt"))
 
     `build` gives the model with its own norms where all norms were folded. Where the report says that some are kept,
@@ -213,5 +213,5 @@ def _may_fold(module: nn.Module) -> bool:
 def _write(result: FoldResult, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     torch.save(result.model.state_dict(), directory / "folded.pt")
-    (directory / "folded_manifest.json").write_text(json.dumps(result.manifest, indent=2) + "\n")
-    (directory / "folded_report.txt").write_text(f"{result}\n")
+    (directory / "folded_manifest.json").write_text(json.dumps(result.manifest, indent=2) + "\n", encoding="utf-8")
+    (directory / "folded_report.txt").write_text(f"{result}\n", encoding="utf-8")

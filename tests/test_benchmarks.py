@@ -88,7 +88,7 @@ def test_fine_tuning_keeps_to_its_folder(tmp_path: Path, monkeypatch: pytest.Mon
 def test_make_bench_runs_every_section_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "new" / "page.md"
     suite.main(["--quick", "--device", "cpu", "--output", str(page)])
-    written = page.read_text()
+    written = page.read_text(encoding="utf-8")
     assert written in capsys.readouterr().out
     for heading in ("Kernels", "Norm modules, as they come", "Monitor, as they come", "Memory", "Inference"):
         assert f"## {heading}\n" in written

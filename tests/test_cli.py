@@ -51,9 +51,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "project" / "models"
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
-    (folder / "small.py").write_text(FACTORIES)
-    (folder / "broken.py").write_text("import torch\n\nraise RuntimeError('not today')\n")
-    (folder / "lacking.py").write_text("import a_package_that_is_not_there\n")
+    (folder / "small.py").write_text(FACTORIES, encoding="utf-8")
+    (folder / "broken.py").write_text("import torch\n\nraise RuntimeError('not today')\n", encoding="utf-8")
+    (folder / "lacking.py").write_text("import a_package_that_is_not_there\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path / "project")
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in [name for name in sys.modules if name.partition(".")[0] == "models"]:

@@ -14,7 +14,7 @@ def test_every_stage_writes_its_table(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu, "WARM_UP", 1)
     out = tmp_path / "gpu.md"
     assert gpu.main(["--smoke", "--rounds", "2", "--out", str(out)]) == 0
-    written = out.read_text()
+    written = out.read_text(encoding="utf-8")
     for heading in gpu.STAGES:
         assert f"\n## {heading} (" in written
     for line in ("| LayerNorm | torch |", "| LayerNorm, monitored: kernels |", "| switched: kernels |", "| folded |"):
@@ -25,8 +25,8 @@ def test_a_stage_that_fails_is_told_and_the_others_run(tmp_path: Path, monkeypat
     monkeypatch.setitem(gpu.STAGES, "kernels", lambda options: str(1 / 0))
     out = tmp_path / "gpu.md"
     assert gpu.main(["--smoke", "--stages", "kernels", "tests", "--out", str(out)]) == 1
-    assert "ZeroDivisionError" in out.read_text()
-    assert "## tests" in out.read_text()
+    assert "ZeroDivisionError" in out.read_text(encoding="utf-8")
+    assert "## tests" in out.read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -14,7 +14,7 @@ FOLDERS = {"stabnorm": "stabnorm", "stabnorm.callbacks": "callbacks"}
 
 
 def test_every_package_is_listed() -> None:
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     listed = set(pyproject["tool"]["setuptools"]["packages"])
     found = {
         ".".join([package, *init.parent.relative_to(ROOT / folder).parts])
@@ -35,20 +35,20 @@ def test_callbacks_is_reached_through_the_link() -> None:
 def test_the_versions_agree() -> None:
     import stabnorm
 
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert pyproject["project"]["version"] == stabnorm.__version__
 
 
 def test_every_place_promises_the_same_pythons() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     oldest, *_, newest = check_install.promised_pythons(project)
     assert project["requires-python"] == f">={oldest}"
-    assert f"sys.version_info < ({oldest.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
-    assert f"Python {oldest} to {newest}" in (ROOT / "README.md").read_text()
+    assert f"sys.version_info < ({oldest.replace('.', ', ')})" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"Python {oldest} to {newest}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_dependency_has_a_lower_bound_that_make_can_install() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+", dependency) for dependency in project["dependencies"])
 
 
@@ -68,7 +68,7 @@ def test_no_two_files_differ_by_case_alone() -> None:
 
 
 def test_data_that_the_code_reads_is_in_the_wheel() -> None:
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = pyproject["tool"]["setuptools"]["package-data"]["stabnorm"]
     packed = {path for pattern in patterns for path in (ROOT / "stabnorm").glob(pattern)}
     read = [path for path in (ROOT / "stabnorm").rglob("*") if path.suffix in (".cpp", ".h", ".json")]

@@ -55,5 +55,5 @@ def test_callbacks_export_what_they_promise() -> None:
 def test_the_documentation_shows_the_catalogue_as_it_is() -> None:
     from stabnorm.monitor.statistics import catalogue_table
 
-    page = (Path(__file__).parents[1] / "docs" / "monitoring.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "monitoring.md").read_text(encoding="utf-8")
     assert catalogue_table() in page

@@ -104,7 +104,7 @@ def test_the_curves_are_drawn_from_what_was_measured(tmp_path: Path) -> None:
     for colour in COLOURS.values():
         assert (pixels == colour).all(-1).sum() > 100
     out = tmp_path / "points.jsonl"
-    out.write_text("".join(json.dumps(asdict(one)) + "\n" for one in points))
+    out.write_text("".join(json.dumps(asdict(one)) + "\n" for one in points), encoding="utf-8")
     assert read(out) == points
     assert main(["--draw", "--out", str(out), "--picture", str(tmp_path / "curves.png")]) == read(out)
     assert (tmp_path / "curves.png").stat().st_size < 40_000

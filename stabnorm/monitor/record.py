@@ -191,7 +191,7 @@ class FileRecord:
         self._directory.mkdir(parents=True, exist_ok=True)
         header = self._directory / "record.json"
         if header.exists():
-            check_version(json.loads(header.read_text()), header)
+            check_version(json.loads(header.read_text(encoding="utf-8")), header)
         written = [int(path.stem.rpartition("-")[2]) for path in self._directory.glob("block-*.npz")]
         self._numbers = itertools.count(max(written, default=0) + 1)
         events = self._directory / "events.jsonl"
@@ -264,7 +264,7 @@ class _Part(NamedTuple):
 
 def _read_files(directory: Path, wanted: Collection[str] | None) -> tuple[list[_Part], list[Event]]:
     header = directory / "record.json"
-    check_version(json.loads(header.read_text()), header)
+    check_version(json.loads(header.read_text(encoding="utf-8")), header)
     parts = []
     for path in sorted(directory.glob("block-*.npz")):
         try:

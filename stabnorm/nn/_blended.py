@@ -113,9 +113,8 @@ class Fork(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(lam: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, eta: Tensor) -> tuple[Tensor | None, ...]:
-        others = (None if t is None else t.view_as(t) for t in (weight, bias, eta))
-        return x.view_as(x), x.view_as(x), *others
+    def forward(lam: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return x.view_as(x), x.view_as(x), *(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:

@@ -230,7 +230,9 @@ class PRepBN(EvalAffineNorm):
                 y = blended(body, self.lam, rows, valid, norm.weight, norm.bias, norm.eps, self.rep)
                 return self.rep.like_input(y, x)
         weight, bias, eta = self.__rep_parameters()
-        for_norm, for_rep, weight, bias, eta = Fork.apply(self.lam, x, weight, bias, eta)  # type: ignore[no-untyped-call]
+        given = (weight, eta) if bias is None else (weight, eta, bias)
+        for_norm, for_rep, weight, eta, *offset = Fork.apply(self.lam, x, *given)  # type: ignore[no-untyped-call]
+        bias = offset[0] if offset else None
         rep = self.__rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
         return Blend.apply(self.lam, self.__norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
 

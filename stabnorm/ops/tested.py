@@ -78,7 +78,7 @@ def record(index: int | None, ops: Iterable[str]) -> Path:
     others = [entry for entry in _read(path) if any(entry.get(part) != mine[part] for part in mine)]
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps([*others, {**mine, "passed": sorted(ops)}], indent=1) + "\n")
+    draft.write_text(json.dumps([*others, {**mine, "passed": sorted(ops)}], indent=1) + "\n", encoding="utf-8")
     draft.replace(path)  # two processes that test at once leave one whole file
     _passed.cache_clear()
     return path
@@ -96,7 +96,7 @@ def _passed() -> dict[tuple[str, ...], frozenset[str]]:
 def _read(path: Path) -> list[dict[str, Any]]:
     """The records in a file; none where it is missing or spoilt, for then the tests just run again."""
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []

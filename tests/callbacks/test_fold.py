@@ -19,6 +19,7 @@ from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityC
 from stabnorm.fold import FoldedNorm
 from tests.callbacks.test_progressive_ranks import free_port
 from tests.lightning_small import BATCHES, WIDTH, fit, hooks, loader, module, trainer
+from tests.versions import needs_weight_averaging
 
 FILES = ["folded.pt", "folded_manifest.json", "folded_report.txt"]
 
@@ -38,7 +39,7 @@ def written(directory: Path | None) -> list[str]:
 def loaded(directory: Path | None, fresh: nn.Module) -> nn.Module:
     """What somebody who has nothing but the files and the model's code makes of them."""
     assert directory is not None
-    apply_manifest(fresh, json.loads((directory / "folded_manifest.json").read_text()))
+    apply_manifest(fresh, json.loads((directory / "folded_manifest.json").read_text(encoding="utf-8")))
     fresh.load_state_dict(torch.load(directory / "folded.pt"), strict=True)
     return fresh.eval()
 
@@ -79,7 +80,7 @@ def test_the_files_make_a_fresh_model_compute_what_was_trained_wherever_the_call
     report = str(callback.result)
     assert report in capsys.readouterr().out
     assert callback.directory is not None
-    assert (callback.directory / "folded_report.txt").read_text() == report + "\n"
+    assert (callback.directory / "folded_report.txt").read_text(encoding="utf-8") == report + "\n"
     # The trained module is as training left it.
     assert all(torch.equal(value, last.state[name]) for name, value in model.state_dict().items())
     assert [(m.training, type(m)) for m in model.modules()] == last.flags
@@ -119,6 +120,7 @@ def test_a_checkpoint_of_the_run_trains_on_and_folds_again(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+@needs_weight_averaging
 def test_averaged_weights_are_folded_with_lam_at_0_also_before_the_switch(tmp_path: Path) -> None:
     from pytorch_lightning.callbacks import EMAWeightAveraging
 

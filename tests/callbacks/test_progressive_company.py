@@ -17,6 +17,7 @@ from stabnorm.monitor.record import Record, read_record
 from stabnorm.nn import PRepBN
 from stabnorm.switch.lam import progressive_norms
 from tests.lightning_small import BATCHES, fit, hooks, loader, module, trainer
+from tests.versions import needs_weight_averaging
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
 
@@ -133,6 +134,7 @@ def test_an_exception_leaves_no_trace_but_the_converted_norms_and_keeps_the_reco
         fit(trainer(tmp_path, LinearSwitch()), module())  # the same callback class, another run
 
 
+@needs_weight_averaging
 def test_callbacks_that_copy_the_model_come_after(tmp_path: Path) -> None:
     from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 
@@ -161,6 +163,7 @@ def test_a_home_made_average_before_it_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 @pytest.mark.parametrize("place", ["init", "configure_model"])
+@needs_weight_averaging
 def test_averaged_weights_end_at_lam_0_and_resume(tmp_path: Path, place: str) -> None:
     from pytorch_lightning.callbacks import EMAWeightAveraging
 

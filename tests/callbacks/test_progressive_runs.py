@@ -17,6 +17,7 @@ from stabnorm.convert import convert_norms
 from stabnorm.monitor.record import read_record
 from stabnorm.switch.lam import progressive_norms
 from tests.lightning_small import BATCHES, WIDTH, Body, fit, module, trainer
+from tests.versions import needs_weight_averaging
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
 
@@ -114,6 +115,7 @@ def test_an_epoch_that_is_left_early_leaves_no_mask_behind(tmp_path: Path, made:
     assert (masks._masks, masks._contexts) == ([], [])
 
 
+@needs_weight_averaging
 def test_averaged_weights_are_judged_and_saved_at_the_lam_of_the_step(tmp_path: Path) -> None:
     from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 

@@ -209,7 +209,7 @@ def test_sums_of_two_processes_merge() -> None:
 
 
 def test_the_documentation_shows_the_companions_as_they_are() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text(encoding="utf-8")
     assert companions_table() in page
 
 

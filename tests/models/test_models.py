@@ -29,7 +29,7 @@ MAY_IMPORT = {"_models": {"_models", "functional", "errors"}, "norms": {"_models
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_the_ground_imports_nothing_above_it(package: str) -> None:
     for file in (ROOT / package).glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             modules += [name.name for name in node.names] if isinstance(node, ast.Import) else []
             for module in modules:

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from stabnorm import StabilityMonitor, convert_norms
 from stabnorm.nn import PRepBN
 from tests.monitor.one_history import STEPS, History, Net, assert_same, train
+from tests.versions import needs_stable_hook_guards
 
 RECOMPUTE = ["reentrant", "non-reentrant"]
 
@@ -126,6 +127,7 @@ def test_two_watched_instances_each_see_their_own(counter: Any) -> None:
     assert (tokens(first), tokens(second)) == ([5], [7])
 
 
+@needs_stable_hook_guards
 def test_watching_now_and_then_costs_one_graph_in_all(counter: Any) -> None:
     net = Small()
     run = torch.compile(net, backend=counter, fullgraph=True)

@@ -19,6 +19,7 @@ from stabnorm.monitor.ranks import gather_slabs, merge_stacked_, variance_betwee
 from stabnorm.monitor.record import Block
 from tests.monitor.one_history import STEPS, History, Net, assert_same, train
 from tests.processes import leave
+from tests.versions import needs_fsdp_on_cpu
 
 # -- in two processes --------------------------------------------------------------------------------------------------
 
@@ -42,11 +43,15 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddp": (lambda: DistributedDataParallel(Net()), {}),
     "ddp, recomputed": (lambda: DistributedDataParallel(Net("non-reentrant")), {}),
     "ddp, accumulated": (lambda: DistributedDataParallel(Net()), {"parts": 2, "scale": 1024.0}),
+}
+SHARDED_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "fsdp": (lambda: sharded(Net()), {}),
     "fsdp, recomputed": (lambda: sharded(Net("non-reentrant")), {}),
     "fsdp, accumulated": (lambda: sharded(Net()), {"parts": 2, "scale": 1024.0}),
     "fsdp, compiled blocks": (lambda: sharded(compiled(Net("non-reentrant", bare=False))), {}),
 }
+HAS_SHARDING = not needs_fsdp_on_cpu.args[0]
+EVERY_CASE = [*CASES, *(pytest.param(case, marks=needs_fsdp_on_cpu) for case in SHARDED_CASES)]
 
 
 class Sayings(logging.Handler):
@@ -101,7 +106,7 @@ def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found: dict[str, Any] = {}
-    for name, (make, options) in CASES.items():
+    for name, (make, options) in (CASES | SHARDED_CASES if HAS_SHARDING else CASES).items():
         calls = counted_gathers()
         found[name] = train(make(), rank=rank, ranks=2, **options)
         assert next(calls) == STEPS, name
@@ -111,8 +116,9 @@ def one_rank(rank: int, folder: str) -> None:
     pairs = [dist.new_group([member]) for member in range(2)]
     of_one = StabilityMonitor(net := Net(), ["amax"], sync=pairs[rank])
     found["group of one"] = train(net, rank=rank, ranks=2, monitor=of_one)
-    sharded_alone = StabilityMonitor(net := sharded(Net()), ["amax", "grad_gain"], sync=False)  # type: ignore[assignment]
-    found["sharded, alone"] = train(net, rank=rank, ranks=2, monitor=sharded_alone)
+    if HAS_SHARDING:
+        monitor = StabilityMonitor(net := sharded(Net()), ["amax", "grad_gain"], sync=False)  # type: ignore[assignment]
+        found["sharded, alone"] = train(net, rank=rank, ranks=2, monitor=monitor)
     found["record"] = recorded(rank)
     with pytest.raises(StabNormError) as refused:
         StabilityMonitor(Net(), include="norm1" if rank else "norm2").attach()
@@ -172,12 +178,12 @@ def plain() -> dict[bool, History]:
     return {bare: train(Net(bare=bare)) for bare in (True, False)}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_two_processes_have_the_history_of_one(case: str, both: tuple[Any, Any], plain: dict[bool, History]) -> None:
     assert_same(both[0][case], plain["compiled" not in case])
 
 
-@pytest.mark.parametrize("case", [*CASES, "now and then"])
+@pytest.mark.parametrize("case", [*EVERY_CASE, "now and then"])
 def test_both_hold_the_same_bits(case: str, both: tuple[Any, Any]) -> None:
     for name, values in both[0][case].items():
         assert torch.equal(values.view(torch.int32), both[1][case][name].view(torch.int32)), name
@@ -212,6 +218,7 @@ def test_without_sync_or_in_a_group_of_one_a_rank_sees_its_share(both: tuple[Any
         assert torch.equal(sum(tokens, torch.zeros(())), both[0]["ddp"]["tokens"])
 
 
+@needs_fsdp_on_cpu
 def test_the_gradient_of_a_sharded_parameter_is_not_known_to_one_rank(both: tuple[Any, Any]) -> None:
     assert torch.isnan(both[0]["sharded, alone"]["grad_gain"][:, 0]).all()
     assert torch.isfinite(both[0]["sharded, alone"]["amax"]).all()

@@ -119,14 +119,14 @@ def test_a_record_of_something_else_does_not_count(gpu: dict[str, str], part: st
     gpu[part] = "another"
     assert dispatch.why_not("auto", *CUDA) is not None
     tested.record(0, ["moments_of_rows"])
-    assert len(json.loads(path.read_text())) == 2  # neither is lost
+    assert len(json.loads(path.read_text(encoding="utf-8"))) == 2  # neither is lost
 
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("text", ["", "{", "{}", '[1, {"device": 3}]'])
 def test_a_spoilt_record_is_no_record(text: str) -> None:
     path = tested.record(0, ["moments_of_rows"])
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     tested._passed.cache_clear()
     assert dispatch.why_not("auto", *CUDA) is not None
     tested.record(0, ["moments_of_rows"])
@@ -134,7 +134,7 @@ def test_a_spoilt_record_is_no_record(text: str) -> None:
 
 
 def test_the_record_that_ships_can_be_read() -> None:
-    assert isinstance(json.loads(tested.SHIPPED.read_text()), list)
+    assert isinstance(json.loads(tested.SHIPPED.read_text(encoding="utf-8")), list)
 
 
 def test_triton_runs_on_a_cpu_only_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,21 @@
 """The place that knows Lightning: one callback per file, thin hooks over the plain functions of `stabnorm`."""
 
-from stabnorm.callbacks.fold import FoldCallback
-from stabnorm.callbacks.progressive import ProgressiveNormCallback
-from stabnorm.callbacks.repair import repair_module
-from stabnorm.callbacks.stability import StabilityCallback
+from typing import TYPE_CHECKING
 
-__all__ = ["FoldCallback", "ProgressiveNormCallback", "StabilityCallback", "repair_module"]
+from stabnorm._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from stabnorm.callbacks.fold import FoldCallback as FoldCallback
+    from stabnorm.callbacks.progressive import ProgressiveNormCallback as ProgressiveNormCallback
+    from stabnorm.callbacks.repair import repair_module as repair_module
+    from stabnorm.callbacks.stability import StabilityCallback as StabilityCallback
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "stabnorm.callbacks.fold": ["FoldCallback"],
+        "stabnorm.callbacks.progressive": ["ProgressiveNormCallback"],
+        "stabnorm.callbacks.repair": ["repair_module"],
+        "stabnorm.callbacks.stability": ["StabilityCallback"],
+    },
+)

@@ -3,8 +3,9 @@
 Nothing heavy is imported until a name is used: TensorBoard loads this package for its tab where torch may be missing.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stabnorm._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from stabnorm._models.masks import valid_tokens as valid_tokens
@@ -26,50 +27,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Alert": "stabnorm.monitor.detect",
-    "ProgressiveSwitch": "stabnorm.switch.progressive",
-    "StabNormError": "stabnorm.errors",
-    "StabilityMonitor": "stabnorm.monitor.monitor",
-    "apply_manifest": "stabnorm.fold.manifest",
-    "convert_norms": "stabnorm.convert",
-    "find_norms": "stabnorm.norms",
-    "fold_gains": "stabnorm.fold.fold",
-    "fold_norms": "stabnorm.fold.fold",
-    "guard_folds": "stabnorm.fold.guard",
-    "plan_fold": "stabnorm.fold.planned",
-    "recalibrate_norms": "stabnorm.recalibrate",
-    "register_norm": "stabnorm.norms",
-    "remove_norms": "stabnorm.pretrained.remove",
-    "to_pre_rms": "stabnorm.fold.pre_rms",
-    "valid_tokens": "stabnorm._models.masks",
-}
-
-__all__ = [
-    "Alert",
-    "ProgressiveSwitch",
-    "StabNormError",
-    "StabilityMonitor",
-    "apply_manifest",
-    "convert_norms",
-    "find_norms",
-    "fold_gains",
-    "fold_norms",
-    "guard_folds",
-    "plan_fold",
-    "recalibrate_norms",
-    "register_norm",
-    "remove_norms",
-    "to_pre_rms",
-    "valid_tokens",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'stabnorm' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "stabnorm._models.masks": ["valid_tokens"],
+        "stabnorm.convert": ["convert_norms"],
+        "stabnorm.errors": ["StabNormError"],
+        "stabnorm.fold.fold": ["fold_gains", "fold_norms"],
+        "stabnorm.fold.guard": ["guard_folds"],
+        "stabnorm.fold.manifest": ["apply_manifest"],
+        "stabnorm.fold.planned": ["plan_fold"],
+        "stabnorm.fold.pre_rms": ["to_pre_rms"],
+        "stabnorm.monitor.detect": ["Alert"],
+        "stabnorm.monitor.monitor": ["StabilityMonitor"],
+        "stabnorm.norms": ["find_norms", "register_norm"],
+        "stabnorm.pretrained.remove": ["remove_norms"],
+        "stabnorm.recalibrate": ["recalibrate_norms"],
+        "stabnorm.switch.progressive": ["ProgressiveSwitch"],
+    },
+)

@@ -1,5 +1,6 @@
 """What a user imports is there, and costs nothing until it is used."""
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import stabnorm
 
+LAZY = ("stabnorm", *(f"stabnorm.{room}" for room in ("callbacks", "companions", "dashboard", "monitor", "ops", "switch")))
 HEAVY = ("torch", "pytorch_lightning", "lightning", "triton", "tensorboard", "numpy")
 
 
@@ -20,7 +22,7 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_by("import stabnorm") == set()
-    assert loaded_by("import stabnorm.monitor, stabnorm.dashboard, stabnorm.ops, stabnorm.switch") == set()
+    assert loaded_by(f"import {', '.join(LAZY)}") == set()
 
 
 def test_the_core_loads_without_lightning_and_tensorboard() -> None:
@@ -30,6 +32,23 @@ def test_the_core_loads_without_lightning_and_tensorboard() -> None:
 
 def test_what_a_dashboard_reads_loads_without_torch() -> None:
     assert loaded_by("import stabnorm.monitor.record, stabnorm.dashboard.heatmap") == {"numpy"}
+    assert loaded_by("from stabnorm.monitor import FileRecord, read_record") == {"numpy"}
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_a_package_offers_what_its_type_checkers_see(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__file__ is not None
+    imports = [
+        node for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    seen = {alias.asname: node.module for node in imports for alias in node.names if alias.asname is not None}
+    assert sorted(seen) == module.__all__
+    for name, home in seen.items():
+        assert getattr(module, name) is getattr(importlib.import_module(str(home)), name)
+        assert name in dir(module)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        _ = module.nothing
 
 
 @pytest.mark.parametrize("name", stabnorm.__all__)

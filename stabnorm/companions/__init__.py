@@ -1,1 +1,24 @@
-"""What to watch beside the norms, opt-in: attention, weights, embedding and output. Import the module you need."""
+"""What may be watched beside the norms: attention heads, weight matrices, embeddings, output layers."""
+
+from typing import TYPE_CHECKING
+
+from stabnorm._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from stabnorm.companions.attention import AttentionCompanion as AttentionCompanion
+    from stabnorm.companions.companion import Companion as Companion
+    from stabnorm.companions.companion import Watch as Watch
+    from stabnorm.companions.embedding import EmbeddingCompanion as EmbeddingCompanion
+    from stabnorm.companions.output import OutputCompanion as OutputCompanion
+    from stabnorm.companions.weights import WeightCompanion as WeightCompanion
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "stabnorm.companions.attention": ["AttentionCompanion"],
+        "stabnorm.companions.companion": ["Companion", "Watch"],
+        "stabnorm.companions.embedding": ["EmbeddingCompanion"],
+        "stabnorm.companions.output": ["OutputCompanion"],
+        "stabnorm.companions.weights": ["WeightCompanion"],
+    },
+)

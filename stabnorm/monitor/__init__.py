@@ -1,1 +1,28 @@
-"""From what a layer saw to what it means: observe -> statistics -> detect -> record. Import the module you need."""
+"""The monitor: hooks observe norms, the catalogue's statistics are computed of them, alerts raised, a record written.
+
+Nothing is imported until a name is used, so that a dashboard reads records where torch is missing.
+"""
+
+from typing import TYPE_CHECKING
+
+from stabnorm._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from stabnorm.monitor.detect import Alert as Alert
+    from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
+    from stabnorm.monitor.record import FileRecord as FileRecord
+    from stabnorm.monitor.record import Record as Record
+    from stabnorm.monitor.record import RecordWriter as RecordWriter
+    from stabnorm.monitor.record import TensorBoardRecord as TensorBoardRecord
+    from stabnorm.monitor.record import read_record as read_record
+    from stabnorm.monitor.statistics import Statistic as Statistic
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "stabnorm.monitor.detect": ["Alert"],
+        "stabnorm.monitor.monitor": ["StabilityMonitor"],
+        "stabnorm.monitor.record": ["FileRecord", "Record", "RecordWriter", "TensorBoardRecord", "read_record"],
+        "stabnorm.monitor.statistics": ["Statistic"],
+    },
+)

@@ -1,14 +1,11 @@
 """Fused reductions. One name, one op: `<op>.py` checks, `dispatch.py` chooses the execution; bodies lie beside them."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stabnorm._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from stabnorm.ops.dispatch import backends as backends
     from stabnorm.ops.dispatch import use_kernels as use_kernels
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("backends", "use_kernels"):  # later, for they load torch
-        return getattr(importlib.import_module("stabnorm.ops.dispatch"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_exports(__name__, {"stabnorm.ops.dispatch": ["backends", "use_kernels"]})

@@ -1,7 +1,8 @@
 """From LayerNorm to RepBN while a model trains: schedules, the gate, lam, and `ProgressiveSwitch` over them."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stabnorm._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from stabnorm.switch.branch_gap import BranchGap as BranchGap
@@ -14,20 +15,13 @@ if TYPE_CHECKING:
     from stabnorm.switch.progressive import ProgressiveSwitch as ProgressiveSwitch
     from stabnorm.switch.schedules import make_schedule as make_schedule
 
-_HOME = {  # a name is imported at its first use: schedules and gate load where torch is missing
-    "AffineGate": "gate",
-    "BranchGap": "branch_gap",
-    "ProgressiveSwitch": "progressive",
-    "make_schedule": "schedules",
-    "progressive_norms": "lam",
-    "running_norms": "lam",
-    "write_lam": "lam",
-    "write_loss_scale": "lam",
-    "write_step": "lam",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'stabnorm.switch' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"stabnorm.switch.{_HOME[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {  # schedules and gate load where torch is missing
+        "stabnorm.switch.branch_gap": ["BranchGap"],
+        "stabnorm.switch.gate": ["AffineGate"],
+        "stabnorm.switch.lam": ["progressive_norms", "running_norms", "write_lam", "write_loss_scale", "write_step"],
+        "stabnorm.switch.progressive": ["ProgressiveSwitch"],
+        "stabnorm.switch.schedules": ["make_schedule"],
+    },
+)

@@ -15,7 +15,7 @@ from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.images import log_image, shows_images
 from stabnorm.monitor.detect import Alert
 from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
-from stabnorm.monitor.tracks import Track
+from stabnorm.monitor.track import Track
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

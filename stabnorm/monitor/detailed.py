@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional_detail import DetailMoments
-from stabnorm.monitor.parameters import Parameters
+from stabnorm.switch.gate import MOMENTUM as RESIDUAL_MOMENTUM
+from stabnorm.monitor.parameter_values import Parameters
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.switch.gate import MOMENTUM as RESIDUAL_MOMENTUM
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stabnorm.functional_detail import DetailMoments, clear_detail_, empty_detail, merge_detail_
-from stabnorm.monitor.catalogue.statistic import Statistic
+from stabnorm.switch.gate import MEASURE_EVERY
 from stabnorm.monitor.detailed import DetailedMoments
-from stabnorm.monitor.parameters import Parameters, adam_figures
+from stabnorm.monitor.parameter_values import Parameters, adam_figures
 from stabnorm.monitor.past import Moments
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormLayer
-from stabnorm.switch.branch_gap import BranchGap
-from stabnorm.switch.gate import MEASURE_EVERY
+from stabnorm.statistic import Statistic
+from stabnorm.switch import BranchGap
 
 INPUT_NEEDS = {"token_shape", "values", "sequences"}  # gathered by the op on a norm's input
 DETAIL_NEEDS = INPUT_NEEDS | {"outputs", "parameters", "optimizer", "branches"}

@@ -25,7 +25,7 @@ from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.monitor.statistics import Statistic, resolve
-from stabnorm.monitor.tracks import Tracks
+from stabnorm.monitor.track import Tracks
 from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import find_norms

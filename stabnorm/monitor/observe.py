@@ -21,7 +21,7 @@ from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
 from stabnorm.functional_detail import DetailMoments
 from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.fused import FusedNorm, can_fuse
-from stabnorm.monitor.gradients import LayerHook, OutputHook, ParameterHook
+from stabnorm.monitor.gradient_hooks import LayerHook, OutputHook, ParameterHook
 from stabnorm.norms import NormLayer
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
 from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts

@@ -15,12 +15,12 @@ from stabnorm.monitor.catalogue.depth import DEPTH
 from stabnorm.monitor.catalogue.fluctuation import FLUCTUATION
 from stabnorm.monitor.catalogue.gradients import GRADIENTS
 from stabnorm.monitor.catalogue.outliers import OUTLIERS
-from stabnorm.monitor.catalogue.parameters import PARAMETER_HEALTH
+from stabnorm.monitor.catalogue.parameter_health import PARAMETER_HEALTH
 from stabnorm.monitor.catalogue.scale import SCALE
-from stabnorm.monitor.catalogue.statistic import NEEDS, undefined
-from stabnorm.monitor.catalogue.statistic import Statistic as Statistic
 from stabnorm.monitor.catalogue.switching import SWITCHING
 from stabnorm.monitor.record import SIDE_SERIES
+from stabnorm.statistic import NEEDS, undefined
+from stabnorm.statistic import Statistic as Statistic
 
 _FAMILIES = (FLUCTUATION, SCALE, DEPTH, OUTLIERS, SWITCHING, GRADIENTS, PARAMETER_HEALTH)
 CATALOGUE: dict[str, Statistic] = {statistic.name: statistic for family in _FAMILIES for statistic in family}

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from stabnorm.functional import MAX, MIN, VAR_N, VAR_X
 from stabnorm.monitor.buffers import DeviceState
-from stabnorm.monitor.catalogue.statistic import Statistic
 from stabnorm.monitor.details import Details
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.statistics import CATALOGUE
 from stabnorm.norms import NormLayer
+from stabnorm.statistic import Statistic
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import STD_MEAN
-from stabnorm.monitor.catalogue.statistic import TOKENS, Statistic, per_step
 from stabnorm.monitor.past import Moments, Past
+from stabnorm.statistic import TOKENS, Statistic, per_step
 
 _LEAST_LAYERS = 3
 _NEGLIGIBLE = 1e-10  # a relative error of 1e-5, squared: what two fits leave of float32 is no difference

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional_detail import REST, SEQUENCES, SHIFT, SQUARES, VAR
-from stabnorm.monitor.catalogue.statistic import FREE, TOKENS, Statistic
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.past import WINDOW, Moments, Past
+from stabnorm.statistic import FREE, TOKENS, Statistic
 
 
 def _running_mean_distance(now: Moments, past: Past) -> Tensor:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from stabnorm.monitor.catalogue.statistic import Statistic
 from stabnorm.monitor.detailed import SPIKE_STEPS, DetailedPast
 from stabnorm.monitor.past import Moments, Past
+from stabnorm.statistic import Statistic
 
 
 def _grad_gain(now: Moments, past: Past) -> Tensor:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional_detail import KURTOSIS, MAX_TO_MEDIAN, MEDIAN, OUTPUTS
-from stabnorm.monitor.catalogue.statistic import FREE, MEDIANS, Statistic, per_step
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.past import Moments, Past
+from stabnorm.statistic import FREE, MEDIANS, Statistic, per_step
 
 TOP = 3  # channels whose identity is followed
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from stabnorm.monitor.catalogue.statistic import Statistic
+from stabnorm.switch.gate import HOLD_ABOVE, RUN_BELOW
 from stabnorm.monitor.detailed import DetailedMoments, DetailedPast
 from stabnorm.monitor.past import Moments, Past
-from stabnorm.switch.gate import HOLD_ABOVE, RUN_BELOW
+from stabnorm.statistic import Statistic
 
 
 def _affine_residual(now: Moments, past: Past) -> Tensor:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from stabnorm.monitor.catalogue.statistic import PARAMETERS, Statistic
 from stabnorm.monitor.detailed import DetailedMoments, DetailedPast
 from stabnorm.monitor.past import Past
+from stabnorm.statistic import PARAMETERS, Statistic
 
 _BLOCK = 32  # of the microscaling formats
 _LAST_BIN = 432 / 512  # of E4M3: a mantissa from here to 1 rounds to the largest, 448, with the block's exponent

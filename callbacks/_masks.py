@@ -19,14 +19,14 @@ class BatchMask:
         self._open: valid_tokens | None = None
 
     def enter(self, batch: Any) -> None:
-        """A batch begins; the one before may have been left early, with no word that it is over."""
+        """Open the masks of a batch; those of a batch that was left early are closed first."""
         self.leave()
         if self.mask is not None:
             self._open = valid_tokens(*masks_of(batch, self.mask))
             self._open.__enter__()
 
     def leave(self) -> None:
-        """It is over; nothing happens where none began."""
+        """Close the masks of the batch, if any are open."""
         if self._open is not None:
             self._open.__exit__(None, None, None)
             self._open = None

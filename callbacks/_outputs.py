@@ -15,7 +15,7 @@ from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.images import log_image, shows_images
 from stabnorm.monitor.detect import Alert
 from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
-from stabnorm.monitor.track import Track
+from stabnorm.monitor.track import CompanionTrack
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -53,25 +53,25 @@ def record_writers(trainer: "Trainer", directory: Path) -> list[RecordWriter]:
 
 
 def log_picture(trainer: "Trainer", key: str, image: npt.NDArray[np.uint8], step: int, directory: Path) -> None:
-    """A picture to every logger that shows pictures; a file in ``directory`` where none does."""
+    """Hand a picture to every logger that shows pictures, or write a file to ``directory`` where none does."""
     showing: list[Any] = [logger for logger in trainer.loggers if shows_images(logger)]
     for logger in showing or [None]:
         log_image(logger, key, image, step, directory)
 
 
-def log_companion(trainer: "Trainer", track: Track, alerts: Sequence[Alert], directory: Path) -> None:
-    """A heat map of row by step for each of a companion's measures."""
+def log_companion(trainer: "Trainer", track: CompanionTrack, alerts: Sequence[Alert], directory: Path) -> None:
+    """Draw a heat map of row by step for each of a companion's statistics."""
     steps = track.history_steps().numpy()
-    for measure in track.measures:
-        values = track.history()[measure.name].numpy()
+    for statistic in track.statistics:
+        values = track.history()[statistic.name].numpy()
         if not np.isnan(values).all():
-            marks = [(alert.step, alert.layer) for alert in alerts if alert.statistic == measure.name]
-            picture = heatmap(values, steps, track.rows, f"{measure.name} ({measure.unit})", marks=marks)
-            log_picture(trainer, f"stability/{measure.name}", picture, int(steps[-1]), directory)
+            marks = [(alert.step, alert.layer) for alert in alerts if alert.statistic == statistic.name]
+            picture = heatmap(values, steps, track.rows, f"{statistic.name} ({statistic.unit})", marks=marks)
+            log_picture(trainer, f"stability/{statistic.name}", picture, int(steps[-1]), directory)
 
 
 def log_text(trainer: "Trainer", key: str, markdown: str, step: int) -> None:
-    """A text to TensorBoard, which renders it."""
+    """Hand a text to TensorBoard, which renders it."""
     for logger in trainer.loggers:
         if (writer := summary_writer(logger)) is not None:
             writer.add_text(key, markdown, step)
@@ -111,7 +111,7 @@ class HeadlineScalars:
             logger.log_metrics(scalars, step=block.last_step)
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
-        """Events are no scalars."""
+        """Do nothing: an event is no scalar."""
 
     def close(self) -> None:
-        """Nothing to close: the loggers are the Trainer's."""
+        """Do nothing: the loggers are the Trainer's."""

@@ -1,4 +1,4 @@
-"""What a Trainer tells about a run before it starts, for `ProgressiveNormCallback`. Plain functions that raise or warn.
+"""What a Trainer tells about a run, for the callbacks. Plain functions, some of which raise or warn.
 
 Classes of Lightning are told by name: each exists twice, once in each namespace.
 """

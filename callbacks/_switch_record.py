@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from stabnorm.monitor.buffers import Flight
+from stabnorm.monitor.async_copy import AsyncCopy
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.switch.gate import Change
 
@@ -28,7 +28,7 @@ class SwitchRecord:
     ) -> None:
         self._writers, self._loggers, self._layers = list(writers), list(loggers), tuple(layers)
         self._columns = [self._layers.index(layer) for layer in switched]
-        self._first, self._lam, self._gaps = 0, list[list[float]](), list[Flight]()
+        self._first, self._lam, self._gaps = 0, list[list[float]](), list[tuple[int, AsyncCopy]]()
 
     def add(self, row: int, lam: list[float], gap: Tensor | None) -> None:
         """Take in a step that is over."""
@@ -36,7 +36,7 @@ class SwitchRecord:
             self._first = row
         self._lam.append(lam)
         if gap is not None:
-            self._gaps.append(Flight(row, gap, gap[:0]))
+            self._gaps.append((row, AsyncCopy(gap)))
         if len(self._lam) == FLUSH_EVERY:
             self.flush()
 
@@ -51,9 +51,9 @@ class SwitchRecord:
             return
         lam, gap = np.full((2, len(self._lam), len(self._layers)), np.nan, np.float32)
         lam[:, self._columns] = self._lam
-        for flight in self._gaps:
-            flight.wait()
-            gap[flight.first_step - self._first, self._columns] = flight.rows.numpy()
+        for row, copy in self._gaps:
+            (measured,) = copy.wait()
+            gap[row - self._first, self._columns] = measured.numpy()
         block = Block(self._first, self._layers, {"lam": lam, "branch_gap": gap})
         for writer in self._writers:
             writer.write_block(block)

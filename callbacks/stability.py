@@ -24,6 +24,7 @@ from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.table import format_table, layers_worth_a_look, markdown_table
+from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.statistics import Statistic, resolve
 
@@ -63,10 +64,11 @@ class StabilityCallback(Callback):
         gradients: False leaves out the gradient statistics. Default: True.
         mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple), or
             a function of the batch; bool tensor, True = valid. A function may return several, one for each length.
-        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output") or as
-            objects of `stabnorm.companions`. Default: nothing.
+        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output", "switch")
+            or as objects of `stabnorm.companions`. Default: nothing.
         fused: run torch's LayerNorm and RMSNorm in one pass with what watches them, where there is a kernel for both,
             see `StabilityMonitor`; that changes their last bits. Default: False.
+        detector: makes what raises the alerts, see `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
 
     Raises:
         ValueError: an unknown preset, statistic or companion, a flush interval below 1; at the start of `fit`: no norm
@@ -89,11 +91,12 @@ class StabilityCallback(Callback):
         mask: Callable[[Any], Tensor | Sequence[Tensor]] | int | str | None = None,
         companions: Sequence[str | Companion] = (),
         fused: bool = False,
+        detector: MakeDetector | None = None,
     ) -> None:
         super().__init__()
         resolve(preset)
         self.companions = resolve_companions(companions)
-        self.fused = fused
+        self.fused, self.detector = fused, detector
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
         self.preset, self.flush_every, self.gradients, self.mask = preset, flush_every, gradients, mask
@@ -124,6 +127,7 @@ class StabilityCallback(Callback):
             gradients=self.gradients,
             companions=self.companions,
             fused=self.fused,
+            detector=self.detector,
         )
         # From a checkpoint, or a second fit of the same Trainer; a callback used for another run starts afresh.
         if self._saved is not None and (self._loaded or trainer.global_step > 0):
@@ -237,20 +241,16 @@ class StabilityCallback(Callback):
         if not steps.size:
             return
         history = {name: values.numpy() for name, values in monitor.history().items()}
-        thresholds = {s.name: (s.threshold, s.advice) for s in monitor.statistics if s.threshold is not None}
-        least = {s.name: (s.least, s.advice) for s in monitor.statistics if s.least is not None}
         telling = dict(history)
         for name in {"mean_discrepancy", "var_discrepancy"} & set(history):
             # Only a layer with running statistics has a discrepancy, and these take 5 / momentum steps to settle.
             telling[name] = np.where(monitor.has_running_statistics & (len(steps) >= 50), history[name], np.nan)
         alerts = [alert.as_dict() for alert in monitor.alerts]
-        rows = layers_worth_a_look(monitor.layers, telling, alerts, steps=steps, thresholds=thresholds, least=least)
+        rows = layers_worth_a_look(monitor.layers, telling, alerts, steps=steps, **_bounds(monitor.statistics))
         for track in monitor.companions.values():
             measured = {name: values.numpy() for name, values in track.history().items()}
-            bounds = {m.name: (m.threshold, m.advice) for m in track.measures if m.threshold is not None}
-            when = track.history_steps().numpy()
-            under = {m.name: (m.least, m.advice) for m in track.measures if m.least is not None}
-            rows += layers_worth_a_look(track.rows, measured, [], steps=when, thresholds=bounds, least=under)
+            track_steps = track.history_steps().numpy()
+            rows += layers_worth_a_look(track.rows, measured, [], steps=track_steps, **_bounds(track.statistics))
         print(format_table(rows, steps=len(steps)))
         print(f"monitoring cost {monitor.cost}")
         if self.directory is None:
@@ -278,6 +278,14 @@ class StabilityCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         saved = self.state_dict().get("monitor")
         return state_to_pickle(self, monitor=None, _fitting=False, _step=_OpenStep(), _saved=saved)
+
+
+def _bounds(statistics: Sequence[Statistic]) -> dict[str, dict[str, tuple[float, str]]]:
+    """What the closing table has to know of statistics: their bounds, and what to do beyond them."""
+    return {
+        "thresholds": {s.name: (s.threshold, s.advice) for s in statistics if s.threshold is not None},
+        "least": {s.name: (s.least, s.advice) for s in statistics if s.least is not None},
+    }
 
 
 class _OpenStep:

@@ -10,7 +10,8 @@ import pytest
 
 import stabnorm
 
-LAZY = ("stabnorm", *(f"stabnorm.{room}" for room in ("callbacks", "companions", "dashboard", "monitor", "ops", "switch")))
+ROOMS = ("callbacks", "companions", "dashboard", "monitor", "ops", "switch")
+LAZY = ("stabnorm", *(f"stabnorm.{room}" for room in ROOMS))
 HEAVY = ("torch", "pytorch_lightning", "lightning", "triton", "tensorboard", "numpy")
 
 

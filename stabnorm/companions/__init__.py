@@ -1,4 +1,4 @@
-"""What may be watched beside the norms: attention heads, weight matrices, embeddings, output layers."""
+"""What may be watched beside the norms: attention heads, weight matrices, embeddings, output layers, the switch."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from stabnorm.companions.companion import Watch as Watch
     from stabnorm.companions.embedding import EmbeddingCompanion as EmbeddingCompanion
     from stabnorm.companions.output import OutputCompanion as OutputCompanion
+    from stabnorm.companions.switching import SwitchCompanion as SwitchCompanion
     from stabnorm.companions.weights import WeightCompanion as WeightCompanion
 
 __getattr__, __dir__, __all__ = lazy_exports(
@@ -19,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "stabnorm.companions.companion": ["Companion", "Watch"],
         "stabnorm.companions.embedding": ["EmbeddingCompanion"],
         "stabnorm.companions.output": ["OutputCompanion"],
+        "stabnorm.companions.switching": ["SwitchCompanion"],
         "stabnorm.companions.weights": ["WeightCompanion"],
     },
 )

@@ -40,12 +40,12 @@ class Viewer(Protocol):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        """Of `scaled_dot_product_attention`."""
+        """Look at a call of `scaled_dot_product_attention`."""
 
     def see_softmax(
         self, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
     ) -> None:
-        """Of `softmax`."""
+        """Look at a call of `softmax`."""
 
 
 _running: list[Viewer] = []  # the watched modules whose forward runs, outermost first; a plain list: Dynamo follows it
@@ -54,18 +54,18 @@ _replaced: list[tuple[dict[str, Any], str, Any]] = []
 
 
 def enter(viewer: Viewer) -> None:
-    """The viewer's module starts its forward."""
+    """The viewer's module begins its forward."""
     _running.append(viewer)
 
 
 def leave(viewer: Viewer) -> None:
-    """It ends it, or an exception does."""
+    """The viewer's module has returned or raised."""
     if viewer in _running:
         _running.remove(viewer)
 
 
 def _innermost() -> list[Viewer]:
-    """Those whose module is the innermost that runs: of two monitors on one module both."""
+    """The viewers of the innermost running module; two when two monitors watch it."""
     return [viewer for viewer in _running if viewer.module is _running[-1].module]
 
 
@@ -100,7 +100,7 @@ _SHOWN: dict[Any, Any] = {_attention: _shown_attention, _softmax: _shown_softmax
 
 
 def attach(watch: object, classes: Iterable[type]) -> None:
-    """Show what the modules of these classes call."""
+    """Register a watch: show it what the modules of these classes call."""
     _attached.add(id(watch))
     namespaces = {id(space): space for space in (vars(F), *map(_namespace, classes))}
     for space in namespaces.values():
@@ -113,7 +113,7 @@ def attach(watch: object, classes: Iterable[type]) -> None:
 
 
 def detach(watch: object) -> None:
-    """No longer; the last one puts the originals back."""
+    """Unregister a watch; the last one restores the originals."""
     _attached.discard(id(watch))
     if not _attached:
         for space, name, original in _replaced:

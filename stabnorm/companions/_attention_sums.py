@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stabnorm.companions.companion import sampled, wide
+from stabnorm.companions.companion import merged, sampled, wide
 from stabnorm.ops.moments import is_recompute
 
 HIDDEN = -5e3  # no softmax sees a key whose logit a mask has moved that far down; masks say -1e4, -1e9, -inf, ...
@@ -31,21 +31,14 @@ class AttentionSums(NamedTuple):
     entropy_share: Tensor
     logit: Tensor
 
-    @staticmethod
-    def empty(heads: int, device: torch.device) -> "AttentionSums":
-        """Nothing counted yet."""
-        return AttentionSums(*torch.zeros(4, heads, dtype=wide(device), device=device))
-
     def merge(self, other: "AttentionSums") -> "AttentionSums":
-        """Of two micro-batches, devices or ranks: sums add, and the larger logit stays."""
-        other = AttentionSums(*(part.to(self.queries.device) for part in other))
-        added = AttentionSums(*(mine + part for mine, part in zip(self, other, strict=True)))
-        return added._replace(logit=torch.maximum(self.logit, other.logit))
+        """Two micro-batches, devices or ranks as one: sums add, and the larger logit stays."""
+        return merged(self, other, "logit")
 
     def add_(self, other: "AttentionSums") -> None:
-        """The same, in place."""
-        for mine, merged in zip(self, self.merge(other), strict=True):
-            mine.copy_(merged)
+        """Do the same in place."""
+        for part, new in zip(self, self.merge(other), strict=True):
+            part.copy_(new)
 
 
 def sums_of_logits(logits: Tensor, biased: Tensor, visible: Tensor | None, valid: Tensor | None) -> AttentionSums:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 Looks = Callable[[list[int], float | Tensor], None]
-"""Told which of the parameters an optimizer's group holds, and the group's learning rate."""
+"""Called with the parameters that a group of an optimizer holds, as indices, and with its learning rate."""
 
 
 class OptimizerSteps:
@@ -34,7 +34,7 @@ class OptimizerSteps:
                 self._handles.append(register(self._hook(look)))
 
     def detach(self) -> None:
-        """Take them off."""
+        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -57,7 +57,7 @@ class OptimizerSteps:
 
 
 class Indices:
-    """Lists of rows as tensors, each made once: making one is a copy to the device."""
+    """Lists of rows as index tensors. Each is made once, because making one copies it to the device."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
@@ -71,14 +71,14 @@ class Indices:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its shard, of a sharded one."""
+    """What this process holds of a tensor: the whole, or its shard of a sharded one."""
     own = tensor.detach()
     shard: Tensor = own.to_local() if hasattr(own, "to_local") else own
     return shard
 
 
 def no_step(names: Sequence[str]) -> str | None:
-    """What to say of parameters that no step was seen of."""
+    """The complaint about parameters that no optimizer was seen to step, if there are any."""
     if not names:
         return None
     others = " and others" if len(names) > 8 else ""

@@ -9,15 +9,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from types import CodeType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from stabnorm._models.devices import device_of
 from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
 from stabnorm._models.wrappers import plain_name, unwrapped
@@ -27,7 +24,8 @@ from stabnorm.companions._attention_sums import (
     accumulate_attention_,
     accumulate_attention_logits_,
 )
-from stabnorm.companions.companion import Companion, Measure, Watch, selected
+from stabnorm.companions.companion import Companion, HookedWatch, Place, selected
+from stabnorm.statistic import Statistic
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _FUNCTION = "scaled_dot_product_attention"
@@ -80,22 +78,22 @@ class AttentionCompanion(Companion):
 
     name: ClassVar[str] = "attention"
     cost: ClassVar[str] = "q k^T of the sampled queries, and their softmax"
-    measures: ClassVar[tuple[Measure, ...]] = (
-        Measure(
-            "attention_entropy", "mean over queries of -sum_j a_j ln a_j, a the attention weights", "nat",
-            _COLLAPSE, "falls towards 0", lambda sums: _mean(sums.entropy, sums),
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic(
+            "attention_entropy", formula="mean over queries of -sum_j a_j ln a_j, a the attention weights", unit="nat",
+            source=_COLLAPSE, bad="falls towards 0", compute=lambda sums, _: _mean(sums.entropy, sums),
         ),
-        Measure(
-            "attention_entropy_share", "mean over queries of entropy / ln(number of visible keys): 1 even, 0 one key",
-            "1", _COLLAPSE + "; bound ours", "< 0.01", lambda sums: _mean(sums.entropy_share, sums), least=0.01,
+        Statistic(
+            "attention_entropy_share",
+            formula="mean over queries of entropy / ln(number of visible keys): 1 even, 0 one key",
+            source=_COLLAPSE + "; bound ours", compute=lambda sums, _: _mean(sums.entropy_share, sums), least=0.01,
             advice="its attention has collapsed to one key per query: look at its largest logit, and lower the "
             "learning rate",
         ),
-        Measure(
-            "attention_logit_max", "max |q k| scale over the visible keys", "logit",
-            "arXiv 2309.14322: above 1e4 all runs diverged; QK-Clip, arXiv 2507.20534: bound 100",
-            "> 100, alert > 10000", lambda sums: torch.where(sums.queries > 0, sums.logit, torch.nan),
-            threshold=100.0, alarm=1e4,
+        Statistic(
+            "attention_logit_max", formula="max |q k| scale over the visible keys", unit="logit",
+            source="arXiv 2309.14322: above 1e4 all runs diverged; QK-Clip, arXiv 2507.20534: bound 100",
+            compute=lambda sums, _: torch.where(sums.queries > 0, sums.logit, torch.nan), threshold=100.0, alarm=1e4,
             advice="its attention logits grow, and its softmax saturates: normalise queries and keys, clip them, or "
             "lower the learning rate",
         ),
@@ -110,11 +108,11 @@ class AttentionCompanion(Companion):
     def watch(self, model: nn.Module) -> "AttentionWatch":
         """Find the attentions."""
         model = unwrapped(model)
-        found = [(plain_name(name), module) for name, module in _attentions(model)]
-        wanted = selected([name for name, _ in found], self.include, self.exclude)
-        chosen = [pair for pair, yes in zip(found, wanted, strict=True) if yes]
+        attentions = [(plain_name(name), module) for name, module in _attentions(model)]
+        wanted = selected([name for name, _ in attentions], self.include, self.exclude)
+        chosen = [pair for pair, yes in zip(attentions, wanted, strict=True) if yes]
         if not chosen:
-            of_these = f" under include={self.include!r}, exclude={self.exclude!r}" if found else ""
+            of_these = f" under include={self.include!r}, exclude={self.exclude!r}" if attentions else ""
             raise ValueError(
                 f"no attention found in {type(model).__name__}{of_these}: a module counts that is an "
                 f"nn.MultiheadAttention, calls {_FUNCTION}, or has Attention in its class's name and says how many "
@@ -132,25 +130,23 @@ class AttentionCompanion(Companion):
         return heads
 
 
-class AttentionWatch(Watch):
+class AttentionWatch(HookedWatch[AttentionSums]):
     """Hooks on the attentions of a model; see `AttentionCompanion`."""
 
     def __init__(
         self, model: nn.Module, attentions: Sequence[tuple[str, nn.Module, int]], settings: AttentionCompanion
     ) -> None:
+        rows = [f"{name}.head{i}" if name else f"head{i}" for name, _, n in attentions for i in range(n)]
+        super().__init__(AttentionSums, rows)
         self.model, self.queries = model, settings.queries
-        self.rows = tuple(f"{name}.head{i}" if name else f"head{i}" for name, _, n in attentions for i in range(n))
         self._attentions = tuple(attentions)
-        self._sums: dict[torch.device, AttentionSums] = {}
-        self._handles: list[RemovableHandle] = []
-        self._places: list[_Place] = []
 
     def attach(self) -> None:
-        """One pre-hook and one hook per attention, and the functions they call."""
+        """Put two hooks on each attention, and replace the functions that they call."""
         calls.attach(self, {kind for _, module, _ in self._attentions for kind in type(module).__mro__})
         first = 0
         for name, module, heads in self._attentions:
-            place = _Place(self, name, module, slice(first, first + heads))
+            place = _Attention(self, name, module, slice(first, first + heads))
             first += heads
             self._places.append(place)
             self._handles.append(module.register_forward_pre_hook(_Enter(place)))
@@ -158,33 +154,12 @@ class AttentionWatch(Watch):
         self.discard()
 
     def detach(self) -> None:
-        """Everything as it was."""
+        """Take the hooks off, and give the functions back."""
         calls.detach(self)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._places.clear()
-
-    def discard(self) -> None:
-        """Zero the sums; those on a device that the model has left are dropped."""
-        inhabited = {place.into.queries.device for place in self._places}
-        self._sums = {device: sums for device, sums in self._sums.items() if device in inhabited or not inhabited}
-        for sums in self._sums.values():
-            for part in sums:
-                part.zero_()
-
-    def sums(self, device: torch.device) -> AttentionSums:
-        """The sums of all heads on a device; of a model spread over several the others stay empty."""
-        if device not in self._sums:
-            self._sums[device] = AttentionSums.empty(len(self.rows), device)
-        return self._sums[device]
-
-    def take(self) -> AttentionSums:
-        """Of all devices."""
-        return reduce(AttentionSums.merge, self._sums.values())
+        super().detach()
 
     def complaint(self, values: Tensor) -> str | None:
-        """The modules whose attention was not seen."""
+        """Name the modules whose attention was not seen."""
         names = self.without(values, 0)
         if not names:
             return None
@@ -196,19 +171,15 @@ class AttentionWatch(Watch):
         )
 
 
-class _Place:
-    """A watched module's rows, and what its calls add to them."""
+class _Attention(Place[AttentionSums]):
+    """A watched attention, and what its calls add to its rows."""
 
     def __init__(self, watch: AttentionWatch, name: str, module: nn.Module, rows: slice) -> None:
-        self.watch, self.name, self.module, self.rows = watch, name, module, rows
+        super().__init__(watch, module, rows, watch.model)
+        self.watch, self.name, self.module = watch, name, module
         self.heads = rows.stop - rows.start
         self.multi_head = isinstance(module, nn.MultiheadAttention)
-        device = device_of(module, watch.model)
-        self.into = self._rows_on(device)  # now, not at the first forward: nothing may change under a compiled graph
         self.refused = False
-
-    def _rows_on(self, device: torch.device) -> AttentionSums:
-        return AttentionSums(*(part[self.rows] for part in self.watch.sums(device)))
 
     def see_call(
         self,
@@ -245,7 +216,7 @@ class _Place:
 
     def _add(self, op: Any, x: Tensor, *args: Any) -> None:
         if self.into.queries.device != x.device:
-            self.into = self._rows_on(x.device)
+            self.move(x.device)
         with torch.no_grad():
             if torch.compiler.is_compiling():
                 getattr(torch.ops.stabnorm, op.__name__).default(*args, self.watch.queries, *self.into)
@@ -277,7 +248,7 @@ class _Place:
 class _Enter(Hook):
     """Before an attention's forward."""
 
-    def __init__(self, place: _Place) -> None:
+    def __init__(self, place: _Attention) -> None:
         self.place = place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -286,9 +257,9 @@ class _Enter(Hook):
 
 
 class _Leave(Hook):
-    """After it, also after an exception."""
+    """After an attention's forward, also when it raised."""
 
-    def __init__(self, place: _Place) -> None:
+    def __init__(self, place: _Attention) -> None:
         self.place = place
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

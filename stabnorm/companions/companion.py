@@ -1,52 +1,26 @@
-"""What a companion is: something to watch beside the norms, whose rows are heads or matrices and not norm layers.
+"""What a companion is: something to watch beside the norms' moments, with rows of its own, such as heads or matrices.
 
-A companion is its settings and its measures, nothing more: it can be copied, pickled and used for several models.
+A companion is its settings and its statistics, nothing more: it can be copied, pickled and used for several models.
 `watch(model)` finds what it looks at and returns a `Watch`, which holds the hooks and what they gathered. What is
 gathered is a NamedTuple of sums, one number per row, with a rule to merge two of them: micro-batches, devices and ranks
-are merged by the same rule, and a measure is a function of the merged sums.
+are merged by the same rule, and a statistic is a function of the merged sums.
 """
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from stabnorm._models.devices import device_of
+from stabnorm._models.hooks import take_off
 from stabnorm._models.names import NameFilter, Patterns
+from stabnorm.statistic import Statistic
 
-
-@dataclass(frozen=True)
-class Measure:
-    """One number per row and step.
-
-    Attributes:
-        name: as in `history()`, in the record and in alerts.
-        formula: what it is.
-        unit: "1": dimensionless; "nat"; "rad"; or that of a weight, a logit, ...
-        source: where it comes from.
-        bad: when the literature calls it bad; for the documentation.
-        compute: ``sums -> [rows]``.
-        threshold: beyond this it is bad; for the closing table.
-        alarm: beyond this an alert is raised at once.
-        least: below this it is bad; for the closing table.
-        advice: what it means when it is over its bound, and where to look.
-    """
-
-    name: str
-    formula: str
-    unit: str
-    source: str
-    bad: str
-    compute: Callable[[Any], Tensor]
-    threshold: float | None = None
-    alarm: float | None = None
-    least: float | None = None
-    advice: str = ""
-    # What the detector asks beside: no measure is compared with its own past, and none is a norm's gradient.
-    floor: ClassVar[None] = None
-    axis: ClassVar[str] = "row"
+Sums = TypeVar("Sums", bound=tuple[Tensor, ...])
 
 
 class Watch(ABC):
@@ -78,12 +52,20 @@ class Watch(ABC):
 
     @abstractmethod
     def complaint(self, values: Tensor) -> str | None:
-        """What to say of a flush's ``[steps, rows, measures]`` where something could not be measured at all."""
+        """What to say of a flush's ``[steps, rows, statistics]`` where something could not be measured at all."""
 
-    def without(self, values: Tensor, measure: int) -> list[str]:
-        """The rows for which a measure has no value in any step."""
-        mute = values[..., measure].isnan().all(0)
-        return [name for name, is_mute in zip(self.rows, mute.tolist(), strict=True) if is_mute]
+    def see_norms(self, layers: Sequence[str], now: "NormMoments") -> None:  # noqa: B027  # most companions ask no norm
+        """Look at what the monitor has of its norms in this step, merged over ranks; called right before `take`.
+
+        Args:
+            layers: their names.
+            now: their moments, of which `Companion.needs` are gathered.
+        """
+
+    def without(self, values: Tensor, statistic: int) -> list[str]:
+        """The rows for which a statistic has no value in any step."""
+        empty = values[..., statistic].isnan().all(0)
+        return [name for name, is_empty in zip(self.rows, empty.tolist(), strict=True) if is_empty]
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs of the last ones, as tensors and plain containers."""
@@ -93,12 +75,32 @@ class Watch(ABC):
         """Go on where `state_dict` was taken, for the same rows."""
 
 
+class NormMoments(Protocol):
+    """What a companion may read of the monitor's norms, ``[layers]`` each: `stabnorm.monitor.past.Moments` has it."""
+
+    @property
+    def ran(self) -> Tensor:
+        """Whether the layer saw a valid token."""
+
+    @property
+    def affine_residual(self) -> Tensor:
+        """What no affine map per channel reproduces; the companion needs "normalized" for it."""
+
+
 class Companion(ABC):
-    """Something to watch beside the norms."""
+    """Something to watch beside the norms.
+
+    Attributes:
+        name: under which it is asked for, and under which a monitor and a record keep its rows.
+        statistics: what it measures of each row; `compute` of each gets the merged sums, and None.
+        cost: what that costs, for the documentation.
+        needs: what the monitor has to gather of its norms for it, see `Statistic.needs`. Default: nothing.
+    """
 
     name: ClassVar[str]
-    measures: ClassVar[tuple[Measure, ...]]
+    statistics: ClassVar[tuple[Statistic, ...]]
     cost: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def watch(self, model: nn.Module) -> Watch:
@@ -107,6 +109,73 @@ class Companion(ABC):
         Raises:
             ValueError: there is nothing, or what there is cannot be understood.
         """
+
+
+class HookedWatch(Watch, Generic[Sums]):
+    """A watch whose hooks add to sums of all rows, which lie on each device that a watched module runs on.
+
+    Args:
+        kind: the NamedTuple of sums; it has a method `merge`.
+        rows: what the rows are, by name.
+    """
+
+    def __init__(self, kind: type[Sums], rows: Sequence[str]) -> None:
+        self.rows, self._kind = tuple(rows), kind
+        self._sums: dict[torch.device, Sums] = {}
+        self._handles: list[RemovableHandle] = []
+        self._places: list[Place[Sums]] = []
+
+    def sums(self, device: torch.device) -> Sums:
+        """The sums of all rows on a device; of a model spread over several the other rows stay empty."""
+        if device not in self._sums:
+            shape = (len(self._kind._fields), len(self.rows))  # type: ignore[attr-defined]
+            self._sums[device] = self._kind(*torch.zeros(shape, dtype=wide(device), device=device))
+        return self._sums[device]
+
+    def detach(self) -> None:
+        """Take every hook off."""
+        take_off(self._handles)
+        self._places.clear()
+
+    def discard(self) -> None:
+        """Zero the sums; those on a device that the model has left are dropped."""
+        inhabited = {place.into[0].device for place in self._places}
+        self._sums = {device: sums for device, sums in self._sums.items() if device in inhabited or not inhabited}
+        for sums in self._sums.values():
+            for part in sums:
+                part.zero_()
+
+    def take(self) -> Sums:
+        """Merge the sums of all devices."""
+        return functools.reduce(self._kind.merge, self._sums.values())  # type: ignore[attr-defined]
+
+
+class Place(Generic[Sums]):
+    """The rows of one watched module, and what its hooks add to: `into`.
+
+    Args:
+        watch: whose rows they are.
+        module: the module.
+        rows: its rows among the watch's.
+        model: the whole model, whose device counts where the module has no tensors.
+    """
+
+    def __init__(self, watch: HookedWatch[Sums], module: nn.Module, rows: slice, model: nn.Module) -> None:
+        self._watch, self._rows = watch, rows
+        # Now, not at the first forward: nothing may change under a compiled graph.
+        self.move(device_of(module, model))
+
+    def move(self, device: torch.device) -> None:
+        """Add to the sums on this device from now on."""
+        self.into: Sums = self._watch._kind(*(part[self._rows] for part in self._watch.sums(device)))
+
+
+def merged(first: Sums, second: Sums, largest: str) -> Sums:
+    """Two micro-batches, devices or ranks as one: sums add, and of one field the larger value stays."""
+    pairs = [(a, b.to(a.device)) for a, b in zip(first, second, strict=True)]
+    names = first._fields  # type: ignore[attr-defined]
+    parts = (torch.maximum(a, b) if name == largest else a + b for name, (a, b) in zip(names, pairs, strict=True))
+    return type(first)(*parts)
 
 
 def sampled(length: int, at_most: int | None) -> slice:

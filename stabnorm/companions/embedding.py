@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from stabnorm._models.wrappers import plain_name
 from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
-from stabnorm.companions.companion import Companion, Measure, Watch, selected, wide
+from stabnorm.companions.companion import Companion, Watch, selected, wide
+from stabnorm.statistic import Statistic
 
 
 class EmbeddingSums(NamedTuple):
@@ -29,11 +30,12 @@ class EmbeddingSums(NamedTuple):
     tokens: Tensor
 
     def merge(self, other: "EmbeddingSums") -> "EmbeddingSums":
-        """Of two shards (FSDP); replicas, as in DDP, hold the same figures and need no merging."""
+        """Two shards (FSDP) as one; replicas, as in DDP, hold the same figures and need no merging."""
         return EmbeddingSums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def _gradient_ratio(sums: EmbeddingSums) -> Tensor:
+def _gradient_ratio(sums: EmbeddingSums, past: None) -> Tensor:
+    del past
     if not sums.others.numel():
         return torch.full_like(sums.gradient, torch.nan)
     return sums.gradient.sqrt() / sums.others.sqrt().nanquantile(0.5)
@@ -67,17 +69,17 @@ class EmbeddingCompanion(Companion):
 
     name: ClassVar[str] = "embedding"
     cost: ClassVar[str] = "two reads of the embedding, one of the gradients"
-    measures: ClassVar[tuple[Measure, ...]] = (
-        Measure(
-            "token_embedding_variability", "mean over tokens of the standard deviation (over all features) of the "
-            "token's vector", "weight", "TEV, arXiv 2409.07787", "rises during the training",
-            lambda sums: sums.deviation / sums.tokens,
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic(
+            "token_embedding_variability", formula="mean over tokens of the standard deviation (over all features) of "
+            "the token's vector", unit="weight", source="TEV, arXiv 2409.07787", bad="rises during the training",
+            compute=lambda sums, _: sums.deviation / sums.tokens,
         ),
-        Measure(
-            "embedding_gradient_ratio", "|g| of the embedding / median of |g| over the other weight matrices, as the "
-            "optimizer saw them", "1", "arXiv 2211.09359; bound ours", "> 10", _gradient_ratio, threshold=10.0,
-            advice="its gradient is far larger than the others': freeze it when fine-tuning, or give it a smaller "
-            "learning rate",
+        Statistic(
+            "embedding_gradient_ratio", formula="|g| of the embedding / median of |g| over the other weight matrices, "
+            "as the optimizer saw them", source="arXiv 2211.09359; bound ours", compute=_gradient_ratio,
+            threshold=10.0, advice="its gradient is far larger than the others': freeze it when fine-tuning, or give "
+            "it a smaller learning rate",
         ),
     )  # fmt: skip
 
@@ -97,8 +99,8 @@ class EmbeddingCompanion(Companion):
                 ": name the weight of its first layer, as in EmbeddingCompanion(include='patches'), or leave the "
                 "companion 'embedding' out"
             )
-        mine = {id(parameter) for _, parameter in chosen}
-        others = [parameter for _, parameter in named if parameter.ndim > 1 and id(parameter) not in mine]
+        watched = {id(parameter) for _, parameter in chosen}
+        others = [parameter for _, parameter in named if parameter.ndim > 1 and id(parameter) not in watched]
         return EmbeddingWatch(chosen, others, [id(p) in of_tokens for _, p in chosen])
 
 
@@ -126,31 +128,31 @@ class EmbeddingWatch(Watch):
         return self._squares
 
     def attach(self) -> None:
-        """A hook after optimizer steps."""
+        """Put a hook after optimizer steps."""
         self._steps.attach()
         self.discard()
 
     def detach(self) -> None:
-        """Off."""
+        """Take the hook off."""
         self._steps.detach()
 
     def discard(self) -> None:
-        """No gradient was seen."""
+        """Forget the gradients of the last step."""
         self._gathered.fill_(torch.nan)
 
     def _after(self, rows: list[int], learning_rate: float | Tensor) -> None:
         start = time.perf_counter()
-        there = [(row, _dense(gradient)) for row in rows if (gradient := self._parameters[row].grad) is not None]
-        if there:
+        given = [(row, _dense(gradient)) for row in rows if (gradient := self._parameters[row].grad) is not None]
+        if given:
             gathered = self._gathered
-            norms = torch._foreach_norm([gradient for _, gradient in there])
+            norms = torch._foreach_norm([gradient for _, gradient in given])
             squares = torch.stack([norm.to(gathered) for norm in norms]).square()
-            gathered.index_copy_(0, self._indices.on(gathered.device, [row for row, _ in there]), squares)
+            gathered.index_copy_(0, self._indices.on(gathered.device, [row for row, _ in given]), squares)
         self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def take(self) -> EmbeddingSums:
-        """Of this process: of a sharded embedding its own tokens."""
+        """What this process has; of a sharded embedding, its own tokens."""
         gathered, count = self._gathered.clone(), len(self.rows)
         weights = [local(parameter) for parameter in self._parameters[:count]]
         deviation = [
@@ -161,18 +163,18 @@ class EmbeddingWatch(Watch):
         return EmbeddingSums(gathered[:count], gathered[count:], torch.stack(deviation), tokens)
 
     def complaint(self, values: Tensor) -> str | None:
-        """Embeddings whose gradient was not seen."""
+        """Name the embeddings whose gradient was not seen."""
         trained = {name for name, p in zip(self.rows, self._parameters, strict=False) if p.requires_grad}
         return no_step([name for name in self.without(values, 1) if name in trained])
 
 
 def _deviation(weight: Tensor) -> Tensor:
-    """Sum over tokens of the deviation over features."""
+    """Sum, over tokens, of the standard deviation over features."""
     return weight.float().std(-1, correction=0).sum(dtype=wide(weight.device))
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    """Something that has the gradient's norm. A sparse one is summed up first, for which a GPU is waited for."""
+    """A dense tensor with the gradient's norm. A sparse gradient is summed up first, which waits for the GPU."""
     own = local(gradient)
     values = own.coalesce().values() if own.is_sparse else own
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -4,20 +4,25 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from stabnorm._models.devices import device_of
 from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
 from stabnorm._models.watched import unwatch_class, watch_class
 from stabnorm._models.wrappers import plain_name, unwrapped
-from stabnorm.companions.companion import Companion, Measure, Watch, sampled, wide
+from stabnorm.companions.companion import (
+    Companion,
+    HookedWatch,
+    Place,
+    merged,
+    sampled,
+    wide,
+)
 from stabnorm.ops.moments import is_recompute
+from stabnorm.statistic import Statistic
 
 logger = logging.getLogger("stabnorm")
 
@@ -39,16 +44,9 @@ class OutputSums(NamedTuple):
     square: Tensor
     magnitude: Tensor
 
-    @staticmethod
-    def empty(layers: int, device: torch.device) -> "OutputSums":
-        """Nothing counted yet."""
-        return OutputSums(*torch.zeros(5, layers, dtype=wide(device), device=device))
-
     def merge(self, other: "OutputSums") -> "OutputSums":
-        """Of two micro-batches, devices or ranks: sums add, and the larger magnitude stays."""
-        other = OutputSums(*(part.to(self.tokens.device) for part in other))
-        added = OutputSums(*(mine + part for mine, part in zip(self, other, strict=True)))
-        return added._replace(magnitude=torch.maximum(self.magnitude, other.magnitude))
+        """Two micro-batches, devices or ranks as one: sums add, and the larger magnitude stays."""
+        return merged(self, other, "magnitude")
 
 
 def sums_of_logits(logits: Tensor, valid: Tensor | None = None, at_most: int | None = None) -> OutputSums:
@@ -88,10 +86,10 @@ def accumulate_output_(logits: Tensor, valid: Tensor | None, at_most: int | None
     """Add logits to the sums, in place; a recomputed forward adds nothing."""
     if is_recompute() or logits.numel() == 0:
         return
-    mine = OutputSums(*sums)
+    before = OutputSums(*sums)
     with torch.autocast(logits.device.type, enabled=False):
-        merged = mine.merge(sums_of_logits(logits, valid, at_most))
-    for part, new in zip(mine, merged, strict=True):
+        after = before.merge(sums_of_logits(logits, valid, at_most))
+    for part, new in zip(before, after, strict=True):
         part.copy_(new)
 
 
@@ -132,22 +130,23 @@ class OutputCompanion(Companion):
 
     name: ClassVar[str] = "output"
     cost: ClassVar[str] = "four reads of the sampled logits"
-    measures: ClassVar[tuple[Measure, ...]] = (
-        Measure(
-            "output_logit_mean", "mean over tokens and classes of the logits", "logit", "arXiv 2309.14322",
-            "falls without end", lambda sums: _mean(sums.mean, sums),
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic(
+            "output_logit_mean", formula="mean over tokens and classes of the logits", unit="logit",
+            source="arXiv 2309.14322", bad="falls without end", compute=lambda sums, _: _mean(sums.mean, sums),
         ),
-        Measure(
-            "output_logit_max", "max |logit|", "logit", "arXiv 2309.14322", "grows without end",
-            lambda sums: torch.where(sums.tokens > 0, sums.magnitude, torch.nan),
+        Statistic(
+            "output_logit_max", formula="max |logit|", unit="logit", source="arXiv 2309.14322",
+            bad="grows without end",
+            compute=lambda sums, _: torch.where(sums.tokens > 0, sums.magnitude, torch.nan),
         ),
-        Measure(
-            "output_log_z", "mean over tokens of ln Z, Z = sum_j exp(logit_j)", "nat", _LOG_Z, "its size grows",
-            lambda sums: _mean(sums.log_z, sums),
+        Statistic(
+            "output_log_z", formula="mean over tokens of ln Z, Z = sum_j exp(logit_j)", unit="nat", source=_LOG_Z,
+            bad="its size grows", compute=lambda sums, _: _mean(sums.log_z, sums),
         ),
-        Measure(
-            "output_z_loss", "mean over tokens of (ln Z)^2", "nat^2", _LOG_Z, "grows",
-            lambda sums: _mean(sums.square, sums),
+        Statistic(
+            "output_z_loss", formula="mean over tokens of (ln Z)^2", unit="nat^2", source=_LOG_Z, bad="grows",
+            compute=lambda sums, _: _mean(sums.square, sums),
         ),
     )  # fmt: skip
 
@@ -181,54 +180,32 @@ def _last(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     return [name for name, module in modules.items() if isinstance(module, nn.Linear)][-1:]
 
 
-class OutputWatch(Watch):
+class OutputWatch(HookedWatch[OutputSums]):
     """Hooks on output layers; see `OutputCompanion`."""
 
     def __init__(self, model: nn.Module, layers: Sequence[tuple[str, nn.Module]], tokens: int | None) -> None:
+        super().__init__(OutputSums, [name for name, _ in layers])
         self.model, self.tokens = model, tokens
-        self.rows = tuple(name for name, _ in layers)
         self._layers = tuple(layers)
-        self._sums: dict[torch.device, OutputSums] = {}
-        self._handles: list[RemovableHandle] = []
-        self._hooks: list[_OutputHook] = []
 
     def attach(self) -> None:
-        """One hook per layer."""
+        """Put one hook on each layer."""
         for row, (name, module) in enumerate(self._layers):
-            self._hooks.append(_OutputHook(self, row, name, module))
+            # Rows of one element, not of none: Dynamo takes a number that stands alone for one it might specialise on.
+            place = Place(self, module, slice(row, row + 1), self.model)
+            self._places.append(place)
             watch_class(module)
-            self._handles.append(module.register_forward_hook(self._hooks[-1]))
+            self._handles.append(module.register_forward_hook(_OutputHook(self, place, name)))
         self.discard()
 
     def detach(self) -> None:
-        """Off."""
+        """Take the hooks off."""
         for _, module in self._layers if self._handles else ():
             unwatch_class(module)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._hooks.clear()
-
-    def discard(self) -> None:
-        """Zero the sums; those on a device that the model has left are dropped."""
-        inhabited = {hook.into.tokens.device for hook in self._hooks}
-        self._sums = {device: sums for device, sums in self._sums.items() if device in inhabited or not inhabited}
-        for sums in self._sums.values():
-            for part in sums:
-                part.zero_()
-
-    def sums(self, device: torch.device) -> OutputSums:
-        """The sums of all layers on a device."""
-        if device not in self._sums:
-            self._sums[device] = OutputSums.empty(len(self.rows), device)
-        return self._sums[device]
-
-    def take(self) -> OutputSums:
-        """Of all devices."""
-        return reduce(OutputSums.merge, self._sums.values())
+        super().detach()
 
     def complaint(self, values: Tensor) -> str | None:
-        """Layers that were not called."""
+        """Name the layers that were not called."""
         names = self.without(values, 0)
         if not names:
             return None
@@ -241,15 +218,9 @@ class OutputWatch(Watch):
 class _OutputHook(Hook):
     """After an output layer's forward."""
 
-    def __init__(self, watch: OutputWatch, row: int, name: str, module: nn.Module) -> None:
-        self.watch, self.row, self.name = watch, row, name
-        device = device_of(module, watch.model)
-        self.into = self._row_on(device)  # now, not at the first forward: nothing may change under a compiled graph
+    def __init__(self, watch: OutputWatch, place: Place[OutputSums], name: str) -> None:
+        self.watch, self.place, self.name = watch, place, name
         self.refused = False
-
-    def _row_on(self, device: torch.device) -> OutputSums:
-        # Of one element, not of none: Dynamo takes a number that stands alone for one it might specialise on.
-        return OutputSums(*(part[self.row : self.row + 1] for part in self.watch.sums(device)))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.watch.model.training:
@@ -260,15 +231,16 @@ class _OutputHook(Hook):
                 logger.warning("output layer %s is not counted: %s", self.name, why_not)
                 self.refused = True
             return
-        if self.into.tokens.device != output.device:
-            self.into = self._row_on(output.device)
+        if self.place.into.tokens.device != output.device:
+            self.place.move(output.device)
         valid = mask_for(output.shape[:-1], self.name)
         with torch.no_grad():
+            arguments = (output.detach(), valid, self.watch.tokens, *self.place.into)
             if torch.compiler.is_compiling():
-                torch.ops.stabnorm.accumulate_output_.default(output.detach(), valid, self.watch.tokens, *self.into)
+                torch.ops.stabnorm.accumulate_output_.default(*arguments)
                 return
             start = time.perf_counter()
-            accumulate_output_(output.detach(), valid, self.watch.tokens, *self.into)
+            accumulate_output_(*arguments)
             self.watch.seconds += time.perf_counter() - start
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from stabnorm._models.wrappers import plain_name
 from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
-from stabnorm.companions.companion import Companion, Measure, Watch, selected, wide
+from stabnorm.companions.companion import Companion, Watch, selected, wide
+from stabnorm.statistic import Statistic
 
 _FIRST = 16  # power iterations before the first figure; after that one per step, from where the last one ended
 _SHIFT = 1e-15  # added to W^T W: the vectors are the same, and those of a matrix of zeros do not vanish
@@ -39,16 +40,18 @@ class WeightSums(NamedTuple):
     singular: Tensor
 
     def merge(self, other: "WeightSums") -> "WeightSums":
-        """Of two shards of the matrices (FSDP); replicas, as in DDP, hold the same figures and need no merging."""
+        """Two shards of the matrices (FSDP) as one; replicas, as in DDP, hold the same figures and need no merging."""
         parts = [a + b for a, b in zip(self, other, strict=True)]
         return WeightSums(*parts)._replace(learning_rate=self.learning_rate, singular=self.singular)
 
 
-def _radial_share(sums: WeightSums) -> Tensor:
+def _radial_share(sums: WeightSums, past: None) -> Tensor:
+    del past
     return (sums.inner.square() / (sums.weight * sums.update)).clamp(0, 1)
 
 
-def _angular_update(sums: WeightSums) -> Tensor:
+def _angular_update(sums: WeightSums, past: None) -> Tensor:
+    del past
     # The tangential part of dw against what lies along w; an arc cosine would lose small angles.
     along = sums.weight + sums.inner
     across = (sums.weight * sums.update - sums.inner.square()).clamp(min=0).sqrt()
@@ -89,31 +92,35 @@ class WeightCompanion(Companion):
 
     name: ClassVar[str] = "weights"
     cost: ClassVar[str] = "about nine reads of the weights, and a copy of them"
-    measures: ClassVar[tuple[Measure, ...]] = (
-        Measure(
-            "update_ratio", "|dw| / |w|, dw what the optimizer step changed", "1",
-            "bound ours: healthy starts stay below 0.006, runs without warm-up pass 0.24", "> 0.05",
-            lambda sums: (sums.update / sums.weight).sqrt(), threshold=0.05,
+    statistics: ClassVar[tuple[Statistic, ...]] = (
+        Statistic(
+            "update_ratio", formula="|dw| / |w|, dw what the optimizer step changed",
+            source="bound ours: healthy starts stay below 0.006, runs without warm-up pass 0.24",
+            compute=lambda sums, _: (sums.update / sums.weight).sqrt(), threshold=0.05,
             advice="each step changes it by a large part: lower the learning rate, or lengthen the warm-up",
         ),
-        Measure(
-            "angular_update", "angle between w and w + dw", "rad",
-            "rotational equilibrium, arXiv 2305.17212: sqrt(2 lr weight_decay) in the long run, with AdamW",
-            "far from that of other matrices", _angular_update,
+        Statistic(
+            "angular_update", formula="angle between w and w + dw", unit="rad",
+            source="rotational equilibrium, arXiv 2305.17212: sqrt(2 lr weight_decay) in the long run, with AdamW",
+            bad="far from that of other matrices", compute=_angular_update,
         ),
-        Measure(
-            "radial_share", "<w, dw>^2 / (|w|^2 |dw|^2): what of the step only changes the norm", "1",
-            "AdamP, arXiv 2006.08217", "near 1 where w feeds a norm", _radial_share,
+        Statistic(
+            "radial_share", formula="<w, dw>^2 / (|w|^2 |dw|^2): what of the step only changes the norm",
+            source="AdamP, arXiv 2006.08217", bad="near 1 where w feeds a norm", compute=_radial_share,
         ),
-        Measure(
-            "effective_learning_rate", "lr / |w|^2, lr of the parameter's own group", "1 / weight^2", _KEPT,
-            "decays with growing |w| faster than planned", lambda sums: sums.learning_rate / sums.weight,
+        Statistic(
+            "effective_learning_rate", formula="lr / |w|^2, lr of the parameter's own group", unit="1 / weight^2",
+            source=_KEPT, bad="decays with growing |w| faster than planned",
+            compute=lambda sums, _: sums.learning_rate / sums.weight,
         ),
-        Measure("weight_norm", "|w| before the step", "weight", _KEPT, "grows without end", lambda s: s.weight.sqrt()),
-        Measure(
-            "top_singular_value", "max |W v| over |v| = 1, all axes but the first taken as one; by power iteration, "
-            "one per step", "weight", "arXiv 1802.05957, arXiv 2303.06296", "grows without end",
-            lambda sums: sums.singular,
+        Statistic(
+            "weight_norm", formula="|w| before the step", unit="weight", source=_KEPT, bad="grows without end",
+            compute=lambda sums, _: sums.weight.sqrt(),
+        ),
+        Statistic(
+            "top_singular_value", formula="max |W v| over |v| = 1, all axes but the first taken as one; by power "
+            "iteration, one per step", unit="weight", source="arXiv 1802.05957, arXiv 2303.06296",
+            bad="grows without end", compute=lambda sums, _: sums.singular,
         ),
     )  # fmt: skip
 
@@ -142,7 +149,7 @@ class WeightWatch(Watch):
         self._weights = [weight for _, weight in matrices]
         self._steps = OptimizerSteps(self._weights, self._before, self._after)
         self._old: list[Tensor | None] = [None] * len(matrices)  # weights before the step, then what it took from them
-        self._open = [0] * len(matrices)  # optimizers in the middle of their step: one may wrap another
+        self._open = [0] * len(matrices)  # optimizers in the middle of their step; one may wrap another
         self._sums: Tensor | None = None  # [4, matrices]: the first four of `WeightSums`
         self._indices = Indices()
         self._right: list[Tensor] = []  # right singular vectors
@@ -158,17 +165,17 @@ class WeightWatch(Watch):
         return self._sums
 
     def attach(self) -> None:
-        """Hooks around optimizer steps."""
+        """Put hooks around optimizer steps."""
         self._steps.attach()
         self.discard()
 
     def detach(self) -> None:
-        """Hooks off, and the copy of the weights is given back."""
+        """Take the hooks off and free the copy of the weights."""
         self._steps.detach()
         self._old = [None] * len(self.rows)
 
     def discard(self) -> None:
-        """No optimizer has stepped."""
+        """Forget the last step."""
         self._gathered.fill_(torch.nan)
         self._open = [0] * len(self.rows)
 
@@ -225,7 +232,7 @@ class WeightWatch(Watch):
 
     @torch.no_grad()
     def take(self) -> WeightSums:
-        """Of this process: of a sharded weight its own shard."""
+        """What this process has; of a sharded weight, its own shard."""
         weight, update, inner, learning_rate = self._gathered.clone()
         return WeightSums(weight, update, inner, learning_rate, self._singular_values())
 
@@ -251,16 +258,16 @@ class WeightWatch(Watch):
             yield matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
 
     def complaint(self, values: Tensor) -> str | None:
-        """Matrices that no optimizer changed."""
+        """Name the matrices that no optimizer changed."""
         trained = {name for name, weight in zip(self.rows, self._weights, strict=True) if weight.requires_grad}
         return no_step([name for name in self.without(values, 0) if name in trained])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the power iteration stands."""
+        """The vectors of the power iteration."""
         return {"right": [vector.detach().cpu() for vector in self._right]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue the power iteration from there."""
         if [len(v) for v in state["right"]] == [local(weight).flatten(1).shape[1] for weight in self._weights]:
             self._right, self._iterated = list(state["right"]), True
 

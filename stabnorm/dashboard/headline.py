@@ -9,15 +9,15 @@ import numpy.typing as npt
 
 from stabnorm.monitor.record import Block
 
-# Which statistics a dozen scalars are spent on, the first three that are watched, and what is said of each of them.
+# Which statistics a dozen scalars are spent on, the first three that are watched, and what is told of each of them.
 _PREFERRED = ("token_std_mean", "amax", "mean_discrepancy", "var_fluctuation", "absmax_fluctuation", "mean_fluctuation")
-_SAID = (("p10", "p50", "p90", "worst", "worst_layer"), ("p50", "worst", "worst_layer"), ("p50", "worst"))
+_SUMMARIES = (("p10", "p50", "p90", "worst", "worst_layer"), ("p50", "worst", "worst_layer"), ("p50", "worst"))
 
 
 def _chosen(statistics: Sequence[str]) -> dict[str, tuple[str, ...]]:
     order = [name for name in _PREFERRED if name in statistics]
     order += [name for name in statistics if name not in order]
-    return dict(zip(order, _SAID, strict=False))
+    return dict(zip(order, _SUMMARIES, strict=False))
 
 
 def headline(
@@ -58,12 +58,12 @@ def _summary(values: npt.NDArray[np.floating[Any]] | None, names: tuple[str, ...
     if values is None or ran is None or not ran.any():
         return [float("nan")] * len(names)
     worst = np.where(ran, values, -np.inf).max(axis=0)
-    said = {"worst": float(worst.max()), "worst_layer": float(worst.argmax())}
+    known = {"worst": float(worst.max()), "worst_layer": float(worst.argmax())}
     finite = np.isfinite(values)  # one infinity would be the percentile of all
     counts = finite.sum(axis=0)
     means = np.where(finite, values, 0).sum(axis=0, dtype=np.float64)[counts > 0] / counts[counts > 0]
     return [
-        said[name] if name in said else float(np.percentile(means, int(name[1:]))) if len(means) else float("nan")
+        known[name] if name in known else float(np.percentile(means, int(name[1:]))) if len(means) else float("nan")
         for name in names
     ]
 

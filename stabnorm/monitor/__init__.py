@@ -9,6 +9,8 @@ from stabnorm._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from stabnorm.monitor.detect import Alert as Alert
+    from stabnorm.monitor.detect import Detector as Detector
+    from stabnorm.monitor.detect import RobustDetector as RobustDetector
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
     from stabnorm.monitor.record import FileRecord as FileRecord
     from stabnorm.monitor.record import Record as Record
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "stabnorm.monitor.detect": ["Alert"],
+        "stabnorm.monitor.detect": ["Alert", "Detector", "RobustDetector"],
         "stabnorm.monitor.monitor": ["StabilityMonitor"],
         "stabnorm.monitor.record": ["FileRecord", "Record", "RecordWriter", "TensorBoardRecord", "read_record"],
         "stabnorm.monitor.statistics": ["Statistic"],

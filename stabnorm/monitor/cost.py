@@ -34,17 +34,17 @@ class Cost:
 
 
 class Stopwatch:
-    """Seconds spent in steps and flushes, and between them. Those in hooks are the observer's to count."""
+    """Seconds spent in steps and flushes, and between them. The hooks count their own."""
 
     def __init__(self) -> None:
         self.steps = self.flushes = 0.0
         self._count = 0
         self._bare_steps: deque[float] = deque(maxlen=_INTERVALS)  # durations, less what monitoring took of them
         self._last_step: tuple[float, float] | None = None  # when it was, and the seconds spent until then
-        self._first_step = (0.0, 0.0, 0.0)  # it allocates, and is no measure
+        self._first_step = (0.0, 0.0, 0.0)  # spent in the first step, which allocates and is left out
 
     def begin_step(self, hooks: float) -> float:
-        """A step begins, with so many seconds spent in hooks; now."""
+        """Note that a step begins, with so many seconds spent in hooks so far; return the time."""
         now, spent = time.perf_counter(), hooks + self.steps + self.flushes
         if self._last_step is not None:
             at, before = self._last_step
@@ -54,13 +54,13 @@ class Stopwatch:
         return now
 
     def end_step(self, began: float, hooks: float) -> None:
-        """It is over."""
+        """Note that the step is over."""
         self.steps += time.perf_counter() - began
         if self._count == 1:
             self._first_step = (hooks, self.steps, self.flushes)
 
     def cost(self, hooks: float) -> Cost:
-        """Per step, the first left out."""
+        """The cost per step, without the first step."""
         steps = self._count - 1
         if steps < 1:
             return Cost(*[float("nan")] * 4)

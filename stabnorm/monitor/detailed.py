@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional_detail import DetailMoments
-from stabnorm.switch.gate import MOMENTUM as RESIDUAL_MOMENTUM
 from stabnorm.monitor.parameter_values import Parameters
 from stabnorm.monitor.past import Moments, Past
-from stabnorm.switch.gate import MOMENTUM as RESIDUAL_MOMENTUM
 
 SPIKE_MOMENTUM = 0.01  # of the average gradient a spike is measured against
 SPIKE_STEPS = 10  # steps in it before it is believed
@@ -22,22 +20,20 @@ class DetailedMoments(Moments):
     Attributes:
         detail: the merged detail moments of all layers, ``[L, ...]``.
         parameters: gains and biases of all layers as they are after the optimizer step.
-        adam: ``[L, 2]``, see `parameters.adam_figures`.
-        branch_gap: ``[L]``, see `stabnorm.switch.BranchGap`; NaN between two measurements.
+        adam: ``[L, 2]``, see `parameter_values.adam_figures`.
     """
 
     detail: DetailMoments
     parameters: Parameters
     adam: Tensor
-    branch_gap: Tensor
 
     @staticmethod
     def beside(
-        now: Moments, detail: DetailMoments, parameters: Parameters, adam: Tensor, branch_gap: Tensor
+        now: Moments, detail: DetailMoments, parameters: Parameters, adam: Tensor
     ) -> "DetailedMoments":
         """The moments of a step, and the rest of it."""
         moments = {field.name: getattr(now, field.name) for field in fields(Moments)}
-        return DetailedMoments(**moments, detail=detail, parameters=parameters, adam=adam, branch_gap=branch_gap)
+        return DetailedMoments(**moments, detail=detail, parameters=parameters, adam=adam)
 
 
 class DetailedPast(Past):
@@ -52,18 +48,10 @@ class DetailedPast(Past):
         self.gain, self.first_bias = nothing(layers, channels), nothing(layers, channels)
         self.gradient_size = nothing(layers, 2, channels)  # average |gradient|, of gain and bias
         self.gradient_steps = torch.zeros(layers, 2, device=device, dtype=dtype)  # how many are in it
-        self.residual = nothing(layers)  # average affine residual, as the gate has it
-
-    def residual_with(self, now: Moments) -> Tensor:
-        """Average affine residual, this step included."""
-        new = now.affine_residual
-        average = torch.where(self.residual.isnan(), new, torch.lerp(self.residual, new, RESIDUAL_MOMENTUM))
-        return torch.where(torch.isfinite(new), average, self.residual)
 
     def update(self, now: Moments, own_mean: Tensor, own_var: Tensor) -> None:
         """Take the step in, see `Past.update`."""
         assert isinstance(now, DetailedMoments)  # a monitor whose past this is gathers them
-        self.residual = torch.where(now.ran, self.residual_with(now), self.residual)
         self.gain = now.parameters.gain
         self.first_bias = torch.where(self.first_bias.isnan(), now.parameters.bias, self.first_bias)
         size = now.gradient.abs()

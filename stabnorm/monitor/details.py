@@ -1,4 +1,4 @@
-"""What only some statistics need, and what gathers it: detail moments, parameters, optimizer states, branch gaps.
+"""What only some statistics need, and what gathers it: detail moments, parameters, optimizer states.
 
 A monitor has a `Details` only when a chosen statistic names one of these in its `needs`; the others do not pay for it.
 """
@@ -6,21 +6,17 @@ A monitor has a `Details` only when a chosen statistic names one of these in its
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from stabnorm.functional_detail import DetailMoments, clear_detail_, empty_detail, merge_detail_
-from stabnorm.switch.gate import MEASURE_EVERY
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.parameter_values import Parameters, adam_figures
 from stabnorm.monitor.past import Moments
-from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormLayer
 from stabnorm.statistic import Statistic
-from stabnorm.switch import BranchGap
 
 INPUT_NEEDS = {"token_shape", "values", "sequences"}  # gathered by the op on a norm's input
-DETAIL_NEEDS = INPUT_NEEDS | {"outputs", "parameters", "optimizer", "branches"}
+DETAIL_NEEDS = INPUT_NEEDS | {"outputs", "parameters", "optimizer"}
 
 
 def is_detailed(statistics: Iterable[Statistic]) -> bool:
@@ -82,33 +78,15 @@ class Details:
         self.slabs = DetailSlabs(layers, width)
         self._layers, self._width = tuple(layers), width
         self._unknown: Parameters | None = None
-        self._progressive = [i for i, layer in enumerate(layers) if isinstance(layer.module, PRepBN)]
-        self._gap: BranchGap | None = None
-        self._steps = 0
-        if "branches" in self.needs and self._progressive:
-            self._gap = BranchGap([m for layer in layers if isinstance(m := layer.module, PRepBN)])
-
-    def attach(self) -> None:
-        """Put the hooks on that are not the observer's."""
-        if self._gap is not None:
-            self._gap.attach()
-            self._steps, self._gap.armed = 0, True
-
-    def detach(self) -> None:
-        """Take them off."""
-        if self._gap is not None:
-            self._gap.detach()
 
     def discard(self) -> None:
         """Forget what was gathered since the last step."""
         self.slabs.clear()
-        if self._gap is not None:
-            self._gap.discard()
 
     def beside(
-        self, now: Moments, detail: DetailMoments, branch_gap: Tensor, optimizer: Optimizer | Sequence[Optimizer]
+        self, now: Moments, detail: DetailMoments, optimizer: Optimizer | Sequence[Optimizer]
     ) -> DetailedMoments:
-        """The step's moments, what `slabs` and `branch_gap` gave, and what parameters and optimizer say."""
+        """The step's moments, what `slabs` gave, and what parameters and optimizer say."""
         device, dtype, layers = now.mean.device, now.mean.dtype, len(self._layers)
         if "parameters" in self.needs:
             parameters = Parameters.of(self._layers, self._width, device, dtype)
@@ -121,15 +99,4 @@ class Details:
             if not isinstance(one, Optimizer):
                 raise TypeError(f"optimizer is a torch.optim.Optimizer, or several of them, got {type(one).__name__}")
         adam = adam_figures(self._layers, optimizers if "optimizer" in self.needs else (), device)
-        return DetailedMoments.beside(now, detail, parameters, adam, branch_gap.to(dtype))
-
-    def branch_gap(self, device: torch.device) -> Tensor:
-        """Of each layer, ``[L]``. It takes two more forwards of a layer, so it is measured now and then."""
-        gap = torch.full((len(self._layers),), torch.nan, device=device)
-        if self._gap is not None:
-            if self._gap.armed:
-                where = torch.tensor(self._progressive, device="cpu").to(device, non_blocking=True)
-                gap.index_copy_(0, where, self._gap.take().to(gap))
-            self._steps += 1
-            self._gap.armed = self._steps % MEASURE_EVERY == 0
-        return gap
+        return DetailedMoments.beside(now, detail, parameters, adam)

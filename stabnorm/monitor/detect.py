@@ -7,12 +7,14 @@ Constants and the choice against CUSUM, EWMA and fitted quantiles come from a st
 calm steps on three small models; nothing is promised beyond that.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from stabnorm.statistic import Statistic
 
 _PAST = 128  # steps in the window
 _REFRESH = 16  # steps between two looks at median and scale
@@ -33,7 +35,7 @@ class Alert:
         step: optimizer step, counted from 0 like the loggers' x axis.
         layer: the layer's name.
         statistic: the catalogue's name, or "nonfinite".
-        value: the statistic there and then.
+        value: the statistic of that layer at that step.
         threshold: the bound it crossed.
         reason: one sentence that says what happened and where to look.
     """
@@ -50,32 +52,74 @@ class Alert:
         return asdict(self)
 
 
-class Watched(Protocol):
-    """What must be known of a statistic: see `stabnorm.monitor.statistics.Statistic`."""
+class Detector(Protocol):
+    """Reads every step of every row, in order, and says when something is wrong. Runs on the host, at a flush.
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def axis(self) -> str: ...  # noqa: D102
-    @property
-    def alarm(self) -> float | None: ...  # noqa: D102
-    @property
-    def floor(self) -> float | None: ...  # noqa: D102
-    @property
-    def advice(self) -> str: ...  # noqa: D102
+    Another one takes the place of `RobustDetector` as ``StabilityMonitor(model, detector=...)``: a class, or a function
+    that makes one, called with the statistics, the names of the rows, and the names of layers whose own norm a schedule
+    takes away. The monitor makes one for its norms and one for each companion. What it remembers has to be in its
+    state, so that a resumed run raises the same alerts.
+
+    >>> import stabnorm
+    >>> class TooLarge:
+    ...     def __init__(self, statistics, rows, fading=(), bound=10.0):
+    ...         self.statistics, self.rows, self.bound = statistics, rows, bound
+    ...
+    ...     def update(self, first_step, values, tokens, nonfinite):
+    ...         too_large = (values > self.bound).nonzero().tolist()
+    ...         return [
+    ...             Alert(first_step + i, self.rows[j], self.statistics[k].name, values[i, j, k].item(), self.bound, "")
+    ...             for i, j, k in too_large
+    ...         ]
+    ...
+    ...     def state_dict(self):
+    ...         return {}
+    ...
+    ...     def load_state_dict(self, state): ...
+    >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8))
+    >>> with stabnorm.StabilityMonitor(model, ["amax"], detector=TooLarge) as monitor:
+    ...     for size in 1, 40, 2:
+    ...         _ = model(size * torch.ones(5, 8))
+    ...         monitor.step()
+    >>> [(alert.step, alert.layer, alert.value) for alert in monitor.alerts]
+    [(1, '0', 40.0)]
+    """
+
+    def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
+        """Take in the next steps and return their alerts, in the order of the steps.
+
+        Args:
+            first_step: the step of row 0.
+            values: ``[steps, rows, statistics]`` on the CPU; NaN where a row has no value.
+            tokens: ``[steps, rows]``, how many valid tokens the layer saw; infinite where the rows are no norms.
+            nonfinite: ``[steps, rows]`` bool, whether the layer's input held a NaN or an infinity.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, as tensors and plain containers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            ValueError: the state is of other rows, other statistics or another detector; nothing is loaded then.
+        """
 
 
-class Detector:
-    """Reads every step of every layer, in order, and says when something is wrong. Runs on the host, at a flush.
+MakeDetector = Callable[[Sequence[Statistic], Sequence[str], Collection[str]], Detector]
+
+
+class RobustDetector:
+    """The detector of this package: alarms, a robust z-score against each row's own past, and what is not finite.
 
     Args:
         statistics: what the columns of the values are.
-        layers: the layers' names, in depth order.
+        layers: the rows' names, in depth order.
         fading: layers whose own norm a schedule takes away, and its gradients with it: those raise no alert there.
             Default: none.
     """
 
-    def __init__(self, statistics: Sequence[Watched], layers: Sequence[str], fading: Collection[str] = ()) -> None:
+    def __init__(self, statistics: Sequence[Statistic], layers: Sequence[str], fading: Collection[str] = ()) -> None:
         self._statistics, self._layers = tuple(statistics), tuple(layers)
         self._alarmed = [i for i, s in enumerate(self._statistics) if s.alarm is not None]
         self._watched = [i for i, s in enumerate(self._statistics) if s.floor is not None]
@@ -94,27 +138,20 @@ class Detector:
         self._quiet_alarms = _host(0).repeat(len(self._layers), len(self._alarmed))
 
     def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
-        """Take in the next steps and return their alerts, at most one of a kind per step.
-
-        Args:
-            first_step: the step of row 0.
-            values: ``[steps, layers, statistics]`` on the CPU.
-            tokens: ``[steps, layers]``, how many the layer saw.
-            nonfinite: ``[steps, layers]`` bool, whether its input held a NaN or an infinity.
-        """
+        """Take in the next steps and return their alerts, at most one of a kind per step; see `Detector.update`."""
         values = values.double()
         alerts = []
         for offset in range(len(values)):
             row, seen = values[offset], tokens[offset]
             score = self._score(row[:, self._watched])
-            found = [
+            raised = [
                 self._nonfinite(nonfinite[offset] & (seen > 0)),
                 self._alarm(row[:, self._alarmed], seen),
                 self._off_its_past(score, row),
             ]
             alerts += [
                 Alert(first_step + offset, self._layers[layer], name, value, threshold, reason)
-                for layer, name, value, threshold, reason in filter(None, found)
+                for layer, name, value, threshold, reason in filter(None, raised)
             ]
         return alerts
 
@@ -212,6 +249,8 @@ class Detector:
         Raises:
             ValueError: when it was saved for other layers or statistics; nothing is loaded then.
         """
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"the saved state has {sorted(state)}, and is that of another detector")
         if state["past"].shape != self._past.shape:
             raise ValueError(
                 f"the saved baselines are for {tuple(state['past'].shape[1:])} layers x statistics, this monitor "

@@ -2,18 +2,16 @@
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabnorm._models.watched import has_stand_in, own_class
 from stabnorm.functional import RawMoments
+from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.norms import NormLayer
 from stabnorm.ops.observed import NormKind, Spec, body_for, observed_norm
-
-if TYPE_CHECKING:
-    from stabnorm.monitor.observe import Observer
 
 
 class FusedNorm:
@@ -23,15 +21,15 @@ class FusedNorm:
     body takes the input, the hook adds them itself, and the forward is torch's.
 
     Args:
-        observer: says which moments are wanted, and counts the time, the norm's own included.
+        into: says which moments are wanted, and counts the time, the norm's own included.
         layer: the norm; `can_fuse` says whether it is one of those.
         plainly: adds the moments of an input without the norm.
     """
 
     def __init__(
-        self, observer: "Observer", layer: NormLayer, plainly: Callable[[Tensor, Tensor | None], None]
+        self, into: Accumulators, layer: NormLayer, plainly: Callable[[Tensor, Tensor | None], None]
     ) -> None:
-        self.observer, self.plainly = observer, plainly
+        self.into, self.plainly = into, plainly
         self.module: Any = layer.module  # whose gain, bias and eps may be others at each forward
         self.kind: NormKind = "rms" if layer.kind == "rms" else "layer"
         self._due: tuple[Tensor, Tensor | None, RawMoments, Spec, str] | None = None
@@ -49,7 +47,7 @@ class FusedNorm:
             if x.dtype != torch.float32:
                 return False
             eps = torch.finfo(torch.float32).eps
-        spec = Spec(self.kind, shape, eps, self.observer.tokens, self.observer.normalized)
+        spec = Spec(self.kind, shape, eps, self.into.tokens, self.into.normalized)
         body = body_for(x, *self._affine, spec, account)
         self._due = None if body is None else (x, valid, account, spec, body)
         return body is not None
@@ -65,7 +63,7 @@ class FusedNorm:
             y = observed_norm(x, *self._affine, spec, valid, account, body)
         else:  # another hook has changed it since
             self.plainly(taken, valid)
-        self.observer.seconds += time.perf_counter() - start
+        self.into.seconds += time.perf_counter() - start
         return y
 
     @property

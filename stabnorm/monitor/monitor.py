@@ -13,21 +13,22 @@ from torch.optim import Optimizer
 
 from stabnorm._models.wrappers import unwrapped
 from stabnorm.companions.companion import Companion
+from stabnorm.companions.names import resolve_companions
 from stabnorm.errors import StabNormError
-from stabnorm.monitor import buffers
-from stabnorm.monitor.buffers import SIDE_COLUMNS, DeviceState, Flight, History
+from stabnorm.monitor.accumulators import Accumulators
+from stabnorm.monitor.buffers import DeviceState, running_buffers
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.detailed import DetailedPast
 from stabnorm.monitor.details import Details, is_detailed
-from stabnorm.monitor.detect import Alert, Detector
+from stabnorm.monitor.detect import Alert, MakeDetector, RobustDetector
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
 from stabnorm.monitor.record import Block, RecordWriter
+from stabnorm.monitor.rows import BESIDE_NORMS, beside_statistics
 from stabnorm.monitor.statistics import Statistic, resolve
-from stabnorm.monitor.track import Tracks
+from stabnorm.monitor.track import SCALARS, CompanionTracks, Track
 from stabnorm.monitor.trial import try_own_statistics
-from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import find_norms
 
 if TYPE_CHECKING:
@@ -56,11 +57,13 @@ class StabilityMonitor:
         gradients: False leaves out the gradient statistics and their hooks. Default: True.
         sync: merge over all processes of `torch.distributed` where it is initialised; False: this one is on its own; a
             process group: over its processes, where others have other layers. Default: True.
-        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output") or as
-            objects of `stabnorm.companions`. Default: nothing.
+        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output", "switch") or
+            as objects of `stabnorm.companions`. Default: nothing.
         fused: run torch's own LayerNorm and RMSNorm in one pass with what watches them, in eager mode, where there is
             a kernel for both, see `stabnorm.ops.backends`. Output and gradients are then the norm's to rounding, not
             to the bit. Default: False, looking changes nothing.
+        detector: makes what raises the alerts, of the norms and of each companion; see
+            `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
 
     Raises:
         ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1, a statistic of your own
@@ -71,7 +74,7 @@ class StabilityMonitor:
     for its own rows: heads, matrices, ...
 
     Functions in `listeners` are called at the end of each step with its number and all its statistics, ``[layers,
-    statistics]`` in the order of `layers` and `statistics`, on the device: who must not wait copies them.
+    statistics]`` in the order of `layers` and `statistics`, on the device: reading a value there waits for the device.
 
     >>> import torch, stabnorm
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
@@ -95,6 +98,7 @@ class StabilityMonitor:
         sync: "bool | ProcessGroup" = True,
         companions: Sequence[str | Companion] = (),
         fused: bool = False,
+        detector: MakeDetector | None = None,
     ) -> None:
         if flush_every < 1:
             raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
@@ -115,30 +119,32 @@ class StabilityMonitor:
         self.alerts: list[Alert] = []
         self.records: list[RecordWriter] = []
         self.listeners: list[Callable[[int, Tensor], None]] = []
-        self.companions = Tracks(companions, model, flush_every, self.flush)
         self.steps_done = 0
         self.sync = sync
-        self._norms = norms
-        needs = frozenset[str]().union(*(s.needs_all for s in chosen))
-        width = max(norm.num_features for norm in norms)
-        self._past_class = DetailedPast if any(s.remembers for s in chosen) else Past
-        self._details = Details(norms, width, needs) if is_detailed(chosen) else None
-        self._observer = Observer(
-            model, norms, tokens="tokens" in needs, normalized="normalized" in needs, gradients="gradients" in needs,
-            details=self._details, merged=bool(sync), fused=fused,
+        self.has_running_statistics = np.array([norm.running_mean is not None for norm in norms])
+        make_detector = RobustDetector if detector is None else detector
+        fading = [norm.name for norm in norms if hasattr(norm.module, "lam")]
+        self._track = Track(
+            self.layers, chosen, make_detector(self.statistics, self.layers, fading), flush_every, self.flush,
+            beside=BESIDE_NORMS,
         )  # fmt: skip
-        try_own_statistics(chosen, norms, self._observer, self._details, self._past_class)
+        beside = resolve_companions(companions)
+        self.companions = CompanionTracks(beside, model, make_detector, flush_every, self.flush)
+        self._norms = norms
+        needs = frozenset[str]().union(*(s.needs_all for s in chosen), *(companion.needs for companion in beside))
+        self._accumulators = Accumulators(
+            model, norms, tokens="tokens" in needs, normalized="normalized" in needs, merged=bool(sync), fused=fused
+        )
+        self._past_class = DetailedPast if any(s.remembers for s in chosen) else Past
+        self._details = Details(norms, self._accumulators.width, needs) if is_detailed(chosen) else None
+        self._observer = Observer(self._accumulators, gradients="gradients" in needs, details=self._details)
+        try_own_statistics(
+            chosen, norms, self._accumulators, self._observer.device, self._details, self._past_class
+        )
         self._agreed = False  # all ranks watch the same
         self._speaks = True  # the first of them does
         self._state: DeviceState | None = None  # made at the first step, on the device the model is on by then
-        self.has_running_statistics = np.array([norm.running_mean is not None for norm in norms])
         self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
-        fading = [norm.name for norm in norms if isinstance(norm.module, PRepBN)]
-        self._detector = Detector(self.statistics, self.layers, fading)
-        self._filled = 0  # rows since the last flush
-        self._in_flight: Flight | None = None
-        self._columns = len(chosen) + SIDE_COLUMNS
-        self._history = History(len(norms), self._columns, flush_every)
         self._stopwatch = Stopwatch()
         self._nothing_ran = False
 
@@ -206,38 +212,32 @@ class StabilityMonitor:
         self._agree()
         state = self._on_device()
         past = state.past
-        row, scalars = state.rows[self._filled], state.scalars[self._filled]
+        scalars = torch.full((len(SCALARS),), torch.nan, dtype=torch.float32, device=state.device)
         for column, scalar in enumerate((loss, learning_rate)):
-            value = torch.nan if scalar is None else scalar
-            scalars[column] = value.detach().reshape(()) if isinstance(value, Tensor) else value
-        raw, gradient = self._observer.take(state.device)
+            if scalar is not None:
+                scalars[column] = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else scalar
+        raw, gradient = self._accumulators.take(state.device)
         if grad_scale is not None:
             gradient = gradient / grad_scale
-        detail, gap = None, scalars.new_full((1,), torch.nan)
-        if self._details is not None:
-            detail, gap = self._details.slabs.take(state.device), self._details.branch_gap(state.device)
-        gathered, between = (
-            Gathered(gradient, buffers.running_buffers(self._with_buffers, past), scalars[:1], gap),
-            None,
-        )
+        detail = None if self._details is None else self._details.slabs.take(state.device)
+        gathered, between = Gathered(gradient, running_buffers(self._with_buffers, past), scalars[:1]), None
         if merging_ranks(self.sync) > 1:
             raw, gathered, between, detail = merge_over_ranks(self.sync, raw, gathered, detail)
             scalars[:1] = gathered.loss
         now = Moments.of(raw, gathered.gradient, state.layout, between)
         if self._details is not None and detail is not None:
-            now = self._details.beside(now, detail, gathered.branch_gap, optimizer)
+            now = self._details.beside(now, detail, optimizer)
         values = torch.stack([statistic.compute(now, past) for statistic in self.statistics], -1)
-        row[:, : len(self.statistics)] = torch.where(now.ran[:, None], values, torch.nan)
-        buffers.write_side_columns(row[:, len(self.statistics) :], now)
+        row = self._track.layout.pack(torch.where(now.ran[:, None], values, torch.nan), beside_statistics(now))
         past.update(now, *gathered.running)
+        self._track.add(row, scalars)
+        self.companions.step(self.layers, now)
         self._observer.discard()
-        self.companions.step()
         for listen in self.listeners:
-            listen(self.steps_done, row[:, : len(self.statistics)])
-        self._filled += 1
+            listen(self.steps_done, self._track.layout.statistics_of(row))
         self.steps_done += 1
         self._stopwatch.end_step(start, self._hook_seconds)
-        if self._filled == self.flush_every:
+        if self._track.waiting == self.flush_every:
             self._send()
 
     def _agree(self) -> None:
@@ -249,12 +249,9 @@ class StabilityMonitor:
     def _on_device(self) -> DeviceState:
         device, before = self._observer.device, self._state
         if before is None or before.device != device:
-            shape = (self.flush_every, len(self._norms), self._columns)
-            self._state = DeviceState.of(self._norms, self._observer.width, shape, device, self._past_class)
+            self._state = DeviceState.of(self._norms, self._accumulators.width, device, self._past_class)
             if before is not None:  # the model has moved
                 self._state.past.load_state_dict(before.past.state_dict())
-                self._state.rows.copy_(before.rows)
-                self._state.scalars.copy_(before.scalars)
             return self._state
         return before
 
@@ -272,60 +269,44 @@ class StabilityMonitor:
         "tokens", the valid tokens each layer saw. Bounded in memory: of a very long run the last 64 MiB are kept, and
         `history_steps` says which.
         """
-        self.flush()
-        rows = self._history.values()
-        return {name: rows[:, :, column] for column, name in enumerate(self._column_names())}
+        return self._track.history()
 
     def history_steps(self) -> Tensor:
         """The optimizer steps that the rows of `history()` stand for, counted from 0."""
-        self.flush()
-        return self._history.steps()
+        return self._track.history_steps()
 
-    def _column_names(self) -> tuple[str, ...]:
-        return (*(statistic.name for statistic in self.statistics), "tokens")
+    @property
+    def _tracks(self) -> tuple[Track, ...]:
+        return self._track, *self.companions.values()
 
     def _send(self) -> None:
         """Start the copy to the host; on a GPU it runs beside the next steps."""
-        if not self._filled:
+        if not self._track.waiting:
             return
-        start = time.perf_counter()
         self._receive()
-        self._in_flight, self._filled = self._flight(), 0
-        self.companions.send(self.steps_done)
+        start = time.perf_counter()
+        for track in self._tracks:
+            track.send(self.steps_done)
         self._stopwatch.flushes += time.perf_counter() - start
         if self._observer.device.type == "cpu":
             self._receive()
 
-    def _flight(self) -> Flight:
-        """The rows since the last flush, on their way to the host."""
-        state, filled = self._state, self._filled
-        assert state is not None  # a row was filled
-        return Flight(self.steps_done - filled, state.rows[:filled], state.scalars[:filled])
-
     def _receive(self) -> None:
         """Take what has arrived: history, alerts, record."""
-        if self._in_flight is None:
-            return
         start = time.perf_counter()
-        flight, self._in_flight = self._in_flight, None
-        flight.wait()
-        self._history.add(flight)
-        statistics = len(self.statistics)
-        values, tokens, nonfinite = flight.rows.split([statistics, 1, 1, SIDE_COLUMNS - 2], dim=-1)[:3]
-        alerts = self._detector.update(flight.first_step, values, tokens[..., 0], nonfinite[..., 0] > 0)
-        self.alerts += alerts
-        if self._speaks:
-            self._say_if_nothing_ran(tokens)
-        self._report(flight.block(self.layers, self._column_names()), alerts)
-        for block, found in self.companions.receive():
-            self.alerts += found
-            self._report(block, found)
+        for track in self._tracks:
+            arrived = track.receive()
+            if arrived is not None:
+                block, alerts = arrived
+                self.alerts += alerts
+                self._report(block, alerts)
         self._stopwatch.flushes += time.perf_counter() - start
 
     def _report(self, block: Block, alerts: Sequence[Alert]) -> None:
-        """What has arrived, to the log and the record."""
+        """Write what has arrived to the log and the record."""
         if not self._speaks:
             return
+        self._warn_if_nothing_ran(block)
         for alert in alerts:
             where = f"stabnorm, step {alert.step}, {alert.layer}"
             logger.warning("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
@@ -334,20 +315,20 @@ class StabilityMonitor:
             for alert in alerts:
                 record.write_event("alert", alert.step, alert.as_dict())
 
-    def _say_if_nothing_ran(self, tokens: Tensor) -> None:
-        if self._nothing_ran or bool((tokens > 0).any()):
+    def _warn_if_nothing_ran(self, block: Block) -> None:
+        if self._nothing_ran or "tokens" not in block.series or (block.series["tokens"] > 0).any():
             return
         self._nothing_ran = True
         logger.warning(
             "stabnorm: no monitored norm ran in training mode in %d steps. Is the model in training mode, "
             "model.train()? If it runs from a graph that is never made anew, torch.jit's or a CUDA graph of your own, "
             "say, attach the monitor before that graph is made",
-            len(tokens),
+            block.num_steps,
         )
 
     @property
     def _hook_seconds(self) -> float:
-        return self._observer.seconds + self.companions.hook_seconds
+        return self._accumulators.seconds + self.companions.hook_seconds
 
     @property
     def seconds(self) -> float:
@@ -366,7 +347,7 @@ class StabilityMonitor:
 
         Tensors and plain containers. Nothing is flushed or written for it.
         """
-        waiting = buffers.joined(self._in_flight, self._flight() if self._filled else None)
+        rows, scalars = self._track.unflushed() or (self._track.no_rows(), torch.empty(0, len(SCALARS), device="cpu"))
         return {
             "version": 2,
             "layers": list(self.layers),
@@ -374,10 +355,10 @@ class StabilityMonitor:
             "statistics": [statistic.name for statistic in self.statistics],
             "steps_done": self.steps_done,
             "past": self._state.past.state_dict() if self._state is not None else None,
-            "detector": self._detector.state_dict(),
+            "detector": self._track.detector.state_dict(),
             "alerts": [alert.as_dict() for alert in self.alerts],
-            "rows": self._history.none() if waiting is None else waiting.rows,
-            "scalars": torch.empty(0, 2, device="cpu") if waiting is None else waiting.scalars,
+            "rows": rows,
+            "scalars": scalars,
             "companions": self.companions.state_dict(),
         }
 
@@ -389,12 +370,12 @@ class StabilityMonitor:
         which the last counts.
         """
         self.flush()
-        self._history.clear()
         self.steps_done = int(state["steps_done"])
+        self._track.restore(self.steps_done)
         self.alerts = [Alert(**alert) for alert in state["alerts"]]
         self.companions.load_state_dict(state.get("companions", {}), self.steps_done)
-        mine = self.state_dict()
-        if any(state[part] != mine[part] for part in ("version", "layers", "channels", "statistics")):
+        own = self.state_dict()
+        if any(state[part] != own[part] for part in ("version", "layers", "channels", "statistics")):
             logger.warning(
                 "the checkpoint watched other layers or statistics, or is of another version: baselines start afresh "
                 "at this step"
@@ -402,7 +383,5 @@ class StabilityMonitor:
             return
         if state["past"] is not None:
             self._on_device().past.load_state_dict(state["past"])
-        self._detector.load_state_dict(state["detector"])
-        if len(state["rows"]):
-            rows, scalars = state["rows"].cpu(), state["scalars"].cpu()
-            self._in_flight = Flight(self.steps_done - len(rows), rows, scalars)  # for the next flush
+        self._track.load_detector(state["detector"])
+        self._track.restore(self.steps_done, state["rows"].cpu(), state["scalars"].cpu())

@@ -1,12 +1,12 @@
-"""Hooks that add raw moments to one preallocated slab.
+"""Hooks that add the raw moments of each norm's input to the accumulators.
 
 A hook does nothing but call one op on its layer's row; no statistic is computed here and nothing is read back. What
-the hooks of one optimizer step gathered is taken with `Observer.take`, which starts the next step.
+the hooks of one optimizer step gathered is taken with `Accumulators.take`; `Observer.discard` starts the next step.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,52 +16,29 @@ from torch.utils.hooks import RemovableHandle
 from stabnorm._models.devices import device_of
 from stabnorm._models.ranks import is_distributed
 from stabnorm._models.watched import unwatch_class, watch_class
-from stabnorm._models.wrappers import unwrapped
-from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
 from stabnorm.functional_detail import DetailMoments
+from stabnorm.monitor.accumulators import Accumulators, LayerHook
 from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.fused import FusedNorm, can_fuse
-from stabnorm.monitor.gradient_hooks import LayerHook, OutputHook, ParameterHook
+from stabnorm.monitor.gradient_hooks import OutputHook, ParameterHook
 from stabnorm.norms import NormLayer
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
-from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
-from stabnorm.ops.observed import splits_for
+from stabnorm.ops.moments import accumulate_moments_
 
 logger = logging.getLogger("stabnorm")
 
 
 class Observer:
-    """Hooks on the norms of a model, and the slab they fill.
+    """Hooks on the norms of a model, and the accumulators they fill.
 
     Args:
-        model: counts forwards while it is in training mode.
-        layers: the norms to hook.
-        tokens, normalized, gradients: what to gather beside the channel moments, see `Statistic.needs`.
+        into: what the hooks add to; its layers are hooked.
+        gradients: also follow the gradients.
         details: gathers the rest of what statistics need. Default: none does.
-        merged: what is taken will be merged over ranks; else the gradient of a sharded parameter cannot be known.
-        fused: LayerNorm and RMSNorm run with what observes them in one pass, where there is a kernel for both.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[NormLayer],
-        *,
-        tokens: bool,
-        normalized: bool,
-        gradients: bool,
-        details: Details | None = None,
-        merged: bool = False,
-        fused: bool = False,
-    ) -> None:
-        self.model: nn.Module = unwrapped(model)  # a hook in a graph must not look at its compiler
-        self.layers = tuple(layers)
-        self.tokens, self.normalized, self.gradients = tokens, normalized, gradients
-        self.details, self.merged, self.fused = details, merged, fused
-        self.width = max(layer.num_features for layer in layers)
-        self.seconds = 0.0  # inside hooks, on the host; not counted in a compiled graph
-        self._slabs: dict[torch.device, RawMoments] = {}
-        self._gradients: dict[torch.device, Tensor] = {}
+    def __init__(self, into: Accumulators, *, gradients: bool, details: Details | None = None) -> None:
+        self.into, self.gradients, self.details = into, gradients, details
         self._handles: list[RemovableHandle] = []
         self._hooks: list[_InputHook] = []
         self._parameters: list[
@@ -77,35 +54,30 @@ class Observer:
     def attach(self) -> None:
         """Put the hooks on. One forward hook per norm; gradients come from the parameters where there are any."""
         needs = frozenset[str]() if self.details is None else self.details.needs
-        make = _DetailedInputHook if needs & INPUT_NEEDS else _InputHook
-        for index, layer in enumerate(self.layers):
-            hook = make(self, index)
+        for index, layer in enumerate(self.into.layers):
+            if self.details is not None and needs & INPUT_NEEDS:
+                hook: _InputHook = _DetailedInputHook(self.into, index, self.device, self.details)
+            else:
+                hook = _InputHook(self.into, index, self.device)
             self._hooks.append(hook)
             watch_class(layer.module, hook.fused)
             self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-            if "outputs" in needs:
-                self._handles.append(layer.module.register_forward_hook(_OutlierHook(self, hook)))
-        if self.details is not None:
-            self.details.attach()
+            if self.details is not None and "outputs" in needs:
+                self._handles.append(layer.module.register_forward_hook(_OutlierHook(hook, self.details)))
         self.discard()
 
     def detach(self) -> None:
         """Take every hook off."""
-        for layer in self.layers if self.attached else ():
+        for layer in self.into.layers if self.attached else ():
             unwatch_class(layer.module)
         for handle in (*self._handles, *self._gradient_handles):
             handle.remove()
         for kept in (self._handles, self._gradient_handles, self._hooks, self._parameters):
             kept.clear()
-        if self.details is not None:
-            self.details.detach()
 
     def discard(self) -> None:
         """Forget what was gathered since the last step."""
-        for slab in self._slabs.values():
-            clear_moments_(slab)
-        for sums in self._gradients.values():
-            sums.fill_(torch.nan)
+        self.into.clear()
         if self.details is not None:
             self.details.discard()
         if self.gradients and self._handles:
@@ -116,46 +88,13 @@ class Observer:
         """Where the first norm runs, or will run."""
         if self._hooks:
             return self._hooks[0].account.seen.device
-        return device_of(self.layers[0].module, self.model)
-
-    def slab(self, device: torch.device) -> RawMoments:
-        """The slab on a device; a model spread over several has one on each, of which the others stay empty."""
-        if device not in self._slabs:
-            splits = splits_for(self.width, device) if self.fused else 0
-            self._slabs[device] = empty_accounts(len(self.layers), self.width, device, splits)
-        return self._slabs[device]
-
-    def account(self, index: int, device: torch.device) -> RawMoments:
-        """A layer's row of the slab, as views."""
-        slab, channels = self.slab(device), self.layers[index].num_features
-        return RawMoments(slab.seen[index], slab.channel[index, ..., :channels], slab.token[index])
-
-    def take(self, device: torch.device) -> tuple[RawMoments, Tensor]:
-        """Merged moments of all layers and gradient sums (NaN where none came), on one device; views of the slab."""
-        merged = merge_accounts(self.slab(device))
-        for other, slab in self._slabs.items():
-            if other != device:
-                merge_moments_(
-                    merged, RawMoments(*(part.to(device, non_blocking=True) for part in merge_accounts(slab)))
-                )
-        gradient = self.gradient_slab(device)
-        for other, sums in self._gradients.items():
-            if other != device:
-                gradient = torch.where(gradient.isnan(), sums.to(device, non_blocking=True), gradient)
-        return merged, gradient
-
-    def gradient_slab(self, device: torch.device) -> Tensor:
-        """Gradient sums ``[L, 2, C]`` on a device, see `past.Moments`; NaN where none came since the last step."""
-        if device not in self._gradients:
-            shape = (len(self.layers), 2, self.width)
-            self._gradients[device] = torch.full(shape, torch.nan, device=device)
-        return self._gradients[device]
+        return device_of(self.into.layers[0].module, self.into.model)
 
     def _follow_parameters(self) -> None:
         """Hook the gains and biases that there are now: between two steps one may be frozen, freed or replaced."""
         now = [
             (gain, gain is not None and gain.requires_grad, bias, bias is not None and bias.requires_grad)
-            for gain, bias in ((layer.gain_parameter, layer.bias_parameter) for layer in self.layers)
+            for gain, bias in ((layer.gain_parameter, layer.bias_parameter) for layer in self.into.layers)
         ]
         same = len(now) == len(self._parameters) and all(
             a is c and b == d and e is g and f == h
@@ -165,44 +104,46 @@ class Observer:
             return
         for handle in self._gradient_handles:
             handle.remove()
-        self._gradient_handles = [h for i, layer in enumerate(self.layers) for h in self._watch_gradients(i, layer)]
+        self._gradient_handles = [
+            handle for index, layer in enumerate(self.into.layers) for handle in self._watch_gradients(index, layer)
+        ]
         self._parameters = now
 
     def _watch_gradients(self, index: int, layer: NormLayer) -> Iterable[RemovableHandle]:
         """A parameter's gradient is the sum over tokens that we want, and reading it costs no pass and no graph."""
         gain, bias = layer.gain_parameter, layer.bias_parameter
         if gain is None or not gain.requires_grad:
-            yield layer.module.register_forward_hook(OutputHook(self, index))
+            yield layer.module.register_forward_hook(OutputHook(self.into, index))
             return
-        yield gain.register_post_accumulate_grad_hook(ParameterHook(self, index, 0))
+        yield gain.register_post_accumulate_grad_hook(ParameterHook(self.into, index, 0))
         if bias is not None and bias.requires_grad:
-            yield bias.register_post_accumulate_grad_hook(ParameterHook(self, index, 1))
+            yield bias.register_post_accumulate_grad_hook(ParameterHook(self.into, index, 1))
 
 
 class _InputHook(LayerHook):
     """Before a norm's forward: its input's moments into its row."""
 
-    def __init__(self, observer: Observer, index: int) -> None:
-        super().__init__(observer, index)
+    def __init__(self, into: Accumulators, index: int, device: torch.device) -> None:
+        super().__init__(into, index)
         # Allocated now, not at the first forward: nothing may change under a compiled graph.
-        at_home = next(self.layer.module.parameters(), None)
-        self.account = observer.account(index, observer.device if at_home is None else at_home.device)
+        parameter = next(self.layer.module.parameters(), None)
+        self.account = into.account(index, device if parameter is None else parameter.device)
         self.refused = False
         self.fused: FusedNorm | None = None
-        if observer.fused and can_fuse(self.layer):
-            self.fused = FusedNorm(observer, self.layer, self.add)
+        if into.fused and can_fuse(self.layer):
+            self.fused = FusedNorm(into, self.layer, self.add)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.fused is not None and not torch.compiler.is_compiling():
             self.fused.forget()
-        if not self.observer.model.training:
+        if not self.into.model.training:
             return
         if torch.compiler.is_compiling():  # nothing of ours may change here: a checkpoint's graph refuses to
             self.observe(module, args, kwargs)
             return
         start = time.perf_counter()
         self.observe(module, args, kwargs)
-        self.observer.seconds += time.perf_counter() - start
+        self.into.seconds += time.perf_counter() - start
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer = self.layer
@@ -215,7 +156,7 @@ class _InputHook(LayerHook):
             return
         valid = layer.valid(x)
         if self.account.seen.device != x.device:
-            self.account = self.observer.account(self.index, x.device)
+            self.account = self.into.account(self.index, x.device)
         fused = None if torch.compiler.is_compiling() else self.fused
         if fused is None or not fused.take(module, x, valid, self.account):
             self.add(x, valid)
@@ -229,7 +170,7 @@ class _InputHook(LayerHook):
         op = torch.ops.stabnorm.accumulate_moments_.default if compiling else accumulate_moments_
         op(
             x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
-            layer.feature_dims, layer.groups, layer.eps, self.observer.tokens, self.observer.normalized,
+            layer.feature_dims, layer.groups, layer.eps, self.into.tokens, self.into.normalized,
             self.nothing_yet(),
         )  # fmt: skip
 
@@ -266,16 +207,16 @@ class _InputHook(LayerHook):
 class _DetailedInputHook(_InputHook):
     """Before a norm's forward: its input's detail moments into their row, too."""
 
-    def __init__(self, observer: Observer, index: int) -> None:
-        super().__init__(observer, index)
-        self.detail = _detail_account(observer, index, self.account.seen.device)
+    def __init__(self, into: Accumulators, index: int, device: torch.device, details: Details) -> None:
+        super().__init__(into, index, device)
+        self.details = details
+        self.detail = details.slabs.account(index, self.account.seen.device)
 
     @torch.no_grad()
     def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
-        layer, details = self.layer, self.observer.details
-        assert details is not None
+        layer, details = self.layer, self.details
         if self.detail.seen.device != x.device:
-            self.detail = _detail_account(self.observer, self.index, x.device)
+            self.detail = details.slabs.account(self.index, x.device)
         compiling = torch.compiler.is_compiling()
         op = torch.ops.stabnorm.accumulate_detail_.default if compiling else accumulate_detail_
         op(
@@ -287,9 +228,9 @@ class _DetailedInputHook(_InputHook):
 class _OutlierHook(LayerHook):
     """After a norm's forward: the outliers of its output into their row, which is the input hook's."""
 
-    def __init__(self, observer: Observer, of_input: _InputHook) -> None:
-        super().__init__(observer, of_input.index)
-        self.of_input = of_input
+    def __init__(self, of_input: _InputHook, details: Details) -> None:
+        super().__init__(of_input.into, of_input.index)
+        self.of_input, self.details = of_input, details
         self.detail = self.row(of_input.account.seen.device)
 
     def row(self, device: torch.device) -> DetailMoments:
@@ -297,11 +238,11 @@ class _OutlierHook(LayerHook):
         of_input = self.of_input
         if isinstance(of_input, _DetailedInputHook) and of_input.detail.seen.device == device:
             return of_input.detail
-        return _detail_account(self.observer, self.index, device)
+        return self.details.slabs.account(self.index, device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         compiling = torch.compiler.is_compiling()
-        if not self.observer.model.training or self.of_input.not_understood(output) is not None:
+        if not self.into.model.training or self.of_input.not_understood(output) is not None:
             return
         start = 0.0 if compiling else time.perf_counter()
         if self.detail.seen.device != output.device:
@@ -311,9 +252,4 @@ class _OutlierHook(LayerHook):
         with torch.no_grad():
             op(output.detach(), valid, self.detail.counts, self.detail.outputs, layer.channel_dim, layer.feature_dims)
         if not compiling:
-            self.observer.seconds += time.perf_counter() - start
-
-
-def _detail_account(observer: Observer, index: int, device: torch.device) -> DetailMoments:
-    assert observer.details is not None
-    return observer.details.slabs.account(index, device)
+            self.into.seconds += time.perf_counter() - start

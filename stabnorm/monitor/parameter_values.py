@@ -1,15 +1,21 @@
 """Gains, biases and what the optimizer keeps of them, of all layers at once: tensors of `[L, C]`, padded with NaN."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stabnorm.nn.prep import PRepBN
-from stabnorm.nn.rep import RepBN
 from stabnorm.norms import NormLayer
+
+
+@runtime_checkable
+class AddsInput(Protocol):
+    """A norm that adds its input, times eta, to what it normalises: RepBN, and a norm that blends into one."""
+
+    def input_branch(self) -> tuple[Tensor | float, Tensor, Tensor, bool]:
+        """Share of that branch in the output; its gain, its eta, and whether it takes the mean out."""
 
 
 class Parameters(NamedTuple):
@@ -17,9 +23,10 @@ class Parameters(NamedTuple):
 
     Attributes:
         gain, bias: ``[L, C]``; NaN where a layer has none, and beyond its channels.
-        blended: ``[L, C]``, the gain on the normalised input: lam gain + (1 - lam) RepBN's in a `PRepBN`, else gain.
-        eta: ``[L]``, what the input itself counts beside it, (1 - lam) eta in a `PRepBN`; 0 elsewhere.
-        centred: ``[L]`` bool, whether that RepBN takes the mean out.
+        blended: ``[L, C]``, the gain on the normalised input: (1 - share) gain + share * the branch's in a norm that
+            `AddsInput`, else gain.
+        eta: ``[L]``, what the input itself counts beside it, share * eta; 0 elsewhere.
+        centred: ``[L]`` bool, whether that branch takes the mean out.
     """
 
     gain: Tensor
@@ -30,13 +37,13 @@ class Parameters(NamedTuple):
 
     @staticmethod
     def unknown(layers: int, width: int, device: torch.device, dtype: torch.dtype) -> "Parameters":
-        """What stands for them where nobody asks."""
+        """NaN everywhere, for where no statistic asks for parameters."""
         nothing = torch.full((layers, width), torch.nan, device=device, dtype=dtype)
         return Parameters(nothing, nothing, nothing, nothing[:, 0], nothing[:, 0].isnan())
 
     @staticmethod
     def of(norms: Sequence[NormLayer], width: int, device: torch.device, dtype: torch.dtype) -> "Parameters":
-        """As they are now."""
+        """Read the current values."""
         gains = [layer.gain for layer in norms]
         gain, bias = (
             _padded(values, norms, width, device, dtype) for values in (gains, [layer.bias for layer in norms])
@@ -45,23 +52,21 @@ class Parameters(NamedTuple):
         centred = torch.ones(len(norms), device=device, dtype=torch.bool)
         blended = gain
         for index, layer in enumerate(norms):
-            module = layer.module
-            if isinstance(module, RepBN | PRepBN):
-                rep = module.rep if isinstance(module, PRepBN) else module
-                share = 1 - module.lam if isinstance(module, PRepBN) else 1
+            if isinstance(layer.module, AddsInput):
+                share, weight, input_gain, takes_mean = layer.module.input_branch()
                 blended = gain.clone() if blended is gain else blended
                 row = blended[index, : layer.num_features]
                 own = torch.ones_like(row) if gains[index] is None else row
-                row.copy_(own + share * (rep.weight.detach().to(row) - own))
-                eta[index] = (share * rep.eta.detach()).reshape(())
-                centred[index] = rep.center
+                row.copy_(own + share * (weight.detach().to(row) - own))
+                eta[index] = (share * input_gain.detach()).reshape(())
+                centred[index] = takes_mean
         return Parameters(gain, bias, blended, eta, centred)
 
 
 def _padded(
     values: Sequence[Tensor | None], norms: Sequence[NormLayer], width: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """``[L, C]`` with NaN where there is nothing."""
+    """Stack the values as ``[L, C]``, with NaN where a layer has none."""
     nothing = torch.full((width,), torch.nan, device=device, dtype=dtype)  # first: it sets the dtype
     rows = [
         nothing
@@ -93,7 +98,7 @@ def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], de
         for parameter in (layer.gain_parameter, layer.bias_parameter)
         if parameter is not None
     }
-    found = [
+    held = [
         (wanted[parameter], parameter.grad, optimizer.state[parameter], group)
         for optimizer in optimizers
         for group in optimizer.param_groups
@@ -104,7 +109,7 @@ def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], de
         and {"betas", "eps"} <= group.keys()
     ]
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    if not found:
+    if not held:
         return torch.full((len(norms), 2), torch.nan, device=device, dtype=dtype)
 
     def rows(values: Sequence[Tensor]) -> Tensor:
@@ -115,8 +120,8 @@ def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], de
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)[:, None]
 
-    gradient, second = rows([grad for _, grad, _, _ in found]), rows([state["exp_avg_sq"] for _, _, state, _ in found])
-    counts = [state["step"] for _, _, state, _ in found]
+    gradient, second = rows([grad for _, grad, _, _ in held]), rows([state["exp_avg_sq"] for _, _, state, _ in held])
+    counts = [state["step"] for _, _, state, _ in held]
     steps = [(n if isinstance(n, Tensor) else torch.tensor(float(n), device="cpu")).reshape(1) for n in counts]
     # Adam keeps them on the host, one by one, unless it is fused or capturable: one copy for all.
     step = (
@@ -124,12 +129,12 @@ def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], de
         if all(s.device.type == "cpu" for s in steps)
         else rows(steps)
     )
-    beta = column([float(group["betas"][1]) for _, _, _, group in found])
-    eps = column([float(group["eps"]) for _, _, _, group in found])
+    beta = column([float(group["betas"][1]) for _, _, _, group in held])
+    eps = column([float(group["eps"]) for _, _, _, group in held])
     unbiased = second / (1 - beta**step)
     squares = torch.stack([gradient.square() / torch.maximum(unbiased, eps.square()), (gradient / eps).square()], -1)
-    layer = torch.tensor([index for index, _, _, _ in found], device="cpu").to(device, non_blocking=True)
+    layer = torch.tensor([index for index, _, _, _ in held], device="cpu").to(device, non_blocking=True)
     sums = torch.zeros(len(norms), 2, device=device, dtype=dtype).index_add_(0, layer, squares.sum(1))
-    sizes = column([float(grad.numel()) for _, grad, _, _ in found])
+    sizes = column([float(grad.numel()) for _, grad, _, _ in held])
     count = torch.zeros(len(norms), 1, device=device, dtype=dtype).index_add_(0, layer, sizes)
     return torch.where(count > 0, sums / count, torch.nan).sqrt()

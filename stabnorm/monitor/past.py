@@ -238,7 +238,7 @@ class Past:
         """
         for name, value in vars(self).items():
             if name not in state or state[name].shape != value.shape:
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise ValueError(f"the saved past has {found} under {name!r}, expected shape {tuple(value.shape)}")
+                saved = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(f"the saved past has {saved} under {name!r}, expected shape {tuple(value.shape)}")
         for name, value in vars(self).items():
             setattr(self, name, state[name].to(value))

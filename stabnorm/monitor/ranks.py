@@ -28,13 +28,11 @@ class Gathered(NamedTuple):
         gradient: gradient sums ``[L, 2, C]``, NaN where none came.
         running: the layers' own running buffers, ``[2, L, C]``; ``[2, 1, 1]`` where no layer has any.
         loss: ``[1]``, NaN where none was given.
-        branch_gap: ``[L]``, see `stabnorm.switch.BranchGap`, or ``[1]``; NaN where it was not measured.
     """
 
     gradient: Tensor
     running: Tensor
     loss: Tensor
-    branch_gap: Tensor
 
 
 def group_of(sync: "bool | dist.ProcessGroup") -> "dist.ProcessGroup | None":
@@ -60,8 +58,7 @@ def merge_over_ranks(
     - Moments, and detail moments where there are any, merge by Chan's rule.
     - Gradients are the mean over ranks, as DDP and FSDP make them: those of the mean of the ranks' losses, which is the
       mean over the batch where the ranks' shares are alike. A layer that did not run on a rank adds 0 there.
-    - Loss and branch gaps are the mean over ranks. Running buffers are the first rank's: DDP broadcasts and checkpoints
-      keep those.
+    - The loss is the mean over ranks. Running buffers are the first rank's: DDP broadcasts and checkpoints keep those.
 
     Returns:
         Moments, the rest, the variance between ranks ``[L, C]``: :math:`\sum_r n_r (\mu_r - \mu)^2 / \sum_r n_r`, and
@@ -72,7 +69,7 @@ def merge_over_ranks(
     slabs = [moments, gathered] if detail is None else [moments, gathered, detail]
     every_moments, every, *every_detail = gather_slabs(slabs, group_of(sync))
     between = variance_between(every_moments)
-    merged = Gathered(every.gradient.mean(0), every.running[0], every.loss.mean(0), every.branch_gap.mean(0))
+    merged = Gathered(every.gradient.mean(0), every.running[0], every.loss.mean(0))
     merged_detail = merge_stacked_(every_detail[0], merge_detail_) if every_detail else None
     return merge_stacked_(every_moments, merge_moments_), merged, between, merged_detail
 
@@ -82,7 +79,7 @@ def gather_slabs(slabs: Sequence[Any], group: "dist.ProcessGroup | None" = None)
 
     Shapes and dtypes must be the same on all ranks.
 
-    >>> gather_slabs([Gathered(torch.ones(2, 2, 3), torch.zeros(0), torch.ones(1), torch.ones(1))])[0].gradient.shape
+    >>> gather_slabs([Gathered(torch.ones(2, 2, 3), torch.zeros(0), torch.ones(1))])[0].gradient.shape
     torch.Size([1, 2, 2, 3])
     """
     tensors = [tensor for slab in slabs for tensor in slab]
@@ -96,8 +93,8 @@ def gather_slabs(slabs: Sequence[Any], group: "dist.ProcessGroup | None" = None)
         part = everyone[:, start : start + len(own)].view(tensors[i].dtype)
         parts[i] = part.unflatten(1, tensors[i].shape) if tensors[i].ndim else part.flatten()
         start += len(own)
-    found = iter(parts[i] for i in range(len(tensors)))
-    return [type(slab)(*(next(found) for _ in slab)) for slab in slabs]
+    in_order = iter(parts[i] for i in range(len(tensors)))
+    return [type(slab)(*(next(in_order) for _ in slab)) for slab in slabs]
 
 
 def merge_stacked_(slabs: Slab, merge_: Callable[[Slab, Slab], None]) -> Slab:

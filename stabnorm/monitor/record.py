@@ -65,12 +65,12 @@ class Block:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "series", {name: np.asarray(a, np.float32) for name, a in self.series.items()})
+        shape = (self.num_steps, len(self.layers))
         for name, values in self.series.items():
-            wanted = (self.num_steps, len(self.layers))[: values.ndim]
-            if not 1 <= values.ndim <= len(AXES) or values.shape[:2] != wanted:
+            if not 1 <= values.ndim <= len(AXES) or values.shape[:2] != shape[: values.ndim]:
                 raise ValueError(
-                    f"series {name!r} has shape {values.shape} in a block of {self.num_steps} steps and "
-                    f"{len(self.layers)} layers; give it as [steps], [steps, layers] or [steps, layers, k]"
+                    f"series {name!r} has shape {values.shape} in a block of {shape[0]} steps and {shape[1]} layers; "
+                    "give it as [steps], [steps, layers] or [steps, layers, k]"
                 )
 
     @property

@@ -8,21 +8,21 @@ Of the survey's list, N1 is not here: the gradient noise scale needs every examp
 is a backward hook with input and output gradient at each norm, which is neither cheap nor possible in a compiled graph.
 """
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from stabnorm.companions.names import known_companions
+from stabnorm.monitor.catalogue.affinity import AFFINITY
 from stabnorm.monitor.catalogue.depth import DEPTH
 from stabnorm.monitor.catalogue.fluctuation import FLUCTUATION
 from stabnorm.monitor.catalogue.gradients import GRADIENTS
 from stabnorm.monitor.catalogue.outliers import OUTLIERS
 from stabnorm.monitor.catalogue.parameter_health import PARAMETER_HEALTH
 from stabnorm.monitor.catalogue.scale import SCALE
-from stabnorm.monitor.catalogue.switching import SWITCHING
 from stabnorm.monitor.record import SIDE_SERIES
-from stabnorm.statistic import NEEDS, undefined
+from stabnorm.statistic import NEEDS, by_name, markdown_table, nearest, undefined
 from stabnorm.statistic import Statistic as Statistic
 
-_FAMILIES = (FLUCTUATION, SCALE, DEPTH, OUTLIERS, SWITCHING, GRADIENTS, PARAMETER_HEALTH)
+_FAMILIES = (FLUCTUATION, SCALE, DEPTH, OUTLIERS, AFFINITY, GRADIENTS, PARAMETER_HEALTH)
 CATALOGUE: dict[str, Statistic] = {statistic.name: statistic for family in _FAMILIES for statistic in family}
 PRESETS: dict[str, tuple[str, ...]] = {
     "economy": ("mean_fluctuation", "var_fluctuation", "absmax_fluctuation"),
@@ -41,8 +41,8 @@ def resolve(preset: str | Sequence[str | Statistic]) -> tuple[Statistic, ...]:
     """The statistics behind a preset's name or a list of statistics by name, among which may be some of your own.
 
     Raises:
-        ValueError: for an unknown name (the nearest one is suggested), an empty list, or a statistic of your own whose
-            name is taken or whose `needs` are unknown.
+        ValueError: for an unknown name (the nearest one is suggested), a statistic that a companion measures, an empty
+            list, or a statistic of your own whose name is taken or whose `needs` are unknown.
         TypeError: for something that is no name and no `Statistic`, or one without a function.
 
     >>> [s.number for s in resolve(["amax", "crest"])]
@@ -52,16 +52,15 @@ def resolve(preset: str | Sequence[str | Statistic]) -> tuple[Statistic, ...]:
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
-            hint = (
-                f"; a single statistic is asked for as [{preset!r}]"
-                if preset in CATALOGUE
-                else _nearest(preset, PRESETS)
-            )
+            single = f"; a single statistic is asked for as [{preset!r}]"
+            hint = single if preset in CATALOGUE else nearest(preset, PRESETS)
             raise ValueError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}{hint}")
         preset = PRESETS[preset]
     chosen: dict[str, Statistic] = {}
-    for one in preset:
-        statistic = one if isinstance(one, Statistic) else _named(one)
+    for asked in preset:
+        if isinstance(asked, str) and asked in _of_companions():
+            raise ValueError(f"{asked!r} is not in the catalogue: ask for companions=[{_of_companions()[asked]!r}]")
+        statistic = by_name(asked, CATALOGUE, Statistic, "statistic")
         if CATALOGUE.get(statistic.name) is not statistic:
             _check_own(statistic)
         if chosen.setdefault(statistic.name, statistic) is not statistic:
@@ -71,12 +70,8 @@ def resolve(preset: str | Sequence[str | Statistic]) -> tuple[Statistic, ...]:
     return tuple(chosen.values())
 
 
-def _named(name: str) -> Statistic:
-    if not isinstance(name, str):
-        raise TypeError(f"a list of statistics holds names and Statistic objects, got {name!r}")
-    if name not in CATALOGUE:
-        raise ValueError(f"unknown statistic {name!r}{_nearest(name, CATALOGUE)}; known: {', '.join(CATALOGUE)}")
-    return CATALOGUE[name]
+def _of_companions() -> dict[str, str]:
+    return {s.name: companion for companion, kind in known_companions().items() for s in kind.statistics}
 
 
 def _check_own(statistic: Statistic) -> None:
@@ -91,36 +86,21 @@ def _check_own(statistic: Statistic) -> None:
         )
     unknown = sorted(statistic.needs_all - set(NEEDS))
     if unknown:
-        hint = _nearest(unknown[0], NEEDS)
+        hint = nearest(unknown[0], NEEDS)
         raise ValueError(
             f"statistic {name!r} needs {unknown[0]!r}, which nobody gathers{hint}; known: {', '.join(NEEDS)}"
         )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def catalogue_table() -> str:
-    """The catalogue as a Markdown table, for the documentation; what the preset "standard" leaves out bears a star."""
-    head = "| statistic | no. | formula | over | source | cost | bad when |\n|---|---|---|---|---|---|---|"
-
-    def bounds(s: Statistic) -> str:
-        said = [f"> {s.threshold:g}"] if s.threshold is not None else []
-        if s.least is not None:
-            said.append(f"< {s.least:g}")
-        if s.alarm is not None and s.alarm != s.threshold:
-            said.append(f"alert > {s.alarm:g}")
-        elif s.alarm is not None:
-            said = [f"alert > {s.alarm:g}"]
-        if s.floor is not None:
-            said.append(f"alert: x{2.718281828 ** (6 * s.floor):.2g} and 6 robust sigmas off its past")
-        return ", ".join(said) or "no bound; compare layers and steps"
-
-    rows = [
-        f"| `{s.name}`{'' if s.name in PRESETS['standard'] else ' *'} | {s.number} | "
-        f"{s.formula.replace('|', chr(92) + '|')} | {s.axis} | {s.source} | {s.cost} | {bounds(s)} |"
-        for s in CATALOGUE.values()
-    ]
-    return "\n".join([head, *rows])
+    """The catalogue as a Markdown table, for the documentation; what the preset "standard" leaves out is marked *."""
+    return markdown_table(
+        ["statistic", "no.", "formula", "over", "source", "cost", "bad when"],
+        [
+            (
+                f"`{s.name}`{'' if s.name in PRESETS['standard'] else ' *'}", s.number, s.formula, s.axis, s.source,
+                s.cost, s.bad_when,
+            )
+            for s in CATALOGUE.values()
+        ],
+    )  # fmt: skip

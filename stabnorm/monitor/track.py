@@ -1,134 +1,242 @@
-"""`Tracks`: the companions of one monitor. They share its steps and its flushes, and have their own rows."""
+"""`Track`: every statistic of every row at every step, from the device to history, alerts and record.
+
+A monitor has one track of its norms, and one for each companion: heads, matrices, ... All share its steps and flushes.
+"""
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stabnorm.companions.companion import Companion
-from stabnorm.companions.names import resolve_companions
-from stabnorm.monitor.buffers import Flight, History, joined
-from stabnorm.monitor.detect import Alert, Detector
+from stabnorm.monitor.async_copy import AsyncCopy
+from stabnorm.monitor.detect import Alert, Detector, MakeDetector
+from stabnorm.monitor.past import Moments
 from stabnorm.monitor.record import Block
+from stabnorm.monitor.rows import RowLayout
+from stabnorm.statistic import Statistic
+
+SCALARS = ("loss", "learning_rate")  # what a step has once, not for each row
+_HISTORY_BYTES = 64 << 20
 
 logger = logging.getLogger("stabnorm")
 
 
 class Track:
-    """One companion of a monitor: what it measured of every row at every step.
+    """What was measured of some rows; it waits on the device until a flush.
 
-    Attributes:
-        rows: what it watches, by name.
-        measures: what it measures, see `stabnorm.companions.companion.Measure`.
+    Args:
+        rows: the rows' names.
+        statistics: what is measured of each.
+        detector: looks at what has arrived on the host.
+        flush_every: the monitor's.
+        flush: the monitor's.
+        companion: whose rows they are. Default: the norms'.
+        beside: what a row holds beside the statistics, see `RowLayout`. Default: nothing.
     """
 
-    def __init__(self, companion: Companion, model: nn.Module, flush_every: int, flush: Callable[[], None]) -> None:
-        self.name, self.measures = companion.name, companion.measures
-        self.watch = companion.watch(model)
-        self.rows = self.watch.rows
+    def __init__(
+        self,
+        rows: Sequence[str],
+        statistics: Sequence[Statistic],
+        detector: Detector,
+        flush_every: int,
+        flush: Callable[[], None],
+        *,
+        companion: str = "",
+        beside: Mapping[str, int] | None = None,
+    ) -> None:
+        self.rows, self.statistics, self.name = tuple(rows), tuple(statistics), companion
+        self.layout = RowLayout([statistic.name for statistic in statistics], beside)
+        self.detector = detector
         self._flush = flush
-        self._waiting: list[Tensor] = []  # one [rows, measures] per step since the last flush
-        self._in_flight: Flight | None = None
-        self._history = History(len(self.rows), len(self.measures), flush_every)
-        self._detector = Detector(self.measures, self.rows)
-        self._said: set[str] = set()
+        self._waiting: list[tuple[Tensor, ...]] = []  # of each step since the last flush its row, and its scalars
+        self._in_flight: tuple[int, AsyncCopy] | None = None  # the first step, and what is copied
+        self._history = History(len(self.rows), self.layout.width, flush_every)
+
+    @property
+    def waiting(self) -> int:
+        """How many steps wait for a flush."""
+        return len(self._waiting)
 
     def history(self) -> dict[str, Tensor]:
-        """Every measure of every step, ``[steps, rows]``; flushes the monitor first.
+        """Every statistic of every step, ``[steps, rows]``; flushes the monitor first.
 
         NaN where a row had nothing to measure. Bounded in memory: of a very long run the last 64 MiB are kept.
         """
         self._flush()
         values = self._history.values()
-        return {measure.name: values[:, :, column] for column, measure in enumerate(self.measures)}
+        names = (*self.layout.statistics, *({"tokens"} & self.layout.beside.keys()))
+        return {name: self.layout.part(values, name) for name in names}
 
     def history_steps(self) -> Tensor:
         """The optimizer steps that the rows of `history()` stand for, counted from 0."""
         self._flush()
         return self._history.steps()
 
-    def step(self) -> None:
-        """End a step: from what was gathered to a row."""
-        sums = self.watch.take()
-        row = torch.stack([measure.compute(sums) for measure in self.measures], -1)
-        self._waiting.append(row.to(torch.float32))
-        self.watch.discard()
+    def add(self, row: Tensor, *scalars: Tensor) -> None:
+        """Take in a step.
+
+        Args:
+            row: ``[rows, columns]``, see `RowLayout.pack`.
+            *scalars: ``[2]``, the `SCALARS`, or nothing.
+        """
+        self._waiting.append((row, *scalars))
 
     def send(self, steps_done: int) -> None:
-        """Start the copy of what waits to the host."""
+        """Start to copy what waits to the host."""
         if self._waiting:
-            self._in_flight = self._flight(steps_done)
+            self._in_flight = steps_done - len(self._waiting), AsyncCopy(*self._stacked())
             self._waiting.clear()
 
-    def _flight(self, steps_done: int) -> Flight:
-        device = self._waiting[-1].device
-        steps = torch.stack([row.to(device) for row in self._waiting])  # the model may have moved in between
-        return Flight(steps_done - len(steps), steps, steps[:0])
+    def _stacked(self) -> Iterator[Tensor]:
+        for parts in zip(*self._waiting, strict=True):
+            yield torch.stack([part.to(parts[-1].device) for part in parts])  # the model may have moved in between
 
     def receive(self) -> tuple[Block, list[Alert]] | None:
-        """What has arrived, and what is wrong with it."""
-        flight, self._in_flight = self._in_flight, None
-        if flight is None:
+        """What has arrived, and what is wrong with it; None where nothing was sent."""
+        if self._in_flight is None:
             return None
-        flight.wait()
-        self._history.add(flight)
-        complaint = self.watch.complaint(flight.rows)
-        if complaint is not None and complaint not in self._said:
-            self._said.add(complaint)
-            logger.warning("stabnorm: companion %r: %s", self.name, complaint)
-        # Every row stands for many tokens; what is not finite is the norms' to tell.
-        enough = torch.full(flight.rows.shape[:2], torch.inf)
-        alerts = self._detector.update(flight.first_step, flight.rows, enough, torch.zeros_like(enough) > 0)
-        series = {measure.name: flight.rows[:, :, i].numpy() for i, measure in enumerate(self.measures)}
-        return Block(flight.first_step, self.rows, series, companion=self.name), alerts
+        (first_step, copy), self._in_flight = self._in_flight, None
+        rows, *scalars = copy.wait()
+        self._history.add(first_step, rows)
+        # A row that is no norm stands for many tokens, and what is not finite is for the norms to tell.
+        tokens, nonfinite = rows.new_full(rows.shape[:2], torch.inf), rows.new_zeros(rows.shape[:2])
+        if self.layout.beside:
+            tokens, nonfinite = (self.layout.part(rows, name) for name in ("tokens", "nonfinite"))
+        alerts = self.detector.update(first_step, self.layout.statistics_of(rows), tokens, nonfinite > 0)
+        names = [*self.layout.statistics, *(name for name in self.layout.beside if name != "nonfinite")]
+        series = {name: self.layout.part(rows, name).numpy() for name in names}
+        for values in scalars:
+            known = {name: values[:, i].numpy() for i, name in enumerate(SCALARS) if not values[:, i].isnan().all()}
+            series.update(known)
+        return Block(first_step, self.rows, series, companion=self.name), alerts
+
+    def unflushed(self) -> tuple[Tensor, ...]:
+        """The rows (and scalars) that no flush has received yet, on the host, ``[steps, ...]``; () where none are."""
+        parts = [] if self._in_flight is None else [self._in_flight[1].wait()]
+        if self._waiting:
+            parts.append(AsyncCopy(*self._stacked()).wait())
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    def restore(self, steps_done: int, *unflushed: Tensor) -> None:
+        """Forget the history; the next flush receives the rows (and scalars) of the steps before `steps_done`."""
+        self._history.clear()
+        if unflushed and len(unflushed[0]):
+            self._in_flight = steps_done - len(unflushed[0]), AsyncCopy(*unflushed)
+
+    def load_detector(self, state: Any) -> None:
+        """Restore the detector; one that cannot read the state starts afresh, with a warning."""
+        try:
+            self.detector.load_state_dict(state)
+        except ValueError as error:
+            logger.warning("the checkpoint's detector cannot be restored, so this one starts afresh: %s", error)
+
+    def no_rows(self) -> Tensor:
+        """Rows of no step, ``[0, rows, columns]``."""
+        return torch.empty(0, len(self.rows), self.layout.width, device="cpu")
+
+
+class CompanionTrack(Track):
+    """The track of a companion.
+
+    Attributes:
+        watch: the companion at work on the model.
+    """
+
+    def __init__(
+        self,
+        companion: Companion,
+        model: nn.Module,
+        detector: MakeDetector,
+        flush_every: int,
+        flush: Callable[[], None],
+    ) -> None:
+        self.watch = companion.watch(model)
+        rows, statistics = self.watch.rows, companion.statistics
+        super().__init__(
+            rows, statistics, detector(statistics, rows, ()), flush_every, flush, companion=companion.name
+        )  # fmt: skip
+        self._complaints: set[str] = set()
+
+    def step(self, layers: Sequence[str], norms: Moments) -> None:
+        """End a step: turn what was gathered into a row.
+
+        Args:
+            layers: the names of the monitor's norms.
+            norms: what the monitor has of them.
+        """
+        self.watch.see_norms(layers, norms)
+        sums = self.watch.take()
+        values = torch.stack([statistic.compute(sums, None).to(torch.float32) for statistic in self.statistics], -1)
+        self.add(self.layout.pack(values, {}))
+        self.watch.discard()
+
+    def receive(self) -> tuple[Block, list[Alert]] | None:
+        """What has arrived; what could not be measured is said once."""
+        arrived = super().receive()
+        if arrived is not None:
+            values = torch.from_numpy(np.stack([arrived[0].series[name] for name in self.layout.statistics], -1))
+            complaint = self.watch.complaint(values)
+            if complaint is not None and complaint not in self._complaints:
+                self._complaints.add(complaint)
+                logger.warning("stabnorm: companion %r: %s", self.name, complaint)
+        return arrived
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs of the last ones, and those since the last flush; the others are in the record."""
-        waiting = joined(self._in_flight, self._flight(0) if self._waiting else None)
+        (values,) = self.unflushed() or (self.no_rows(),)
         return {
             "rows": list(self.rows),
+            "statistics": list(self.layout.statistics),
             "watch": self.watch.state_dict(),
-            "detector": self._detector.state_dict(),
-            "values": self._history.none() if waiting is None else waiting.rows,
+            "detector": self.detector.state_dict(),
+            "values": values,
         }
 
     def load_state_dict(self, state: dict[str, Any], steps_done: int) -> None:
         """Go on where `state_dict` was taken, after so many steps; afresh, with a warning, when the rows are others."""
-        self._history.clear()
-        mine = self.state_dict()
-        if state["rows"] != mine["rows"] or state["detector"]["past"].shape != mine["detector"]["past"].shape:
+        self.restore(steps_done)
+        statistics = state.get("statistics", list(self.layout.statistics))  # older checkpoints do not name them
+        if state["rows"] != list(self.rows) or statistics != list(self.layout.statistics):
             logger.warning("the checkpoint's companion %r watched other rows: it starts afresh", self.name)
             return
         self.watch.load_state_dict(state["watch"])
-        self._detector.load_state_dict(state["detector"])
-        values = state["values"].cpu()
-        if len(values):
-            self._in_flight = Flight(steps_done - len(values), values, values[:0])  # for the next flush
+        self.load_detector(state["detector"])
+        self.restore(steps_done, state["values"].cpu())
 
 
-class Tracks(Mapping[str, Track]):
-    """The companions of a monitor, by name.
+class CompanionTracks(Mapping[str, CompanionTrack]):
+    """The tracks of a monitor's companions, by name.
 
     Args:
-        companions: names or companions.
+        companions: what to watch.
         model: the model.
+        detector: makes the detector of each.
         flush_every: the monitor's.
         flush: the monitor's.
 
     Raises:
-        ValueError: an unknown companion, or one that finds nothing to watch in this model.
+        ValueError: a companion finds nothing to watch in this model.
     """
 
     def __init__(
-        self, companions: Sequence[str | Companion], model: nn.Module, flush_every: int, flush: Callable[[], None]
+        self,
+        companions: Sequence[Companion],
+        model: nn.Module,
+        detector: MakeDetector,
+        flush_every: int,
+        flush: Callable[[], None],
     ) -> None:
-        self._tracks = {c.name: Track(c, model, flush_every, flush) for c in resolve_companions(companions)}
+        self._tracks = {c.name: CompanionTrack(c, model, detector, flush_every, flush) for c in companions}
         self._step_seconds = 0.0
 
-    def __getitem__(self, name: str) -> Track:
+    def __getitem__(self, name: str) -> CompanionTrack:
         return self._tracks[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -157,24 +265,12 @@ class Tracks(Mapping[str, Track]):
         for track in self.values():
             track.watch.discard()
 
-    def step(self) -> None:
-        """End a step."""
+    def step(self, layers: Sequence[str], norms: Moments) -> None:
+        """End a step, see `CompanionTrack.step`."""
         start = time.perf_counter()
         for track in self.values():
-            track.step()
+            track.step(layers, norms)
         self._step_seconds += time.perf_counter() - start
-
-    def send(self, steps_done: int) -> None:
-        """Start the copy to the host."""
-        for track in self.values():
-            track.send(steps_done)
-
-    def receive(self) -> Iterator[tuple[Block, list[Alert]]]:
-        """What has arrived of each companion."""
-        for track in self.values():
-            arrived = track.receive()
-            if arrived is not None:
-                yield arrived
 
     @property
     def hook_seconds(self) -> float:
@@ -187,11 +283,45 @@ class Tracks(Mapping[str, Track]):
         return self.hook_seconds + self._step_seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """By companion."""
+        """The state of each, by name."""
         return {name: track.state_dict() for name, track in self.items()}
 
     def load_state_dict(self, state: dict[str, Any], steps_done: int) -> None:
-        """Go on where `state_dict` was taken; a companion that was not there then starts afresh."""
+        """Go on where `state_dict` was taken; a companion that was not watched then starts afresh."""
         for name, track in self.items():
             if name in state:
                 track.load_state_dict(state[name], steps_done)
+
+
+class History:
+    """The steps that have arrived; of a very long run the last ones.
+
+    Args:
+        rows: how many.
+        columns: numbers of each row.
+        at_least: steps to keep regardless of size.
+    """
+
+    def __init__(self, rows: int, columns: int, at_least: int) -> None:
+        self._empty = torch.empty(0, rows, columns, device="cpu")
+        self._most = max(at_least, _HISTORY_BYTES // (4 * rows * columns))
+        self._arrived: deque[tuple[int, Tensor]] = deque()  # the first step, and the rows of it and those that follow
+
+    def add(self, first_step: int, rows: Tensor) -> None:
+        """Take in the next steps, ``[steps, rows, columns]``."""
+        self._arrived.append((first_step, rows))
+        while sum(len(rows) for _, rows in self._arrived) - len(self._arrived[0][1]) >= self._most:
+            self._arrived.popleft()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._arrived.clear()
+
+    def values(self) -> Tensor:
+        """``[steps, rows, columns]``."""
+        return torch.cat([self._empty, *(rows for _, rows in self._arrived)])
+
+    def steps(self) -> Tensor:
+        """The optimizer step of each, counted from 0."""
+        steps = [first_step + i for first_step, rows in self._arrived for i in range(len(rows))]
+        return torch.tensor(steps, dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""A user's own statistics are tried before training starts, on moments of the layers' shapes."""
+"""A trial of the user's own statistics before training starts, on moments that have the layers' shapes."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import MAX, MIN, VAR_N, VAR_X
+from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.buffers import DeviceState
 from stabnorm.monitor.details import Details
-from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.statistics import CATALOGUE
 from stabnorm.norms import NormLayer
@@ -19,7 +19,8 @@ from stabnorm.statistic import Statistic
 def try_own_statistics(
     statistics: Sequence[Statistic],
     norms: Sequence[NormLayer],
-    observer: Observer,
+    accumulators: Accumulators,
+    device: torch.device,
     details: Details | None,
     past_class: type[Past],
 ) -> None:
@@ -31,15 +32,14 @@ def try_own_statistics(
     own = [statistic for statistic in statistics if statistic.name not in CATALOGUE]
     if not own:
         return
-    device = observer.device
-    state = DeviceState.of(norms, observer.width, (1, len(norms), 1), device, past_class)
-    raw, gradient = observer.take(device)
+    state = DeviceState.of(norms, accumulators.width, device, past_class)
+    raw, gradient = accumulators.take(device)
     raw.seen.fill_(64)
     raw.channel[:, [VAR_X, VAR_N, MAX]], raw.channel[:, MIN] = 1, -1
     raw.token.fill_(1)
     now = Moments.of(raw, gradient, state.layout)
     if details is not None:
-        now = details.beside(now, details.slabs.take(device), details.branch_gap(device), ())
+        now = details.beside(now, details.slabs.take(device), ())
     for statistic in own:
         try:
             values = statistic.compute(now, state.past)
@@ -49,9 +49,11 @@ def try_own_statistics(
                 "(moments, past), see stabnorm.monitor.past and .detailed; what it reads there it must name in needs="
             ) from error
         if not isinstance(values, Tensor) or values.shape != (len(norms),) or not values.is_floating_point():
-            found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            given = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
-                f"statistic {statistic.name!r} gives {found}, not one floating number per layer, shape "
+                f"statistic {statistic.name!r} gives {given}, not one floating number per layer, shape "
                 f"({len(norms)},); reduce channels with moments.mean_over_channels"
             )
-    observer.discard()
+    accumulators.clear()
+    if details is not None:
+        details.discard()

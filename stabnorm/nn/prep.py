@@ -282,6 +282,10 @@ class PRepBN(EvalAffineNorm):
         """What one batch says of them."""
         return self.rep.batch_statistics(self.__flat(x), mask)
 
+    def input_branch(self) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Share of RepBN in the output, its gain, its eta, and whether it takes the mean out."""
+        return 1 - self.lam, self.rep.weight, self.rep.eta, self.rep.center
+
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """``(scale, shift, channel_dim)`` of the norm in eval, float64.
 

@@ -136,6 +136,10 @@ class RepBN(ChannelNorm):
         scale, shift = channel_affine(self.weight, self.bias, self.eta, moments.mean, rstd)
         return affine_of_rows(rows, scale, shift), valid
 
+    def input_branch(self) -> tuple[float, Tensor, Tensor, bool]:
+        """Share of this norm in the output, all of it; its gain, its eta, and whether it takes the mean out."""
+        return 1.0, self.weight, self.eta, self.center
+
     def running_statistics(self) -> tuple[Tensor, ...]:
         """Mean and variance, or the mean square where the mean is not taken out."""
         return (self.running_var,) if self.running_mean is None else (self.running_mean, self.running_var)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from stabnorm._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from stabnorm.switch.branch_gap import BranchGap as BranchGap
+    from stabnorm.companions.switching import BranchGap as BranchGap
     from stabnorm.switch.gate import AffineGate as AffineGate
     from stabnorm.switch.lam import progressive_norms as progressive_norms
     from stabnorm.switch.lam import running_norms as running_norms
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {  # schedules and gate load where torch is missing
-        "stabnorm.switch.branch_gap": ["BranchGap"],
+        "stabnorm.companions.switching": ["BranchGap"],
         "stabnorm.switch.gate": ["AffineGate"],
         "stabnorm.switch.lam": ["progressive_norms", "running_norms", "write_lam", "write_loss_scale", "write_step"],
         "stabnorm.switch.progressive": ["ProgressiveSwitch"],

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stabnorm.companions.readiness import HOLD_ABOVE, MOMENTUM, RUN_BELOW
+from stabnorm.companions.readiness import MEASURE_EVERY as MEASURE_EVERY
 from stabnorm.errors import StabNormError
 from stabnorm.switch.schedules import schedule_end
 
-MEASURE_EVERY = 4  # steps between two affine residuals
-MOMENTUM = 0.1  # PyTorch's, of a layer's average affine residual
-RUN_BELOW, HOLD_ABOVE = 0.30, 0.50  # the average affine residual where a layer runs, and where it holds
 _TUNED_FRACTION = 0.8  # the shares of the training below were found with the switch ending there
 
 Array = npt.NDArray[np.float64]

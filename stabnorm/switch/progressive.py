@@ -8,10 +8,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from stabnorm._models.tables import aligned
+from stabnorm.companions.switching import BranchGap
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.nn.prep import norm_class
-from stabnorm.switch.branch_gap import BranchGap
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change, refuse_other_layers
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam, write_loss_scale, write_step
 from stabnorm.switch.residuals import STATISTIC, ResidualFeed, watches

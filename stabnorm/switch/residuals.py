@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stabnorm._models.ranks import ranks
-from stabnorm.monitor.buffers import Flight
+from stabnorm.monitor.async_copy import AsyncCopy
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate
 
@@ -39,7 +39,7 @@ class ResidualFeed:
         self._gate, self._monitor = gate, monitor
         self._column = [statistic.name for statistic in monitor.statistics].index(STATISTIC)
         self._rows = [monitor.layers.index(layer) for layer in gate.layers]
-        self._pending: Flight | None = None
+        self._pending: tuple[int, AsyncCopy] | None = None  # the step, and its residuals
         monitor.listeners.append(self._listen)
 
     def close(self) -> None:
@@ -49,25 +49,24 @@ class ResidualFeed:
 
     def _listen(self, step: int, statistics: Tensor) -> None:
         if step % MEASURE_EVERY == 0:
-            mine = statistics[:, self._column][self._rows]
-            self._pending = Flight(step, mine, mine[:0])
+            self._pending = step, AsyncCopy(statistics[:, self._column][self._rows])
 
     def deliver(self) -> None:
         """Hand over what is there."""
         if self._pending is not None:
-            flight, self._pending = self._pending, None
-            flight.wait()
-            self._gate.observe(flight.first_step, flight.rows.double().numpy())
+            (step, copy), self._pending = self._pending, None
+            (residuals,) = copy.wait()
+            self._gate.observe(step, residuals.double().numpy())
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured and not handed over yet."""
         if self._pending is None:
             return {}
-        self._pending.wait()
-        return {"step": self._pending.first_step, "residuals": self._pending.rows.tolist()}
+        step, copy = self._pending
+        (residuals,) = copy.wait()
+        return {"step": step, "residuals": residuals.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         if state:
-            residuals = torch.tensor(state["residuals"])
-            self._pending = Flight(int(state["step"]), residuals, residuals[:0])
+            self._pending = int(state["step"]), AsyncCopy(torch.tensor(state["residuals"]))

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from stabnorm import StabilityMonitor
 from stabnorm.callbacks import StabilityCallback
+from stabnorm.monitor import Alert
 from stabnorm.monitor.record import Record, read_record
 from stabnorm.monitor.statistics import PRESETS, Statistic
 from tests.lightning_padded import BATCHES, Batches, fit, hooks, loader, module
@@ -226,6 +227,39 @@ def test_resumed_in_the_middle_it_goes_on_with_the_same_figures(tmp_path: Path) 
         torch.testing.assert_close(
             watched(second).history()[name], values[BATCHES:], rtol=1e-6, atol=1e-7, equal_nan=True
         )
+
+
+class EverySeventh:
+    """A detector that knows nothing but how many steps it has seen."""
+
+    def __init__(self, statistics: Any, rows: Any, fading: Any = ()) -> None:
+        self.rows, self.steps = rows, 0
+
+    def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
+        alerts = []
+        for step in range(first_step, first_step + len(values)):
+            self.steps += 1
+            if self.steps % 7 == 0:
+                alerts.append(Alert(step, self.rows[0], "amax", 0.0, 0.0, f"{self.steps} steps"))
+        return alerts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def test_another_detector_is_handed_on_and_resumes_where_it_was(tmp_path: Path) -> None:
+    first, second = (StabilityCallback(detector=EverySeventh) for _ in range(2))
+    run = trainer(tmp_path, first, max_steps=BATCHES - 3)
+    fit(run, module())
+    run.save_checkpoint(tmp_path / "middle.ckpt")
+    fit(trainer(tmp_path, pickle.loads(pickle.dumps(second)), max_epochs=2), module())
+    fit(trainer(tmp_path, second, max_epochs=2), module(), ckpt_path=tmp_path / "middle.ckpt")
+    alerts = watched(second).alerts
+    assert [alert.step for alert in alerts] == list(range(6, 2 * BATCHES, 7))
+    assert [alert.reason for alert in alerts] == [f"{alert.step + 1} steps" for alert in alerts]
 
 
 def test_resumed_from_a_checkpoint_inside_an_epoch_each_step_is_counted_once(tmp_path: Path) -> None:

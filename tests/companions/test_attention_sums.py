@@ -112,7 +112,7 @@ def test_batches_merge_to_what_they_are_in_one_go() -> None:
     valid = torch.rand(BATCH, QUERIES) < 0.8
     whole = sums_of_call(q, k, valid=valid, at_most=3)
     parts = [sums_of_call(q[i : i + 1], k[i : i + 1], valid=valid[i : i + 1], at_most=3) for i in range(BATCH)]
-    merged = AttentionSums.empty(HEADS, q.device).merge(parts[2]).merge(parts[0].merge(parts[1]))
+    merged = AttentionSums(*torch.zeros(4, HEADS, dtype=torch.float64)).merge(parts[2]).merge(parts[0].merge(parts[1]))
     for a, b in zip(merged, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 

@@ -86,7 +86,7 @@ def train(
         monitor: the watch. Default: one of everything.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    monitor = monitor or StabilityMonitor(model, list(CATALOGUE), flush_every=3)
+    monitor = monitor or everything(model)
     call = model if run is None else run
     share = BATCH // ranks
     with monitor:
@@ -104,7 +104,14 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             monitor.step(loss=torch.stack(losses).sum(), grad_scale=scale)
-    return monitor.history()
+    return monitor.history() | {
+        name: values for track in monitor.companions.values() for name, values in track.history().items()
+    }
+
+
+def everything(model: nn.Module, *, fused: bool = False) -> StabilityMonitor:
+    """A monitor of all statistics that norms have."""
+    return StabilityMonitor(model, list(CATALOGUE), flush_every=3, companions=["switch"], fused=fused)
 
 
 def assert_same(got: History, want: History) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor
 from stabnorm.nn import PRepBN, RepBN
-from stabnorm.switch.branch_gap import BranchGap
 
 
 def watched(
@@ -309,40 +308,3 @@ def test_a_gradient_spike_is_measured_against_its_own_channel() -> None:
     assert torch.isnan(spikes[:10]).all()
     torch.testing.assert_close(spikes[10:30], torch.ones(20), rtol=1e-4, atol=0)
     assert float(spikes[30]) == pytest.approx(80, rel=1e-3)
-
-
-# --- switching ---
-
-
-def test_the_switch_gap_is_that_of_the_branches_every_fourth_step() -> None:
-    torch.manual_seed(0)
-    norm = PRepBN(8)
-    nn.init.normal_(norm.rep.weight)
-    model = nn.Sequential(nn.LayerNorm(8), norm)
-    gap = BranchGap([norm])
-    gap.attach()
-    gap.armed = True
-    expected = []
-    with StabilityMonitor(model, ["switch_gap"]) as monitor:
-        for _ in range(9):
-            model(torch.randn(32, 8))
-            monitor.step()
-            expected.append(float(gap.take()))
-    gap.detach()
-    measured = monitor.history()["switch_gap"]
-    assert torch.isnan(measured[:, 0]).all()
-    assert measured[:, 1].isnan().tolist() == [step % 4 > 0 for step in range(9)]
-    assert measured[::4, 1].tolist() == pytest.approx(expected[::4], rel=1e-5)
-
-
-def test_readiness_is_1_where_the_gate_runs_a_layer_and_0_where_it_holds_one() -> None:
-    torch.manual_seed(0)
-    plain = torch.randn(500, 32)
-    heavy = plain * torch.randn(500, 1).mul(1.5).exp()
-    history = watched(
-        [nn.LayerNorm(32), nn.LayerNorm(32), nn.BatchNorm1d(32)],
-        [plain, heavy, heavy],
-        ["switch_readiness", "affine_residual"],
-    )
-    assert history["affine_residual"][0, 1] > 0.5
-    assert history["switch_readiness"][0].tolist() == [1, 0, 1]

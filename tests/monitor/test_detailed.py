@@ -22,6 +22,10 @@ def block() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8), nn.RMSNorm(8))
 
 
+def figures(monitor: StabilityMonitor) -> dict[str, Tensor]:
+    return monitor.history() | monitor.companions["switch"].history()
+
+
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     assert a.keys() == b.keys()
     for name, values in a.items():
@@ -35,13 +39,13 @@ def test_activation_checkpointing_gives_the_same_history(reentrant: bool) -> Non
     def history(wrapped: bool) -> dict[str, Tensor]:
         torch.manual_seed(3)
         model = block()
-        with StabilityMonitor(model, "full") as monitor:
+        with StabilityMonitor(model, "full", companions=["switch"]) as monitor:
             for _ in range(12):
                 x = torch.randn(5, 8, requires_grad=True)
                 y = checkpoint(model, x, use_reentrant=reentrant) if wrapped else model(x)
                 y.backward(torch.randn(5, 8))
                 monitor.step()
-        return monitor.history()
+        return figures(monitor)
 
     assert_same(history(False), history(True))
 
@@ -54,14 +58,14 @@ def test_compiled_with_hooks_on_it_is_one_graph_and_the_same_history() -> None:
         model, counter = block(), CompileCounter()
         torch._dynamo.reset()
         optimizer = torch.optim.Adam(model.parameters())
-        with StabilityMonitor(model, "full") as monitor:
+        with StabilityMonitor(model, "full", companions=["switch"]) as monitor:
             run = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
             for _ in range(20):
                 optimizer.zero_grad()
                 run(3 * torch.randn(5, 4, 8)).backward(torch.randn(5, 4, 8))
                 optimizer.step()
                 monitor.step(optimizer=optimizer)
-        return monitor.history(), counter.frame_count
+        return figures(monitor), counter.frame_count
 
     eager, _ = histories(False)
     graph, frames = histories(True)
@@ -86,7 +90,7 @@ def test_twenty_monitored_steps_read_nothing_back() -> None:
     model = nn.ModuleDict({"net": Net(), "switched": PRepBN(4)})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     mask = torch.rand(8, 6) < 0.8
-    with StabilityMonitor(model, "full", flush_every=50) as monitor:
+    with StabilityMonitor(model, "full", flush_every=50, companions=["switch"]) as monitor:
         for _ in range(20):
             x = torch.randn(8, 6, 4)
             # A CPU's own body of PRepBN reads lam, which is in the host's memory there.
@@ -97,7 +101,7 @@ def test_twenty_monitored_steps_read_nothing_back() -> None:
             optimizer.step()  # which reads its own step counters
             with NoReads():  # type: ignore[no-untyped-call]
                 monitor.step(loss=loss, optimizer=optimizer)
-        history = monitor.history()
+        history = figures(monitor)
         assert history["switch_gap"][::4, -1].isfinite().all()
         assert history["adam_staleness"][:, :2].isfinite().all()
 
@@ -116,12 +120,14 @@ def test_saved_loaded_into_a_new_monitor_and_continued_it_gives_the_same_history
     model = Net().train()
     twin = copy.deepcopy(model)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.05) for m in (model, twin)]
-    whole, first, second = (StabilityMonitor(m, "full", flush_every=4) for m in (model, twin, twin))
+    whole, first, second = (
+        StabilityMonitor(m, "full", flush_every=4, companions=["switch"]) for m in (model, twin, twin)
+    )
     part(whole, model, optimizers[0], range(27))
     part(first, twin, optimizers[1], range(14))
     second.load_state_dict(first.state_dict())
     part(second, twin, optimizers[1], range(14, 27))
-    assert_same({name: values[14:] for name, values in whole.history().items()}, second.history())
+    assert_same({name: values[14:] for name, values in figures(whole).items()}, figures(second))
     assert whole.history()["bias_drift"].nan_to_num(0).max() > 0
 
 
@@ -237,13 +243,14 @@ def test_a_healthy_training_raises_no_alert() -> None:
 
 def test_forwards_in_eval_mode_and_discarded_ones_do_not_count() -> None:
     model = nn.Sequential(nn.LayerNorm(8), PRepBN(8))
-    with StabilityMonitor(model, ["nonfinite_count", "outlier_dims", "max_to_median", "switch_gap"]) as monitor:
+    statistics = ["nonfinite_count", "outlier_dims", "max_to_median"]
+    with StabilityMonitor(model, statistics, companions=["switch"]) as monitor:
         model(torch.full((4, 8), torch.nan))
         monitor.discard()
         model.eval()(torch.full((4, 8), torch.nan))
         model.train()(torch.randn(4, 8))
         monitor.step()
-    history = monitor.history()
+    history = figures(monitor)
     assert history["tokens"].tolist() == [[4, 4]]
     assert history["nonfinite_count"].tolist() == [[0, 0]]
     assert history["max_to_median"].isfinite().all()

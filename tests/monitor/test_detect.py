@@ -1,13 +1,18 @@
 """Alerts: what fires, what stays quiet, and that the detector survives what it detects."""
 
 import math
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stabnorm.monitor.detect import Alert, Detector
+from stabnorm import StabilityMonitor
+from stabnorm.monitor import Statistic
+from stabnorm.monitor.detect import Alert, RobustDetector
 from stabnorm.monitor.statistics import resolve
+from stabnorm.nn import PRepBN
 
 LAYERS = ("a", "b", "c", "d")
 STATISTICS = resolve(["token_std_mean", "amax", "grad_gain", "scale_jump"])
@@ -24,7 +29,7 @@ def calm(steps: int, seed: int = 0) -> Tensor:
 
 
 def run(values: Tensor, nonfinite: Tensor | None = None, chunk: int = 50, fading: tuple[str, ...] = ()) -> list[Alert]:
-    detector = Detector(STATISTICS, LAYERS, fading)
+    detector = RobustDetector(STATISTICS, LAYERS, fading)
     tokens = torch.full(values.shape[:2], 100.0)
     nonfinite = torch.zeros(values.shape[:2], dtype=torch.bool) if nonfinite is None else nonfinite
     alerts = []
@@ -131,7 +136,7 @@ def test_a_handful_of_tokens_raises_no_absolute_alarm() -> None:
     values = calm(50)
     values[20, 1, 3] = 0.9
     few = torch.full((50, 4), 8.0)
-    assert Detector(STATISTICS, LAYERS).update(0, values, few, torch.zeros(50, 4, dtype=torch.bool)) == []
+    assert RobustDetector(STATISTICS, LAYERS).update(0, values, few, torch.zeros(50, 4, dtype=torch.bool)) == []
 
 
 def test_a_layer_that_starts_late_has_its_start_up_too() -> None:
@@ -170,7 +175,7 @@ def test_saved_in_the_middle_it_goes_on_to_the_same_alerts() -> None:
     values[320:, 2, 0] *= 3
     tokens, nonfinite = torch.full((600, 4), 100.0), torch.zeros(600, 4, dtype=torch.bool)
     whole = run(values)
-    first, second = Detector(STATISTICS, LAYERS), Detector(STATISTICS, LAYERS)
+    first, second = RobustDetector(STATISTICS, LAYERS), RobustDetector(STATISTICS, LAYERS)
     before = first.update(0, values[:313], tokens[:313], nonfinite[:313])
     second.load_state_dict(first.state_dict())
     after = second.update(313, values[313:], tokens[313:], nonfinite[313:])
@@ -179,9 +184,9 @@ def test_saved_in_the_middle_it_goes_on_to_the_same_alerts() -> None:
 
 
 def test_a_state_of_other_layers_is_refused() -> None:
-    other = Detector(STATISTICS, ("a", "b"))
+    other = RobustDetector(STATISTICS, ("a", "b"))
     with pytest.raises(ValueError, match=r"for \(2, 3\) layers x statistics, this monitor watches \(4, 3\)"):
-        Detector(STATISTICS, LAYERS).load_state_dict(other.state_dict())
+        RobustDetector(STATISTICS, LAYERS).load_state_dict(other.state_dict())
 
 
 def test_family_wise_false_alarms_on_heavy_tails_stay_below_one_in_ten_thousand_steps() -> None:
@@ -198,3 +203,77 @@ def test_family_wise_false_alarms_on_heavy_tails_stay_below_one_in_ten_thousand_
 def test_an_alert_is_plain_data() -> None:
     alert = Alert(1, "a", "amax", math.inf, 2.0, "because")
     assert Alert(**alert.as_dict()) == alert
+
+
+# -- another detector --------------------------------------------------------------------------------------------------
+
+
+class Counts:
+    """Raises an alert at every tenth value that it sees of a row's first statistic."""
+
+    def __init__(self, statistics: Sequence[Statistic], rows: Sequence[str], fading: Collection[str] = ()) -> None:
+        self.statistics, self.rows, self.fading = tuple(statistics), tuple(rows), tuple(fading)
+        self.seen = 0
+
+    def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
+        assert values.shape == (*tokens.shape, len(self.statistics))
+        assert nonfinite.shape == tokens.shape == (len(values), len(self.rows))
+        alerts = []
+        for offset, row in enumerate(values):
+            self.seen += 1
+            if self.seen % 10 == 0:
+                name, value = self.statistics[0].name, float(row[0, 0])
+                alerts.append(Alert(first_step + offset, self.rows[0], name, value, 0.0, "the tenth"))
+        return alerts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state) != {"seen"}:
+            raise ValueError(f"this is no state of Counts: {sorted(state)}")
+        self.seen = state["seen"]
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), PRepBN(8))
+
+
+def steps(monitor: StabilityMonitor, model: nn.Module, count: int) -> None:
+    with monitor:
+        for _ in range(count):
+            model(torch.randn(5, 4))
+            monitor.step()
+
+
+def test_another_detector_takes_the_place_of_ours_for_norms_and_companions() -> None:
+    model = net()
+    monitor = StabilityMonitor(model, ["amax"], flush_every=7, companions=["switch"], detector=Counts)
+    steps(monitor, model, 25)
+    names = [("amax", "1"), ("switch_readiness", "1")]
+    assert [(a.step, a.statistic, a.layer) for a in monitor.alerts] == [(s, *n) for s in (9, 19) for n in names]
+    detector = monitor._track.detector
+    assert isinstance(detector, Counts)
+    assert detector.fading == ("2",)  # its own norm is being switched off
+    assert detector.rows == monitor.layers
+
+
+def test_its_state_is_in_the_checkpoint() -> None:
+    model = net()
+    first, second = (StabilityMonitor(model, ["amax"], detector=Counts) for _ in range(2))
+    steps(first, model, 7)
+    second.load_state_dict(first.state_dict())
+    steps(second, model, 7)
+    assert [alert.step for alert in second.alerts] == [9]
+
+
+def test_a_checkpoint_of_another_detector_is_said_and_this_one_starts_afresh(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    ours, other = StabilityMonitor(model, ["amax"]), StabilityMonitor(model, ["amax"], detector=Counts)
+    steps(ours, model, 3)
+    steps(other, model, 3)
+    for one, state in ((ours, other.state_dict()), (other, ours.state_dict())):
+        caplog.clear()
+        one.load_state_dict(state)
+        assert "the checkpoint's detector cannot be restored, so this one starts afresh" in caplog.text
+        assert one.steps_done == 3

@@ -13,8 +13,7 @@ from stabnorm.monitor.statistics import PRESETS
 from tests.monitor.norm_cases import CASES, Array, normalised, rows
 
 STEPS = 13  # a gradient spike is believed from the eleventh step on
-EXTRA = tuple(name for name in PRESETS["full"] if name not in PRESETS["standard"])
-NOT_HERE = {"switch_gap"}  # of no plain norm
+EXTRA = (*(name for name in PRESETS["full"] if name not in PRESETS["standard"]), "switch_readiness")
 
 
 class Reference:
@@ -160,7 +159,7 @@ def run(
         along[norm.channel_dim] = -1
         channels = channels.reshape(along)
     keep = slice(None) if mask is None else mask.flatten().numpy()
-    with StabilityMonitor(nn.Sequential(module), "full", flush_every=4) as monitor:
+    with StabilityMonitor(nn.Sequential(module), "full", flush_every=4, companions=["switch"]) as monitor:
         for step in range(STEPS):
             x = (torch.randn(shape) + 0.5 * torch.randn(channels.shape)) * channels * (
                 1 + 0.3 * torch.rand(())
@@ -208,10 +207,8 @@ def run(
                 residual_of(None if n is None else rows(n, module)[keep], x_rows), gradient, parameters[0],
                 parameters[1], adam,
             )  # fmt: skip
-    history = monitor.history()
-    return {name: history[name] for name in EXTRA if name not in NOT_HERE}, {
-        name: values for name, values in reference.history().items() if name not in NOT_HERE
-    }
+    history = monitor.history() | monitor.companions["switch"].history()
+    return {name: history[name] for name in EXTRA}, reference.history()
 
 
 def assert_equals_reference(history: dict[str, Tensor], reference: dict[str, Array]) -> None:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from stabnorm import StabilityMonitor, valid_tokens
-from stabnorm.monitor.statistics import CATALOGUE
 from stabnorm.ops import _cpp, use_kernels
 from stabnorm.ops.observed import observed_norm
-from tests.monitor.one_history import History, Net, assert_same, train
+from tests.monitor.one_history import History, Net, assert_same, everything, train
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +41,6 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return calls
 
 
-def everything(net: nn.Module) -> StabilityMonitor:
-    return StabilityMonitor(net, list(CATALOGUE), flush_every=3, fused=True)
-
-
 def close(got: History, want: History) -> None:
     """To what two executions of the norms differ by after a few steps of training."""
     for name, values in want.items():
@@ -57,14 +52,14 @@ def test_the_history_is_that_of_one_who_looks_on(recompute: str, fused_calls: li
     plain = train(Net())
     assert not fused_calls
     net = Net(recompute)
-    close(train(net, monitor=everything(net), parts=2), plain)
+    close(train(net, monitor=everything(net, fused=True), parts=2), plain)
     times = 1 if recompute == "off" else 2  # the last norm stands outside of the checkpoints
     assert len(fused_calls) == 7 * 2 * (6 * times + 1)
 
 
 def test_exactly_once_under_recompute_to_the_bit_of_the_same_kernels() -> None:
     nets = [Net(recompute) for recompute in ("off", "reentrant", "non-reentrant")]
-    first, *others = (train(net, monitor=everything(net)) for net in nets)
+    first, *others = (train(net, monitor=everything(net, fused=True)) for net in nets)
     for other in others:
         assert_same(other, first)
 

@@ -179,7 +179,7 @@ def test_a_spike_between_two_flushes_is_kept() -> None:
 
 
 def test_history_is_bounded_in_memory_and_says_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stabnorm.monitor.buffers._HISTORY_BYTES", 4 * (1 + 2 + 6) * 10 * 3)  # three flushes of ten
+    monkeypatch.setattr("stabnorm.monitor.track._HISTORY_BYTES", 4 * (1 + 2 + 6) * 10 * 3)  # three flushes of ten
     model = nn.Sequential(nn.LayerNorm(8))
     with StabilityMonitor(model, ["amax"], flush_every=10) as monitor:
         for _ in range(100):

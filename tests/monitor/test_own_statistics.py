@@ -79,7 +79,7 @@ def test_a_trial_leaves_no_trace() -> None:
         (Statistic("power"), TypeError, "statistic 'power' has no function: give compute="),
         (Statistic("power", compute=3), TypeError, "statistic 'power' has no function"),  # type: ignore[arg-type]
         (Statistic("power", compute=power, needs="token"), ValueError, "needs 'token', which nobody gathers; did you mean 'tokens'"),  # type: ignore[arg-type]  # noqa: E501
-        (power, TypeError, "holds names and Statistic objects, got <function power"),
+        (power, TypeError, "a statistic is a name or an object of class Statistic, got <function power"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_its_name(statistic: Any, error: type[Exception], match: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor, find_norms
+from stabnorm.companions import SwitchCompanion
 from stabnorm.monitor.statistics import CATALOGUE, PRESETS, catalogue_table, resolve
 from tests.monitor.norm_cases import CASES, Array, normalised, rows
 
@@ -205,7 +206,7 @@ def test_a_step_that_is_not_finite_has_no_affine_residual(bad: float) -> None:
 def test_the_catalogue_is_whole() -> None:
     families = {"F": 6, "S": 3, "O": 7, "P": 5}
     numbers = ["A", "A1", "N2", *(f"{name}{i + 1}" for name, last in families.items() for i in range(last))]
-    assert {s.number for s in CATALOGUE.values()} == set(numbers)
+    assert {s.number for s in (*CATALOGUE.values(), *SwitchCompanion.statistics)} == set(numbers)
     assert set(PRESETS["economy"]) < set(PRESETS["standard"]) < set(PRESETS["full"]) == set(CATALOGUE)
     table = catalogue_table()
     for s in CATALOGUE.values():

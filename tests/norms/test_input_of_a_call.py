@@ -20,8 +20,9 @@ from stabnorm import (
     remove_norms,
     valid_tokens,
 )
+from stabnorm.companions.switching import BranchGap
 from stabnorm.nn import PRepBN
-from stabnorm.switch import BranchGap, progressive_norms
+from stabnorm.switch import progressive_norms
 
 WIDTH = 6
 Call = Callable[[nn.Module, Tensor], Tensor]

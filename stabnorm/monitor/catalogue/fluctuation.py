@@ -78,7 +78,8 @@ def _rank_share(now: Moments, past: Past) -> Tensor:
 
 
 _DISCREPANCY = (
-    "evaluation sees other statistics than training: use larger batches, a smaller momentum, or recompute them at last"
+    "evaluation sees other statistics than training: use larger batches, a smaller momentum, or recompute them after "
+    "training"
 )
 _UNIFIED = "Unified Normalization, arXiv 2208.01313"
 _POWER = "PowerNorm, arXiv 2003.07845"

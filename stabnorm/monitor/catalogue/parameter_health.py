@@ -49,11 +49,11 @@ def _mx_last_bin(now: DetailedMoments, past: Past) -> Tensor:
     del past
     gain = now.parameters.gain.abs()
     blocks = torch.nn.functional.pad(gain, (0, -gain.shape[-1] % _BLOCK), value=torch.nan).unflatten(-1, (-1, _BLOCK))
-    there = blocks.isnan().logical_not()
-    largest = torch.frexp(torch.where(there, blocks, 0).amax(-1)).exponent  # the block's shared scale
+    known = blocks.isnan().logical_not()
+    largest = torch.frexp(torch.where(known, blocks, 0).amax(-1)).exponent  # the block's shared scale
     mantissa, exponent = torch.frexp(blocks)
-    last = (~there | ((exponent == largest[..., None]) & (mantissa >= _LAST_BIN))).all(-1)
-    exist = there.any(-1)
+    last = (~known | ((exponent == largest[..., None]) & (mantissa >= _LAST_BIN))).all(-1)
+    exist = known.any(-1)
     share: Tensor = (last & exist).sum(-1) / torch.where(exist.any(-1), exist.sum(-1), torch.nan)
     return share
 

@@ -1,4 +1,4 @@
-"""When a layer is ready to be switched: for the gate, which decides, and the companion, which shows it. No torch here."""
+"""When a layer is ready to be switched: for the gate, which decides, and for the companion, which shows it."""
 
 MEASURE_EVERY = 4  # steps between two affine residuals of the gate, and between two branch gaps
 MOMENTUM = 0.1  # PyTorch's, of a layer's average affine residual

@@ -40,9 +40,8 @@ def test_what_a_dashboard_reads_loads_without_torch() -> None:
 def test_a_package_offers_what_its_type_checkers_see(package: str) -> None:
     module = importlib.import_module(package)
     assert module.__file__ is not None
-    imports = [
-        node for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.ImportFrom)
-    ]
+    source = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(source) if isinstance(node, ast.ImportFrom)]
     seen = {alias.asname: node.module for node in imports for alias in node.names if alias.asname is not None}
     assert sorted(seen) == module.__all__
     for name, home in seen.items():

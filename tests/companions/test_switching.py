@@ -106,5 +106,5 @@ def test_it_says_where_nothing_is_to_be_watched_and_where_its_statistics_are() -
 
 def test_the_monitor_imports_nothing_of_progressive_norms() -> None:
     for file in Path(str(stabnorm.monitor.__file__)).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.ImportFrom) and str(node.module).startswith("stabnorm.nn")), file

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import inference, kernels, memory, monitor_overhead, norm_modules
-from stabnorm.ops import _cpp, backends, use_kernels
+from stabnorm.ops import backends, use_kernels
+from stabnorm.ops.cpp import library as _cpp
 
 SECTIONS = ("kernels", "modules", "monitor", "memory", "inference")
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from stabnorm.functional_detail import DetailMoments
+from stabnorm.functional.detail import DetailMoments
 from stabnorm.monitor.parameters import Parameters
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.switch.gate import MOMENTUM as RESIDUAL_MOMENTUM

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stabnorm.functional_detail import DetailMoments, clear_detail_, empty_detail, merge_detail_
+from stabnorm.functional.detail import DetailMoments, clear_detail_, empty_detail, merge_detail_
 from stabnorm.monitor.catalogue.statistic import Statistic
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.parameters import Parameters, adam_figures

@@ -18,7 +18,7 @@ from stabnorm._models.ranks import is_distributed
 from stabnorm._models.watched import unwatch_class, watch_class
 from stabnorm._models.wrappers import unwrapped
 from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
-from stabnorm.functional_detail import DetailMoments
+from stabnorm.functional.detail import DetailMoments
 from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.fused import FusedNorm, can_fuse
 from stabnorm.monitor.gradients import LayerHook, OutputHook, ParameterHook

@@ -22,7 +22,7 @@ def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
     """
     body = _body("blend", norm, rep)
     if body == "triton":
-        from stabnorm.ops import _triton_blended
+        from stabnorm.ops.triton import blended as _triton_blended
 
         return _triton_blended.blend(lam, norm, rep)
     if body == REFERENCE:
@@ -36,7 +36,7 @@ def join_gradients(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
     """`functional.join_gradients`, their sum."""
     body = _body("join_gradients", of_norm, of_rep)
     if body == "triton":
-        from stabnorm.ops import _triton_blended
+        from stabnorm.ops.triton import blended as _triton_blended
 
         return _triton_blended.join_gradients(lam, of_norm, of_rep)
     if body == REFERENCE:

@@ -35,15 +35,15 @@ def blended_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`functional.blended_norm` in the dtype of the rows; means and 1 / std of the tokens are float32."""
     if body == "triton":
-        from stabnorm.ops import _triton_blended
+        from stabnorm.ops.triton import blended as _triton_blended
 
         return _triton_blended.norm(lam, rows, weight, bias, eps, scale, shift)
     if body == "cpp":
-        from stabnorm.ops import _cpp_blended
+        from stabnorm.ops.cpp import blended as _cpp_blended
 
         return _cpp_blended.cpp_blended_norm(lam, rows, weight, bias, eps, scale, shift)
     if body == "aten":
-        from stabnorm.ops import _cpu_blended
+        from stabnorm.ops.aten import blended as _cpu_blended
 
         return _cpu_blended.norm(lam, rows, weight, bias, eps, scale, shift)
     y, mean, rstd = functional.blended_norm(lam, widened(rows), weight, bias, eps, scale, shift)
@@ -62,16 +62,16 @@ def blended_sums(
 ) -> BlendedSums:
     """The column sums that the gradients need; at lam = 1 those that do not matter may be 0."""
     if body == "triton":
-        from stabnorm.ops import _triton_blended
+        from stabnorm.ops.triton import blended as _triton_blended
 
         return BlendedSums(*_triton_blended.sums(dy, rows, mean, valid, token_mean, token_rstd))
     if body == "cpp":
-        from stabnorm.ops import _cpp_blended
+        from stabnorm.ops.cpp import blended as _cpp_blended
 
         sums = _cpp_blended.cpp_blended_sums(lam, dy, rows, mean, valid, token_mean, token_rstd).unbind()
         return BlendedSums(sums[0], sums[1], sums[3], sums[4], sums[2])
     if body == "aten":
-        from stabnorm.ops import _cpu_blended
+        from stabnorm.ops.aten import blended as _cpu_blended
 
         plain, weighted = _cpu_blended.sums(lam, dy, rows, mean)
         return BlendedSums(plain, weighted, plain, weighted, plain)  # LayerNorm's own backward brings the last
@@ -115,20 +115,20 @@ def blended_gradient(
         sums: from `blended_sums`.
     """
     if body == "triton":
-        from stabnorm.ops import _triton_blended
+        from stabnorm.ops.triton import blended as _triton_blended
 
         return _triton_blended.gradient(
             lam, dy, rows, weight, scale, mean, valid, slope, offset, token_mean, token_rstd, sums.through, sums.plain
         )
     if body == "cpp":
-        from stabnorm.ops import _cpp_blended
+        from stabnorm.ops.cpp import blended as _cpp_blended
 
         return _cpp_blended.cpp_blended_gradient(
             lam, dy, rows, weight, bias, scale, mean, valid, slope, offset, token_mean, token_rstd, sums.plain,
             sums.through,
         )  # fmt: skip
     if body == "aten":
-        from stabnorm.ops import _cpu_blended
+        from stabnorm.ops.aten import blended as _cpu_blended
 
         return _cpu_blended.gradient(
             lam, dy, rows, weight, bias, scale, mean, slope, offset, token_mean, token_rstd, sums.plain

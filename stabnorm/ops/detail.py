@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from stabnorm.functional_detail import OUTPUTS, DetailMoments, detail_moments, merge_detail_, outlier_counts
+from stabnorm.functional.detail import OUTPUTS, DetailMoments, detail_moments, merge_detail_, outlier_counts
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops.moments import is_recompute
 
@@ -68,7 +68,7 @@ def accumulate_detail_(
     keep = None if valid is None else valid.reshape(-1)
     into = DetailMoments(seen, counts, outputs, range_bits, means, sequences)
     if rows.device.type == "cpu":
-        from stabnorm.ops._cpu_detail import add_detail_of_rows_
+        from stabnorm.ops.aten.detail import add_detail_of_rows_
 
         add_detail_of_rows_(into, rows, batch, eps, keep, token_means, value_counts, sequence_means)
     else:
@@ -97,7 +97,7 @@ def count_outliers_(
     rows = as_rows(y.detach(), channel_dim, feature_dims)
     keep = None if valid is None else valid.reshape(-1)
     if rows.device.type == "cpu":
-        from stabnorm.ops._cpu_detail import outlier_counts_of_rows
+        from stabnorm.ops.aten.detail import outlier_counts_of_rows
 
         tokens, found = outlier_counts_of_rows(rows, keep)
     else:

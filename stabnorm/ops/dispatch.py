@@ -3,7 +3,7 @@
 Every op means a formula of `stabnorm.functional`, which runs anywhere: the execution "reference". There may also be
 
 * "aten": a body for CPUs of ATen's fast primitives; a compiled graph holds the formula, which its compiler fuses;
-* "cpp": one for CPUs in C++, which a compiler must be there to build (`stabnorm.ops._cpp`);
+* "cpp": one for CPUs in C++, which a compiler must be there to build (`stabnorm.ops.cpp.library`);
 * "triton": a kernel for GPUs, which is trusted on devices where its own tests have passed (`stabnorm.ops.tested`).
 
 The environment variable STABNORM_KERNELS, or `use_kernels`, says which of them may run:
@@ -26,7 +26,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from stabnorm.ops import _cpp, tested
+from stabnorm.ops import tested
+from stabnorm.ops.cpp import library as _cpp
 
 KERNELS = ("auto", "cpp", "triton", "reference")
 VARIABLE = "STABNORM_KERNELS"

@@ -70,7 +70,7 @@ def accumulate_moments_(
     if seen.ndim == 1 and body != "triton":
         into = RawMoments(seen[0], channel[0], token[0])  # one of the splits will do
     if body == "cpp" and not grouped:
-        from stabnorm.ops import _cpp_moments
+        from stabnorm.ops.cpp import moments as _cpp_moments
 
         rows = as_rows(x, channel_dim, feature_dims)
         _cpp_moments.add_moments_of_rows_(into, rows, kind, eps, keep, tokens, normalized, fresh)
@@ -84,12 +84,12 @@ def accumulate_moments_(
         by_groups, variances = normalize_groups(channels_first.float(), groups, eps)
         by_groups = as_rows(by_groups, 1) if normalized else None
     if body == "triton":
-        from stabnorm.ops import _triton_moments
+        from stabnorm.ops.triton import moments as _triton_moments
 
         with torch.cuda.device_of(rows):  # a kernel is launched on the current device, whatever it is given
             _triton_moments.add_moments_of_rows_(into, rows, kind, eps, by_groups, variances, keep, tokens, normalized)
     elif body in ("aten", "cpp"):
-        from stabnorm.ops import _cpu_moments
+        from stabnorm.ops.aten import moments as _cpu_moments
 
         _cpu_moments.add_moments_of_rows_(into, rows, kind, eps, by_groups, variances, keep, tokens, normalized, fresh)
     else:
@@ -113,7 +113,7 @@ def empty_accounts(layers: int, channels: int, device: torch.device, splits: int
     """
     if execution("accumulate_moments_", torch.empty(1, device=device)) != "triton":
         return empty_moments(layers, channels, device)
-    from stabnorm.ops._triton_moments import splits_of
+    from stabnorm.ops.triton.moments import splits_of
 
     splits = splits or splits_of(channels, device)
     return RawMoments(*(p.unflatten(0, (layers, splits)) for p in empty_moments(layers * splits, channels, device)))
@@ -124,7 +124,7 @@ def merge_accounts(accounts: RawMoments) -> RawMoments:
     if accounts.seen.ndim == 1:
         return accounts
     if execution("merge_accounts", accounts.channel) == "triton":
-        from stabnorm.ops import _triton_accounts
+        from stabnorm.ops.triton import accumulators as _triton_accounts
 
         with torch.cuda.device_of(accounts.channel):
             return _triton_accounts.merge_splits(accounts)

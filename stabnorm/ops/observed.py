@@ -37,7 +37,7 @@ def splits_for(channels: int, device: torch.device) -> int:
     """In how many splits a kernel of this op wants an account; 0: in none."""
     if execution(OP, torch.empty(1, device=device)) != "triton":
         return 0
-    from stabnorm.ops import _triton_observed
+    from stabnorm.ops.triton import observed as _triton_observed
 
     return _triton_observed.splits_of(device.type, device.index) if channels <= _triton_observed.WIDEST else 0
 
@@ -53,7 +53,7 @@ def body_for(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec, 
             return None
     body = execution(OP, x)
     if body == "triton":
-        from stabnorm.ops._triton_observed import WIDEST
+        from stabnorm.ops.triton.observed import WIDEST
 
         return body if math.prod(spec.shape) <= WIDEST and into.seen.ndim == 1 else None
     return body if body == "cpp" and into.seen.ndim == 0 else None
@@ -101,14 +101,14 @@ class _Observed(torch.autograd.Function):
         keep, add = None if valid is None else valid.reshape(-1), not is_recompute()
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # what is returned must be no view
         if body == "triton":
-            from stabnorm.ops import _triton_observed
+            from stabnorm.ops.triton import observed as _triton_observed
 
             means, rstds = _triton_observed.norm(
                 rows, gain, offset, spec.eps, spec.kind == "rms", y.view(rows.shape), into, keep, spec.tokens,
                 spec.normalized, add,
             )  # fmt: skip
         else:
-            from stabnorm.ops import _cpp_observed
+            from stabnorm.ops.cpp import observed as _cpp_observed
 
             out = y.view(rows.shape)
             means, rstds = _cpp_observed.norm(rows, gain, offset, spec.eps, spec.kind, out, into, keep, add)
@@ -125,11 +125,11 @@ class _Observed(torch.autograd.Function):
         rows, upstream = (as_rows(t, -1, len(spec.shape)) for t in (x, dy))
         gain = None if weight is None else weight.reshape(-1)
         if ctx.body == "triton":
-            from stabnorm.ops import _triton_observed
+            from stabnorm.ops.triton import observed as _triton_observed
 
             dx, through, plain = _triton_observed.gradient(upstream, rows, gain, means, rstds, spec.kind == "rms")
         else:
-            from stabnorm.ops import _cpp_observed
+            from stabnorm.ops.cpp import observed as _cpp_observed
 
             dx, through, plain = _cpp_observed.gradient(upstream, rows, gain, means, rstds, spec.kind)
         of_weight = None if weight is None else through.to(weight.dtype).view(weight.shape)

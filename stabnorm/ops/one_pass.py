@@ -35,11 +35,11 @@ def affine_with_square(
         return torch.empty_like(rows), moments_of_rows(rows, valid, center=False)
     body = execution("one_pass", rows, valid)
     if body == "triton":
-        from stabnorm.ops import _triton_one_pass
+        from stabnorm.ops.triton import one_pass as _triton_one_pass
 
         return _triton_one_pass.affine_with_square(rows, valid, scale, shift)
     if body == "cpp":
-        from stabnorm.ops import _cpp_one_pass
+        from stabnorm.ops.cpp import one_pass as _cpp_one_pass
 
         return _cpp_one_pass.affine_with_square(rows, valid, scale, shift)
     return affine_of_rows(rows, scale, shift), moments_of_rows(rows, valid, center=False)
@@ -49,7 +49,7 @@ def redo_affine_(y: Tensor, right: Tensor, rows: Tensor, scale: Tensor, shift: T
     """Write `rows.affine_of_rows` into ``y`` unless the bool scalar ``right`` is set."""
     body = execution("one_pass", rows, None)
     if body == "triton":
-        from stabnorm.ops import _triton_one_pass
+        from stabnorm.ops.triton import one_pass as _triton_one_pass
 
         _triton_one_pass.redo_affine_(y, right, rows, scale, shift)
     elif body != "cpp" or not right:  # in the host's own memory: nothing is waited for
@@ -64,11 +64,11 @@ def gradient_with_sums(
         return torch.empty_like(rows), sums_of_rows(dy, rows, None, valid)
     body = execution("one_pass", rows, valid)
     if body == "triton":
-        from stabnorm.ops import _triton_one_pass
+        from stabnorm.ops.triton import one_pass as _triton_one_pass
 
         return _triton_one_pass.gradient_with_sums(dy, rows, valid, scale, slope)
     if body == "cpp":
-        from stabnorm.ops import _cpp_one_pass
+        from stabnorm.ops.cpp import one_pass as _cpp_one_pass
 
         return _cpp_one_pass.gradient_with_sums(dy, rows, valid, scale, slope)
     dx = gradient_of_rows(dy, rows, None, valid, scale, slope, None)
@@ -81,7 +81,7 @@ def redo_gradient_(
     """Write `rows.gradient_of_rows` into ``dx`` unless the bool scalar ``right`` is set."""
     body = execution("one_pass", rows, valid)
     if body == "triton":
-        from stabnorm.ops import _triton_one_pass
+        from stabnorm.ops.triton import one_pass as _triton_one_pass
 
         _triton_one_pass.redo_gradient_(dx, right, dy, rows, valid, scale, slope)
     elif body != "cpp" or not right:

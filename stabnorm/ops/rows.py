@@ -22,15 +22,15 @@ def moments_of_rows(rows: Tensor, valid: Tensor | None, *, center: bool) -> Batc
     """`functional.batch_moments` of ``[R, C]`` in any floating dtype."""
     body = execution("moments_of_rows", rows, valid)
     if body == "triton":
-        from stabnorm.ops import _triton_rows
+        from stabnorm.ops.triton import rows as _triton_rows
 
         return _triton_rows.moments(rows, valid, center)
     if body == "cpp":
-        from stabnorm.ops import _cpp_rows
+        from stabnorm.ops.cpp import rows as _cpp_rows
 
         return _cpp_rows.moments(rows, valid, center)
     if body == "aten":
-        from stabnorm.ops import _cpu_rows
+        from stabnorm.ops.aten import rows as _cpu_rows
 
         return _cpu_rows.moments(rows, center)
     return functional.batch_moments(widened(rows), valid, center=center)
@@ -44,15 +44,15 @@ def affine_of_rows(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """
     body = execution("affine_of_rows", rows)
     if body == "triton":
-        from stabnorm.ops import _triton_rows
+        from stabnorm.ops.triton import rows as _triton_rows
 
         return _triton_rows.affine(rows, scale, shift)
     if body == "cpp":
-        from stabnorm.ops import _cpp_rows
+        from stabnorm.ops.cpp import rows as _cpp_rows
 
         return _cpp_rows.cpp_affine(rows, scale, shift)
     if body == "aten" and rows.dtype in LOW_PRECISION:
-        from stabnorm.ops import _cpu_rows
+        from stabnorm.ops.aten import rows as _cpu_rows
 
         return _cpu_rows.affine(rows, scale, shift)
     wide = widened(rows)
@@ -66,15 +66,15 @@ def sums_of_rows(
     """`functional.upstream_sums` with the rows' deviations from `mean`, or the rows where there is none."""
     body = execution("sums_of_rows", rows, valid)
     if body == "triton":
-        from stabnorm.ops import _triton_rows
+        from stabnorm.ops.triton import rows as _triton_rows
 
         return _triton_rows.sums(dy, rows, mean, valid)
     if body == "cpp":
-        from stabnorm.ops import _cpp_rows
+        from stabnorm.ops.cpp import rows as _cpp_rows
 
         return _cpp_rows.sums(dy, rows, mean, valid)
     if body == "aten":
-        from stabnorm.ops import _cpu_rows
+        from stabnorm.ops.aten import rows as _cpu_rows
 
         return _cpu_rows.sums(dy, rows, mean) * 2
     wide = widened(rows)
@@ -93,15 +93,15 @@ def gradient_of_rows(
     """`functional.input_gradient` in the dtype of the rows."""
     body = execution("gradient_of_rows", rows, valid)
     if body == "triton":
-        from stabnorm.ops import _triton_rows
+        from stabnorm.ops.triton import rows as _triton_rows
 
         return _triton_rows.gradient(dy, rows, mean, valid, scale, slope, offset)
     if body == "cpp":
-        from stabnorm.ops import _cpp_rows
+        from stabnorm.ops.cpp import rows as _cpp_rows
 
         return _cpp_rows.cpp_gradient(dy, rows, mean, valid, scale, slope, offset)
     if body == "aten":
-        from stabnorm.ops import _cpu_rows
+        from stabnorm.ops.aten import rows as _cpu_rows
 
         shift = torch.zeros_like(slope) if mean is None else slope * mean
         return _cpu_rows.gradient(dy, rows, scale, -slope, shift if offset is None else shift - offset)
@@ -114,11 +114,11 @@ def scaled_groups(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor
     """`functional.scale_groups` in the dtype of the rows, and what it multiplied with, ``[R, groups]``."""
     body = execution("scale_groups", rows)
     if body == "triton":
-        from stabnorm.ops import _triton_groups
+        from stabnorm.ops.triton import groups as _triton_groups
 
         return _triton_groups.scaled(rows, groups, eps)
     if body == "cpp":
-        from stabnorm.ops import _cpp_rows
+        from stabnorm.ops.cpp import rows as _cpp_rows
 
         return _cpp_rows.cpp_scale_groups(rows, groups, eps)
     grouped = widened(rows.unflatten(-1, (groups, -1)))
@@ -134,11 +134,11 @@ def gradient_of_groups(dy: Tensor, y: Tensor, r: Tensor, masked: bool) -> Tensor
     """
     body = execution("scale_groups", y)
     if body == "triton":
-        from stabnorm.ops import _triton_groups
+        from stabnorm.ops.triton import groups as _triton_groups
 
         return _triton_groups.gradient(dy, y, r, masked)
     if body == "cpp":
-        from stabnorm.ops import _cpp_rows
+        from stabnorm.ops.cpp import rows as _cpp_rows
 
         return _cpp_rows.cpp_gradient_of_groups(dy, y, r)
     shape = (r.shape[-1], -1)

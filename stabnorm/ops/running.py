@@ -153,7 +153,7 @@ def track_batch_(
     if is_recompute():
         return
     if window is None and execution("track_batch_", square) == "triton":
-        from stabnorm.ops import _triton_running
+        from stabnorm.ops.triton import running as _triton_running
 
         _triton_running.track_batch_(
             mean, square, count, running_mean, running_var, step, skips, progress, momentum, counting

@@ -42,7 +42,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def _kernels_hash() -> str:
-    sources = sorted(FOLDER.glob("_triton_*.py"))
+    sources = sorted((FOLDER / "triton").glob("*.py"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 

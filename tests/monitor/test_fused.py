@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stabnorm import StabilityMonitor, valid_tokens
 from stabnorm.monitor.statistics import CATALOGUE
-from stabnorm.ops import _cpp, use_kernels
+from stabnorm.ops import use_kernels
+from stabnorm.ops.cpp import library as _cpp
 from stabnorm.ops.observed import observed_norm
 from tests.monitor.one_history import History, Net, assert_same, train
 

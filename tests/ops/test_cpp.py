@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from stabnorm import StabilityMonitor
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from stabnorm.ops import _cpp, backends, dispatch, use_kernels
+from stabnorm.ops import backends, dispatch, use_kernels
+from stabnorm.ops.cpp import library as _cpp
 from stabnorm.ops.rows import moments_of_rows, sums_of_rows
 
 
@@ -265,7 +266,7 @@ def test_moving_lam_compiles_nothing_anew() -> None:
 
 @pytest.mark.usefixtures("cpp")
 def test_powernorm_takes_one_pass_past_its_warm_up_only_and_trains_as_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stabnorm.ops import _cpp_one_pass
+    from stabnorm.ops.cpp import one_pass as _cpp_one_pass
 
     one_pass, calls = _cpp_one_pass.affine_with_square, []
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stabnorm.functional_detail import (
+from stabnorm.functional.detail import (
     KURTOSIS,
     MAX_TO_MEDIAN,
     MEDIAN,

@@ -13,7 +13,9 @@ from torch import nn
 import stabnorm.ops
 from stabnorm import StabilityMonitor
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from stabnorm.ops import _cpu_moments, _cpu_rows, dispatch, tested, use_kernels
+from stabnorm.ops import dispatch, tested, use_kernels
+from stabnorm.ops.aten import moments as _cpu_moments
+from stabnorm.ops.aten import rows as _cpu_rows
 
 CUDA = ("triton", "moments_of_rows", "cuda", 0)
 

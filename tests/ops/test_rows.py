@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stabnorm import functional
-from stabnorm.ops import _cpu_rows
+from stabnorm.ops.aten import rows as _cpu_rows
 from stabnorm.ops.blend import blend, join_gradients
 from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 

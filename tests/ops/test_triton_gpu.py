@@ -204,9 +204,9 @@ def test_the_ops_tell_the_truth_about_themselves() -> None:
     valid, lam = torch.rand(40, device="cuda") < 0.5, torch.tensor(0.3, device="cuda")
     with use_kernels("triton"):
         moments_of_rows(x, None, center=True)  # registers what is imported late
-    import stabnorm.ops._triton_blended  # noqa: F401
-    import stabnorm.ops._triton_groups  # noqa: F401
-    import stabnorm.ops._triton_observed  # noqa: F401
+    import stabnorm.ops.triton.blended
+    import stabnorm.ops.triton.groups
+    import stabnorm.ops.triton.observed  # noqa: F401
 
     ops = torch.ops.stabnorm
     for op, arguments in (

@@ -42,8 +42,8 @@ def truth(x: Tensor, kind: Kind, valid: Tensor | None, groups: int = 1) -> RawMo
 
 def in_splits(*parts: tuple[Tensor, Tensor | None], kind: Kind, channel_dim: int = -1, groups: int = 1) -> RawMoments:
     """What several forwards added to the accounts of a layer's splits, and the launch that ends the step made of it."""
-    from stabnorm.ops._triton_accounts import merge_splits
-    from stabnorm.ops._triton_moments import splits_of
+    from stabnorm.ops.triton.accumulators import merge_splits
+    from stabnorm.ops.triton.moments import splits_of
 
     channels = parts[0][0].shape[channel_dim]
     account = empty_moments(splits_of(channels, DEVICE), channels, DEVICE)
@@ -130,7 +130,7 @@ def test_a_bad_number_shows_in_its_channel_only() -> None:
 
 
 def test_the_splits_of_all_layers_merge_in_one_launch() -> None:
-    from stabnorm.ops._triton_accounts import merge_splits
+    from stabnorm.ops.triton.accumulators import merge_splits
 
     layers, splits, channels = 3, 70, 21  # more splits than a tile takes
     parts = empty_moments(layers * splits, channels, DEVICE)

@@ -17,17 +17,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from stabnorm.functional import RawMoments, empty_moments
-from stabnorm.ops import (
-    _triton_accounts,
-    _triton_blended,
-    _triton_groups,
-    _triton_moments,
-    _triton_observed,
-    _triton_one_pass,
-    _triton_rows,
-    _triton_running,
-    _triton_shared,
-)
+from stabnorm.ops.triton import accumulators as _triton_accounts
+from stabnorm.ops.triton import blended as _triton_blended
+from stabnorm.ops.triton import groups as _triton_groups
+from stabnorm.ops.triton import moments as _triton_moments
+from stabnorm.ops.triton import observed as _triton_observed
+from stabnorm.ops.triton import one_pass as _triton_one_pass
+from stabnorm.ops.triton import rows as _triton_rows
+from stabnorm.ops.triton import running as _triton_running
+from stabnorm.ops.triton import shared as _triton_shared
 
 
 class Driver:

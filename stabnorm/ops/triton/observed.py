@@ -1,7 +1,7 @@
 """The GPU body of `observed`: LayerNorm or RMSNorm, and what a monitor wants to know of its input, in one read.
 
 Each program holds whole rows, takes every so many tiles of them, and keeps the columns' moments meanwhile: it adds them
-to its own split of the layer's account, see `stabnorm.ops._triton_accounts`. So the norm moves the bytes that it
+to its own split of the layer's account, see `stabnorm.ops.triton.accumulators`. So the norm moves the bytes that it
 moves anyway. The backward sums dy n and dy over the columns on the way, which are the gradients of gain and bias, and
 what the gradient statistics are made of.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.library import triton_op
 
 from stabnorm.functional import RawMoments
-from stabnorm.ops._triton_accounts import add_moments, add_normalized, add_tokens
-from stabnorm.ops._triton_rows import add_splits
-from stabnorm.ops._triton_shared import (
+from stabnorm.ops.triton.accumulators import add_moments, add_normalized, add_tokens
+from stabnorm.ops.triton.rows import add_splits
+from stabnorm.ops.triton.shared import (
     INTERPRETED_PROGRAMS,
     as_bytes,
     laid_out,

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_
-from stabnorm.ops._cpp import TYPES, call
-from stabnorm.ops._cpp_moments import KINDS
+from stabnorm.ops.cpp.library import TYPES, call
+from stabnorm.ops.cpp.moments import KINDS
 
 
 def norm(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import BatchMoments
-from stabnorm.ops._cpp import TYPES, call
+from stabnorm.ops.cpp.library import TYPES, call
 
 
 def affine_with_square(

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import BatchMoments
-from stabnorm.ops._cpp import TYPES, call
 from stabnorm.ops._register import registered
+from stabnorm.ops.cpp.library import TYPES, call
 
 
 def moments(rows: Tensor, valid: Tensor | None, center: bool) -> BatchMoments:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stabnorm.ops.tested import cache_folder
 
-FOLDER = Path(__file__).parent / "cpp"
+FOLDER = Path(__file__).parent
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -113,9 +113,10 @@ def _built() -> Path:
     if compiler is None:
         raise _NotBuilt("no C++ compiler found. Install g++ or clang++, or set CXX")
     sources = sorted(FOLDER.glob("*.cpp"))
+    texts = [path.read_bytes() for path in sorted((*sources, *FOLDER.glob("*.h")))]
     # Everything the compiler would define, its version and the instructions of this machine among it.
     machine = _run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-    parts = [machine.encode(), " ".join(FLAGS).encode(), *(path.read_bytes() for path in sorted(FOLDER.iterdir()))]
+    parts = [machine.encode(), " ".join(FLAGS).encode(), *texts]
     path = cache_folder() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from stabnorm.functional import RawMoments
-from stabnorm.ops._triton_shared import lanes_merged, largest, largest_of, least, least_of, merged, split_tile
+from stabnorm.ops.triton.shared import lanes_merged, largest, largest_of, least, least_of, merged, split_tile
 
 
 @triton.jit

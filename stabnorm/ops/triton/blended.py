@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from stabnorm.ops._triton_rows import sums_op
-from stabnorm.ops._triton_shared import (
+from stabnorm.ops.triton.rows import sums_op
+from stabnorm.ops.triton.shared import (
     as_bytes,
     blended,
     laid_out,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from stabnorm.ops._triton_shared import rows_of_tile, tile_from_the_end, traceable
+from stabnorm.ops.triton.shared import rows_of_tile, tile_from_the_end, traceable
 
 
 @triton.jit

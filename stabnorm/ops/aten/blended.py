@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stabnorm.ops import _cpu_rows
+from stabnorm.ops.aten import rows as _cpu_rows
 from stabnorm.ops.rows import affine_of_rows
 
 

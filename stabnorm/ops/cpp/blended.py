@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from stabnorm.ops import _cpp_rows, _cpu_blended
-from stabnorm.ops._cpp import TYPES, call
 from stabnorm.ops._register import registered
+from stabnorm.ops.aten import blended as _cpu_blended
+from stabnorm.ops.cpp import rows as _cpp_rows
+from stabnorm.ops.cpp.library import TYPES, call
 
 
 @registered(

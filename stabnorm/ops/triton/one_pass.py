@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.library import triton_op
 
 from stabnorm.functional import BatchMoments
-from stabnorm.ops._triton_rows import add_splits
-from stabnorm.ops._triton_shared import (
+from stabnorm.ops.triton.rows import add_splits
+from stabnorm.ops.triton.shared import (
     as_bytes,
     columns,
     laid_out,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_
-from stabnorm.ops._cpp import TYPES, call
+from stabnorm.ops.cpp.library import TYPES, call
 
 KINDS: dict[Kind, int] = {"batch": 0, "layer": 1, "rms": 2}
 

@@ -1,7 +1,7 @@
 """The GPU body of `rows`: one read for the moments, one for the backward's sums, one read and one write for each map.
 
 The two maps go through the rows backwards: the reduction before them ended at the last row, and what of the tensor
-still lies in the cache is its end. See `stabnorm.ops._triton_shared` for the layout.
+still lies in the cache is its end. See `stabnorm.ops.triton.shared` for the layout.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from stabnorm.functional import BatchMoments
-from stabnorm.ops._triton_shared import (
+from stabnorm.ops.triton.shared import (
     Columns,
     as_bytes,
     columns,

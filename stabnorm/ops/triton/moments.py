@@ -1,7 +1,7 @@
 """The GPU body of `moments`: what a forward adds to a layer's account, in one read, or two with the tokens' statistics.
 
 The account of a layer may be one (``seen []``, ``channel [9, C]``, ``token [7]``) or one for every split of the rows,
-with the splits as first axis, see `stabnorm.ops._triton_accounts`.
+with the splits as first axis, see `stabnorm.ops.triton.accumulators`.
 
 The second read is for what the norm makes of x: a token's mean and variance must be known before the first of its
 channels can be normalised. It follows at once, so that of an activation that fits the cache it reads no memory.
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_, share_below
-from stabnorm.ops._triton_accounts import add_moments, add_normalized, add_tokens, merge_splits
-from stabnorm.ops._triton_shared import (
+from stabnorm.ops.triton.accumulators import add_moments, add_normalized, add_tokens, merge_splits
+from stabnorm.ops.triton.shared import (
     as_bytes,
     columns,
     laid_out,

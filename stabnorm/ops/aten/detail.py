@@ -8,7 +8,7 @@ as fast as one that gives bools, and as easily summed.
 import torch
 from torch import Tensor
 
-from stabnorm.functional_detail import (
+from stabnorm.functional.detail import (
     KURTOSIS,
     MAX_TO_MEDIAN,
     MEDIAN,
@@ -24,7 +24,7 @@ from stabnorm.functional_detail import (
     sequence_moments,
     smallest,
 )
-from stabnorm.ops._cpu_moments import _BLOCK_ELEMENTS, _BLOCK_ROWS, _scratch
+from stabnorm.ops.aten.moments import _BLOCK_ELEMENTS, _BLOCK_ROWS, _scratch
 
 
 def add_detail_of_rows_(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stabnorm._models.watched import has_stand_in, own_class
 from stabnorm.functional import RawMoments
 from stabnorm.norms import NormLayer
-from stabnorm.ops.observed import NormKind, Spec, body_for, observed_norm
+from stabnorm.ops.observed import NormKind, Spec, backend_for, observed_norm
 
 if TYPE_CHECKING:
     from stabnorm.monitor.observe import Observer
@@ -20,7 +20,7 @@ class FusedNorm:
     """Stands in for the forward of one of torch's own norms.
 
     The hook before the forward hands its input over (`take`), and the forward that follows adds its moments. Where no
-    body takes the input, the hook adds them itself, and the forward is torch's.
+    backend takes the input, the hook adds them itself, and the forward is torch's.
 
     Args:
         observer: says which moments are wanted, and counts the time, the norm's own included.
@@ -50,19 +50,19 @@ class FusedNorm:
                 return False
             eps = torch.finfo(torch.float32).eps
         spec = Spec(self.kind, shape, eps, self.observer.tokens, self.observer.normalized)
-        body = body_for(x, *self._affine, spec, account)
-        self._due = None if body is None else (x, valid, account, spec, body)
-        return body is not None
+        backend = backend_for(x, *self._affine, spec, account)
+        self._due = None if backend is None else (x, valid, account, spec, backend)
+        return backend is not None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The forward; None: the module's own has to run."""
         if self._due is None:
             return None
         start = time.perf_counter()
-        (taken, valid, account, spec, body), self._due = self._due, None
+        (taken, valid, account, spec, backend), self._due = self._due, None
         y = None
         if x is taken:
-            y = observed_norm(x, *self._affine, spec, valid, account, body)
+            y = observed_norm(x, *self._affine, spec, valid, account, backend)
         else:  # another hook has changed it since
             self.plainly(taken, valid)
         self.observer.seconds += time.perf_counter() - start

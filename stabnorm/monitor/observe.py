@@ -23,8 +23,9 @@ from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.fused import FusedNorm, can_fuse
 from stabnorm.monitor.gradients import LayerHook, OutputHook, ParameterHook
 from stabnorm.norms import NormLayer
+from stabnorm.ops.accumulators import empty_accumulators, merge_accumulators
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
-from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
+from stabnorm.ops.moments import accumulate_moments_
 from stabnorm.ops.observed import splits_for
 
 logger = logging.getLogger("stabnorm")
@@ -122,7 +123,7 @@ class Observer:
         """The slab on a device; a model spread over several has one on each, of which the others stay empty."""
         if device not in self._slabs:
             splits = splits_for(self.width, device) if self.fused else 0
-            self._slabs[device] = empty_accounts(len(self.layers), self.width, device, splits)
+            self._slabs[device] = empty_accumulators(len(self.layers), self.width, device, splits)
         return self._slabs[device]
 
     def account(self, index: int, device: torch.device) -> RawMoments:
@@ -132,11 +133,11 @@ class Observer:
 
     def take(self, device: torch.device) -> tuple[RawMoments, Tensor]:
         """Merged moments of all layers and gradient sums (NaN where none came), on one device; views of the slab."""
-        merged = merge_accounts(self.slab(device))
+        merged = merge_accumulators(self.slab(device))
         for other, slab in self._slabs.items():
             if other != device:
                 merge_moments_(
-                    merged, RawMoments(*(part.to(device, non_blocking=True) for part in merge_accounts(slab)))
+                    merged, RawMoments(*(part.to(device, non_blocking=True) for part in merge_accumulators(slab)))
                 )
         gradient = self.gradient_slab(device)
         for other, sums in self._gradients.items():

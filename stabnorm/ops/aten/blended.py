@@ -1,12 +1,14 @@
-"""The CPU body of `blended`: LayerNorm's own kernels, which bring half of it, and what is missing added in place."""
+"""The ATen backend of `blended`: LayerNorm's own kernels bring half of it, and the rest is added in place."""
 
 import torch
 from torch import Tensor
 
-from stabnorm.ops.aten import rows as _cpu_rows
+from stabnorm.ops.aten import rows as rows_
+from stabnorm.ops.blended import BlendedSums, blended_gradient, blended_norm, blended_sums
 from stabnorm.ops.rows import affine_of_rows
 
 
+@blended_norm.backend("aten", masks=False)
 def norm(
     lam: Tensor,
     rows: Tensor,
@@ -32,14 +34,28 @@ def norm(
     return y, tokens[0], tokens[1]
 
 
-def sums(lam: Tensor, dy: Tensor, rows: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Column sums of dy and of dy (rows - mean); at lam = 1 nobody asks for them."""
+@blended_sums.backend("aten", masks=False)
+def sums(
+    lam: Tensor,
+    dy: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
+    valid: Tensor | None,
+    token_mean: Tensor,
+    token_rstd: Tensor,
+) -> BlendedSums:
+    """Column sums of dy and of dy (rows - mean); at lam = 1 nobody asks for them.
+
+    The sum of dy n comes with LayerNorm's own backward.
+    """
     if float(lam) == 1:
         zero = dy.new_zeros(rows.shape[1], dtype=torch.float32)
-        return zero, zero
-    return _cpu_rows.sums(dy, rows, mean)
+        return BlendedSums(zero, zero, zero, zero, zero)
+    plain, weighted = rows_.sums(dy, rows, mean)
+    return BlendedSums(plain, weighted, plain, weighted, plain)
 
 
+@blended_gradient.backend("aten", masks=False)
 def gradient(
     lam: Tensor,
     dy: Tensor,
@@ -48,11 +64,12 @@ def gradient(
     bias: Tensor | None,
     scale: Tensor,
     mean: Tensor | None,
+    valid: Tensor | None,
     slope: Tensor,
     offset: Tensor | None,
     token_mean: Tensor,
     token_rstd: Tensor,
-    plain: Tensor,
+    sums: BlendedSums,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.blended.blended_gradient`."""
     share = float(lam)
@@ -63,11 +80,11 @@ def gradient(
         constant = constant - offset
     if share == 0:
         nothing = torch.zeros_like(scale)
-        return _cpu_rows.gradient(dy, rows, scale, -slope, constant), nothing, nothing
+        return rows_.gradient(dy, rows, scale, -slope, constant), nothing, nothing
     gain = share * (torch.ones_like(scale) if weight is None else weight.float())
     dx, of_weight, _ = own_gradient(dy, rows, gain, None, token_mean, token_rstd)
     _add_products_(dx, [(dy, (1 - share) * scale), (rows, (share - 1) * slope)], (1 - share) * constant)
-    return dx, share * of_weight, share * plain
+    return dx, share * of_weight, share * sums.plain
 
 
 def own_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,8 +111,8 @@ def _add_products_(y: Tensor, products: list[tuple[Tensor, Tensor]], constant: T
     """Add ``rows * vector`` for each pair, and the constant, to ``y`` in place, while a block is in the cache."""
     work = wide = None
     if y.dtype != torch.float32:
-        work, wide = _cpu_rows.scratch(y), _cpu_rows.scratch(y)
-    for out, *factors in _cpu_rows.blocks(y, *(rows for rows, _ in products)):
+        work, wide = rows_.scratch(y), rows_.scratch(y)
+    for out, *factors in rows_.blocks(y, *(rows for rows, _ in products)):
         into = out if work is None else work[: len(out)].copy_(out)
         for factor, (_, vector) in zip(factors, products, strict=True):
             into.addcmul_(factor if wide is None else wide[: len(out)].copy_(factor), vector)

@@ -1,4 +1,4 @@
-"""The CPU body of `detail`: row block by row block, in memory that is kept, with NumPy's sort for the medians.
+"""The ATen backend of `detail`: row block by row block, in memory that is kept, with NumPy's sort for the medians.
 
 Measured at 3152 x 192, float32, one thread: the rows' medians take 16 ms with `torch.median` or `kthvalue`, 42 ms with
 `torch.sort` and 0.9 ms with NumPy, which sorts with vector instructions. A comparison that gives floats is five times
@@ -24,20 +24,22 @@ from stabnorm.functional.detail import (
     sequence_moments,
     smallest,
 )
-from stabnorm.ops.aten.moments import _BLOCK_ELEMENTS, _BLOCK_ROWS, _scratch
+from stabnorm.ops.aten.moments import BLOCK_ELEMENTS, BLOCK_ROWS, scratch
+from stabnorm.ops.detail import add_detail_, outliers_of_rows
 
 
+@add_detail_.backend("aten", in_graphs=True)
 def add_detail_of_rows_(
-    into: DetailMoments,
     rows: Tensor,
+    valid: Tensor | None,
+    into: DetailMoments,
     batch: int,
     eps: float,
-    valid: Tensor | None,
     tokens: bool,
     values: bool,
     sequences: bool,
 ) -> None:
-    """`functional_detail.detail_moments` of float32 ``rows [R, C]`` added to ``into``."""
+    """See `ops.detail.add_detail_`."""
     channels = rows.shape[1]
     alone = int(into.seen.numpy()) == 0  # the host's own memory: no operation, and no wait
     new = into if alone else DetailMoments(*(part[0] for part in empty_detail(1, channels, rows.device)))
@@ -47,10 +49,10 @@ def add_detail_of_rows_(
     if valid is not None:  # on a CPU selecting reads nothing back
         rows = rows[valid]
     new.seen.fill_(len(rows))
-    step = min(_BLOCK_ROWS, max(1, _BLOCK_ELEMENTS // channels))
+    step = min(BLOCK_ROWS, max(1, BLOCK_ELEMENTS // channels))
     for start in range(0, len(rows), step):
         block = rows[start : start + step].contiguous()
-        work = _scratch(block)
+        work = scratch(block)
         if values:  # sums of ones are exact: a block has fewer elements than float32 counts
             finite = torch.mul(block, 0, out=work).eq_(0).sum()  # 0 times what is not finite is NaN
             new.counts[NONFINITE] += block.numel() - finite.long()
@@ -62,7 +64,7 @@ def add_detail_of_rows_(
 
 
 def _token_shape(block: Tensor, work: Tensor, eps: float) -> Tensor:
-    """Means over the block's tokens of `functional_detail.token_shape`; ``work`` is memory of the block's shape."""
+    """Means over the block's tokens of `functional.detail.token_shape`; ``work`` is memory of the block's shape."""
     out = block.new_empty(3)
     torch.abs(block, out=work).numpy().sort(axis=-1)
     median, largest = middle_and_last(work)
@@ -75,13 +77,14 @@ def _token_shape(block: Tensor, work: Tensor, eps: float) -> Tensor:
     return out
 
 
-def outlier_counts_of_rows(rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`functional_detail.outlier_counts`."""
+@outliers_of_rows.backend("aten", in_graphs=True)
+def outlier_counts(rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`functional.detail.outlier_counts`."""
     if valid is not None:
         rows = rows[valid]
-    found = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        block = rows[start : start + _BLOCK_ROWS].float()
-        magnitudes = torch.abs(block, out=_scratch(block))
-        found += torch.ge(magnitudes, OUTLIER, out=magnitudes).sum(0).long()
-    return torch.full((), len(rows), device=rows.device), found
+    outliers = torch.zeros(rows.shape[1], dtype=torch.int64, device=rows.device)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS].float()
+        magnitudes = torch.abs(block, out=scratch(block))
+        outliers += torch.ge(magnitudes, OUTLIER, out=magnitudes).sum(0).long()
+    return torch.full((), len(rows), device=rows.device), outliers

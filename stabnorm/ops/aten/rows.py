@@ -1,4 +1,4 @@
-"""The CPU body of `rows`: few passes, in ATen's vectorised primitives.
+"""The ATen backend of `rows`: few passes, in ATen's vectorised primitives.
 
 The workhorse is `native_batch_norm_backward`, asked for two of its three results: the column sums of a, and of a b,
 in one read. It splits the work among threads by rows, as elementwise ops do, so that each thread finds in its own
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import BatchMoments
+from stabnorm.ops.rows import LOW_PRECISION, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 
 BLOCK = 2**19  # numbers; two megabytes in float32
 WIDTH = 1024  # numbers that are added to as many others at a time; many more no longer fit the innermost cache
@@ -55,7 +56,8 @@ def _column_sums(a: Tensor, b: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     return plain, weighted
 
 
-def moments(rows: Tensor, center: bool) -> BatchMoments:
+@moments_of_rows.backend("aten", masks=False)
+def moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
     """See `functional.batch_moments`.
 
     The mean of the first block is subtracted from all. It is off the mean by at most sqrt(1 / f) standard deviations
@@ -80,8 +82,11 @@ def moments(rows: Tensor, center: bool) -> BatchMoments:
     return BatchMoments(count, origin + rest, (square / count - rest * rest).clamp(min=0))
 
 
+@affine_of_rows.backend("aten")
 def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """``rows scale + shift`` for rows in low precision."""
+    """``rows scale + shift``; in float32 the formula is as fast."""
+    if rows.dtype not in LOW_PRECISION:
+        return affine_of_rows.formula(rows, scale, shift)
     y, memory = torch.empty_like(rows), scratch(rows)
     for block, out in blocks(rows, y):
         work = memory[: len(block)]
@@ -94,6 +99,15 @@ def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     return y
 
 
+@sums_of_rows.backend("aten", masks=False)
+def upstream_sums(
+    dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `functional.upstream_sums`."""
+    plain, weighted = sums(dy, rows, mean)
+    return plain, weighted, plain, weighted
+
+
 def sums(dy: Tensor, rows: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
     """Column sums of ``dy`` and of ``dy (rows - mean)``."""
     plain, weighted, zero = rows.new_zeros(3, rows.shape[1], dtype=torch.float32)
@@ -102,6 +116,21 @@ def sums(dy: Tensor, rows: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]
         plain += sums[0]
         weighted += sums[1]
     return plain, weighted
+
+
+@gradient_of_rows.backend("aten", masks=False)
+def input_gradient(
+    dy: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
+    valid: Tensor | None,
+    scale: Tensor,
+    slope: Tensor,
+    offset: Tensor | None,
+) -> Tensor:
+    """See `functional.input_gradient`."""
+    shift = torch.zeros_like(slope) if mean is None else slope * mean
+    return gradient(dy, rows, scale, -slope, shift if offset is None else shift - offset)
 
 
 def gradient(dy: Tensor, rows: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> Tensor:

@@ -1,33 +1,50 @@
-"""The C++ body of `moments`, see `cpp/moments.cpp`."""
+"""The C++ backend of `moments`, see `moments.cpp`."""
 
 import torch
 from torch import Tensor
 
 from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_
-from stabnorm.ops.cpp.library import TYPES, call
+from stabnorm.ops.aten import moments as aten
+from stabnorm.ops.cpp.library import call, maybe_whole, shape_of
+from stabnorm.ops.moments import add_moments_
 
-KINDS: dict[Kind, int] = {"batch": 0, "layer": 1, "rms": 2}
+KINDS: dict[Kind, int] = {"batch": 0, "layer": 1, "rms": 2}  # those that the C++ knows
 
 
+@add_moments_.backend("cpp", in_graphs=True)
 def add_moments_of_rows_(
-    into: RawMoments,
     rows: Tensor,
+    valid: Tensor | None,
+    into: RawMoments,
     kind: Kind,
     eps: float,
-    valid: Tensor | None,
+    by_groups: Tensor | None,
+    variances: Tensor | None,
     tokens: bool,
     normalized: bool,
     fresh: bool,
 ) -> None:
-    """`functional.raw_moments` of ``rows [R, C]`` added to ``into``; ``fresh``: it is known to be empty."""
+    """See `ops.moments.add_moments_`."""
+    if kind not in KINDS:
+        aten.add_moments_of_rows_(rows, valid, into, kind, eps, by_groups, variances, tokens, normalized, fresh)
+        return
     rows = rows.contiguous()
-    valid = None if valid is None else valid.contiguous()
-    new = into if fresh else RawMoments(*(part[0] for part in empty_moments(1, rows.shape[1], torch.device("cpu"))))
+    new = into if fresh else empty_moment(rows.shape[1])
     seen = call(
-        "moments", rows, TYPES[rows.dtype], *rows.shape, valid, KINDS[kind], tokens, normalized, eps,
+        "moments", rows, *shape_of(rows), maybe_whole(valid), KINDS[kind], tokens, normalized, eps,
         torch.get_num_threads(), new.channel, new.channel.stride(0), new.token,
     )  # fmt: skip
+    take_in_(into, new, seen)
+
+
+def empty_moment(channels: int) -> RawMoments:
+    """The accumulator of one layer that saw nothing yet."""
+    return RawMoments(*(part[0] for part in empty_moments(1, channels, torch.device("cpu"))))
+
+
+def take_in_(into: RawMoments, new: RawMoments, seen: int) -> None:
+    """Add what C++ has written into ``new`` to ``into``, which may be the same."""
     if seen:
         new.seen.fill_(seen)
-        if not fresh:
+        if new is not into:
             merge_moments_(into, new)

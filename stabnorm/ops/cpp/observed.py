@@ -1,51 +1,48 @@
-"""The C++ body of `observed`, see `cpp/moments.cpp` and `cpp/norm.cpp`."""
+"""The C++ backend of `observed`, see `moments.cpp` and `norm.cpp`."""
 
 import torch
 from torch import Tensor
 
-from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_
-from stabnorm.ops.cpp.library import TYPES, call
-from stabnorm.ops.cpp.moments import KINDS
+from stabnorm.functional import RawMoments
+from stabnorm.ops.cpp.library import call, like, maybe_vector, maybe_whole, shape_of
+from stabnorm.ops.cpp.moments import KINDS, empty_moment, take_in_
+from stabnorm.ops.observed import NormKind, Spec, norm_gradient, norm_with_moments
 
 
+@norm_with_moments.backend("cpp")
 def norm(
     rows: Tensor,
-    weight: Tensor | None,
+    gain: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    kind: Kind,
+    spec: Spec,
     y: Tensor,
     into: RawMoments,
     valid: Tensor | None,
     add: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.observed`; ``into`` is a plain account. Fills ``y``; mean and 1 / std of each token in float32."""
+    """See `ops.observed.norm_with_moments`; all moments are gathered, whatever `spec` leaves out."""
     rows = rows.contiguous()
-    valid = None if valid is None else valid.contiguous()
-    gain, offset = (None if t is None else t.detach().float().contiguous() for t in (weight, bias))
     means, rstds = rows.new_empty(2, len(rows), dtype=torch.float32)
     fresh = not (add and into.seen.numpy().any())  # in the host's own memory: nothing is waited for
-    new = into if fresh else RawMoments(*(part[0] for part in empty_moments(1, rows.shape[1], rows.device)))
+    new = into if fresh else empty_moment(rows.shape[1])
     seen = call(
-        "observed", rows, TYPES[rows.dtype], *rows.shape, valid, KINDS[kind], eps, add, torch.get_num_threads(),
-        new.channel, new.channel.stride(0), new.token, gain, offset, y, means, rstds,
+        "observed", rows, *shape_of(rows), maybe_whole(valid), KINDS[spec.kind], spec.eps, add,
+        torch.get_num_threads(), new.channel, new.channel.stride(0), new.token, maybe_vector(gain),
+        maybe_vector(bias), y, means, rstds,
     )  # fmt: skip
-    if seen:
-        new.seen.fill_(seen)
-        if not fresh:
-            merge_moments_(into, new)
+    take_in_(into, new, seen)
     return means, rstds
 
 
+@norm_gradient.backend("cpp")
 def gradient(
-    dy: Tensor, rows: Tensor, weight: Tensor | None, means: Tensor, rstds: Tensor, kind: Kind
+    dy: Tensor, rows: Tensor, gain: Tensor | None, means: Tensor, rstds: Tensor, kind: NormKind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dx, and the sums of dy n and of dy."""
-    rows, dy = rows.contiguous(), dy.to(rows.dtype).contiguous()
-    gain = None if weight is None else weight.detach().float().contiguous()
+    """See `ops.observed.norm_gradient`."""
+    rows = rows.contiguous()
     dx, out = torch.empty_like(rows), rows.new_empty(2, rows.shape[1], dtype=torch.float32)
     call(
-        "norm_gradient", dy, rows, TYPES[rows.dtype], *rows.shape, kind == "rms", means, rstds, gain,
+        "norm_gradient", like(rows, dy), rows, *shape_of(rows), kind == "rms", means, rstds, maybe_vector(gain),
         torch.get_num_threads(), dx, out,
     )  # fmt: skip
     return dx, out[0], out[1]

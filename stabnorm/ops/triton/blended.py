@@ -1,8 +1,8 @@
-"""The GPU body of `blended` and of `blend`: both norms of a PRepBN in the bytes of one, lam staying on the device.
+"""The Triton backend of `blended`: both norms of a PRepBN in the bytes of one, lam staying on the device.
 
-The forward reads its input once for the batch's moments (`_triton_rows`) and once for both norms; the backward reads
+The forward reads its input once for the batch's moments (`triton.rows`) and once for both norms; the backward reads
 input and upstream gradient once for all column sums, LayerNorm's included, and once for the gradient. Rows are gone
-through backwards the second time, see `_triton_shared`. At lam = 1 this is LayerNorm to rounding, not to the bit.
+through backwards the second time, see `triton.shared`. At lam = 1 this is LayerNorm to rounding, not to the bit.
 """
 
 import torch
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from stabnorm.ops.blended import BlendedSums, blended_gradient, blended_norm, blended_sums
 from stabnorm.ops.triton.rows import sums_op
 from stabnorm.ops.triton.shared import (
     as_bytes,
@@ -21,8 +22,6 @@ from stabnorm.ops.triton.shared import (
     tile_from_the_end,
     traceable,
 )
-
-_FLAT = 4096  # elements of a program of the kernel over elements
 
 
 @triton.jit
@@ -84,37 +83,7 @@ def _gradient(
     tl.store(dx_ptr + r[:, None] * channels + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _elements(lam_ptr, a_ptr, b_ptr, out_ptr, size, ADD: tl.constexpr, SIZE: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    lam = tl.load(lam_ptr).to(tl.float32)
-    a = tl.load(a_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    if ADD:
-        out = tl.where(lam == 1, a, tl.where(lam == 0, b, a + b))
-    else:
-        out = blended(lam, a, b)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=at < size)
-
-
 # --- the ops ---
-
-
-@triton_op("stabnorm::triton_blend", mutates_args={})
-def _elements_op(lam: Tensor, a: Tensor, b: Tensor, add: bool) -> Tensor:
-    out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    traceable(_elements)[(triton.cdiv(a.numel(), _FLAT),)](lam, a, b, out, a.numel(), ADD=add, SIZE=_FLAT)
-    return out
-
-
-def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
-    """See `functional.blend`."""
-    return _elements_op(lam, norm.contiguous(), rep.contiguous(), False)
-
-
-def join_gradients(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
-    """See `functional.join_gradients`."""
-    return _elements_op(lam, of_norm.contiguous(), of_rep.contiguous(), True)
 
 
 @triton_op("stabnorm::triton_blended_norm", mutates_args={})
@@ -140,6 +109,8 @@ def _norm_op(
     return y, means, rstds
 
 
+# A kernel cannot read lam on the host, and so cannot leave the norm to torch where lam is 1.
+@blended_norm.backend("triton", in_graphs=True, same_bits=False)
 def norm(
     lam: Tensor,
     rows: Tensor,
@@ -153,12 +124,19 @@ def norm(
     return _norm_op(lam, laid_out(rows), weight, bias, eps, scale.contiguous(), side_by_side(shift))
 
 
+@blended_sums.backend("triton", in_graphs=True, same_bits=False)
 def sums(
-    dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None, token_mean: Tensor, token_rstd: Tensor
-) -> tuple[Tensor, ...]:
-    """Of `functional.upstream_sums` the four, and the sum of dy n over all rows."""
-    found = sums_op(laid_out(dy), laid_out(rows), side_by_side(mean), valid, token_mean, token_rstd).unbind()
-    return found if valid is not None else (found[0], found[1], found[0], found[1], found[2])
+    lam: Tensor,
+    dy: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
+    valid: Tensor | None,
+    token_mean: Tensor,
+    token_rstd: Tensor,
+) -> BlendedSums:
+    """The four sums of `functional.upstream_sums`, plus the sum of dy n over all rows."""
+    sums = sums_op(laid_out(dy), laid_out(rows), side_by_side(mean), valid, token_mean, token_rstd).unbind()
+    return BlendedSums(*(sums if valid is not None else (sums[0], sums[1], sums[0], sums[1], sums[2])))
 
 
 @triton_op("stabnorm::triton_blended_gradient", mutates_args={})
@@ -187,11 +165,13 @@ def _gradient_op(
     return dx
 
 
+@blended_gradient.backend("triton", in_graphs=True, same_bits=False)
 def gradient(
     lam: Tensor,
     dy: Tensor,
     rows: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     scale: Tensor,
     mean: Tensor | None,
     valid: Tensor | None,
@@ -199,11 +179,10 @@ def gradient(
     offset: Tensor | None,
     token_mean: Tensor,
     token_rstd: Tensor,
-    through: Tensor,
-    plain: Tensor,
+    sums: BlendedSums,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.blended.blended_gradient`."""
     vectors = scale.contiguous(), side_by_side(mean), valid, slope.contiguous(), side_by_side(offset)
     dx = _gradient_op(lam, laid_out(dy), laid_out(rows), weight, *vectors, token_mean, token_rstd)
-    of_weight, of_bias = (torch.where(lam == 0, 0, lam * sum_) for sum_ in (through, plain))
+    of_weight, of_bias = (torch.where(lam == 0, 0, lam * sum_) for sum_ in (sums.through, sums.plain))
     return dx, of_weight, of_bias

@@ -1,4 +1,4 @@
-"""The GPU body of PowerNorm's GroupScaling: a token's group of channels is a short row of its own."""
+"""The Triton backend of PowerNorm's GroupScaling: a token's group of channels is a short row of its own."""
 
 import torch
 import triton
@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from stabnorm.ops.groups import gradient_of_groups, scaled_groups
 from stabnorm.ops.triton.shared import rows_of_tile, tile_from_the_end, traceable
 
 
@@ -47,8 +48,9 @@ def _scale_op(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     return y, r
 
 
+@scaled_groups.backend("triton", in_graphs=True)
 def scaled(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """See `rows.scaled_groups`."""
+    """See `ops.groups.scaled_groups`."""
     return _scale_op(rows.contiguous(), groups, eps)
 
 
@@ -63,6 +65,7 @@ def _gradient_op(dy: Tensor, y: Tensor, r: Tensor, masked: bool) -> Tensor:
     return dx
 
 
+@gradient_of_groups.backend("triton", in_graphs=True)
 def gradient(dy: Tensor, y: Tensor, r: Tensor, masked: bool) -> Tensor:
-    """See `rows.gradient_of_groups`."""
+    """See `ops.groups.gradient_of_groups`."""
     return _gradient_op(dy.contiguous(), y.contiguous(), r.contiguous(), masked)

@@ -1,7 +1,9 @@
-"""The GPU body of `moments`: what a forward adds to a layer's account, in one read, or two with the tokens' statistics.
+"""The Triton backend of `moments`: what a forward adds to a layer's accumulator.
 
-The account of a layer may be one (``seen []``, ``channel [9, C]``, ``token [7]``) or one for every split of the rows,
-with the splits as first axis, see `stabnorm.ops.triton.accumulators`.
+It takes one read, or two with the tokens' statistics.
+
+The accumulator of a layer may be one (``seen []``, ``channel [9, C]``, ``token [7]``) or one for every split of the
+rows, with the splits as first axis, see `stabnorm.ops.triton.accumulators`.
 
 The second read is for what the norm makes of x: a token's mean and variance must be known before the first of its
 channels can be normalised. It follows at once, so that of an activation that fits the cache it reads no memory.
@@ -13,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_, share_below
-from stabnorm.ops.triton.accumulators import add_moments, add_normalized, add_tokens, merge_splits
+from stabnorm.ops.moments import add_moments_
+from stabnorm.ops.triton.accumulators import add_moments, add_normalized, add_tokens, merge
 from stabnorm.ops.triton.shared import (
     as_bytes,
     columns,
@@ -61,7 +64,7 @@ def _add(
     KIND: tl.constexpr, TOKENS: tl.constexpr, NORMALIZED: tl.constexpr, MASKED: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One split of one block of channels, merged with what its account holds. KIND: 0 layer, 1 rms, 2 n is given."""
+    """Merge one split of one block of channels into its accumulator. KIND: 0 layer, 1 rms, 2 n is given."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split, splits = tl.program_id(1), tl.num_programs(1)
     there = c < channels
@@ -136,16 +139,16 @@ def _add(
     n_b, shift_b, rest_b, m2_b, apart = lanes_merged(of_lane, shift, rest, m2)
     lane = of_lane > 0
     n_a = tl.load(seen_ptr + split).to(tl.float32)
-    account = channel_ptr + split.to(tl.int64) * split_stride + c
+    into_ptr = channel_ptr + split.to(tl.int64) * split_stride + c
     n_ab, share, delta = add_moments(
-        account, line_stride, there, n_a, n_b, shift_b, rest_b, m2_b,
+        into_ptr, line_stride, there, n_a, n_b, shift_b, rest_b, m2_b,
         largest_of(tl.where(lane, most, float("-inf"))), least_of(fewest),
     )  # fmt: skip
     if NORMALIZED:
         zeros = tl.zeros_like(shift)
         _, shift_bn, rest_bn, m2_bn, apart_n = lanes_merged(of_lane, zeros, mean_n, m2_n)
         both_b = tl.sum(m2_xn + of_lane * apart * apart_n, 0)
-        add_normalized(account, line_stride, there, n_a, n_b, n_ab, share, delta, shift_bn, rest_bn, m2_bn, both_b)
+        add_normalized(into_ptr, line_stride, there, n_a, n_b, n_ab, share, delta, shift_bn, rest_bn, m2_bn, both_b)
     if tl.program_id(0) == 0:
         lanes = tl.sum(n, 1)
         count = tl.sum(lanes, 0)
@@ -166,22 +169,39 @@ def splits_of(channels: int, device: torch.device) -> int:
     return columns(channels, device).splits
 
 
+@add_moments_.backend("triton", in_graphs=True)
 def add_moments_of_rows_(
-    into: RawMoments,
     rows: Tensor,
+    valid: Tensor | None,
+    into: RawMoments,
     kind: Kind,
     eps: float,
     by_groups: Tensor | None,
     variances: Tensor | None,
+    tokens: bool,
+    normalized: bool,
+    fresh: bool,
+) -> None:
+    """See `ops.moments.add_moments_`."""
+    with torch.cuda.device_of(rows):  # a kernel is launched on the current device, whatever it is given
+        _add_moments_(rows, valid, into, kind, eps, by_groups, variances, tokens, normalized)
+
+
+def _add_moments_(
+    rows: Tensor,
     valid: Tensor | None,
+    into: RawMoments,
+    kind: Kind,
+    eps: float,
+    by_groups: Tensor | None,
+    variances: Tensor | None,
     tokens: bool,
     normalized: bool,
 ) -> None:
-    """`functional.raw_moments` of ``rows [R, C]``, of any floating dtype but float64, added to ``into``."""
     if into.seen.ndim == 0:
         parts = empty_moments(splits_of(rows.shape[1], rows.device), rows.shape[1], rows.device)
-        add_moments_of_rows_(parts, rows, kind, eps, by_groups, variances, valid, tokens, normalized)
-        (one,) = zip(*merge_splits(RawMoments(*(part[None] for part in parts))), strict=True)
+        _add_moments_(rows, valid, parts, kind, eps, by_groups, variances, tokens, normalized)
+        (one,) = zip(*merge(*(part[None] for part in parts)), strict=True)
         merge_moments_(into, RawMoments(*one))
         return
     rows = laid_out(rows)

@@ -1,7 +1,7 @@
-"""The GPU body of `observed`: LayerNorm or RMSNorm, and what a monitor wants to know of its input, in one read.
+"""The Triton backend of `observed`: LayerNorm or RMSNorm, and what a monitor wants to know of its input, in one read.
 
 Each program holds whole rows, takes every so many tiles of them, and keeps the columns' moments meanwhile: it adds them
-to its own split of the layer's account, see `stabnorm.ops.triton.accumulators`. So the norm moves the bytes that it
+to its own split of the layer's accumulator, see `stabnorm.ops.triton.accumulators`. So the norm moves the bytes that it
 moves anyway. The backward sums dy n and dy over the columns on the way, which are the gradients of gain and bias, and
 what the gradient statistics are made of.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from stabnorm.functional import RawMoments
+from stabnorm.ops.observed import NormKind, Spec, norm_gradient, norm_with_moments
 from stabnorm.ops.triton.accumulators import add_moments, add_normalized, add_tokens
 from stabnorm.ops.triton.rows import add_splits
 from stabnorm.ops.triton.shared import (
@@ -38,7 +39,7 @@ WIDEST = 4096  # channels: a program holds eight sums of each
 
 @functools.cache
 def splits_of(device: str, index: int | None) -> int:
-    """Programs, and splits of an account: one for each multiprocessor, or their sums would be a read of their own."""
+    """Programs, and splits of an accumulator: one for each multiprocessor; more would cost a read to sum up."""
     if device != "cuda":
         return INTERPRETED_PROGRAMS
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
@@ -53,7 +54,7 @@ def _observed(
     TOKENS: tl.constexpr, NORMALIZED: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The norm of one split of the rows; with ADD its moments, merged with what the split's account holds."""
+    """The norm of one split of the rows; with ADD its moments, merged with what the split's accumulator holds."""
     c = tl.arange(0, CHANNELS)
     there = c < channels
     split, splits = tl.program_id(0), tl.num_programs(0)
@@ -140,10 +141,10 @@ def _observed(
                 mean_most = largest(mean_most, tl.where(here, mean, float("-inf")))
     if ADD:
         n_a = tl.load(seen_ptr + split).to(tl.float32)
-        account = channel_ptr + split.to(tl.int64) * split_stride + c
-        n_ab, share, delta = add_moments(account, line_stride, there, n_a, n, shift, rest, m2, most, fewest)
+        accumulator = channel_ptr + split.to(tl.int64) * split_stride + c
+        n_ab, share, delta = add_moments(accumulator, line_stride, there, n_a, n, shift, rest, m2, most, fewest)
         if NORMALIZED:
-            add_normalized(account, line_stride, there, n_a, n, n_ab, share, delta, shift_n, mean_n, m2_n, m2_xn)
+            add_normalized(accumulator, line_stride, there, n_a, n, n_ab, share, delta, shift_n, mean_n, m2_n, m2_xn)
         count = tl.max(n, 0)
         tl.store(counts_ptr + split, count.to(tl.int64))
         if TOKENS and count > 0:
@@ -207,31 +208,29 @@ def _layout(channels: int, dtype: torch.dtype) -> dict[str, Any]:
     return {"ROWS": rows, "CHANNELS": tile.channels, "STAGES": stages, "num_warps": WARPS}
 
 
+@norm_with_moments.backend("triton")
 def norm(
     rows: Tensor,
-    weight: Tensor | None,
+    gain: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    rms: bool,
+    spec: Spec,
     y: Tensor,
     into: RawMoments,
     valid: Tensor | None,
-    tokens: bool,
-    normalized: bool,
     add: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.observed`; ``into`` is an account in `splits_of` splits. Fills ``y``; mean and 1 / std of each token."""
-    rows, weight, bias = laid_out(rows), side_by_side(weight), side_by_side(bias)
+    """See `ops.observed.norm_with_moments`; ``into`` is an accumulator in `splits_of` splits."""
+    rows, gain, bias = laid_out(rows), side_by_side(gain), side_by_side(bias)
     length, channels = rows.shape
     means, rstds = (rows.new_empty(length, dtype=torch.float32) for _ in range(2))
     counts = torch.empty_like(into.seen)
     with torch.cuda.device_of(rows):  # a kernel is launched on the current device, whatever it is given
         _observed[(len(into.seen),)](
-            rows, rows if weight is None else weight, rows if bias is None else bias, y, means, rstds,
+            rows, rows if gain is None else gain, rows if bias is None else bias, y, means, rstds,
             as_bytes(valid, rows), into.seen, counts, into.channel, into.token, length, channels, rows.stride(0),
-            into.channel.stride(0), into.channel.stride(1), into.token.stride(0), eps,
-            RMS=rms, WEIGHT=weight is not None, BIAS=bias is not None, MASKED=valid is not None, TOKENS=tokens,
-            NORMALIZED=normalized, ADD=add, **_layout(channels, rows.dtype),
+            into.channel.stride(0), into.channel.stride(1), into.token.stride(0), spec.eps,
+            RMS=spec.kind == "rms", WEIGHT=gain is not None, BIAS=bias is not None, MASKED=valid is not None,
+            TOKENS=spec.tokens, NORMALIZED=spec.normalized, ADD=add, **_layout(channels, rows.dtype),
         )  # fmt: skip
     if add:
         into.seen.add_(counts)
@@ -258,10 +257,11 @@ def _gradient_op(
     return dx, sums
 
 
+@norm_gradient.backend("triton")
 def gradient(
-    dy: Tensor, rows: Tensor, weight: Tensor | None, means: Tensor, rstds: Tensor, rms: bool
+    dy: Tensor, rows: Tensor, gain: Tensor | None, means: Tensor, rstds: Tensor, kind: NormKind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dx, and the sums of dy n and of dy."""
-    dx, sums = _gradient_op(laid_out(dy), laid_out(rows), side_by_side(weight), means, rstds, rms)
+    """See `ops.observed.norm_gradient`."""
+    dx, sums = _gradient_op(laid_out(dy), laid_out(rows), side_by_side(gain), means, rstds, kind == "rms")
     through, plain = sums.unbind()
     return dx, through, plain

@@ -1,4 +1,4 @@
-"""The GPU body of `one_pass`: a map and the column sums of what it reads, in one read and one write.
+"""The Triton backend of `one_pass`: a map and the column sums of what it reads, in one read and one write.
 
 The maps' vectors are a guess. Whether it was right is known once the sums are merged, and stays on the device: the pass
 that would put it right looks at a flag first, and where that is set returns at once.
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from stabnorm.functional import BatchMoments
+from stabnorm.ops.one_pass import affine_with_square, gradient_with_sums, redo_affine_, redo_gradient_
 from stabnorm.ops.triton.rows import add_splits
 from stabnorm.ops.triton.shared import (
     as_bytes,
@@ -159,10 +160,13 @@ def _affine_op(rows: Tensor, valid: Tensor | None, scale: Tensor, shift: Tensor 
     return y, _added(parts)
 
 
-def affine_with_square(
-    rows: Tensor, valid: Tensor | None, scale: Tensor, shift: Tensor | None
+@affine_with_square.backend("triton", in_graphs=True)
+def affine(
+    rows: Tensor, valid: Tensor | None, scale: Tensor, shift: Tensor | None, guess: bool = True
 ) -> tuple[Tensor, BatchMoments]:
-    """See `one_pass.affine_with_square`."""
+    """See `ops.one_pass.affine_with_square`."""
+    if not guess:
+        return affine_with_square.formula(rows, valid, scale, shift, False)
     y, sums = _affine_op(laid_out(rows), valid, scale.contiguous(), side_by_side(shift))
     count, square = sums.unbind()
     return y, BatchMoments(count.select(0, 0), None, square / count.clamp(min=1))
@@ -178,7 +182,8 @@ def _redo_affine_op(y: Tensor, right: Tensor, rows: Tensor, scale: Tensor, shift
     )  # fmt: skip
 
 
-def redo_affine_(y: Tensor, right: Tensor, rows: Tensor, scale: Tensor, shift: Tensor | None) -> None:
+@redo_affine_.backend("triton", in_graphs=True)
+def redo_map_(y: Tensor, right: Tensor, rows: Tensor, scale: Tensor, shift: Tensor | None) -> None:
     """Write ``rows scale + shift`` into y unless ``right``, a bool scalar on the device."""
     _redo_affine_op(y, right, laid_out(rows), scale.contiguous(), side_by_side(shift))
 
@@ -196,13 +201,16 @@ def _gradient_op(dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, 
     return dx, _added(parts)
 
 
-def gradient_with_sums(
-    dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor
+@gradient_with_sums.backend("triton", in_graphs=True)
+def gradient(
+    dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor, guess: bool = True
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See `one_pass.gradient_with_sums`."""
+    """See `ops.one_pass.gradient_with_sums`."""
+    if not guess:
+        return gradient_with_sums.formula(dy, rows, valid, scale, slope, False)
     dx, sums = _gradient_op(laid_out(dy), laid_out(rows), valid, scale.contiguous(), slope.contiguous())
-    found = sums.unbind()
-    return dx, found if valid is not None else (*found, *found)
+    parts = sums.unbind()
+    return dx, parts if valid is not None else (*parts, *parts)
 
 
 @triton_op("stabnorm::triton_redo_gradient_", mutates_args={"dx"})
@@ -217,7 +225,8 @@ def _redo_gradient_op(
     )  # fmt: skip
 
 
-def redo_gradient_(
+@redo_gradient_.backend("triton", in_graphs=True)
+def redo_input_gradient_(
     dx: Tensor, right: Tensor, dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor
 ) -> None:
     """Write the gradient into dx unless ``right``, a bool scalar on the device."""

@@ -1,4 +1,4 @@
-"""The GPU body of `rows`: one read for the moments, one for the backward's sums, one read and one write for each map.
+"""The Triton backend of `rows`: one read for the moments, one for the sums, one read and one write for each map.
 
 The two maps go through the rows backwards: the reduction before them ended at the last row, and what of the tensor
 still lies in the cache is its end. See `stabnorm.ops.triton.shared` for the layout.
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from stabnorm.functional import BatchMoments
+from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 from stabnorm.ops.triton.shared import (
     Columns,
     as_bytes,
@@ -229,7 +230,8 @@ def _moments_op(rows: Tensor, valid: Tensor | None, center: bool) -> tuple[Tenso
     return count, mean, square
 
 
-def moments(rows: Tensor, valid: Tensor | None, center: bool) -> BatchMoments:
+@moments_of_rows.backend("triton", in_graphs=True)
+def moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
     """See `functional.batch_moments`."""
     count, mean, square = _moments_op(laid_out(rows), valid, center)
     return BatchMoments(count, mean if center else None, square)
@@ -244,7 +246,7 @@ def sums_op(
     token_mean: Tensor | None = None,
     token_rstd: Tensor | None = None,
 ) -> Tensor:
-    """Sums ``[2, C]``, with a mask ``[4, C]``, and with the tokens' statistics one more, see `_sums`."""
+    """Sums ``[2, C]``, or ``[4, C]`` with a mask; one more row with the tokens' statistics, see `_sums`."""
     length, channels = rows.shape
     where, masked = columns(channels, rows.device), valid is not None
     normal = token_mean is not None and token_rstd is not None
@@ -262,10 +264,11 @@ def sums_op(
     return out
 
 
+@sums_of_rows.backend("triton", in_graphs=True)
 def sums(dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `functional.upstream_sums`."""
-    found = sums_op(laid_out(dy), laid_out(rows), side_by_side(mean), valid).unbind()
-    return (*found, *found) if valid is None else found
+    sums = sums_op(laid_out(dy), laid_out(rows), side_by_side(mean), valid).unbind()
+    return (*sums, *sums) if valid is None else sums
 
 
 @triton_op("stabnorm::triton_affine_of_rows", mutates_args={})
@@ -280,6 +283,7 @@ def _affine_op(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     return y
 
 
+@affine_of_rows.backend("triton", in_graphs=True)
 def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """``rows scale + shift``."""
     return _affine_op(laid_out(rows), scale.contiguous(), side_by_side(shift))
@@ -307,6 +311,7 @@ def _gradient_op(
     return dx
 
 
+@gradient_of_rows.backend("triton", in_graphs=True)
 def gradient(
     dy: Tensor,
     rows: Tensor,

@@ -1,9 +1,12 @@
-"""The GPU body of `running.track_batch_` without a filter: some 25 launches on a handful of numbers, in one."""
+"""The Triton backend of `running.track_batch_` without a filter: some 25 launches on a handful of numbers, in one."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from stabnorm.ops.moments import is_recompute
+from stabnorm.ops.running import track_batch_
 
 _BLOCK = 1024
 
@@ -56,19 +59,25 @@ def _track(
         tl.store(progress_ptr + 2, tl.load(progress_ptr + 2) + 1)
 
 
-def track_batch_(
+@track_batch_.backend("triton", in_graphs=True)
+def track(
     mean: Tensor | None,
     square: Tensor,
     count: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor,
+    window: Tensor | None,
     step: Tensor,
     skips: Tensor,
     progress: Tensor,
+    patience: int,
     momentum: float,
+    eps: float,
     counting: bool,
 ) -> None:
-    """See `running.track_batch_`."""
+    """See `ops.running.track_batch_`."""
+    if is_recompute():
+        return
     _track[(1,)](
         square if mean is None else mean.contiguous(), square.contiguous(), count.to(torch.float32),
         running_var if running_mean is None else running_mean, running_var, step, skips, progress, square.numel(),

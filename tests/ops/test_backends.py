@@ -1,4 +1,4 @@
-"""Every execution equals its formula in float64 within one table by dtype; and so do the modules, there and back."""
+"""Every backend equals its formula in float64 within one table by dtype; and so do the modules, there and back."""
 
 from collections.abc import Callable
 
@@ -8,45 +8,68 @@ from torch import Tensor, nn
 
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from stabnorm.ops import dispatch, use_kernels
-from stabnorm.ops.selftest import TOLERANCES, Case, cases, executions, failures, main, truth
+from stabnorm.ops.dispatch import Op, all_ops
+from stabnorm.ops.rows import affine_of_rows
+from stabnorm.ops.selftest import TOLERANCES, Case, Check, cases, checks_of, compare, failures, settings_of, truth
+from stabnorm.ops.selftest.__main__ import main
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("op", list(dispatch.BODIES))
-def test_every_execution_of_an_op_equals_its_formula(op: str) -> None:
+CHECKS = {check: op for op in all_ops() for check in checks_of(op)}  # ops that are compared together count once
+
+
+@pytest.mark.parametrize("check", list(CHECKS), ids=[op.name for op in CHECKS.values()])
+def test_every_backend_of_an_op_equals_its_formula(check: Check) -> None:
     for case in cases(CPU, small=True):
-        right = truth(op, case)
-        for execution, setting in executions(op, CPU).items():
-            if execution == "triton":  # in its interpreter: tests/ops/test_triton_*.py, at sizes for that
+        right = truth(check, case)
+        for backend, setting in settings_of(CHECKS[check], CPU).items():
+            if backend == "triton":  # in its interpreter: tests/ops/test_triton_*.py, at sizes for that
                 continue
-            assert failures(op, setting, case, right) == [], execution
+            assert failures(check, setting, case, right) == [], backend
 
 
-def test_every_op_has_a_comparison_and_every_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stabnorm.ops import selftest
-
-    assert set(selftest.CHECKS) == set(dispatch.BODIES)
+def test_every_op_has_a_comparison_and_every_comparison_can_fail() -> None:
+    (check,) = checks_of(affine_of_rows)
     case = next(case for case in cases(CPU, small=True) if len(case.x) == 65 and case.valid is None)
-    right = truth("affine_of_rows", case)
+    right = truth(check, case)
     wrong = Case(case.name, case.x + 1e-3, case.dy, case.valid, case.vectors)
-    assert failures("affine_of_rows", "reference", wrong, right) != []
+    assert failures(check, "reference", wrong, right) != []
     calls = iter(range(10))
-    monkeypatch.setattr(selftest, "affine_of_rows", lambda x, scale, shift: x + next(calls))
-    assert "not the same bits twice" in failures("affine_of_rows", "reference", case, right)[0]
+    noisy: Check = lambda case: {"y": (case.x + next(calls), 1.0, True)}  # noqa: E731
+    assert "not the same bits twice" in failures(noisy, "reference", case, {"y": (case.x, 1.0, True)})[0]
+    with pytest.raises(NotImplementedError, match=r"selftest/rows\.py has no comparison under @forgotten\.check"):
+        checks_of(Op(forgotten, "rows", None, (), None))
+
+
+def forgotten(rows: Tensor) -> Tensor:
+    """An op without a comparison, as if it stood among the ops of `rows`."""
+    return rows
+
+
+forgotten.__module__ = "stabnorm.ops.rows"
+
+
+def test_an_op_and_a_backend_that_are_added_are_tested_without_another_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = Op(forgotten, "rows", None, (), None)
+    monkeypatch.setitem(dispatch.OPS, "forgotten", added)
+    added.backend("aten")(lambda rows: rows + 1)
+    added.check(lambda case: {"y": (added(case.x), 1.0, True)})
+    monkeypatch.setattr("stabnorm.ops.selftest.cases", lambda *_, **__: list(cases(CPU, small=True))[:1])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    wrong = {(op.name, backend): lines for op, backend, lines in compare(CPU)}
+    assert wrong.pop(("forgotten", "aten")) != []
+    assert not any(wrong.values())
 
 
 def test_the_selftest_prints_a_line_for_each(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def few(device: torch.device) -> list[Case]:
-        return list(cases(device, small=True))[:3]
-
-    monkeypatch.setattr("stabnorm.ops.selftest.cases", few)
+    monkeypatch.setattr("stabnorm.ops.selftest.cases", lambda *_, **__: list(cases(CPU, small=True))[:3])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # kernels would run on a CPU
     assert main(["--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == sum(len(executions(op, CPU)) for op in dispatch.BODIES)
+    assert len(printed) == sum(len(settings_of(op, CPU)) for op in all_ops())
     assert all(line.endswith("passed") for line in printed)
 
 
@@ -88,7 +111,7 @@ def trained(name: str, dtype: torch.dtype, masked: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("name", list(MODULES))
-def test_every_execution_of_a_module_equals_float64_forward_and_backward(
+def test_every_backend_of_a_module_equals_float64_forward_and_backward(
     name: str, masked: bool, dtype: torch.dtype
 ) -> None:
     with use_kernels("reference"):

@@ -8,6 +8,7 @@ from stabnorm.functional.moments import MEAN_MAX as MEAN_MAX
 from stabnorm.functional.moments import MEAN_MEAN as MEAN_MEAN
 from stabnorm.functional.moments import MEAN_MIN as MEAN_MIN
 from stabnorm.functional.moments import MIN as MIN
+from stabnorm.functional.moments import RAW as RAW
 from stabnorm.functional.moments import REST_N as REST_N
 from stabnorm.functional.moments import REST_X as REST_X
 from stabnorm.functional.moments import SHIFT_N as SHIFT_N

@@ -1,24 +1,21 @@
-"""The formulas of the detail moments: what the costlier statistics need beside `functional.RawMoments`.
+"""The formulas of the detail moments: what the costlier statistics need beside `RawMoments`.
 
 Shape legend: R rows (tokens), C channels, B sequences (entries of the input's first axis). Every field is a sum, an
-extreme, a mean or a mean with a variance, so that micro-batches and ranks merge exactly: `MERGE` says which is which.
+extreme, a mean or a mean with a variance, so that micro-batches and ranks merge exactly: `DETAIL` says which is which.
 """
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Columns of `DetailMoments.counts` and `.means`, rows of `.sequences`.
-NONFINITE, ZEROS, SEQUENCES, SQUARES, OUTPUTS = range(5)
-MEDIAN, MAX_TO_MEDIAN, KURTOSIS = range(3)
-SHIFT, REST, VAR = range(3)
+from stabnorm.functional.accumulators import Field, Layout, Rows
+
 OUTLIER = 6.0  # magnitude from which on an output is one (LLM.int8, arXiv 2208.07339)
 
 
 class DetailMoments(NamedTuple):
-    """What one forward adds to a layer's detailed account; two of them merge exactly (`merge_detail_`).
+    """What one forward adds to a layer's detailed accumulator; two of them merge exactly (`merge_detail_`).
 
     Attributes:
         seen: number of valid tokens, int64 scalar.
@@ -39,72 +36,28 @@ class DetailMoments(NamedTuple):
     sequences: Tensor
 
 
-# How each field merges; the one place that says so. "mean": weighted by `seen`. "moments": shift, rest and variance,
-# weighted by `counts[SQUARES]`.
-MERGE: Mapping[str, Literal["sum", "min", "mean", "moments"]] = {
-    "seen": "sum",
-    "counts": "sum",
-    "outputs": "sum",
-    "range_bits": "min",
-    "means": "mean",
-    "sequences": "moments",
-}
+def _seen(moments: DetailMoments) -> Tensor:
+    return moments.seen
 
 
-def empty_detail(layers: int, channels: int, device: torch.device | None = None) -> DetailMoments:
-    """The detailed account of layers that saw nothing yet: a leading axis ``[L]`` before every shape.
-
-    >>> empty_detail(2, 3).sequences.shape
-    torch.Size([2, 3, 3])
-    """
-    with torch.inference_mode(False):  # or it could not be added to outside of it
-        moments = DetailMoments(
-            torch.empty(layers, dtype=torch.int64, device=device),
-            torch.empty(layers, 5, dtype=torch.int64, device=device),
-            torch.empty(layers, channels, dtype=torch.int64, device=device),
-            torch.empty(layers, dtype=torch.float32, device=device),
-            torch.empty(layers, 3, dtype=torch.float32, device=device),
-            torch.empty(layers, 3, channels, dtype=torch.float32, device=device),
-        )
-        clear_detail_(moments)
-    return moments
+def _squares(moments: DetailMoments) -> Tensor:
+    return moments.counts[..., SQUARES]
 
 
-def clear_detail_(moments: DetailMoments) -> None:
-    """Set the account back to nothing seen, in place."""
-    for name, part in moments._asdict().items():
-        part.fill_(torch.inf if MERGE[name] == "min" else 0)
+DETAIL = Layout(
+    DetailMoments,
+    seen=Field((Rows("sum"),), dtype=torch.int64),
+    counts=Field((Rows("sum", ("NONFINITE", "ZEROS", "SEQUENCES", "SQUARES", "OUTPUTS")),), dtype=torch.int64),
+    outputs=Field((Rows("sum"),), per_channel=True, dtype=torch.int64),
+    range_bits=Field((Rows("min", empty=torch.inf),)),
+    means=Field((Rows("mean_or_inf", ("MEDIAN", "MAX_TO_MEDIAN", "KURTOSIS")),), weighted_by=_seen),
+    sequences=Field((Rows("moments", ("SHIFT", "REST", "VAR")),), per_channel=True, weighted_by=_squares),
+)
+NONFINITE, ZEROS, SEQUENCES, SQUARES, OUTPUTS = range(5)
+MEDIAN, MAX_TO_MEDIAN, KURTOSIS = range(3)
+SHIFT, REST, VAR = range(3)
 
-
-def merge_detail_(into: DetailMoments, new: DetailMoments) -> None:
-    """Add ``new`` to ``into``, in place, as if both had been seen at once; one layer, or all with a leading axis."""
-    by_tokens = _weight(into.seen, new.seen)[..., None]
-    by_squares = _weight(into.counts[..., SQUARES], new.counts[..., SQUARES])[..., None, None]
-    first = (into.counts[..., SQUARES] == 0)[..., None]
-    for name, rule in MERGE.items():
-        mine, theirs = getattr(into, name), getattr(new, name)
-        if rule == "sum":
-            mine.add_(theirs)
-        elif rule == "min":
-            torch.minimum(mine, theirs, out=mine)
-        elif rule == "mean":
-            mine.add_((theirs - mine) * by_tokens)
-        else:
-            _merge_sequences_(mine, theirs, by_squares[..., 0], first)
-
-
-def _weight(mine: Tensor, theirs: Tensor) -> Tensor:
-    """The share of the new in the whole."""
-    return (theirs / (mine + theirs).clamp(min=1)).float()
-
-
-def _merge_sequences_(mine: Tensor, theirs: Tensor, weight: Tensor, first: Tensor) -> None:
-    """Chan, Golub, LeVeque 1983, with the mean as shift + rest: see `functional.merge_moments_`."""
-    shift, rest, var = mine.unbind(-2)
-    shift.copy_(torch.where(first, theirs[..., SHIFT, :], shift))  # the first to come sets the origin
-    delta = theirs[..., SHIFT, :] - shift + (theirs[..., REST, :] - rest)
-    var.add_((theirs[..., VAR, :] - var) * weight).add_(weight * (1 - weight) * delta.square())
-    rest.add_(delta * weight)
+empty_detail, clear_detail_, merge_detail_ = DETAIL.empty, DETAIL.clear_, DETAIL.merge_
 
 
 def token_shape(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +130,7 @@ def detail_moments(
     values: bool = True,
     sequences: bool = True,
 ) -> DetailMoments:
-    """Everything one forward adds to its detailed account, less its output: the meaning of `stabnorm.ops.detail`.
+    """Everything one forward adds to its detailed accumulator, less its output: the meaning of `stabnorm.ops.detail`.
 
     Args:
         rows: the norm's input as ``[R, C]``, R >= 1, float32 or float64, sequence after sequence.
@@ -189,12 +142,12 @@ def detail_moments(
         sequences: False leaves out the means of sequences.
     """
     keep = rows.new_ones(len(rows), dtype=torch.bool) if valid is None else valid
-    new = DetailMoments(*(part[0] for part in empty_detail(1, rows.shape[1], rows.device)))
+    new = DETAIL.one(rows.shape[1], rows.device)
     new = new._replace(means=new.means.to(rows.dtype), sequences=new.sequences.to(rows.dtype))
     new.seen.copy_(keep.sum())
     if values:
-        for column, found in ((NONFINITE, ~rows.isfinite()), (ZEROS, rows == 0)):
-            new.counts[column] = (found & keep[:, None]).sum()
+        for column, is_one in ((NONFINITE, ~rows.isfinite()), (ZEROS, rows == 0)):
+            new.counts[column] = (is_one & keep[:, None]).sum()
     if tokens:
         size = new.seen.clamp(min=1)
         new.means.copy_(torch.stack([torch.where(keep, t, 0).sum() / size for t in token_shape(rows, eps)]))
@@ -210,7 +163,7 @@ def outlier_counts(rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     >>> outlier_counts(torch.tensor([[1.0, -6.0], [0.0, 5.9]]), None)
     (tensor(2), tensor([0, 1]))
     """
-    found = rows.abs() >= OUTLIER
+    outliers = rows.abs() >= OUTLIER
     if valid is None:
-        return torch.full((), len(rows), dtype=torch.int64, device=rows.device), found.sum(0)
-    return valid.sum(), (found & valid[:, None]).sum(0)
+        return torch.full((), len(rows), dtype=torch.int64, device=rows.device), outliers.sum(0)
+    return valid.sum(), (outliers & valid[:, None]).sum(0)

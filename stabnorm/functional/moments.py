@@ -1,4 +1,4 @@
-"""The formulas, once: pure functions of tensors. Every faster execution must equal what stands here.
+"""The formulas of the raw moments, what every hook gathers: their layout, and what one forward adds to it.
 
 Shape legend: R rows (tokens), C channels. *Per channel* means over the rows (what BatchNorm sees), *per token* means
 over the channels (what LayerNorm sees). Nothing here computes a variance as E[x^2] - E[x]^2: at a mean of 1e4 and a
@@ -10,24 +10,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Kind = Literal["layer", "rms", "batch", "group", "instance"]
+from stabnorm.functional.accumulators import Field, Layout, Rows
 
-# Rows of `RawMoments.channel` and `RawMoments.token`; x is the norm's input, n what it normalises it to.
-SHIFT_X, SHIFT_N, REST_X, REST_N, VAR_X, COV_XN, VAR_N, MAX, MIN = range(9)
-STD_MEAN, MEAN_MEAN, EPS_SHARE, STD_MIN, MEAN_MIN, STD_MAX, MEAN_MAX = range(7)
-CHANNEL_ROWS, TOKEN_ROWS = 9, 7
+Kind = Literal["layer", "rms", "batch", "group", "instance"]
 
 
 class RawMoments(NamedTuple):
-    """What one forward adds to a layer's account; two of them merge exactly (`merge_moments_`).
+    """What one forward adds to a layer's accumulator; two of them merge exactly (`merge_moments_`).
 
     Attributes:
         seen: number of valid tokens, int64 scalar.
-        channel: per channel, ``[9, C]``: means of x and n, each as shift + rest, because one float32 holds a mean of
-            1e4 to 1e-3 only and that would be the error of every difference of means; then the variance of x, its
-            covariance with n, and the variance of n, all divided by the count; then the largest and the least x.
-        token: over tokens, ``[7]``: mean standard deviation, mean of the mean, share of variances the norm divides by
-            that lie below 10 eps; least standard deviation and mean; largest standard deviation and mean.
+        channel: per channel, ``[9, C]``, see `RAW`; x is the norm's input, n what it normalises it to. Variances and
+            the covariance are divided by the count.
+        token: over tokens, ``[7]``: means, least and largest of the tokens' standard deviations and means, and the
+            share of the variances the norm divides by that lie below 10 eps.
     """
 
     seen: Tensor
@@ -35,71 +31,37 @@ class RawMoments(NamedTuple):
     token: Tensor
 
 
-def empty_moments(layers: int, channels: int, device: torch.device | None = None) -> RawMoments:
-    """The account of layers that saw nothing yet: ``seen [L]``, ``channel [L, 9, C]``, ``token [L, 7]``.
-
-    >>> empty_moments(2, 3).channel.shape
-    torch.Size([2, 9, 3])
-    """
-    with torch.inference_mode(False):  # or it could not be added to outside of it
-        moments = RawMoments(
-            torch.empty(layers, dtype=torch.int64, device=device),
-            torch.empty(layers, CHANNEL_ROWS, channels, dtype=torch.float32, device=device),
-            torch.empty(layers, TOKEN_ROWS, dtype=torch.float32, device=device),
-        )
-        clear_moments_(moments)
-    return moments
+def _seen(moments: RawMoments) -> Tensor:
+    return moments.seen
 
 
-def clear_moments_(moments: RawMoments) -> None:
-    """Set the account back to nothing seen, in place."""
-    moments.seen.zero_()
-    moments.channel.zero_()
-    moments.token[..., :STD_MIN].zero_()
-    moments.token[..., STD_MIN:STD_MAX].fill_(torch.inf)
-    moments.token[..., STD_MAX:].fill_(-torch.inf)
+# The layout of the moments: the names here are the rows that every backend fills, in this order.
+RAW = Layout(
+    RawMoments,
+    seen=Field((Rows("sum"),), dtype=torch.int64),
+    channel=Field(
+        (
+            Rows("joint_moments", ("SHIFT_X", "SHIFT_N", "REST_X", "REST_N", "VAR_X", "COV_XN", "VAR_N")),
+            Rows("seen_max", ("MAX",)),
+            Rows("seen_min", ("MIN",)),
+        ),
+        per_channel=True,
+        weighted_by=_seen,
+    ),
+    token=Field(
+        (
+            Rows("mean", ("STD_MEAN", "MEAN_MEAN", "EPS_SHARE")),
+            Rows("min", ("STD_MIN", "MEAN_MIN"), empty=torch.inf),
+            Rows("max", ("STD_MAX", "MEAN_MAX"), empty=-torch.inf),
+        ),
+        weighted_by=_seen,
+    ),
+)
+SHIFT_X, SHIFT_N, REST_X, REST_N, VAR_X, COV_XN, VAR_N, MAX, MIN = range(9)
+STD_MEAN, MEAN_MEAN, EPS_SHARE, STD_MIN, MEAN_MIN, STD_MAX, MEAN_MAX = range(7)
+CHANNEL_ROWS, TOKEN_ROWS = len(RAW.fields["channel"].names), len(RAW.fields["token"].names)
 
-
-def merge_moments_(into: RawMoments, new: RawMoments) -> None:
-    r"""Add ``new`` to ``into``, in place, as if both had been seen at once (Chan, Golub, LeVeque 1983).
-
-    .. math:: w = n_b / (n_a + n_b),\quad \delta = \mu_b - \mu_a,\quad \mu = \mu_a + w \delta,\quad
-              v = (1 - w) v_a + w v_b + w (1 - w) \delta^2
-
-    Works on one layer (``channel [9, C]``) and on all at once (``[L, 9, C]``); an empty side leaves the other as it is.
-    """
-    total = into.seen + new.seen
-    size = total.clamp(min=1).to(into.channel.dtype)  # a quotient of integers would be float32
-    weight = (new.seen.to(into.channel.dtype) / size)[..., None, None]
-    first = (into.seen == 0)[..., None, None]
-    mine, theirs = into.channel, new.channel
-    shift = mine[..., : SHIFT_N + 1, :]
-    shift.copy_(torch.where(first, theirs[..., : SHIFT_N + 1, :], shift))  # the first to come sets the origin
-    rests = theirs[..., REST_X : REST_N + 1, :] - mine[..., REST_X : REST_N + 1, :]
-    delta = theirs[..., : SHIFT_N + 1, :] - shift + rests
-    spread = weight * (1 - weight) * delta
-    mine[..., VAR_X : VAR_N + 1, :].lerp_(theirs[..., VAR_X : VAR_N + 1, :], weight)
-    mine[..., VAR_X : COV_XN + 1, :].addcmul_(spread, delta[..., :1, :])
-    mine[..., VAR_N, :].addcmul_(spread[..., 1, :], delta[..., 1, :])
-    mine[..., REST_X : REST_N + 1, :].addcmul_(delta, weight)
-    for row, extreme in ((MAX, torch.maximum), (MIN, torch.minimum)):
-        merged = extreme(mine[..., row, :], theirs[..., row, :])
-        merged = torch.where(first[..., 0], theirs[..., row, :], merged)
-        mine[..., row, :] = torch.where((new.seen == 0)[..., None], mine[..., row, :], merged)
-    into.token[..., :STD_MIN].lerp_(new.token[..., :STD_MIN], weight[..., 0])
-    for rows, extreme in ((slice(STD_MIN, STD_MAX), torch.minimum), (slice(STD_MAX, None), torch.maximum)):
-        into.token[..., rows] = extreme(into.token[..., rows], new.token[..., rows])
-    into.seen.copy_(total)
-
-
-def merge_splits(parts: RawMoments) -> RawMoments:
-    """One account for each layer, ``seen [L]``, from the accounts of its splits, ``seen [L, S]``."""
-    layers, splits, _, channels = parts.channel.shape
-    whole = empty_moments(layers, channels, parts.seen.device)
-    whole = RawMoments(whole.seen, whole.channel.to(parts.channel.dtype), whole.token.to(parts.token.dtype))
-    for split in range(splits):
-        merge_moments_(whole, RawMoments(*(part[:, split] for part in parts)))
-    return whole
+empty_moments, clear_moments_, merge_moments_, merge_splits = RAW.empty, RAW.clear_, RAW.merge_, RAW.merged
 
 
 def token_mean_var(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +163,7 @@ def raw_moments(
     divided_by: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> RawMoments:
-    """Everything one forward of a norm adds to its account: the meaning of `stabnorm.ops.moments`.
+    """Everything one forward of a norm adds to its accumulator: the meaning of `stabnorm.ops.moments`.
 
     Args:
         rows: the norm's input as ``[R, C]``, R >= 1, float32 or float64.

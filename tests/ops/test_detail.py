@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stabnorm.functional import detail
 from stabnorm.functional.detail import (
+    DETAIL,
     KURTOSIS,
     MAX_TO_MEDIAN,
     MEDIAN,
-    MERGE,
     NONFINITE,
     OUTPUTS,
     REST,
@@ -112,8 +113,10 @@ def test_a_batch_with_no_valid_token_adds_nothing() -> None:
         assert torch.equal(a, b)
 
 
-def test_every_field_says_how_it_merges() -> None:
-    assert tuple(MERGE) == DetailMoments._fields
+def test_every_field_says_how_it_merges_and_every_row_has_its_name() -> None:
+    assert tuple(DETAIL.fields) == DetailMoments._fields
+    for field in DETAIL.fields.values():
+        assert [getattr(detail, name) for name in field.names] == list(range(len(field.names)))
 
 
 def test_merging_parts_with_different_means_is_one_big_batch() -> None:

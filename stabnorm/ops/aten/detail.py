@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional.detail import (
+    DETAIL,
     KURTOSIS,
     MAX_TO_MEDIAN,
     MEDIAN,
@@ -18,7 +19,6 @@ from stabnorm.functional.detail import (
     SQUARES,
     ZEROS,
     DetailMoments,
-    empty_detail,
     merge_detail_,
     middle_and_last,
     sequence_moments,
@@ -42,7 +42,7 @@ def add_detail_of_rows_(
     """See `ops.detail.add_detail_`."""
     channels = rows.shape[1]
     alone = int(into.seen.numpy()) == 0  # the host's own memory: no operation, and no wait
-    new = into if alone else DetailMoments(*(part[0] for part in empty_detail(1, channels, rows.device)))
+    new = into if alone else DETAIL.one(channels, rows.device)
     if sequences:
         new.counts[SEQUENCES], new.counts[SQUARES], moments = sequence_moments(rows, batch, valid)
         new.sequences.copy_(moments)

@@ -21,6 +21,7 @@ from stabnorm.functional import (
     MEAN_MEAN,
     MEAN_MIN,
     MIN,
+    RAW,
     REST_N,
     REST_X,
     SHIFT_N,
@@ -33,7 +34,6 @@ from stabnorm.functional import (
     VAR_X,
     Kind,
     RawMoments,
-    empty_moments,
     merge_moments_,
     share_below,
 )
@@ -79,7 +79,7 @@ def add_moments_of_rows_(
 
 
 def _scratch_moments(channels: int) -> RawMoments:
-    return RawMoments(*(part[0] for part in empty_moments(1, channels, torch.device("cpu"))))
+    return RAW.one(channels, torch.device("cpu"))
 
 
 def scratch(like: Tensor) -> Tensor:

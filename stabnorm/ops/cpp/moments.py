@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_
+from stabnorm.functional import RAW, Kind, RawMoments, merge_moments_
 from stabnorm.ops.aten import moments as aten
 from stabnorm.ops.cpp.library import call, maybe_whole, shape_of
 from stabnorm.ops.moments import add_moments_
@@ -39,7 +39,7 @@ def add_moments_of_rows_(
 
 def empty_moment(channels: int) -> RawMoments:
     """The accumulator of one layer that saw nothing yet."""
-    return RawMoments(*(part[0] for part in empty_moments(1, channels, torch.device("cpu"))))
+    return RAW.one(channels, torch.device("cpu"))
 
 
 def take_in_(into: RawMoments, new: RawMoments, seen: int) -> None:

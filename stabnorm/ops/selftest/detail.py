@@ -2,7 +2,7 @@
 
 import torch
 
-from stabnorm.functional.detail import REST, SHIFT, VAR, DetailMoments, detail_moments, empty_detail
+from stabnorm.functional.detail import DETAIL, REST, SHIFT, VAR, detail_moments
 from stabnorm.ops.detail import accumulate_detail_, add_detail_, outliers_of_rows
 from stabnorm.ops.selftest import Case, Results, halves, kept
 
@@ -14,7 +14,7 @@ def details(case: Case) -> Results:
     if case.x.dtype == torch.float64:
         moments = detail_moments(case.x, rows, 1e-5, valid=case.valid)
     else:
-        moments = DetailMoments(*(part[0] for part in empty_detail(1, channels, case.x.device)))
+        moments = DETAIL.one(channels, case.x.device)
         for part, x in halves(case.x):
             accumulate_detail_(x, None if case.valid is None else case.valid[part], *moments, -1)
     spread = kept(case, case.x.double()).var(0, correction=0).amax().sqrt() + 1

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from stabnorm import functional
-from stabnorm.functional import COV_XN, MAX, MIN, REST_N, REST_X, SHIFT_N, SHIFT_X, VAR_N, VAR_X, Kind, RawMoments
+from stabnorm.functional import COV_XN, MAX, MIN, RAW, REST_N, REST_X, SHIFT_N, SHIFT_X, VAR_N, VAR_X, Kind, RawMoments
 from stabnorm.ops.moments import accumulate_moments_, add_moments_
 from stabnorm.ops.selftest import Case, Results, halves
 
@@ -16,7 +16,7 @@ def raw_moments(case: Case, kind: Kind) -> Results:
     if case.x.dtype == torch.float64:
         moments = functional.raw_moments(case.x, kind, 1e-5, normalized=None, valid=case.valid)
     else:
-        moments = RawMoments(*(part[0] for part in functional.empty_moments(1, channels, case.x.device)))
+        moments = RAW.one(channels, case.x.device)
         for part, x in halves(case.x):
             accumulate_moments_(x, None if case.valid is None else case.valid[part], *moments, kind, -1)
     return of_accumulator(case, moments)

@@ -24,6 +24,7 @@ from stabnorm.functional.moments import RawMoments as RawMoments
 from stabnorm.functional.moments import channel_moments as channel_moments
 from stabnorm.functional.moments import clear_moments_ as clear_moments_
 from stabnorm.functional.moments import empty_moments as empty_moments
+from stabnorm.functional.moments import explained_share as explained_share
 from stabnorm.functional.moments import merge_moments_ as merge_moments_
 from stabnorm.functional.moments import merge_splits as merge_splits
 from stabnorm.functional.moments import normalize_groups as normalize_groups

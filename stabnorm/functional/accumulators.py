@@ -6,6 +6,7 @@ and in order, and how each merges. So micro-batches, blocks of rows, splits of a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -45,21 +46,16 @@ class Field:
     dtype: torch.dtype = torch.float32
     weighted_by: Callable[[Any], Tensor] | None = None
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Of all rows, in order."""
         return tuple(name for rows in self.rows for name in rows.names)
 
-    @property
-    def parts(self) -> list[tuple[Rows, tuple[Any, ...]]]:
-        """The rows of each rule, and the index that selects them."""
-        parts, start = [], 0
-        for rows in self.rows:
-            stop = start + len(rows.names)
-            index = (..., slice(start, stop), *[slice(None)] * self.per_channel) if rows.names else (...,)
-            parts.append((rows, index))
-            start = stop
-        return parts
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of each rule, as views."""
+        if not self.names:
+            return [tensor]
+        return list(tensor.split([len(rows.names) for rows in self.rows], -2 if self.per_channel else -1))
 
 
 class Share(NamedTuple):
@@ -85,7 +81,6 @@ class Layout(Generic[_A]):
     def __init__(self, kind: Callable[..., _A], **fields: Field) -> None:
         self.fields = fields
         self._kind = kind
-        self._parts = {name: field.parts for name, field in fields.items()}
 
     def empty(self, layers: int, channels: int, device: torch.device | None = None) -> _A:
         """The accumulators of layers that saw nothing yet: an axis ``[L]`` before every shape."""
@@ -104,9 +99,9 @@ class Layout(Generic[_A]):
 
     def clear_(self, accumulators: _A) -> None:
         """Set them back to nothing seen, in place."""
-        for tensor, parts in zip(accumulators, self._parts.values(), strict=True):
-            for rows, index in parts:
-                tensor[index].fill_(rows.empty)
+        for tensor, field in zip(accumulators, self.fields.values(), strict=True):
+            for part, rows in zip(field.split(tensor), field.rows, strict=True):
+                part.fill_(rows.empty)
 
     def merge_(self, into: _A, new: _A) -> None:
         """Add ``new`` to ``into``, in place, as if both had been seen at once; one layer, or all with a leading axis.
@@ -118,10 +113,10 @@ class Layout(Generic[_A]):
             by = field.weighted_by
             if by is not None and by not in shares:
                 shares[by] = _share(by(into), by(new), tensor.dtype)
-        for mine, theirs, (name, field) in zip(into, new, self.fields.items(), strict=True):
+        for tensor, other, field in zip(into, new, self.fields.values(), strict=True):
             share = None if field.weighted_by is None else shares[field.weighted_by].over(1 + field.per_channel)
-            for rows, index in self._parts[name]:
-                RULES[rows.rule](mine[index], theirs[index], share)
+            for mine, theirs, rows in zip(field.split(tensor), field.split(other), field.rows, strict=True):
+                RULES[rows.rule](mine, theirs, share)
 
     def merged(self, parts: _A) -> _A:
         """One accumulator for each layer, ``[L]``, from those of its splits, ``[L, S]``."""

@@ -182,3 +182,30 @@ def raw_moments(
         share = rows.new_zeros(()) if divided_by is None else share_below(divided_by.flatten(), 10 * eps, None)
     count, channel = channel_moments(rows, normalized, valid)
     return RawMoments(count, channel, token_summary(mean, var.sqrt(), share, valid))
+
+
+def explained_share(var_x: Tensor, cov: Tensor, var_y: Tensor, mean_y: Tensor, scale: Tensor | None = None) -> Tensor:
+    r"""Share of y's variance that a map ``scale x + shift`` reproduces, per channel; 1 less it is the affine residual.
+
+    .. math:: \frac{\mathrm{cov}^2}{v_x v_y} \text{ for the best map},\qquad
+              \frac{s\,(2\,\mathrm{cov} - s\,v_x)}{v_y} \text{ for the scale } s
+
+    A y that does not vary is reproduced by a constant; an x that does not vary reproduces nothing.
+
+    Args:
+        var_x: ``[C]``, as are all; leading axes may come before it.
+        cov: of x and y.
+        var_y: NaN gives NaN.
+        mean_y: y does not vary where its variance is below 1e-12 of its square.
+        scale: of the map. Default: the best one.
+
+    >>> explained_share(*(torch.tensor(value) for value in (1.0, 1.0, 2.0, 0.0)))
+    tensor(0.5000)
+    """
+    constant = var_y <= 1e-12 * mean_y.square()
+    if scale is None:
+        power = var_x * var_y
+        share = torch.where(power > 0, cov.square() / power.clamp(min=torch.finfo(power.dtype).tiny), power * 0)
+    else:
+        share = scale * (2 * cov - scale * var_x) / torch.where(constant, 1, var_y)
+    return torch.where(constant, torch.where(var_y.isnan(), torch.nan, 1), share)

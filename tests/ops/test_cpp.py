@@ -73,6 +73,44 @@ def test_without_a_working_compiler_aten_run_and_one_warning_says_why(
     assert list(not_loaded.iterdir()) == []
 
 
+@pytest.mark.usefixtures("compiler")
+def test_cxx_may_be_a_path_with_a_space_or_a_command_with_arguments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "my compiler"
+    script.write_text(f'#!/bin/sh\nexec {library._compiler()[0]} "$@"\n')
+    script.chmod(0o755)
+    for value, command in (
+        (str(script), [str(script)]),
+        (f"'{script}' -DTHIS='a b'", [str(script), "-DTHIS=a b"]),
+        ("ccache g++", ["ccache", "g++"]),
+    ):
+        monkeypatch.setenv("CXX", value)
+        assert library._compiler() == command
+    monkeypatch.setenv("CXX", str(script))
+    assert "__cplusplus" in library._run(library._compiler(), "-dM", "-E", "-x", "c++", "/dev/null")
+
+
+def test_flags_that_a_compiler_does_not_know_are_left_out(
+    not_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built: list[tuple[str, ...]] = []
+
+    def like_apples(compiler: list[str], *arguments: str) -> str:
+        if "-march=native" in arguments or "-fopenmp" in arguments:
+            raise library._NotBuilt("unknown argument")
+        if "-shared" in arguments:
+            built.append(arguments)
+            Path(arguments[-1]).write_bytes(b"")
+        return "what it defines"
+
+    monkeypatch.setattr(library, "_run", like_apples)
+    with caplog.at_level(logging.INFO, "stabnorm"):
+        assert library._built().parent == not_loaded
+    assert "-mcpu=native" in built[0]
+    assert "runs on one thread" in caplog.text
+
+
 @pytest.mark.usefixtures("not_loaded")
 def test_no_compiler_at_all_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)

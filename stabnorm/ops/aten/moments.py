@@ -103,7 +103,7 @@ def _fill(
     normalized: bool,
 ) -> None:
     """One block's moments into ``out``. Every pass counts here, and every op: between two layers' calls all is cold."""
-    channel = out.channel
+    channel = out.channel.unbind()
     torch.amax(x, 0, out=channel[MAX])
     torch.amin(x, 0, out=channel[MIN])
     shift = torch.mean(x, 0, out=channel[SHIFT_X])  # of some rows it would be cheaper, and cost the sums a digit

@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from stabnorm.ops.blend import blend, join_gradients
-from stabnorm.ops.triton.shared import blended
+from stabnorm.ops.triton.shared import blended, traceable
 
 _FLAT = 4096  # elements of a program
 
@@ -28,7 +28,7 @@ def _elements(lam_ptr, a_ptr, b_ptr, out_ptr, size, ADD: tl.constexpr, SIZE: tl.
 @triton_op("stabnorm::triton_blend", mutates_args={})
 def _elements_op(lam: Tensor, a: Tensor, b: Tensor, add: bool) -> Tensor:
     out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    wrap_triton(_elements)[(triton.cdiv(a.numel(), _FLAT),)](lam, a, b, out, a.numel(), ADD=add, SIZE=_FLAT)
+    traceable(_elements)[(triton.cdiv(a.numel(), _FLAT),)](lam, a, b, out, a.numel(), ADD=add, SIZE=_FLAT)
     return out
 
 

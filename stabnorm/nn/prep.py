@@ -109,9 +109,7 @@ class PRepBN(EvalAffineNorm):
         rep_options.setdefault("init", "norm")
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         features = torch.Size(shape).numel()
-        self.adopt(
-            RepBN(features, eps, channel_dim=channel_dim, sync=sync, **rep_options), eval_mode, len(shape)
-        )
+        self.adopt(RepBN(features, eps, channel_dim=channel_dim, sync=sync, **rep_options), eval_mode, len(shape))
         self.norm_channel_dim = -1  # torch's norms take channels last
 
     @classmethod

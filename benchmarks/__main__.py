@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import inference, kernels, memory, monitor_overhead, norm_modules
-from stabnorm.ops import _cpp, backends, use_kernels
+from stabnorm.ops import backends, use_kernels
+from stabnorm.ops.cpp import library
 
 SECTIONS = ("kernels", "modules", "monitor", "memory", "inference")
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
@@ -59,11 +60,11 @@ def settings(device: torch.device) -> Iterator[tuple[str, str]]:
     """Settings of `use_kernels` to measure with, and a title for each."""
     yield "auto", "as they come"
     if device.type == "cpu":
-        why_not = _cpp.why_not()
+        why_not = library.why_not()
         if why_not is None:
-            yield "cpp", "with the C++ bodies, STABNORM_KERNELS=cpp"
+            yield "cpp", "with the C++ backend, STABNORM_KERNELS=cpp"
         else:
-            print(f"\nNot measured with the C++ bodies: {why_not}")
+            print(f"\nNot measured with the C++ backend: {why_not}")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -26,8 +26,9 @@ from stabnorm import functional
 from stabnorm.functional import RawMoments
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from stabnorm.ops import use_kernels
-from stabnorm.ops.moments import accumulate_moments_, empty_accounts
-from stabnorm.ops.observed import Spec, body_for, observed_norm, splits_for
+from stabnorm.ops.accumulators import empty_accumulators
+from stabnorm.ops.moments import accumulate_moments_
+from stabnorm.ops.observed import Spec, backend_for, observed_norm, splits_for
 from stabnorm.ops.rows import moments_of_rows
 
 CACHE = 256 << 20  # bytes of inputs taken in turn: several times the largest L2
@@ -83,27 +84,27 @@ class ObservedNorm(nn.LayerNorm):
         super().__init__(channels, device=device, dtype=dtype)
         self.spec = Spec("layer", (channels,), self.eps, True, True)
         with use_kernels("triton"):
-            accounts = empty_accounts(1, channels, device, splits_for(channels, device))
-        self.account = RawMoments(*(part[0] for part in accounts))
+            accumulators = empty_accumulators(1, channels, device, splits_for(channels, device))
+        self.accumulator = RawMoments(*(part[0] for part in accumulators))
 
     def forward(self, x: Tensor) -> Tensor:
         """LayerNorm of x."""
         with use_kernels("triton"):
-            body = body_for(x, self.weight, self.bias, self.spec, self.account)
-            assert body is not None
-            return observed_norm(x, self.weight, self.bias, self.spec, None, self.account, body)
+            backend = backend_for(x, self.weight, self.bias, self.spec, self.accumulator)
+            assert backend is not None
+            return observed_norm(x, self.weight, self.bias, self.spec, None, self.accumulator, backend)
 
 
 def contenders(channels: int, device: torch.device, dtype: torch.dtype) -> Iterator[Contender]:
     """Every op with everybody who does it."""
     compiled = device.type == "cuda"
-    accounts = {}
+    accumulators = {}
     for setting in ("triton", "reference"):
         with use_kernels(setting):
-            accounts[setting] = [part[0] for part in empty_accounts(1, channels, device)]
+            accumulators[setting] = [part[0] for part in empty_accumulators(1, channels, device)]
 
     def observe(setting: str, whole: bool) -> Call:
-        seen, channel, token = accounts[setting]
+        seen, channel, token = accumulators[setting]
 
         def call(x: Tensor, dy: Tensor) -> object:
             with use_kernels(setting):

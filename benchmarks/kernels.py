@@ -1,6 +1,6 @@
 """The fused reductions beside the least that memory allows: `python -m benchmarks.kernels`.
 
-Each op in every execution that can run here, beside plain torch and compiled torch doing the same, and beside
+Each op on every backend that can run here, beside plain torch and compiled torch doing the same, and beside
 Liger-Kernel and apex where they are installed. Each round runs everything once in turn. "of the copy" is the least
 number of bytes that the op must move, over what it took, as a share of what a plain copy of the same rows reaches in
 the same round.
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from stabnorm import functional
 from stabnorm.functional import RawMoments, empty_moments
 from stabnorm.ops import use_kernels
-from stabnorm.ops.moments import accumulate_moments_
+from stabnorm.ops.dispatch import Op
+from stabnorm.ops.moments import accumulate_moments_, add_moments_
 from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
-from stabnorm.ops.selftest import executions
+from stabnorm.ops.selftest import settings_of
 
 WARM_UP = 3
 Run = Callable[[Tensor, Tensor], object]
@@ -55,19 +57,19 @@ def contenders(channels: int, dtype: torch.dtype, device: torch.device, compiled
     def naive(x: Tensor, dy: Tensor) -> object:
         return torch.var_mean(x.float(), 0)
 
-    ours: list[tuple[str, str, int, Run]] = [
-        ("column moments", "moments_of_rows", 1, lambda x, dy: moments_of_rows(x, None, center=True)),
+    ours: list[tuple[str, Op[..., Any], int, Run]] = [
+        ("column moments", moments_of_rows, 1, lambda x, dy: moments_of_rows(x, None, center=True)),
         (
             "monitor, all moments",
-            "accumulate_moments_",
+            add_moments_,
             1,
             lambda x, dy: accumulate_moments_(x, None, *account, "layer", -1, fresh=True),
         ),
-        ("affine map", "affine_of_rows", 2, lambda x, dy: affine_of_rows(x, scale, mean)),
-        ("upstream sums", "sums_of_rows", 2, lambda x, dy: sums_of_rows(dy, x, mean, None)),
+        ("affine map", affine_of_rows, 2, lambda x, dy: affine_of_rows(x, scale, mean)),
+        ("upstream sums", sums_of_rows, 2, lambda x, dy: sums_of_rows(dy, x, mean, None)),
         (
             "input gradient",
-            "gradient_of_rows",
+            gradient_of_rows,
             3,
             lambda x, dy: gradient_of_rows(dy, x, mean, None, scale, slope, offset),
         ),
@@ -77,7 +79,7 @@ def contenders(channels: int, dtype: torch.dtype, device: torch.device, compiled
         fused = torch.compile(lambda x: functional.batch_moments(x.float(), None, center=True), dynamic=False)
         found.append(Contender("column moments", "torch.compile of the formula", 1, lambda x, dy: fused(x)))
     for label, op, passes, run in ours:
-        found += [Contender(label, name, passes, run, setting) for name, setting in executions(op, device).items()]
+        found += [Contender(label, name, passes, run, setting) for name, setting in settings_of(op, device).items()]
     for name, module in layer_norms(channels, dtype, device).items():
         found.append(Contender("LayerNorm, there and back", name, 5, _there_and_back(module)))
     return found
@@ -128,7 +130,7 @@ def measure(rows: int, channels: int, dtype: torch.dtype, options: argparse.Name
 
 def table(everything: Sequence[Contender], size: int) -> str:
     """The figures as Markdown; `size` is that of all rows in bytes."""
-    lines = ["| op | execution | us (middle half) | GB/s | of the copy |", "|---|---|---:|---:|---:|"]
+    lines = ["| op | backend | us (middle half) | GB/s | of the copy |", "|---|---|---:|---:|---:|"]
     per_byte = [seconds / (2 * size) for seconds in everything[0].seconds]
     for contender in everything:
         low, middle, high = (1e6 * t for t in statistics.quantiles(contender.seconds, n=4))

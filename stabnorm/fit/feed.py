@@ -26,6 +26,7 @@ from stabnorm._models.calls import tensor_input_of
 from stabnorm._models.hooks import hooked
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.fit.sums import Affine, Seen
+from stabnorm.functional import explained_share
 from stabnorm.norms.rows import as_rows
 
 # Rho, as a share of the mean variance of the layer's inputs; less ended further from the original on other text.
@@ -148,9 +149,7 @@ class JointSums:
         square = xx + 2 * (change * d).sum(0) + (change * (g @ change)).sum(0)
         cov = xy + (change * b).sum(0)
         mean = mean_x + mean_u @ change
-        left = (yy - 2 * scale * cov + scale.square() * square).clamp(min=0)
-        constant = yy <= 1e-12 * mean_y.square()
-        residual = float(torch.where(constant, 0, left / torch.where(constant, 1, yy)).mean())
+        residual = float(1 - explained_share(square, cov, yy, mean_y, scale).clamp(max=1).mean())
         square = torch.where(usable, square, alone.square)
         return Affine(scale, mean_y - scale * mean, mean, square, residual), change.T
 

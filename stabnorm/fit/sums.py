@@ -20,6 +20,7 @@ from stabnorm.functional import (
     VAR_X,
     RawMoments,
     channel_moments,
+    explained_share,
     merge_moments_,
 )
 
@@ -110,8 +111,7 @@ class ChannelSums:
         # A constant varies by its rounding, which says nothing about the output.
         varies = var_x > (ROUNDING * self._digit) ** 2 * power
         scale = torch.where(varies, cov / torch.where(varies, var_x, 1), 0)
-        constant = var_y <= 1e-12 * mean_y.square()  # and is reproduced by a constant
-        explained = torch.where(constant, 1, scale * cov / torch.where(constant, 1, var_y))
+        explained = explained_share(var_x, cov, var_y, mean_y, scale)
         shift = mean_y - scale * mean_x if center else torch.zeros_like(scale)
         square = torch.where(varies, var_x, 1)
         return Affine(scale, shift, mean_x, square, float((1 - explained.mean()).clamp(min=0)))

@@ -9,7 +9,7 @@ from stabnorm._models.hooks import Hook
 from stabnorm._models.wrappers import unwrapped
 from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
 from stabnorm.norms import NormLayer
-from stabnorm.ops.moments import empty_accounts, merge_accounts
+from stabnorm.ops.accumulators import empty_accumulators, merge_accumulators
 from stabnorm.ops.observed import splits_for
 
 
@@ -49,7 +49,7 @@ class Accumulators:
         """The moments on a device; a model spread over several has a slab on each, of which other rows stay empty."""
         if device not in self._slabs:
             splits = splits_for(self.width, device) if self.fused else 0
-            self._slabs[device] = empty_accounts(len(self.layers), self.width, device, splits)
+            self._slabs[device] = empty_accumulators(len(self.layers), self.width, device, splits)
         return self._slabs[device]
 
     def account(self, index: int, device: torch.device) -> RawMoments:
@@ -66,10 +66,10 @@ class Accumulators:
 
     def take(self, device: torch.device) -> tuple[RawMoments, Tensor]:
         """Merged moments of all layers and gradient sums, on one device; views of the slabs."""
-        merged = merge_accounts(self.slab(device))
+        merged = merge_accumulators(self.slab(device))
         for other, slab in self._slabs.items():
             if other != device:
-                moments = (part.to(device, non_blocking=True) for part in merge_accounts(slab))
+                moments = (part.to(device, non_blocking=True) for part in merge_accumulators(slab))
                 merge_moments_(merged, RawMoments(*moments))
         gradients = self.gradients(device)
         for other, sums in self._gradients.items():

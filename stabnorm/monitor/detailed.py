@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from stabnorm.functional_detail import DetailMoments
+from stabnorm.functional.detail import DetailMoments
 from stabnorm.monitor.parameter_values import Parameters
 from stabnorm.monitor.past import Moments, Past
 
@@ -28,9 +28,7 @@ class DetailedMoments(Moments):
     adam: Tensor
 
     @staticmethod
-    def beside(
-        now: Moments, detail: DetailMoments, parameters: Parameters, adam: Tensor
-    ) -> "DetailedMoments":
+    def beside(now: Moments, detail: DetailMoments, parameters: Parameters, adam: Tensor) -> "DetailedMoments":
         """The moments of a step, and the rest of it."""
         moments = {field.name: getattr(now, field.name) for field in fields(Moments)}
         return DetailedMoments(**moments, detail=detail, parameters=parameters, adam=adam)

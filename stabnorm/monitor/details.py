@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch.optim import Optimizer
 
-from stabnorm.functional_detail import DetailMoments, clear_detail_, empty_detail, merge_detail_
+from stabnorm.functional.detail import DetailMoments, clear_detail_, empty_detail, merge_detail_
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.parameter_values import Parameters, adam_figures
 from stabnorm.monitor.past import Moments

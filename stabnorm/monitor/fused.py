@@ -11,14 +11,14 @@ from stabnorm._models.watched import has_stand_in, own_class
 from stabnorm.functional import RawMoments
 from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.norms import NormLayer
-from stabnorm.ops.observed import NormKind, Spec, body_for, observed_norm
+from stabnorm.ops.observed import NormKind, Spec, backend_for, observed_norm
 
 
 class FusedNorm:
     """Stands in for the forward of one of torch's own norms.
 
     The hook before the forward hands its input over (`take`), and the forward that follows adds its moments. Where no
-    body takes the input, the hook adds them itself, and the forward is torch's.
+    backend takes the input, the hook adds them itself, and the forward is torch's.
 
     Args:
         into: says which moments are wanted, and counts the time, the norm's own included.
@@ -26,9 +26,7 @@ class FusedNorm:
         plainly: adds the moments of an input without the norm.
     """
 
-    def __init__(
-        self, into: Accumulators, layer: NormLayer, plainly: Callable[[Tensor, Tensor | None], None]
-    ) -> None:
+    def __init__(self, into: Accumulators, layer: NormLayer, plainly: Callable[[Tensor, Tensor | None], None]) -> None:
         self.into, self.plainly = into, plainly
         self.module: Any = layer.module  # whose gain, bias and eps may be others at each forward
         self.kind: NormKind = "rms" if layer.kind == "rms" else "layer"
@@ -48,19 +46,19 @@ class FusedNorm:
                 return False
             eps = torch.finfo(torch.float32).eps
         spec = Spec(self.kind, shape, eps, self.into.tokens, self.into.normalized)
-        body = body_for(x, *self._affine, spec, account)
-        self._due = None if body is None else (x, valid, account, spec, body)
-        return body is not None
+        backend = backend_for(x, *self._affine, spec, account)
+        self._due = None if backend is None else (x, valid, account, spec, backend)
+        return backend is not None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The forward; None: the module's own has to run."""
         if self._due is None:
             return None
         start = time.perf_counter()
-        (taken, valid, account, spec, body), self._due = self._due, None
+        (taken, valid, account, spec, backend), self._due = self._due, None
         y = None
         if x is taken:
-            y = observed_norm(x, *self._affine, spec, valid, account, body)
+            y = observed_norm(x, *self._affine, spec, valid, account, backend)
         else:  # another hook has changed it since
             self.plainly(taken, valid)
         self.into.seconds += time.perf_counter() - start

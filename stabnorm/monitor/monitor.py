@@ -138,9 +138,7 @@ class StabilityMonitor:
         self._past_class = DetailedPast if any(s.remembers for s in chosen) else Past
         self._details = Details(norms, self._accumulators.width, needs) if is_detailed(chosen) else None
         self._observer = Observer(self._accumulators, gradients="gradients" in needs, details=self._details)
-        try_own_statistics(
-            chosen, norms, self._accumulators, self._observer.device, self._details, self._past_class
-        )
+        try_own_statistics(chosen, norms, self._accumulators, self._observer.device, self._details, self._past_class)
         self._agreed = False  # all ranks watch the same
         self._speaks = True  # the first of them does
         self._state: DeviceState | None = None  # made at the first step, on the device the model is on by then

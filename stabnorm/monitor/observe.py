@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from stabnorm._models.devices import device_of
 from stabnorm._models.ranks import is_distributed
 from stabnorm._models.watched import unwatch_class, watch_class
-from stabnorm.functional_detail import DetailMoments
+from stabnorm.functional.detail import DetailMoments
 from stabnorm.monitor.accumulators import Accumulators, LayerHook
 from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.fused import FusedNorm, can_fuse

@@ -23,6 +23,7 @@ from stabnorm.functional import (
     VAR_N,
     VAR_X,
     RawMoments,
+    explained_share,
 )
 
 MOMENTUM = 0.1  # PyTorch's: the weight of the new value
@@ -141,12 +142,7 @@ class Moments:
     @cached_property
     def affine_residual(self) -> Tensor:
         """1 - mean_c corr_n(x_c, n_c)^2 per layer; 0 for a "batch" norm."""
-        # A channel of n that does not vary is reproduced by a constant, one of x that does not vary reproduces nothing.
-        constant_n = self.var_n <= 1e-12 * self.mean_n.square()
-        power = self.var * self.var_n
-        tiny = torch.finfo(power.dtype).tiny
-        correlated = torch.where(power > 0, self.cov_xn.square() / power.clamp(min=tiny), power * 0)
-        explained = torch.where(constant_n, torch.where(self.var_n.isnan(), torch.nan, 1), correlated)
+        explained = explained_share(self.var, self.cov_xn, self.var_n, self.mean_n)
         residual = (1 - self.mean_over_channels(explained)).clamp(min=0)
         return torch.where(self.layout.per_channel, 0, residual)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from stabnorm._models.ranks import gather_in_group, ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import REST_X, SHIFT_X, RawMoments, merge_moments_
-from stabnorm.functional_detail import DetailMoments, merge_detail_
+from stabnorm.functional.detail import DetailMoments, merge_detail_
 
 Slab = TypeVar("Slab", bound=tuple[Tensor, ...])
 

@@ -14,7 +14,7 @@ from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
 
 
 def blended(
-    body: str,
+    backend: str,
     lam: Tensor,
     rows: Tensor,
     valid: Tensor | None,
@@ -26,7 +26,7 @@ def blended(
     """Y ``[R, C]`` of LayerNorm and RepBN in training; `rep` gathers statistics.
 
     Args:
-        body: which backend runs, see `stabnorm.ops.dispatch`.
+        backend: which backend runs, see `stabnorm.ops.dispatch`.
         lam: LayerNorm's share, ``[]``.
         rows: ``[R, C]``.
         valid: ``[R]`` bool or None.
@@ -37,7 +37,7 @@ def blended(
     """
     moments, rstd = rep.gather(rows, valid)
     return _Blended.apply(  # type: ignore[no-any-return, no-untyped-call]
-        body, lam, rows, weight, bias, eps, rep.weight, rep.bias, rep.eta, moments.mean, rstd, moments.rows, valid,
+        backend, lam, rows, weight, bias, eps, rep.weight, rep.bias, rep.eta, moments.mean, rstd, moments.rows, valid,
         rep.sync,
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ class _Blended(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        body: str,
+        backend: str,
         lam: Tensor,
         rows: Tensor,
         weight: Tensor | None,
@@ -68,26 +68,26 @@ class _Blended(torch.autograd.Function):
     ) -> Tensor:
         lam = lam.clone()  # it moves between forward and backward
         scale, shift = channel_affine(gain, offset, eta, mean, rstd)
-        y, token_mean, token_rstd = blended_norm(body, lam, rows, weight, bias, eps, scale, shift)
+        y, token_mean, token_rstd = blended_norm.on(backend)(lam, rows, weight, bias, eps, scale, shift)
         ctx.save_for_backward(
             lam, rows, weight, bias, gain, offset, eta, mean, rstd, count, valid, scale, token_mean, token_rstd
         )
-        ctx.body, ctx.sync = body, sync
+        ctx.backend, ctx.sync = backend, sync
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         lam, rows, weight, bias, gain, offset, eta, mean, rstd, count, valid, scale, *tokens = ctx.saved_tensors
-        sums = blended_sums(ctx.body, lam, dy, rows, mean, valid, *tokens)
+        sums = blended_sums.on(ctx.backend)(lam, dy, rows, mean, valid, *tokens)
         plain_valid, weighted_valid = sums.plain_valid, sums.weighted_valid
         if ctx.sync:
             plain_valid, weighted_valid = gather_over_ranks(torch.cat([plain_valid, weighted_valid])).sum(0).chunk(2)
         size, wide_gain = count.clamp(min=1), gain.to(scale.dtype)
         slope = wide_gain * weighted_valid * rstd / size * rstd * rstd
         constant = None if mean is None else wide_gain * plain_valid * rstd / size
-        dx, of_weight, of_bias = blended_gradient(
-            ctx.body, lam, dy, rows, weight, bias, scale, mean, valid, slope, constant, tokens[0], tokens[1], sums
+        dx, of_weight, of_bias = blended_gradient.on(ctx.backend)(
+            lam, dy, rows, weight, bias, scale, mean, valid, slope, constant, tokens[0], tokens[1], sums
         )
         rep = 1 - lam
 

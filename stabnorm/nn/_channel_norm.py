@@ -229,9 +229,7 @@ class ChannelNorm(EvalAffineNorm):
         del layer
         return {}
 
-    def _take_over(
-        self, name: str, parameter: nn.Parameter | None, value: Tensor | None, exactly: bool = True
-    ) -> str:
+    def _take_over(self, name: str, parameter: nn.Parameter | None, value: Tensor | None, exactly: bool = True) -> str:
         """Make the old norm's parameter, or else its value, this one's, and say so."""
         own = getattr(self, name)
         if value is None:

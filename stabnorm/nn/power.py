@@ -12,8 +12,9 @@ from stabnorm.nn._channel_norm import ChannelNorm, running_values
 from stabnorm.nn._normalize import Psi, normalize
 from stabnorm.nn._one_pass import OnePass
 from stabnorm.norms import register_norm
+from stabnorm.ops.groups import gradient_of_groups, scaled_groups
 from stabnorm.ops.one_pass import saves_a_read
-from stabnorm.ops.rows import gradient_of_groups, scaled_groups, widened
+from stabnorm.ops.rows import widened
 from stabnorm.ops.running import REMEMBERED, track_quadratic_
 
 

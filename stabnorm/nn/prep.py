@@ -17,7 +17,8 @@ from stabnorm.nn._channel_norm import check_variant
 from stabnorm.nn.rep import RepBN
 from stabnorm.norms import Kind, NormLayer, find_norms, is_registered, register_norm
 from stabnorm.norms.rows import as_rows
-from stabnorm.ops.dispatch import REFERENCE, execution
+from stabnorm.ops.blended import blended_norm
+from stabnorm.ops.dispatch import REFERENCE
 
 EvalMode = Literal["blend", "rep"]
 _BASES: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
@@ -108,9 +109,7 @@ class PRepBN(EvalAffineNorm):
         rep_options.setdefault("init", "norm")
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         features = torch.Size(shape).numel()
-        self.adopt(
-            RepBN(features, eps, channel_dim=channel_dim, sync=sync, **rep_options), eval_mode, len(shape)
-        )
+        self.adopt(RepBN(features, eps, channel_dim=channel_dim, sync=sync, **rep_options), eval_mode, len(shape))
         self.norm_channel_dim = -1  # torch's norms take channels last
 
     @classmethod
@@ -224,10 +223,10 @@ class PRepBN(EvalAffineNorm):
             return Idle.apply(y, *self.__norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
         if self.__at_once():
             rows, valid = self.rep.rows_of(x, mask)
-            body = execution("blended_norm", rows, valid)
-            if body != REFERENCE:
+            backend = blended_norm.chosen(rows, valid)
+            if backend != REFERENCE:
                 norm: Any = self  # an nn.LayerNorm
-                y = blended(body, self.lam, rows, valid, norm.weight, norm.bias, norm.eps, self.rep)
+                y = blended(backend, self.lam, rows, valid, norm.weight, norm.bias, norm.eps, self.rep)
                 return self.rep.like_input(y, x)
         weight, bias, eta = self.__rep_parameters()
         given = (weight, eta) if bias is None else (weight, eta, bias)

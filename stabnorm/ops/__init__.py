@@ -1,4 +1,8 @@
-"""Fused reductions. One name, one op: `<op>.py` checks, `dispatch.py` chooses the execution; bodies lie beside them."""
+"""Fused reductions.
+
+A file here holds formulas as ops (`dispatch.op`), and the file of the same name in `aten/`, `cpp/` or `triton/` their
+faster backends. `dispatch.py` chooses which one runs.
+"""
 
 from typing import TYPE_CHECKING
 

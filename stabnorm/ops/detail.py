@@ -1,6 +1,6 @@
-"""The ops behind the detailed account: `functional_detail` on a norm's input, and on its output.
+"""The ops behind the detailed accumulators: `functional.detail` on a norm's input, and on its output.
 
-Like `stabnorm.ops.moments`: registered with the dispatcher, opaque to a compiler; a recomputed forward adds nothing.
+As in `stabnorm.ops.moments` the outer ops are registered with the dispatcher, and a recomputed forward adds nothing.
 """
 
 import math
@@ -8,22 +8,14 @@ import math
 import torch
 from torch import Tensor
 
-from stabnorm.functional_detail import OUTPUTS, DetailMoments, detail_moments, merge_detail_, outlier_counts
+from stabnorm.functional.detail import OUTPUTS, DetailMoments, detail_moments, merge_detail_, outlier_counts
 from stabnorm.norms.rows import as_rows
+from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
-
-_library = torch.library.Library("stabnorm", "FRAGMENT")
-_library.define(
-    "accumulate_detail_(Tensor x, Tensor? valid, Tensor(a!) seen, Tensor(b!) counts, Tensor(c!) outputs, "
-    "Tensor(d!) range_bits, Tensor(e!) means, Tensor(f!) sequences, int channel_dim, int feature_dims, float eps, "
-    "bool token_means, bool value_counts, bool sequence_means) -> ()"
-)
-_library.define(
-    "count_outliers_(Tensor y, Tensor? valid, Tensor(a!) counts, Tensor(b!) outputs, int channel_dim, "
-    "int feature_dims) -> ()"
-)
+from stabnorm.ops.registration import returns_nothing
 
 
+@op(mutates=("seen", "counts", "outputs", "range_bits", "means", "sequences"), fake=returns_nothing)
 def accumulate_detail_(
     x: Tensor,
     valid: Tensor | None,
@@ -40,12 +32,12 @@ def accumulate_detail_(
     value_counts: bool = True,
     sequence_means: bool = True,
 ) -> None:
-    """Merge the detail moments of ``x`` into a layer's account in place; a recomputed forward adds nothing.
+    """Merge the detail moments of ``x`` into a layer's accumulator in place; a recomputed forward adds nothing.
 
     Args:
         x: a norm's input, any layout and floating dtype; computed in float32.
         valid: bool, x's shape without the channel axis, True = valid token; None: all are.
-        seen: int64 scalar; this and the next five are the account, see `functional_detail.DetailMoments`.
+        seen: int64 scalar; this and the next five are the accumulator, see `functional.detail.DetailMoments`.
         counts: ``[5]`` int64.
         outputs: ``[C]`` int64, which is `count_outliers_`'s.
         range_bits: float32 scalar.
@@ -67,28 +59,37 @@ def accumulate_detail_(
     batch = 1 if no_batch else x.shape[0]
     keep = None if valid is None else valid.reshape(-1)
     into = DetailMoments(seen, counts, outputs, range_bits, means, sequences)
-    if rows.device.type == "cpu":
-        from stabnorm.ops._cpu_detail import add_detail_of_rows_
-
-        add_detail_of_rows_(into, rows, batch, eps, keep, token_means, value_counts, sequence_means)
-    else:
-        new = detail_moments(
-            rows, batch, eps, valid=keep, tokens=token_means, values=value_counts, sequences=sequence_means
-        )
-        merge_detail_(into, new)
+    add_detail_(rows, keep, into, batch, eps, token_means, value_counts, sequence_means)
     range_bits.clamp_(max=math.log2(torch.finfo(x.dtype).max))
 
 
+@op("rows")
+def add_detail_(
+    rows: Tensor,
+    valid: Tensor | None,
+    into: DetailMoments,
+    batch: int,
+    eps: float,
+    tokens: bool,
+    values: bool,
+    sequences: bool,
+) -> None:
+    """`functional.detail_moments` of float32 ``rows [R, C]`` added to ``into``; see there for the arguments."""
+    new = detail_moments(rows, batch, eps, valid=valid, tokens=tokens, values=values, sequences=sequences)
+    merge_detail_(into, new)
+
+
+@op(mutates=("counts", "outputs"), fake=returns_nothing)
 def count_outliers_(
     y: Tensor, valid: Tensor | None, counts: Tensor, outputs: Tensor, channel_dim: int, feature_dims: int = 1
 ) -> None:
-    """Add the outlying entries of a norm's output to a layer's account in place; a recomputed forward adds nothing.
+    """Add the outlying entries of a norm's output to a layer's accumulator in place; a recomputed forward adds nothing.
 
     Args:
         y: the output, in the layout of the input.
         valid: as for `accumulate_detail_`.
-        counts: of the account.
-        outputs: of the account.
+        counts: of the accumulator.
+        outputs: of the accumulator.
         channel_dim: the axis of y that holds the channels.
         feature_dims: how many trailing axes the layer normalises together.
     """
@@ -96,25 +97,12 @@ def count_outliers_(
         return
     rows = as_rows(y.detach(), channel_dim, feature_dims)
     keep = None if valid is None else valid.reshape(-1)
-    if rows.device.type == "cpu":
-        from stabnorm.ops._cpu_detail import outlier_counts_of_rows
-
-        tokens, found = outlier_counts_of_rows(rows, keep)
-    else:
-        tokens, found = outlier_counts(rows, keep)
+    tokens, outliers = outliers_of_rows(rows, keep)
     counts[OUTPUTS] += tokens
-    outputs.add_(found)
+    outputs.add_(outliers)
 
 
-_library.impl("accumulate_detail_", accumulate_detail_, "CompositeExplicitAutograd")
-_library.impl("count_outliers_", count_outliers_, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("stabnorm::accumulate_detail_")  # type: ignore[untyped-decorator]
-def _(*args: object) -> None:
-    return None
-
-
-@torch.library.register_fake("stabnorm::count_outliers_")  # type: ignore[untyped-decorator]
-def _(*args: object) -> None:
-    return None
+@op("rows")
+def outliers_of_rows(rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`functional.outlier_counts` of ``rows [R, C]`` in any floating dtype."""
+    return outlier_counts(rows, valid)

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from stabnorm import functional
 from stabnorm.functional import RawMoments
 from stabnorm.norms.rows import as_rows
-from stabnorm.ops.dispatch import execution
+from stabnorm.ops.dispatch import REFERENCE, op
 from stabnorm.ops.moments import is_recompute
-from stabnorm.ops.rows import LOW_PRECISION
+from stabnorm.ops.rows import LOW_PRECISION, widened
 
-OP = "observed_norm"
 NormKind = Literal["layer", "rms"]
 
 
@@ -33,17 +33,65 @@ class Spec(NamedTuple):
     normalized: bool
 
 
+@op("rows")
+def norm_with_moments(
+    rows: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    spec: Spec,
+    y: Tensor,
+    into: RawMoments,
+    valid: Tensor | None,
+    add: bool,
+) -> tuple[Tensor, Tensor]:
+    """The norm of ``rows [R, C]``, written into ``y``; with `add` its moments go into the accumulator.
+
+    Returns:
+        Mean and 1 / std of each token, ``[R]``, for `norm_gradient`.
+    """
+    wide = widened(rows)
+    mean, var = functional.token_mean_var(wide)
+    normalized = functional.normalize_tokens(wide, spec.kind, spec.eps)
+    out = normalized if gain is None else normalized * gain
+    y.copy_(out if bias is None else out + bias)
+    if add:
+        functional.merge_moments_(into, functional.raw_moments(wide, spec.kind, spec.eps, valid=valid))
+    return mean, torch.rsqrt((var + mean.square() if spec.kind == "rms" else var) + spec.eps)
+
+
+@op("rows")
+def norm_gradient(
+    dy: Tensor, rows: Tensor, gain: Tensor | None, means: Tensor, rstds: Tensor, kind: NormKind
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Dx of `norm_with_moments`, and the sums over rows of dy n and of dy, the gradients of gain and bias.
+
+    .. math:: dx = r (g - \overline{g} - n\,\overline{g n}),\quad g = \mathrm{gain}\,dy
+
+    without the mean of g for RMSNorm.
+    """
+    wide, upstream = widened(rows), widened(dy)
+    normalized = (wide if kind == "rms" else wide - means[:, None]) * rstds[:, None]
+    g = upstream if gain is None else upstream * gain
+    dx = g - normalized * (g * normalized).mean(-1, keepdim=True)
+    if kind == "layer":
+        dx = dx - g.mean(-1, keepdim=True)
+    return (dx * rstds[:, None]).to(rows.dtype), (upstream * normalized).sum(0), upstream.sum(0)
+
+
 def splits_for(channels: int, device: torch.device) -> int:
-    """In how many splits a kernel of this op wants an account; 0: in none."""
-    if execution(OP, torch.empty(1, device=device)) != "triton":
+    """In how many splits a kernel of this op wants an accumulator; 0: in none."""
+    if norm_with_moments.chosen(torch.empty(1, device=device)) != "triton":
         return 0
-    from stabnorm.ops import _triton_observed
+    from stabnorm.ops.triton import observed
 
-    return _triton_observed.splits_of(device.type, device.index) if channels <= _triton_observed.WIDEST else 0
+    return observed.splits_of(device.type, device.index) if channels <= observed.WIDEST else 0
 
 
-def body_for(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec, into: RawMoments) -> str | None:
-    """The execution that can do both at once here; None: none can, or torch would do something of its own."""
+def backend_for(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec, into: RawMoments) -> str | None:
+    """The backend that can do both at once here; None: none can, or torch would do something of its own."""
+    backend = norm_with_moments.chosen(x)
+    if backend == REFERENCE:
+        return None
     if x.dtype in LOW_PRECISION and torch.is_autocast_enabled(x.device.type):  # the output may be of another dtype
         return None
     if x.shape[-len(spec.shape) :] != spec.shape or forward_ad._current_level >= 0:
@@ -51,12 +99,11 @@ def body_for(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec, 
     for t in (weight, bias):
         if t is not None and (t.shape != spec.shape or t.dtype != x.dtype or t.device != x.device):
             return None
-    body = execution(OP, x)
-    if body == "triton":
-        from stabnorm.ops._triton_observed import WIDEST
+    if backend == "triton":
+        from stabnorm.ops.triton.observed import WIDEST
 
-        return body if math.prod(spec.shape) <= WIDEST and into.seen.ndim == 1 else None
-    return body if body == "cpp" and into.seen.ndim == 0 else None
+        return backend if math.prod(spec.shape) <= WIDEST and into.seen.ndim == 1 else None
+    return backend if into.seen.ndim == 0 else None
 
 
 def observed_norm(
@@ -66,7 +113,7 @@ def observed_norm(
     spec: Spec,
     valid: Tensor | None,
     into: RawMoments,
-    body: str,
+    backend: str,
 ) -> Tensor:
     """The norm of ``x``, its moments added to ``into`` as `ops.moments.accumulate_moments_` would.
 
@@ -76,14 +123,14 @@ def observed_norm(
         bias: the same.
         spec: what is computed.
         valid: bool, one for each token, True = counts; None: all do.
-        into: one layer's account, plain or in `splits_for` splits.
-        body: from `body_for`.
+        into: one layer's accumulator, plain or in `splits_for` splits.
+        backend: from `backend_for`, or "reference".
     """
-    return _Observed.apply(x, weight, bias, spec, valid, into, body)  # type: ignore[no-any-return, no-untyped-call]
+    return _Observed.apply(x, weight, bias, spec, valid, into, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Observed(torch.autograd.Function):
-    """`observed_norm` on a given body; once more differentiable through torch's own norm."""
+    """`observed_norm` on a given backend; once more differentiable through torch's own norm."""
 
     @staticmethod
     def forward(
@@ -94,26 +141,17 @@ class _Observed(torch.autograd.Function):
         spec: Spec,
         valid: Tensor | None,
         into: RawMoments,
-        body: str,
+        backend: str,
     ) -> Tensor:
         rows = as_rows(x, -1, len(spec.shape))
         gain, offset = (None if t is None else t.reshape(-1) for t in (weight, bias))
-        keep, add = None if valid is None else valid.reshape(-1), not is_recompute()
+        keep = None if valid is None else valid.reshape(-1)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # what is returned must be no view
-        if body == "triton":
-            from stabnorm.ops import _triton_observed
-
-            means, rstds = _triton_observed.norm(
-                rows, gain, offset, spec.eps, spec.kind == "rms", y.view(rows.shape), into, keep, spec.tokens,
-                spec.normalized, add,
-            )  # fmt: skip
-        else:
-            from stabnorm.ops import _cpp_observed
-
-            out = y.view(rows.shape)
-            means, rstds = _cpp_observed.norm(rows, gain, offset, spec.eps, spec.kind, out, into, keep, add)
+        means, rstds = norm_with_moments.on(backend)(
+            rows, gain, offset, spec, y.view(rows.shape), into, keep, not is_recompute()
+        )
         ctx.save_for_backward(x, weight, bias, means, rstds)
-        ctx.spec, ctx.body = spec, body
+        ctx.spec, ctx.backend = spec, backend
         return y
 
     @staticmethod
@@ -124,14 +162,7 @@ class _Observed(torch.autograd.Function):
             return (*_through_torch(spec, x, weight, bias, dy, ctx.needs_input_grad[:3]), *[None] * 4)
         rows, upstream = (as_rows(t, -1, len(spec.shape)) for t in (x, dy))
         gain = None if weight is None else weight.reshape(-1)
-        if ctx.body == "triton":
-            from stabnorm.ops import _triton_observed
-
-            dx, through, plain = _triton_observed.gradient(upstream, rows, gain, means, rstds, spec.kind == "rms")
-        else:
-            from stabnorm.ops import _cpp_observed
-
-            dx, through, plain = _cpp_observed.gradient(upstream, rows, gain, means, rstds, spec.kind)
+        dx, through, plain = norm_gradient.on(ctx.backend)(upstream, rows, gain, means, rstds, spec.kind)
         of_weight = None if weight is None else through.to(weight.dtype).view(weight.shape)
         of_bias = None if bias is None else plain.to(bias.dtype).view(bias.shape)
         return dx.view(x.shape), of_weight, of_bias, None, None, None, None
@@ -157,5 +188,5 @@ def _through_torch(
         else:
             y = F.rms_norm(cast(Tensor, inputs[0]), shape, gain, spec.eps)
         wanted = [t for t, needs in zip(inputs, needed, strict=True) if t is not None and needs]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=with_graph))
-    return [next(found) if t is not None and needs else None for t, needs in zip(inputs, needed, strict=True)]
+        gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=with_graph))
+    return [next(gradients) if t is not None and needs else None for t, needs in zip(inputs, needed, strict=True)]

@@ -1,9 +1,10 @@
 """The ops that hold a norm's running statistics: everything that one batch changes, and the decision whether it may.
 
 Each works on a handful of ``[C]`` vectors. They are registered with the dispatcher, so that in a compiled model each is
-one opaque node whose body runs at run time, where a recomputed forward can be recognised (see `stabnorm.ops.moments`):
-it changes nothing and gets back what the first one got. Decisions are `torch.where` on the device. A batch that is not
-accepted, because it holds something non-finite, no valid token or an outlier, changes counters and no more.
+one opaque node whose Python runs at run time, where a recomputed forward can be recognised (see
+`stabnorm.ops.moments`): it changes nothing and gets back what the first one got. Decisions are `torch.where` on the
+device. A batch that is not accepted, because it holds something non-finite, no valid token or an outlier, changes
+counters and no more.
 
 `progress` is an int64 ``[3]``: batches accepted so far; from which number of `skips` on the bursts are counted that
 have come since; and how many of the accepted ones came since the warm-up began. `gate` is a bool ``[2]``: was the batch
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import geometric_mean, is_burst
-from stabnorm.ops._register import registered
-from stabnorm.ops.dispatch import execution
+from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
+from stabnorm.ops.registration import returns_nothing
 
 REMEMBERED = 16  # forwards of one module between a forward and its recompute; beyond, the batch is its own statistic
 
@@ -25,11 +26,9 @@ def _gate_like(square: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(square), square.new_empty(2, dtype=torch.bool)
 
 
-@registered(
-    "(Tensor square, Tensor count, Tensor(a!) window, Tensor(b!) running, Tensor(c!) recent, Tensor(d!) step, "
-    "Tensor(e!) skips, Tensor(f!) progress, int warmup, int patience, float momentum, float eps, bool filtered, "
-    "bool counting) -> (Tensor, Tensor)",
-    lambda square, *_: _gate_like(square),
+@op(
+    mutates=("window", "running", "recent", "step", "skips", "progress"),
+    fake=lambda square, *_: _gate_like(square),
 )
 def smooth_square_(
     square: Tensor,
@@ -81,11 +80,7 @@ def smooth_square_(
     return divisor, gate
 
 
-@registered(
-    "(Tensor gradient, Tensor gate, Tensor(a!) window, Tensor(b!) average, Tensor(c!) filled, float momentum) "
-    "-> Tensor",
-    lambda gradient, *_: torch.empty_like(gradient),
-)
+@op(mutates=("window", "average", "filled"), fake=lambda gradient, *_: torch.empty_like(gradient))
 def smooth_gradient_(
     gradient: Tensor, gate: Tensor, window: Tensor, average: Tensor, filled: Tensor, momentum: float
 ) -> Tensor:
@@ -112,11 +107,15 @@ def smooth_gradient_(
     return psi
 
 
-@registered(
-    "(Tensor? mean, Tensor square, Tensor count, Tensor(a!)? running_mean, Tensor(b!) running_var, "
-    "Tensor(c!)? window, Tensor(d!) step, Tensor(e!) skips, Tensor(f!) progress, int patience, float momentum, "
-    "float eps, bool counting) -> ()",
-    lambda *_: None,
+def _has_filter(mean: Tensor | None, square: Tensor, count: Tensor, *rest: Tensor | None) -> bool:
+    return rest[2] is not None  # the window
+
+
+@op(
+    "square",
+    unless=_has_filter,
+    mutates=("running_mean", "running_var", "window", "step", "skips", "progress"),
+    fake=returns_nothing,
 )
 def track_batch_(
     mean: Tensor | None,
@@ -152,13 +151,6 @@ def track_batch_(
     """
     if is_recompute():
         return
-    if window is None and execution("track_batch_", square) == "triton":
-        from stabnorm.ops import _triton_running
-
-        _triton_running.track_batch_(
-            mean, square, count, running_mean, running_var, step, skips, progress, momentum, counting
-        )
-        return
     enough = count if mean is None else count - 1  # the variance of one row is not 0: there is none
     about = square if mean is None or running_mean is None else square + (mean - running_mean).square()
     if window is None:
@@ -174,10 +166,9 @@ def track_batch_(
     _count_(step, skips, progress, accepted, restart, counting)
 
 
-@registered(
-    "(Tensor square, Tensor count, Tensor(a!) running, Tensor(b!) recent, Tensor(c!) step, Tensor(d!) skips, "
-    "Tensor(e!) progress, int warmup, float alpha, bool counting) -> (Tensor, Tensor)",
-    lambda square, *_: _gate_like(square),
+@op(
+    mutates=("running", "recent", "step", "skips", "progress"),
+    fake=lambda square, *_: _gate_like(square),
 )
 def track_quadratic_(
     square: Tensor,
@@ -218,10 +209,7 @@ def track_quadratic_(
     return divisor, gate
 
 
-@registered(
-    "(Tensor gradient, Tensor power, Tensor gate, Tensor(a!) nu, float alpha) -> Tensor",
-    lambda gradient, *_: torch.empty_like(gradient),
-)
+@op(mutates=("nu",), fake=lambda gradient, *_: torch.empty_like(gradient))
 def quadratic_gradient_(gradient: Tensor, power: Tensor, gate: Tensor, nu: Tensor, alpha: float) -> Tensor:
     r"""PowerNorm's backward statistic ``[C]`` (arXiv:2003.07845, algorithm 2); while warming up the exact one.
 

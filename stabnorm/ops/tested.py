@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 SHIPPED = FOLDER / "tested_devices.json"
+on_change: list[Callable[[], None]] = []  # called when a record was written
 
 
 def cache_folder() -> Path:
@@ -42,7 +43,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def _kernels_hash() -> str:
-    sources = sorted(FOLDER.glob("_triton_*.py"))
+    sources = sorted((FOLDER / "triton").glob("*.py"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
@@ -81,6 +82,8 @@ def record(index: int | None, ops: Iterable[str]) -> Path:
     draft.write_text(json.dumps([*others, {**mine, "passed": sorted(ops)}], indent=1) + "\n", encoding="utf-8")
     draft.replace(path)  # two processes that test at once leave one whole file
     _passed.cache_clear()
+    for call in on_change:
+        call()
     return path
 
 

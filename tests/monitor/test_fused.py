@@ -1,6 +1,6 @@
 """Norms that run in one pass with what observes them: the same history, the norm's output to rounding, and a way back.
 
-On a CPU these are the C++ bodies; the kernel's turn is in tests/ops/test_triton_observed.py.
+On a CPU this is the C++ backend; the kernel's turn is in tests/ops/test_triton_observed.py.
 """
 
 import copy
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from stabnorm import StabilityMonitor, valid_tokens
-from stabnorm.ops import _cpp, use_kernels
+from stabnorm.ops import use_kernels
+from stabnorm.ops.cpp import library
 from stabnorm.ops.observed import observed_norm
 from tests.monitor.one_history import History, Net, assert_same, everything, train
 
 
 @pytest.fixture(autouse=True)
 def cpp() -> Iterator[None]:
-    reason = _cpp.why_not()
+    reason = library.why_not()
     if reason is not None:
         pytest.skip(reason)
     with use_kernels("cpp"):
@@ -42,7 +43,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 def close(got: History, want: History) -> None:
-    """To what two executions of the norms differ by after a few steps of training."""
+    """To what two backends of the norms differ by after a few steps of training."""
     for name, values in want.items():
         torch.testing.assert_close(got[name], values, rtol=2e-4, atol=2e-4, equal_nan=True, msg=name)
 

@@ -255,7 +255,7 @@ def test_with_an_init_of_the_papers_it_stays_as_that_says() -> None:
 
 
 @pytest.mark.parametrize("setting", ["auto", "cpp", "reference"])
-def test_a_mask_from_outside_keeps_padding_out_in_every_execution(setting: str) -> None:
+def test_a_mask_from_outside_keeps_padding_out_on_every_backend(setting: str) -> None:
     norm, mask = PRepBN(8), torch.rand(5, 7) < 0.6
     norm.lam.fill_(0.5)
     x = torch.where(mask[..., None], torch.randn(5, 7, 8), 1e6)

@@ -1,4 +1,4 @@
-"""The C++ bodies for CPUs: built only when asked for, kept, missed without harm, and the same in compiled graphs."""
+"""The C++ backend for CPUs: built only when asked for, kept, missed without harm, and the same in compiled graphs."""
 
 import copy
 import functools
@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from stabnorm import StabilityMonitor
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from stabnorm.ops import _cpp, backends, dispatch, use_kernels
+from stabnorm.ops import backends, use_kernels
+from stabnorm.ops.cpp import library
+from stabnorm.ops.one_pass import affine_with_square
 from stabnorm.ops.rows import moments_of_rows, sums_of_rows
 
 
@@ -24,15 +26,15 @@ from stabnorm.ops.rows import moments_of_rows, sums_of_rows
 def not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """As in a new process with an empty cache."""
     monkeypatch.setenv("STABNORM_CACHE", str(tmp_path))
-    monkeypatch.setattr(_cpp, "_failure", None)
-    _cpp._load.cache_clear()
+    monkeypatch.setattr(library, "_failure", None)
+    library._load.cache_clear()
     yield tmp_path
-    _cpp._load.cache_clear()
+    library._load.cache_clear()
 
 
 @pytest.fixture
 def compiler() -> None:
-    reason = _cpp.why_not()
+    reason = library.why_not()
     if reason is not None:
         pytest.skip(reason)
 
@@ -48,7 +50,7 @@ def test_nothing_is_built_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     def not_called(*_: object) -> None:
         raise AssertionError("a compiler was called")
 
-    monkeypatch.setattr(_cpp, "_run", not_called)
+    monkeypatch.setattr(library, "_run", not_called)
     with use_kernels("auto"):
         assert "cpp is opt-in: set STABNORM_KERNELS=cpp" in str(backends(["cpu"]))
         RepBN(8)(torch.randn(4, 8))
@@ -57,13 +59,13 @@ def test_nothing_is_built_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("compiler_", "said"), [("false", "false failed: exit status 1"), ("nowhere/c++", "nowhere")])
-def test_without_a_working_compiler_atens_bodies_run_and_one_warning_says_why(
+def test_without_a_working_compiler_aten_run_and_one_warning_says_why(
     compiler_: str, said: str, not_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", compiler_)
     x = torch.randn(9, 8)
     with use_kernels("cpp"), caplog.at_level(logging.WARNING, "stabnorm"):
-        assert dispatch.execution("moments_of_rows", x) == "aten"
+        assert moments_of_rows.chosen(x) == "aten"
         RepBN(8)(x)
         assert said in str(backends(["cpu"]))
     assert len(caplog.records) == 1
@@ -71,31 +73,69 @@ def test_without_a_working_compiler_atens_bodies_run_and_one_warning_says_why(
     assert list(not_loaded.iterdir()) == []
 
 
+@pytest.mark.usefixtures("compiler")
+def test_cxx_may_be_a_path_with_a_space_or_a_command_with_arguments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "my compiler"
+    script.write_text(f'#!/bin/sh\nexec {library._compiler()[0]} "$@"\n')
+    script.chmod(0o755)
+    for value, command in (
+        (str(script), [str(script)]),
+        (f"'{script}' -DTHIS='a b'", [str(script), "-DTHIS=a b"]),
+        ("ccache g++", ["ccache", "g++"]),
+    ):
+        monkeypatch.setenv("CXX", value)
+        assert library._compiler() == command
+    monkeypatch.setenv("CXX", str(script))
+    assert "__cplusplus" in library._run(library._compiler(), "-dM", "-E", "-x", "c++", "/dev/null")
+
+
+def test_flags_that_a_compiler_does_not_know_are_left_out(
+    not_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built: list[tuple[str, ...]] = []
+
+    def like_apples(compiler: list[str], *arguments: str) -> str:
+        if "-march=native" in arguments or "-fopenmp" in arguments:
+            raise library._NotBuilt("unknown argument")
+        if "-shared" in arguments:
+            built.append(arguments)
+            Path(arguments[-1]).write_bytes(b"")
+        return "what it defines"
+
+    monkeypatch.setattr(library, "_run", like_apples)
+    with caplog.at_level(logging.INFO, "stabnorm"):
+        assert library._built().parent == not_loaded
+    assert "-mcpu=native" in built[0]
+    assert "runs on one thread" in caplog.text
+
+
 @pytest.mark.usefixtures("not_loaded")
 def test_no_compiler_at_all_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert _cpp.why_not() == "no C++ compiler found. Install g++ or clang++, or set CXX"
+    assert library.why_not() == "no C++ compiler found. Install g++ or clang++, or set CXX"
 
 
 @pytest.mark.usefixtures("compiler")
 def test_what_was_built_is_found_again(not_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-    run = _cpp._run
+    run = library._run
 
-    def counted(compiler: str, *arguments: str) -> str:
+    def counted(compiler: list[str], *arguments: str) -> str:
         if "-shared" not in arguments:
             return run(compiler, *arguments)
-        built.append(compiler)
+        built.append(compiler[0])
         Path(arguments[-1]).write_bytes(b"")
         return ""
 
-    monkeypatch.setattr(_cpp, "_run", counted)
-    first, second = _cpp._built(), _cpp._built()
+    monkeypatch.setattr(library, "_run", counted)
+    first, second = library._built(), library._built()
     assert first == second
     assert len(built) == 1
-    monkeypatch.setattr(_cpp, "FLAGS", (*_cpp.FLAGS, "-DOTHER"))
-    assert _cpp._built() != first
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DOTHER"))
+    assert library._built() != first
     assert len(built) == 2
     assert len(list(not_loaded.iterdir())) == 2  # and no draft
 
@@ -233,16 +273,16 @@ def test_the_ops_of_both_norms_at_once_tell_the_truth_about_themselves() -> None
             (lam, dy, rows, vector, None, vector, None, None, vector, None, token, token, vector, vector),
         ),
         (ops.cpp_scale_groups, (rows, 2, 1e-5)),
-        (ops.cpp_gradient_of_groups, (dy, rows, torch.rand(6, 2))),
+        (ops.cpp_gradient_of_groups, (dy, rows, torch.rand(6, 2), False)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.usefixtures("cpp")
-def test_tensors_without_memory_are_left_to_atens_bodies() -> None:
+def test_tensors_without_memory_are_left_to_aten() -> None:
     with FakeTensorMode():
         x = torch.empty(6, 8)
-        assert dispatch.execution("moments_of_rows", x) == "aten"
+        assert moments_of_rows.chosen(x) == "aten"
         assert RepBN(8)(x).shape == (6, 8)
 
 
@@ -265,15 +305,14 @@ def test_moving_lam_compiles_nothing_anew() -> None:
 
 @pytest.mark.usefixtures("cpp")
 def test_powernorm_takes_one_pass_past_its_warm_up_only_and_trains_as_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stabnorm.ops import _cpp_one_pass
+    assert affine_with_square.find("cpp") is not None
+    one_pass, calls = affine_with_square.on("cpp"), []
 
-    one_pass, calls = _cpp_one_pass.affine_with_square, []
+    def counted(rows: Tensor, valid: Tensor | None, scale: Tensor, shift: Tensor | None, guess: bool = True) -> Any:
+        calls.extend([len(rows)] if guess else [])
+        return one_pass(rows, valid, scale, shift, guess)
 
-    def counted(rows: Tensor, *rest: Any) -> Any:
-        calls.append(len(rows))
-        return one_pass(rows, *rest)
-
-    monkeypatch.setattr(_cpp_one_pass, "affine_with_square", counted)
+    monkeypatch.setitem(affine_with_square._runs, "cpp", counted)
     norm = PowerNorm(19, warmup_steps=2)
     nn.init.normal_(norm.weight, 1.0, 0.3)
     other = copy.deepcopy(norm)

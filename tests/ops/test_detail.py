@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stabnorm.functional_detail import (
+from stabnorm.functional import detail
+from stabnorm.functional.detail import (
+    DETAIL,
     KURTOSIS,
     MAX_TO_MEDIAN,
     MEDIAN,
-    MERGE,
     NONFINITE,
     OUTPUTS,
     REST,
@@ -35,10 +36,10 @@ def nothing(channels: int) -> DetailMoments:
 
 
 def accumulated(*parts: tuple[Tensor, Tensor | None], channel_dim: int = -1) -> DetailMoments:
-    account = nothing(parts[0][0].shape[channel_dim])
+    accumulator = nothing(parts[0][0].shape[channel_dim])
     for x, valid in parts:
-        accumulate_detail_(x, valid, *account, channel_dim)
-    return account
+        accumulate_detail_(x, valid, *accumulator, channel_dim)
+    return accumulator
 
 
 def truth(x: Tensor, valid: Tensor | None = None, channel_dim: int = -1) -> DetailMoments:
@@ -112,8 +113,10 @@ def test_a_batch_with_no_valid_token_adds_nothing() -> None:
         assert torch.equal(a, b)
 
 
-def test_every_field_says_how_it_merges() -> None:
-    assert tuple(MERGE) == DetailMoments._fields
+def test_every_field_says_how_it_merges_and_every_row_has_its_name() -> None:
+    assert tuple(DETAIL.fields) == DetailMoments._fields
+    for field in DETAIL.fields.values():
+        assert [getattr(detail, name) for name in field.names] == list(range(len(field.names)))
 
 
 def test_merging_parts_with_different_means_is_one_big_batch() -> None:
@@ -169,10 +172,10 @@ def test_tokens_of_zeros_and_of_huge_numbers_have_a_shape() -> None:
 )
 def test_the_range_is_that_of_the_narrowest_dtype_met(dtype: torch.dtype, bits: float) -> None:
     x = torch.randn(4, 8)
-    account = accumulated((x.to(dtype), None))
-    assert abs(float(account.range_bits) - bits) < 0.01
-    accumulate_detail_(x.half(), None, *account, -1)
-    assert abs(float(account.range_bits) - 16) < 1e-3
+    accumulator = accumulated((x.to(dtype), None))
+    assert abs(float(accumulator.range_bits) - bits) < 0.01
+    accumulate_detail_(x.half(), None, *accumulator, -1)
+    assert abs(float(accumulator.range_bits) - 16) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,41 +184,41 @@ def test_outliers_of_an_output_are_counted_per_channel(dtype: torch.dtype, chann
     y = 4 * torch.randn(3, 6, 5).to(dtype)
     y[0, 0, 0] = 6
     channels, valid = y.shape[channel_dim], torch.rand([n for i, n in enumerate(y.shape) if i != channel_dim % 3]) < 0.7
-    account = nothing(channels)
-    count_outliers_(y, None, account.counts, account.outputs, channel_dim)
-    count_outliers_(y, valid, account.counts, account.outputs, channel_dim)
+    accumulator = nothing(channels)
+    count_outliers_(y, None, accumulator.counts, accumulator.outputs, channel_dim)
+    count_outliers_(y, valid, accumulator.counts, accumulator.outputs, channel_dim)
     rows = as_rows(y, channel_dim)
     found = rows.abs() >= 6
-    assert account.outputs.tolist() == (found.sum(0) + found[valid.flatten()].sum(0)).tolist()
-    assert account.counts[OUTPUTS] == len(rows) + valid.sum()
+    assert accumulator.outputs.tolist() == (found.sum(0) + found[valid.flatten()].sum(0)).tolist()
+    assert accumulator.counts[OUTPUTS] == len(rows) + valid.sum()
     tokens, plain = outlier_counts(rows, valid.flatten())
     assert (int(tokens), plain.tolist()) == (int(valid.sum()), found[valid.flatten()].sum(0).tolist())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_recompute_adds_nothing(reentrant: bool) -> None:
-    account = nothing(8)
+    accumulator = nothing(8)
 
     def block(x: Tensor) -> Tensor:
         with torch.no_grad():
-            accumulate_detail_(x, None, *account, -1)
-            count_outliers_(x, None, account.counts, account.outputs, -1)
+            accumulate_detail_(x, None, *accumulator, -1)
+            count_outliers_(x, None, accumulator.counts, accumulator.outputs, -1)
         return torch.tanh(x) * x
 
     x = torch.randn(10, 8, requires_grad=True)
     checkpoint(block, x, use_reentrant=reentrant).backward(torch.randn(10, 8))
-    assert int(account.seen) == int(account.counts[OUTPUTS]) == 10
+    assert int(accumulator.seen) == int(accumulator.counts[OUTPUTS]) == 10
 
 
 def test_the_registered_ops_are_what_is_called_directly_and_tell_the_truth_about_themselves() -> None:
-    x, account = 3 * torch.randn(4, 9, 8), nothing(8)
+    x, accumulator = 3 * torch.randn(4, 9, 8), nothing(8)
     direct = accumulated((x, None))
     count_outliers_(x, None, direct.counts, direct.outputs, -1)
-    args = (x, None, *account, -1, 1, 1e-5, True, True, True)
-    outlier_args = (x, None, account.counts, account.outputs, -1, 1)
+    args = (x, None, *accumulator, -1, 1, 1e-5, True, True, True)
+    outlier_args = (x, None, accumulator.counts, accumulator.outputs, -1, 1)
     torch.ops.stabnorm.accumulate_detail_(*args)
     torch.ops.stabnorm.count_outliers_(*outlier_args)
-    for a, b in zip(direct, account, strict=True):
+    for a, b in zip(direct, accumulator, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     for op, given in (("accumulate_detail_", args), ("count_outliers_", outlier_args)):
         overload = getattr(torch.ops.stabnorm, op).default

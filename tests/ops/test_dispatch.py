@@ -13,7 +13,9 @@ from torch import nn
 import stabnorm.ops
 from stabnorm import StabilityMonitor
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from stabnorm.ops import _cpu_moments, _cpu_rows, dispatch, tested, use_kernels
+from stabnorm.ops import dispatch, tested, use_kernels
+from stabnorm.ops.dispatch import all_ops
+from stabnorm.ops.rows import moments_of_rows
 
 CUDA = ("triton", "moments_of_rows", "cuda", 0)
 
@@ -43,12 +45,11 @@ def test_a_setting_holds_until_the_block_ends() -> None:
 
 def test_reference_runs_the_formulas_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_called(*_: object, **__: object) -> None:
-        raise AssertionError("a faster body ran")
+        raise AssertionError("a faster backend ran")
 
-    for module, names in ((_cpu_rows, ("moments", "affine", "sums", "gradient")), (_cpu_moments, ("_fill",))):
-        for name in names:
-            monkeypatch.setattr(module, name, not_called)
-    monkeypatch.setattr("stabnorm.ops.blend._unless", not_called)
+    for op in all_ops():
+        for backend in op.backends:
+            monkeypatch.setitem(op._runs, backend, not_called)
     norms = [RepBN(8), UnifiedNorm(8), PowerNorm(8), PRepBN(8), nn.LayerNorm(8)]
     model = nn.Sequential(*norms)
     x = torch.randn(4, 5, 8, requires_grad=True)
@@ -60,15 +61,15 @@ def test_reference_runs_the_formulas_only(monkeypatch: pytest.MonkeyPatch) -> No
 
     with use_kernels("reference"):
         train()
-    with use_kernels("auto"), pytest.raises(AssertionError, match="a faster body ran"):
+    with use_kernels("auto"), pytest.raises(AssertionError, match="a faster backend ran"):
         train()
 
 
 def test_backends_says_what_runs_and_why() -> None:
     with use_kernels("auto"):
         lines = {line.op: line for line in stabnorm.ops.backends(["cpu"])}
-    assert set(lines) == set(dispatch.BODIES)
-    assert lines["accumulate_moments_"].runs == "aten"
+    assert set(lines) == {op.name for op in all_ops()}
+    assert lines["add_moments_"].runs == "aten"
     with use_kernels("reference"):
         table = stabnorm.ops.backends()
     assert {line.runs for line in table} == {"reference"}
@@ -76,13 +77,13 @@ def test_backends_says_what_runs_and_why() -> None:
     assert len(str(table).splitlines()) == len(table)
 
 
-def test_what_no_body_takes_is_left_to_the_formula() -> None:
+def test_what_no_backend_takes_is_left_to_the_formula() -> None:
     with use_kernels("auto"):
-        assert dispatch.execution("moments_of_rows", torch.ones(2, 2)) == "aten"
-        assert dispatch.execution("moments_of_rows", torch.ones(2, 2), torch.ones(2, dtype=torch.bool)) == "reference"
-        assert dispatch.execution("moments_of_rows", torch.ones(2, 2).double()) == "reference"
-        assert dispatch.execution("moments_of_rows", torch.ones(0, 2)) == "reference"
-        assert dispatch.execution("moments_of_rows", torch.ones(2, 2, device="meta")) == "reference"
+        assert moments_of_rows.chosen(torch.ones(2, 2)) == "aten"
+        assert moments_of_rows.chosen(torch.ones(2, 2), torch.ones(2, dtype=torch.bool)) == "reference"
+        assert moments_of_rows.chosen(torch.ones(2, 2).double()) == "reference"
+        assert moments_of_rows.chosen(torch.ones(0, 2)) == "reference"
+        assert moments_of_rows.chosen(torch.ones(2, 2, device="meta")) == "reference"
 
 
 # --- the record ---

@@ -32,8 +32,8 @@ KINDS: tuple[Kind, ...] = ("layer", "rms", "batch")
 
 
 def accumulated(*parts: tuple[Tensor, Tensor | None], kind: Kind, channel_dim: int = -1, groups: int = 1) -> RawMoments:
-    account = empty_moments(1, parts[0][0].shape[channel_dim])
-    one = RawMoments(account.seen[0], account.channel[0], account.token[0])
+    accumulator = empty_moments(1, parts[0][0].shape[channel_dim])
+    one = RawMoments(accumulator.seen[0], accumulator.channel[0], accumulator.token[0])
     for x, valid in parts:
         accumulate_moments_(x, valid, *one, kind, channel_dim, 1, groups)
     return one
@@ -143,8 +143,8 @@ def test_a_non_finite_input_shows_in_its_channel_only(bad: float) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_recompute_adds_nothing(reentrant: bool) -> None:
-    account = empty_moments(1, 8)
-    one = RawMoments(account.seen[0], account.channel[0], account.token[0])
+    accumulator = empty_moments(1, 8)
+    one = RawMoments(accumulator.seen[0], accumulator.channel[0], accumulator.token[0])
 
     def block(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -158,16 +158,41 @@ def test_a_recompute_adds_nothing(reentrant: bool) -> None:
 
 def test_the_registered_op_is_what_is_called_directly() -> None:
     x = torch.randn(4, 9, 8)
-    direct, account = accumulated((x, None), kind="layer"), empty_moments(1, 8)
+    direct, accumulator = accumulated((x, None), kind="layer"), empty_moments(1, 8)
     op = torch.ops.stabnorm.accumulate_moments_
-    op(x, None, account.seen[0], account.channel[0], account.token[0], "layer", -1, 1, 1, 1e-5, True, True, False)
-    for a, b in zip(direct, account, strict=True):
+    op(
+        x,
+        None,
+        accumulator.seen[0],
+        accumulator.channel[0],
+        accumulator.token[0],
+        "layer",
+        -1,
+        1,
+        1,
+        1e-5,
+        True,
+        True,
+        False,
+    )
+    for a, b in zip(direct, accumulator, strict=True):
         torch.testing.assert_close(a, b[0], rtol=0, atol=1e-6)
 
 
 def test_the_registered_op_tells_the_truth_about_itself() -> None:
-    account = empty_moments(1, 8)
-    args = (torch.randn(4, 8), None, account.seen[0], account.channel[0], account.token[0], "layer", -1, 1, 1, 1e-5)
+    accumulator = empty_moments(1, 8)
+    args = (
+        torch.randn(4, 8),
+        None,
+        accumulator.seen[0],
+        accumulator.channel[0],
+        accumulator.token[0],
+        "layer",
+        -1,
+        1,
+        1,
+        1e-5,
+    )
     torch.library.opcheck(
         torch.ops.stabnorm.accumulate_moments_.default,
         (*args, True, True, False),

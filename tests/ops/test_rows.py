@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from stabnorm import functional
-from stabnorm.ops import _cpu_rows
+from stabnorm.ops.aten import rows as aten_rows
 from stabnorm.ops.blend import blend, join_gradients
 from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 
 CHANNELS = 384
-BLOCK = _cpu_rows.BLOCK // CHANNELS
+BLOCK = aten_rows.BLOCK // CHANNELS
 SIZES = (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 3)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}
 

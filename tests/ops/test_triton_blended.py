@@ -1,16 +1,19 @@
 """The kernels behind `ops.blended`, `ops.blend` and GroupScaling equal the formulas in float64."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from stabnorm import functional
 from stabnorm.nn import PRepBN
 from stabnorm.ops import use_kernels
 from stabnorm.ops.blend import blend, join_gradients
-from stabnorm.ops.rows import gradient_of_groups, scaled_groups
-from stabnorm.ops.selftest import CHECKS, Case, truth
+from stabnorm.ops.blended import blended_norm
+from stabnorm.ops.groups import gradient_of_groups, scaled_groups
+from stabnorm.ops.selftest import Case, checks_of, truth
 from tests.triton_kernels import DEVICE, DTYPES, MARKS, assert_close, nan_in_new_memory, random_rows
 
 pytestmark = MARKS
@@ -32,9 +35,10 @@ def test_both_norms_of_a_prepbn_there_and_back(
         valid[0], valid[-1] = True, False
         x[~valid], dy[~valid] = torch.nan, 0
     case = Case("", x, dy, valid, torch.randn(6, shape[1]).to(DEVICE))
-    wanted = truth("blended_norm", case)[lam]
+    check = checks_of(blended_norm)[lam]
+    wanted = truth(check, case)
     with use_kernels("triton"):
-        found = CHECKS["blended_norm"][lam](case)
+        found = check(case)
     for name, (got, _, of_rows) in found.items():
         want, natural, _ = wanted[name]
         tolerance = got if of_rows else got.float()
@@ -65,9 +69,11 @@ def test_a_module_trains_as_with_the_formulas(lam: float) -> None:
 def test_blends_are_exact_at_their_ends(dtype: torch.dtype) -> None:
     a, b = random_rows(40, 8, dtype), random_rows(40, 8, dtype)
     a[0], b[0], a[1], b[2] = -0.0, -0.0, torch.inf, torch.nan
-    for lam, (fast, formula) in itertools.product(
-        (0.0, 0.3, 1.0), ((blend, functional.blend), (join_gradients, functional.join_gradients))
-    ):
+    pairs: list[tuple[Callable[..., Tensor], Callable[..., Tensor]]] = [
+        (blend, functional.blend),
+        (join_gradients, functional.join_gradients),
+    ]
+    for lam, (fast, formula) in itertools.product((0.0, 0.3, 1.0), pairs):
         weight = torch.tensor(lam, device=DEVICE)
         with use_kernels("triton"):
             got = fast(weight, a, b)

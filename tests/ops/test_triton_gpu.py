@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from stabnorm import StabilityMonitor, functional
 from stabnorm.functional import MAX, REST_X, SHIFT_X, VAR_N, VAR_X, RawMoments
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from stabnorm.ops import dispatch, selftest, use_kernels
-from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
-from stabnorm.ops.observed import NormKind, Spec, body_for, observed_norm, splits_for
+from stabnorm.ops import dispatch, use_kernels
+from stabnorm.ops.accumulators import empty_accumulators, merge_accumulators
+from stabnorm.ops.dispatch import all_ops
+from stabnorm.ops.moments import accumulate_moments_
+from stabnorm.ops.observed import NormKind, Spec, backend_for, observed_norm, splits_for
 from stabnorm.ops.rows import gradient_of_rows, moments_of_rows, sums_of_rows
+from stabnorm.ops.selftest.__main__ import main
 from tests.triton_kernels import DTYPES, assert_close
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -43,10 +46,11 @@ def no_sync() -> Iterator[None]:
 
 
 def test_the_selftest_passes_and_the_device_is_recorded() -> None:
-    assert selftest.main(["--device", "cuda:0"]) == 0
+    assert main(["--device", "cuda:0"]) == 0
     with use_kernels("auto"):
         runs = {line.op: line.runs for line in dispatch.backends(["cuda:0"])}
-    assert runs.pop("blended_norm") == "reference"  # opt-in
+    assert {runs.pop(name) for name in ("blended_norm", "blended_sums", "blended_gradient")} == {"reference"}  # opt-in
+    assert {runs.pop(name) for name in ("add_detail_", "outliers_of_rows")} == {"reference"}  # for CPUs only
     assert set(runs.values()) == {"triton"}
 
 
@@ -60,10 +64,10 @@ def test_full_size_equals_float64_and_is_the_same_every_time(size: tuple[int, in
         once, again = (moments_of_rows(x, valid, center=True) for _ in range(2))
         sums, repeated = (sums_of_rows(dy, x, once.mean, valid) for _ in range(2))
         dx = gradient_of_rows(dy, x, once.mean, valid, scale, slope, offset)
-        accounts = empty_accounts(1, size[1], x.device)
-        seen, account, token = (part[0] for part in accounts)
-        accumulate_moments_(x, valid, seen, account, token, "layer", -1)
-        channel = merge_accounts(accounts).channel[0].double()
+        accumulators = empty_accumulators(1, size[1], x.device)
+        seen, accumulator, token = (part[0] for part in accumulators)
+        accumulate_moments_(x, valid, seen, accumulator, token, "layer", -1)
+        channel = merge_accumulators(accumulators).channel[0].double()
     want = functional.batch_moments(x.double(), valid, center=True)
     assert once.mean is not None
     assert again.mean is not None
@@ -122,13 +126,13 @@ def test_a_norm_with_its_moments_equals_float64_at_full_size(
     valid, spec = torch.rand(size[0], device="cuda") < 0.9, Spec(kind, (size[1],), 1e-5, True, True)
     given, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     with use_kernels("triton"):
-        accounts = empty_accounts(1, size[1], x.device, splits_for(size[1], x.device))
-        into = RawMoments(*(part[0] for part in accounts))
-        body = body_for(given, weight, None, spec, into)
-        assert body == "triton"
-        y = observed_norm(given, weight, None, spec, valid, into, body)
+        accumulators = empty_accumulators(1, size[1], x.device, splits_for(size[1], x.device))
+        into = RawMoments(*(part[0] for part in accumulators))
+        backend = backend_for(given, weight, None, spec, into)
+        assert backend == "triton"
+        y = observed_norm(given, weight, None, spec, valid, into, backend)
         dx, of_weight = torch.autograd.grad(y, [given, weight], dy)
-        found = merge_accounts(accounts)
+        found = merge_accumulators(accumulators)
     gain = weight.detach().double().requires_grad_()
     want = functional.normalize_tokens(wide, kind, 1e-5) * gain
     wanted_dx, wanted_weight = torch.autograd.grad(want, [wide, gain], dy.double())
@@ -202,11 +206,7 @@ def test_a_captured_step_replays(name: str) -> None:
 def test_the_ops_tell_the_truth_about_themselves() -> None:
     x, vector = torch.randn(40, 70, device="cuda"), torch.randn(70, device="cuda")
     valid, lam = torch.rand(40, device="cuda") < 0.5, torch.tensor(0.3, device="cuda")
-    with use_kernels("triton"):
-        moments_of_rows(x, None, center=True)  # registers what is imported late
-    import stabnorm.ops._triton_blended  # noqa: F401
-    import stabnorm.ops._triton_groups  # noqa: F401
-    import stabnorm.ops._triton_observed  # noqa: F401
+    all_ops()  # registers what is imported late
 
     ops = torch.ops.stabnorm
     for op, arguments in (

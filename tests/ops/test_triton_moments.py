@@ -24,7 +24,8 @@ from stabnorm.functional import (
 )
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops import use_kernels
-from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
+from stabnorm.ops.accumulators import empty_accumulators, merge_accumulators
+from stabnorm.ops.moments import accumulate_moments_
 from tests.triton_kernels import DEVICE, MARKS, assert_close, nan_in_new_memory, random_rows
 
 pytestmark = MARKS
@@ -41,16 +42,16 @@ def truth(x: Tensor, kind: Kind, valid: Tensor | None, groups: int = 1) -> RawMo
 
 
 def in_splits(*parts: tuple[Tensor, Tensor | None], kind: Kind, channel_dim: int = -1, groups: int = 1) -> RawMoments:
-    """What several forwards added to the accounts of a layer's splits, and the launch that ends the step made of it."""
-    from stabnorm.ops._triton_accounts import merge_splits
-    from stabnorm.ops._triton_moments import splits_of
+    """What the launch that ends a step makes of the accumulators that several forwards filled."""
+    from stabnorm.ops.triton.accumulators import merge
+    from stabnorm.ops.triton.moments import splits_of
 
     channels = parts[0][0].shape[channel_dim]
-    account = empty_moments(splits_of(channels, DEVICE), channels, DEVICE)
+    accumulator = empty_moments(splits_of(channels, DEVICE), channels, DEVICE)
     with use_kernels("triton"):
         for x, valid in parts:
-            accumulate_moments_(x, valid, *account, kind, channel_dim, 1, groups)
-    return RawMoments(*(part[0] for part in merge_splits(RawMoments(*(part[None] for part in account)))))
+            accumulate_moments_(x, valid, *accumulator, kind, channel_dim, 1, groups)
+    return RawMoments(*(part[0] for part in merge(*(part[None] for part in accumulator))))
 
 
 def assert_same(got: RawMoments, want: RawMoments, scale: float = 1.0, of_tokens: float = 1.0) -> None:
@@ -107,8 +108,8 @@ def test_a_group_norm_brings_its_own() -> None:
 
 def test_a_plain_account_takes_it_too_and_a_batch_of_padding_adds_nothing() -> None:
     x, more = random_rows(30, 20), random_rows(9, 20)
-    account = empty_moments(1, 20, DEVICE)
-    one = RawMoments(*(part[0] for part in account))
+    accumulator = empty_moments(1, 20, DEVICE)
+    one = RawMoments(*(part[0] for part in accumulator))
     nothing = torch.zeros(30, dtype=torch.bool, device=DEVICE)
     with use_kernels("triton"):
         accumulate_moments_(x, None, *one, "layer", -1)
@@ -130,7 +131,7 @@ def test_a_bad_number_shows_in_its_channel_only() -> None:
 
 
 def test_the_splits_of_all_layers_merge_in_one_launch() -> None:
-    from stabnorm.ops._triton_accounts import merge_splits
+    from stabnorm.ops.triton.accumulators import merge
 
     layers, splits, channels = 3, 70, 21  # more splits than a tile takes
     parts = empty_moments(layers * splits, channels, DEVICE)
@@ -142,7 +143,7 @@ def test_the_splits_of_all_layers_merge_in_one_launch() -> None:
     parts.channel[parts.seen == 0], parts.token[parts.seen == 0] = 0, empty_moments(1, 1, DEVICE).token[0]
     parts = RawMoments(*(part.unflatten(0, (layers, splits)) for part in parts))
     wide = functional.merge_splits(RawMoments(parts.seen, parts.channel.double(), parts.token.double()))
-    got, again = merge_splits(parts), merge_splits(parts)
+    got, again = merge(*parts), merge(*parts)
     assert all(map(torch.equal, got, again))
     assert got.seen[0] == 0
     for layer in range(layers):
@@ -167,11 +168,11 @@ def test_a_monitor_whose_kernels_fill_splits_sees_what_the_formulas_see() -> Non
 def test_splits_filled_by_kernels_are_read_and_filled_without_them() -> None:
     x, more = random_rows(30, 20), random_rows(9, 20)
     with use_kernels("triton"):
-        accounts = empty_accounts(1, 20, DEVICE)
-        seen, channel, token = (part[0] for part in accounts)
+        accumulators = empty_accumulators(1, 20, DEVICE)
+        seen, channel, token = (part[0] for part in accumulators)
         accumulate_moments_(x, None, seen, channel, token, "layer", -1)
     with use_kernels("reference"):
         accumulate_moments_(more, None, seen, channel, token, "layer", -1)
-        merged = merge_accounts(accounts)
-    assert accounts.seen.shape[1] > 1
+        merged = merge_accumulators(accumulators)
+    assert accumulators.seen.shape[1] > 1
     assert_same(RawMoments(*(part[0] for part in merged)), truth(torch.cat([x, more]), "layer", None), 3.0)

@@ -7,9 +7,10 @@ from torch import nn
 from stabnorm import StabilityMonitor
 from stabnorm.functional import RawMoments, empty_moments
 from stabnorm.ops import use_kernels
-from stabnorm.ops.moments import accumulate_moments_, empty_accounts, merge_accounts
-from stabnorm.ops.observed import Spec, body_for, observed_norm, splits_for
-from stabnorm.ops.selftest import CHECKS, Case, truth
+from stabnorm.ops.accumulators import empty_accumulators, merge_accumulators
+from stabnorm.ops.moments import accumulate_moments_
+from stabnorm.ops.observed import Spec, backend_for, norm_with_moments, observed_norm, splits_for
+from stabnorm.ops.selftest import Case, checks_of, truth
 from tests.triton_kernels import DEVICE, MARKS, assert_close, nan_in_new_memory, random_rows
 
 pytestmark = MARKS
@@ -34,9 +35,10 @@ def test_norm_moments_and_gradients_in_two_forwards(
         valid[:5], valid[-1] = False, True  # a tile without a valid row
         x[~valid], dy[~valid] = torch.nan, 0
     case = Case("", x, dy, valid, torch.randn(6, shape[1]).to(DEVICE))
-    wanted = truth("observed_norm", case)[kind]
+    check = checks_of(norm_with_moments)[kind]
+    wanted = truth(check, case)
     with use_kernels("triton"):
-        found, again = (CHECKS["observed_norm"][kind](case) for _ in range(2))
+        found, again = (check(case) for _ in range(2))
     for name, (got, _, of_rows) in found.items():
         want, natural, _ = wanted[name]
         in_dtype = got.to(dtype if of_rows else torch.float32)
@@ -44,18 +46,18 @@ def test_norm_moments_and_gradients_in_two_forwards(
         assert torch.equal(got.nan_to_num(0.5), again[name][0].nan_to_num(0.5)), name
 
 
-def test_other_channels_of_a_wider_slab_are_left_alone_and_a_plain_forward_adds_to_the_same_account() -> None:
+def test_other_channels_of_a_wider_slab_are_left_alone_and_a_plain_forward_adds_to_the_same_accumulator() -> None:
     x, more = random_rows(30, 20), random_rows(9, 20)
     weight = torch.randn(40, device=DEVICE)[::2]  # neighbours apart
     with use_kernels("triton"):
-        accounts = empty_accounts(2, 50, DEVICE, splits_for(50, DEVICE))
-        into = RawMoments(accounts.seen[1], accounts.channel[1, ..., :20], accounts.token[1])
+        accumulators = empty_accumulators(2, 50, DEVICE, splits_for(50, DEVICE))
+        into = RawMoments(accumulators.seen[1], accumulators.channel[1, ..., :20], accumulators.token[1])
         spec = Spec("layer", (20,), 1e-5, True, True)
-        body = body_for(x, weight, None, spec, into)
-        assert body == "triton"
-        y = observed_norm(x, weight, None, spec, None, into, body)
+        backend = backend_for(x, weight, None, spec, into)
+        assert backend == "triton"
+        y = observed_norm(x, weight, None, spec, None, into, backend)
         accumulate_moments_(more, None, *into, "layer", -1)
-        merged = merge_accounts(accounts)
+        merged = merge_accumulators(accumulators)
     assert_close(y, nn.functional.layer_norm(x.double(), (20,), weight.double()), 3.0, of_rows=True)
     assert merged.seen.tolist() == [0, 39]
     assert bool((merged.channel[1, :, 20:] == 0).all())

@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from stabnorm.nn import PowerNorm, _one_pass
 from stabnorm.ops import use_kernels
-from stabnorm.ops.selftest import CHECKS, Case, truth
+from stabnorm.ops.one_pass import affine_with_square
+from stabnorm.ops.selftest import Case, checks_of, truth
 from tests.triton_kernels import DEVICE, MARKS, assert_close, nan_in_new_memory, random_rows
 
 pytestmark = MARKS
@@ -26,7 +27,8 @@ def test_a_map_and_the_sums_of_what_it_reads(shape: tuple[int, int], dtype: torc
         valid[-1] = True
         x[~valid], dy[~valid] = torch.nan, 0
     case = Case("", x, dy, valid, torch.randn(6, shape[1]).to(DEVICE))
-    (wanted,), (check,) = truth("one_pass", case), CHECKS["one_pass"]
+    (check,) = checks_of(affine_with_square)
+    wanted = truth(check, case)
     with use_kernels("triton"):
         found = check(case)
     for name, (got, _, of_rows) in found.items():

@@ -5,7 +5,8 @@ import torch
 
 from stabnorm.nn import RepBN
 from stabnorm.ops import use_kernels
-from stabnorm.ops.selftest import CHECKS, Case, truth
+from stabnorm.ops.running import track_batch_
+from stabnorm.ops.selftest import Case, checks_of, truth
 from tests.triton_kernels import DEVICE, MARKS, assert_close, nan_in_new_memory, random_rows
 
 pytestmark = MARKS
@@ -15,7 +16,8 @@ __all__ = ["nan_in_new_memory"]
 @pytest.mark.parametrize("channels", [1, 1500])
 def test_three_batches_one_of_them_not_finite(channels: int) -> None:
     case = Case("", random_rows(2, channels), random_rows(2, channels), None, torch.randn(6, channels).to(DEVICE))
-    (wanted,), (check,) = truth("track_batch_", case), CHECKS["track_batch_"]
+    (check,) = checks_of(track_batch_)
+    wanted = truth(check, case)
     with use_kernels("triton"):
         found = check(case)
     for name, (got, natural, _) in found.items():

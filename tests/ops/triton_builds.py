@@ -1,6 +1,6 @@
 """Traces the ops on fake CUDA tensors and compiles the kernels for a GPU that is not there; a script of its own.
 
-Not under the interpreter, so not in the process of the tests: `tests/ops/test_triton_builds.py` runs it. Prints a line
+Not under the interpreter, so not in the process of the tests: `tests/ops/testbuilds.py` runs it. Prints a line
 for each kernel, and whether it needs local memory. An argument is the compute capability, 90 unless given.
 """
 
@@ -16,18 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
-from stabnorm.functional import RawMoments, empty_moments
-from stabnorm.ops import (
-    _triton_accounts,
-    _triton_blended,
-    _triton_groups,
-    _triton_moments,
-    _triton_observed,
-    _triton_one_pass,
-    _triton_rows,
-    _triton_running,
-    _triton_shared,
-)
+from stabnorm.functional import empty_moments
+from stabnorm.ops.blended import BlendedSums
+from stabnorm.ops.observed import Spec
+from stabnorm.ops.selftest.observed import KINDS
+from stabnorm.ops.triton import accumulators, blend, blended, groups, moments, observed, one_pass, rows, running, shared
 
 
 class Driver:
@@ -67,34 +60,34 @@ def compile_only(kernel: Any) -> Any:
 
 def passes(x: Tensor, w: Tensor, valid: Tensor, token: Tensor, lam: Tensor) -> list[Tensor]:
     """Every op with kernels in it once."""
-    y, r = _triton_groups.scaled(x, 7, 1e-5)
-    mean = _triton_rows.moments(x, valid, True).mean
+    y, r = groups.scaled(x, 7, 1e-5)
+    mean = rows.moments(x, valid, center=True).mean
     assert mean is not None
-    out, _ = _triton_one_pass.affine_with_square(x, valid, w, w)
-    dx, _ = _triton_one_pass.gradient_with_sums(x, x, valid, w, w)
-    right = lam == 0.5
-    _triton_one_pass.redo_affine_(out, right, x, w, w)
-    _triton_one_pass.redo_gradient_(dx, right, x, x, valid, w, w)
+    out, _ = one_pass.affine(x, valid, w, w)
+    dx, _ = one_pass.gradient(x, x, valid, w, w)
+    right, sums = lam == 0.5, BlendedSums(w, w, w, w, w)
+    one_pass.redo_map_(out, right, x, w, w)
+    one_pass.redo_input_gradient_(dx, right, x, x, valid, w, w)
     return [
         out,
         dx,
         mean,
-        _triton_rows.sums(x, x, w, valid)[0],
-        _triton_rows.affine(x, w, w),
-        _triton_rows.gradient(x, x, w, valid, w, w, w),
-        _triton_blended.norm(lam, x, w, w, 1e-5, w, w)[0],
-        _triton_blended.sums(x, x, w, valid, token, token)[0],
-        _triton_blended.gradient(lam, x, x, w, w, w, valid, w, w, token, token, w, w)[0],
-        _triton_blended.blend(lam, x, x),
-        _triton_groups.gradient(x, y, r, True),
-        _triton_observed.gradient(x, x, w, token, token, False)[0],
+        rows.sums(x, x, w, valid)[0],
+        rows.affine(x, w, w),
+        rows.gradient(x, x, w, valid, w, w, w),
+        blended.norm(lam, x, w, w, 1e-5, w, w)[0],
+        blended.sums(lam, x, x, w, valid, token, token)[0],
+        blended.gradient(lam, x, x, w, w, w, w, valid, w, w, token, token, sums)[0],
+        blend.blend_elements(lam, x, x),
+        groups.gradient(x, y, r, True),
+        observed.gradient(x, x, w, token, token, "layer")[0],
     ]
 
 
 def main(capability: int) -> None:
     """Trace, then compile."""
-    setattr(_triton_shared, "_programs", lambda device, index: 528)  # noqa: B010
-    setattr(_triton_observed, "splits_of", lambda device, index: 132)  # noqa: B010
+    setattr(shared, "_programs", lambda device, index: 528)  # noqa: B010
+    setattr(observed, "splits_of", lambda device, index: 132)  # noqa: B010
     with FakeTensorMode():
         shapes = ((64, 70), (70,), (64,), (64,), ())
         x, w, valid, token, lam = (torch.empty(shape, device="cuda") for shape in shapes)
@@ -104,26 +97,27 @@ def main(capability: int) -> None:
     print(f"traced {sum('triton_' in target for target in traced)} ops")
 
     triton.runtime.driver.set_active(Driver(capability))
-    for module in (_triton_blended, _triton_groups, _triton_observed, _triton_one_pass, _triton_rows):
-        setattr(module, "wrap_triton", compile_only)  # noqa: B010
+    for module in (blend, blended, groups, observed, one_pass, rows):
+        setattr(module, "traceable", compile_only)  # noqa: B010
         for name in [name for name, value in vars(module).items() if isinstance(value, CustomOpDef)]:
             setattr(module, name, getattr(module, name)._init_fn)
     for name in ("_tokens", "_add"):
-        setattr(_triton_moments, name, compile_only(getattr(_triton_moments, name)))
-    for module, name in ((_triton_accounts, "_merge"), (_triton_observed, "_observed")):
+        setattr(moments, name, compile_only(getattr(moments, name)))
+    for module, name in ((accumulators, "_merge"), (observed, "_observed")):
         setattr(module, name, compile_only(getattr(module, name)))
-    setattr(_triton_running, "_track", compile_only(_triton_running._track))  # noqa: B010
+    setattr(running, "_track", compile_only(running._track))  # noqa: B010
     for length, channels in ((64, 770), (1, 7)):  # a size of 1 is a constant to the compiler
-        rows, vector = torch.randn(length, channels).bfloat16(), torch.randn(channels)
+        x, vector = torch.randn(length, channels).bfloat16(), torch.randn(channels)
         valid = torch.ones(length, dtype=torch.bool)
-        passes(rows, vector, valid, torch.randn(length), torch.tensor(0.5))
-        account = empty_moments(_triton_moments.splits_of(channels, rows.device), channels)
-        _triton_moments.add_moments_of_rows_(account, rows, "layer", 1e-5, None, None, valid, True, True)
+        passes(x, vector, valid, torch.randn(length), torch.tensor(0.5))
+        into = empty_moments(moments.splits_of(channels, x.device), channels)
+        moments.add_moments_of_rows_(x, valid, into, "layer", 1e-5, None, None, True, True, False)
         step, skips, progress = torch.zeros(3, 3, dtype=torch.int64).unbind()
-        _triton_running.track_batch_(vector, vector, vector[0], vector, vector, step, skips, progress, 0.1, True)
-        for rms in (False, True):
-            _triton_observed.norm(rows, vector, vector, 1e-5, rms, rows, account, valid, True, True, True)
-        _triton_accounts.merge_splits(RawMoments(*(part[None] for part in account)))
+        running.track(vector, vector, vector[0], vector, vector, None, step, skips, progress, 8, 0.1, 1e-5, True)
+        for kind in KINDS:
+            spec = Spec(kind, (channels,), 1e-5, True, True)
+            observed.norm(x, vector, vector, spec, x, into, valid, True)
+        accumulators.merge(*(part[None] for part in into))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stabnorm.functional_detail import REST, SEQUENCES, SHIFT, SQUARES, VAR
+from stabnorm.functional.detail import REST, SEQUENCES, SHIFT, SQUARES, VAR
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.past import WINDOW, Moments, Past
 from stabnorm.statistic import FREE, TOKENS, Statistic

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stabnorm.functional_detail import KURTOSIS, MAX_TO_MEDIAN, MEDIAN, OUTPUTS
+from stabnorm.functional.detail import KURTOSIS, MAX_TO_MEDIAN, MEDIAN, OUTPUTS
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.statistic import FREE, MEDIANS, Statistic, per_step

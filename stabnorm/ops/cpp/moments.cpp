@@ -1,7 +1,7 @@
-// `accumulate_moments_`: the moments of a norm's input x, of what it normalises it to, n, and of its tokens, in one read of
-// memory; and `observed_norm`, which writes the norm's output, n gain + bias, on the way. Every tile of rows goes through the innermost caches two or three times: mean and variance of each token, then
-// column sums of deviations from a shift. Tiles add up in float64; blocks, each with the mean of its first tile as the
-// shift, and then threads, merge by Chan's rule.
+// `add_moments_`: the moments of a norm's input x, of what it normalises it to, n, and of its tokens, in one read of memory;
+// and `norm_with_moments`, which writes the norm's output, n gain + bias, on the way. Every tile of rows goes through the
+// innermost caches two or three times: mean and variance of each token, then column sums of deviations from a shift. Tiles
+// add up in float64; blocks, each with the mean of its first tile as the shift, and then threads, merge by Chan's rule.
 #include "vectors.h"
 
 namespace {
@@ -11,17 +11,18 @@ constexpr int64_t BLOCK = 16 * TILE;  // rows with a common shift: it is off by 
 
 enum Kind { BATCH, LAYER, RMS };
 enum { S_X, S_N, M_XX, M_XN, M_NN, SUMS };
+// As in stabnorm/functional/moments.py; tests/ops/test_layout.py compares them.
 enum { SHIFT_X, SHIFT_N, REST_X, REST_N, VAR_X, COV_XN, VAR_N, MAX, MIN, CHANNEL_ROWS };
 enum { STD_MEAN, MEAN_MEAN, EPS_SHARE, STD_MIN, MEAN_MIN, STD_MAX, MEAN_MAX, TOKEN_ROWS };
 
-struct Account {  // of one thread
+struct Accumulator {  // of one thread
   int64_t C, width, count = 0, block = 0;  // rows in all, and in the block
   std::vector<float> shift, extreme;       // x, n; most, least
   std::vector<double> now, mean, moment;   // sums of the block; x, n; xx, xn, nn
   double token_sum[2] = {0, 0}, below = 0;
   float token_min[2], token_max[2];
 
-  explicit Account(int64_t C) : C(C), width(padded(C)), shift(2 * width), extreme(2 * width), now(SUMS * width),
+  explicit Accumulator(int64_t C) : C(C), width(padded(C)), shift(2 * width), extreme(2 * width), now(SUMS * width),
                                 mean(2 * width), moment(3 * width) {
     const float inf = std::numeric_limits<float>::infinity();
     std::fill_n(extreme.begin(), width, -inf);
@@ -58,7 +59,7 @@ struct Account {  // of one thread
     block = 0;
   }
 
-  void merge(const Account& other) {
+  void merge(const Accumulator& other) {
     merge(other.count, other.mean.data(), other.moment.data());
     for (int64_t c = 0; c < C; c++) {
       extreme[c] = std::max(extreme[c], other.extreme[c]);
@@ -105,7 +106,7 @@ template <int kind> inline vf normalised(vf x, float origin, float mean, float s
 }
 
 // The mean of the tile's columns, as the shift of a block that begins.
-template <class T, int kind> void set_shift(Account& a, const Tile<T>& t) {
+template <class T, int kind> void set_shift(Accumulator& a, const Tile<T>& t) {
   for_columns(a.C, [&](int64_t c, int n, auto whole) {
     vf of_x = splat(0), of_n = splat(0);
     for (int r = 0; r < t.size; r++) {
@@ -118,7 +119,7 @@ template <class T, int kind> void set_shift(Account& a, const Tile<T>& t) {
   });
 }
 
-template <class T, int kind> void add_tile(Account& a, const Tile<T>& t) {
+template <class T, int kind> void add_tile(Accumulator& a, const Tile<T>& t) {
   for_columns(a.C, [&](int64_t c, int n, auto whole) {
     vf sum_x = splat(0), sum_n = splat(0), xx = splat(0), xn = splat(0), nn = splat(0);
     vf most = load(&a.extreme[c]), least = load(&a.extreme[a.width + c]);
@@ -162,7 +163,7 @@ void write_row(const Output& out, int64_t r, const T* row, int64_t C, float orig
 // `kind` is what the columns are normalised to, `of_tokens` what the layer divides by. With `moments` false only the
 // output is written; rows that are not valid have one, too.
 template <class T, int kind>
-void add_rows(Account& a, const T* x, int64_t first, int64_t last, const uint8_t* valid, int of_tokens, bool tokens,
+void add_rows(Accumulator& a, const T* x, int64_t first, int64_t last, const uint8_t* valid, int of_tokens, bool tokens,
               float eps, const Output& out, bool moments) {
   Tile<T> t;
   float origin = 0;
@@ -211,23 +212,23 @@ void add_rows(Account& a, const T* x, int64_t first, int64_t last, const uint8_t
 
 }  // namespace
 
-// Returns the number of valid rows, and leaves the account as it is where there is none. `channel` has rows of `stride`.
+// Returns the number of valid rows, and leaves the accumulator as it is where there is none. `channel` has rows of `stride`.
 static int64_t moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind, bool tokens,
                        bool normalized, float eps, int threads, float* channel, int64_t stride, float* token,
                        const Output& out, bool add) {
   const int parts = parts_of(rows, C, threads), columns = normalized || out.y ? kind : BATCH;
-  std::vector<Account> accounts(parts, Account(C));
+  std::vector<Accumulator> accumulators(parts, Accumulator(C));
   in_parallel(parts, [&](int part) {
     int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
     with_type(type, [&](auto* typed) {
       using T = std::remove_pointer_t<decltype(typed)>;
       auto add_them = columns == LAYER ? add_rows<T, LAYER> : columns == RMS ? add_rows<T, RMS> : add_rows<T, BATCH>;
-      add_them(accounts[part], (const T*)x, first, last, valid, kind, tokens, eps, out, add);
+      add_them(accumulators[part], (const T*)x, first, last, valid, kind, tokens, eps, out, add);
     });
   });
   if (!add) return 0;
-  Account& a = accounts[0];
-  for (int part = 1; part < parts; part++) a.merge(accounts[part]);
+  Accumulator& a = accumulators[0];
+  for (int part = 1; part < parts; part++) a.merge(accumulators[part]);
   if (a.count == 0) return 0;
   const double n = double(a.count);
   const float nan = std::numeric_limits<float>::quiet_NaN();

@@ -52,10 +52,32 @@ static inline void store(half* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm51
 #elif defined(__F16C__)
 static inline vf load(const half* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline void store(half* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
-#else
-#define NO_HALF 1
-static inline vf load(const half*) { return splat(NAN); }
-static inline void store(half*, vf) {}
+#else  // by the bits, for other machines
+static inline vf load(const half* p) {
+  vs s; std::memcpy(&s, p, sizeof s);
+  vu u = __builtin_convertvector(s, vu), rest = (u & 0x7fff) << 13;
+  vf f; std::memcpy(&f, &rest, sizeof f);
+  f *= 0x1p112f;  // the exponents' biases differ by 112; small numbers become normal ones
+  vu bits; std::memcpy(&bits, &f, sizeof bits);
+  bits |= ((u & 0x8000) << 16) | ((vu)(rest >= 0x0f800000u) & 0x7f800000u);  // the largest exponent means inf or NaN
+  vf v; std::memcpy(&v, &bits, sizeof v); return v;
+}
+static inline void store(half* p, vf v) {  // to nearest, ties to even
+  vu u; std::memcpy(&u, &v, sizeof u);
+  const vu sign = (u >> 16) & 0x8000, twice = u + u, magnitude = u & 0x7fffffff;
+  vf size; std::memcpy(&size, &magnitude, sizeof size);
+  vf scaled = (size * 0x1p112f) * 0x1p-110f;  // too large a number becomes inf
+  vu bias = twice & 0xff000000u;
+  const vu small = (vu)(bias < 0x71000000u);
+  bias = (small & 0x71000000u) | (~small & bias);
+  bias = (bias >> 1) + 0x07800000u;
+  vf added; std::memcpy(&added, &bias, sizeof added);
+  added += scaled;  // which rounds to the digits that half has
+  vu bits; std::memcpy(&bits, &added, sizeof bits);
+  const vu number = ((bits >> 13) & 0x7c00) + (bits & 0x0fff), is_nan = (vu)(twice > 0xff000000u);
+  vs s = __builtin_convertvector(sign | (is_nan & 0x7e00) | (~is_nan & number), vs);
+  std::memcpy(p, &s, sizeof s);
+}
 #endif
 
 // The first n < W numbers, and zeros.

@@ -1,0 +1,35 @@
+"""The ATen backend of `blend`.
+
+A `torch.where` with a scalar condition costs three times a product on a CPU (1.8 ms against 0.5 ms at 8192 x 384). So a
+branch is silenced by its bits: an integer `and` with 0 leaves +0 of a NaN, too, and a weight of -0.0 then leaves every
+bit of the other side.
+"""
+
+import torch
+from torch import Tensor
+
+from stabnorm.ops.blend import blend, join_gradients
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@blend.backend("aten")
+def blend_by_bits(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
+    """See `functional.blend`."""
+    of_norm = torch.where(lam == 0, -0.0, lam)
+    of_rep = torch.where(lam == 1, -0.0, 1 - lam)
+    return (_unless(lam == 0, norm) * of_norm).addcmul_(_unless(lam == 1, rep), of_rep.to(norm.dtype))
+
+
+@join_gradients.backend("aten")
+def join_by_bits(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
+    """See `functional.join_gradients`."""
+    sign = torch.where(lam == 1, -0.0, torch.ones_like(lam)).to(of_norm.dtype)
+    return torch.addcmul(_unless(lam == 0, of_norm), _unless(lam == 1, of_rep), sign)
+
+
+def _unless(silent: Tensor, t: Tensor) -> Tensor:
+    """``t``, or +0 everywhere where the scalar ``silent`` is true."""
+    integer = _INTEGERS[t.element_size()]
+    keep = silent.to(integer) - 1  # all ones or all zeros
+    return t.view(integer).bitwise_and(keep).view(t.dtype)

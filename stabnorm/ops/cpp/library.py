@@ -1,0 +1,212 @@
+"""The C++ library for CPUs: built on the machine when it is first asked for, kept, and loaded.
+
+The sources beside this file know nothing of torch: the compiler gets them alone and takes seconds, and no version of
+torch, of Python or of a build system has to match. Memory goes in as addresses. The arguments of a function are read
+from its declaration in the sources, so that a call that does not fit is refused.
+
+A library is kept in the cache folder under a name that tells its sources, its compiler and the instructions that the
+machine has; another machine with the same home builds its own.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stabnorm.ops.tested import cache_folder
+
+FOLDER = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-w")
+# The first of each that the compiler takes. Apple's compiler and others for ARM know -mcpu=native only.
+MACHINE: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
+# OpenMP: by the name of torch's own copy, so that both share one set of threads; without it there is one thread.
+TORCH_LIBRARIES = str(Path(torch.__file__).parent / "lib")
+THREADS: tuple[tuple[str, ...], ...] = (
+    ("-fopenmp",),
+    ("-Xpreprocessor", "-fopenmp", f"-L{TORCH_LIBRARIES}", f"-Wl,-rpath,{TORCH_LIBRARIES}", "-lomp"),
+    (),
+)
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BUILD_SECONDS = 300
+PREFIX = "stabnorm_"
+
+logger = logging.getLogger("stabnorm")
+_T = TypeVar("_T")
+
+_C_TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "void": None}
+_DECLARATION = re.compile(rf"^(?:extern \"C\" )?(int64_t|void) {PREFIX}(\w+)\(([^)]*)\)", re.MULTILINE)
+
+
+# --- calls ---
+
+
+def call(name: str, *arguments: Tensor | float | int | None) -> int:
+    """The C function ``stabnorm_<name>``; tensors must be contiguous, or their strides be given.
+
+    Raises:
+        TypeError: the arguments are not those of the function's declaration.
+    """
+    function = getattr(_library(), PREFIX + name)
+    if len(arguments) != len(function.argtypes):  # C would read what was never handed over
+        raise TypeError(f"{PREFIX}{name} takes {len(function.argtypes)} arguments, got {len(arguments)}")
+    passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    return function(*passed)  # type: ignore[no-any-return]
+
+
+def shape_of(rows: Tensor) -> tuple[int, int, int]:
+    """Type, R and C, as the functions take them."""
+    return TYPES[rows.dtype], rows.shape[0], rows.shape[1]
+
+
+def empty_like(rows: Tensor) -> Tensor:
+    """Memory for as many rows, side by side."""
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+def vector(t: Tensor) -> Tensor:
+    """``t [C]`` in float32."""
+    return t.detach().float().contiguous()
+
+
+def maybe_vector(t: Tensor | None) -> Tensor | None:
+    """The same of one that need not be there."""
+    return None if t is None else vector(t)
+
+
+def maybe_whole(valid: Tensor | None) -> Tensor | None:
+    """A mask without gaps in memory."""
+    return None if valid is None else valid.contiguous()
+
+
+def like(rows: Tensor, dy: Tensor) -> Tensor:
+    """``dy`` in the rows' dtype, without gaps in memory."""
+    return dy.to(rows.dtype).contiguous()
+
+
+# --- the library ---
+
+
+def why_not() -> str | None:
+    """Why there is no library; None: it is built and loaded."""
+    try:
+        _library()
+    except _NotBuilt as error:
+        return str(error)
+    return None
+
+
+class _NotBuilt(Exception):
+    pass
+
+
+_failure: str | None = None
+
+
+def _library() -> ctypes.CDLL:
+    global _failure
+    if _failure is not None:  # one attempt, one warning
+        raise _NotBuilt(_failure)
+    try:
+        return _load()
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError, _NotBuilt) as error:
+        _failure = str(error)
+        logger.warning("the C++ backend for CPUs is not there, ATen's runs instead: %s", _failure)
+        raise _NotBuilt(_failure) from error
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_built()))
+    for name, (result, arguments) in signatures().items():
+        function = getattr(library, PREFIX + name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def signatures() -> dict[str, tuple[type | None, tuple[type, ...]]]:
+    """The result and the arguments of every function, by its name, from the declarations in the sources."""
+    texts = [path.read_text() for path in _sources()]
+    return {
+        name: (_C_TYPES[result], tuple(_c_type(argument) for argument in arguments.split(",")))
+        for text in texts
+        for result, name, arguments in _DECLARATION.findall(text)
+    }
+
+
+def _c_type(argument: str) -> type:
+    kind = ctypes.c_void_p if "*" in argument else _C_TYPES[argument.split()[0]]
+    assert kind is not None
+    return kind
+
+
+def _sources() -> list[Path]:
+    return sorted(FOLDER.glob("*.cpp"))
+
+
+# --- the build ---
+
+
+def _built() -> Path:
+    """The library's file, made now unless it was made before."""
+    compiler = _compiler()
+    ask = ("-dM", "-E", "-x", "c++", os.devnull)
+    machine = _first(MACHINE, lambda flags: _run(compiler, *flags, *ask))
+    # Everything the compiler would define: its version and the instructions of this machine are among it.
+    defined = _run(compiler, *machine, *ask)
+    texts = [path.read_bytes() for path in (*_sources(), *sorted(FOLDER.glob("*.h")))]
+    parts = [defined.encode(), " ".join((*FLAGS, *machine)).encode(), *texts]
+    path = cache_folder() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        logger.info("building the C++ backend for CPUs in %s", path.parent)
+        try:
+            build = (*FLAGS, *machine, "-shared", *map(str, _sources()), "-o", str(draft))
+            threads = _first(THREADS, lambda flags: _run(compiler, *flags, *build))
+            if not threads:
+                logger.info("the C++ backend runs on one thread: %s has no OpenMP", compiler[0])
+            draft.replace(path)  # two processes that build at once leave one whole file
+        finally:
+            draft.unlink(missing_ok=True)
+    return path
+
+
+def _compiler() -> list[str]:
+    """The compiler's command: $CXX, a path or a command with arguments; else the first that is found."""
+    chosen = os.environ.get("CXX")
+    if chosen:
+        return [chosen] if shutil.which(chosen) else shlex.split(chosen)
+    for name in ("c++", "g++", "clang++"):
+        path = shutil.which(name)
+        if path is not None:
+            return [path]
+    raise _NotBuilt("no C++ compiler found. Install g++ or clang++, or set CXX")
+
+
+def _first(options: Sequence[_T], attempt: Callable[[_T], object]) -> _T:
+    """The first option with which an attempt succeeds; what the last one fails of is raised."""
+    for option in options[:-1]:
+        with contextlib.suppress(_NotBuilt):
+            attempt(option)
+            return option
+    attempt(options[-1])
+    return options[-1]
+
+
+def _run(compiler: list[str], *arguments: str) -> str:
+    ran = subprocess.run([*compiler, *arguments], capture_output=True, text=True, timeout=BUILD_SECONDS)
+    if ran.returncode:
+        raise _NotBuilt(f"{compiler[0]} failed: {ran.stderr.strip()[:500] or f'exit status {ran.returncode}'}")
+    return ran.stdout

@@ -1,0 +1,44 @@
+"""The comparisons of `stabnorm.ops.blended`."""
+
+import functools
+
+import torch
+
+from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
+from stabnorm.ops.selftest import Case, Results, kept
+
+
+def forward_and_backward(case: Case, lam_: float) -> Results:
+    """Both norms of a PRepBN, forward and backward, as its autograd function calls them."""
+    mean, scale, shift, slope, weight, bias = case.vectors.unbind()
+    scale = scale / 4
+    lam, natural = torch.tensor(lam_, device=case.x.device), case.x.double().nan_to_num(0)
+    backend = blended_norm.chosen(case.x, case.valid)
+    y, *tokens = blended_norm.on(backend)(lam, case.x, weight, bias, 1e-5, scale, shift)
+    sums = blended_sums.on(backend)(lam, case.dy, case.x, mean, case.valid, *tokens)
+    dx, of_weight, of_bias = blended_gradient.on(backend)(
+        lam, case.dy, case.x, weight, bias, scale, mean, case.valid, slope, shift, tokens[0], tokens[1], sums
+    )
+    y, dx = kept(case, y), kept(case, dx)
+    dy, width = case.dy.double(), case.x.shape[1] ** 0.5
+    # What ATen's LayerNorm, which runs in some backends, loses where a token's mean is far above its spread.
+    spread = natural.var(1, correction=0, keepdim=True).add(1e-5).rsqrt().clamp(min=1) * (1 + natural.abs())
+    total = dy.square().sum(0).sqrt() * 10 + 1e-3
+    results: Results = {
+        "y": (y, weight.abs() * width * spread + (natural * scale).abs() + shift.abs() + bias.abs(), True)
+    }
+    if lam_ == 1:  # LayerNorm's own bits from here on, whatever they are worth
+        return results
+    of_dx = (dy * weight).abs().amax(1, keepdim=True) * spread + ((natural - mean) * slope).abs() + 1
+    results["dx"] = (dx, of_dx, True)
+    if lam_ > 0 and case.valid is None:  # padding full of NaN is in LayerNorm's own gradient
+        results |= {"gain": (of_weight, total * width * spread.amax(), True), "bias": (of_bias, total, True)}
+    of_x = (natural - mean).abs().amax() + 1
+    for name, total_ in (("plain", sums.plain_valid), ("weighted", sums.weighted_valid)):
+        results[name] = (total_, total * of_x, False)
+    return results
+
+
+for lam in (0.0, 0.3, 1.0):
+    blended_norm.check(functools.partial(forward_and_backward, lam_=lam))
+blended_sums.checks = blended_gradient.checks = blended_norm.checks

@@ -8,6 +8,9 @@ import torch
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 needs_fsdp_on_cpu = pytest.mark.skipif(TORCH < (2, 7), reason="FSDP2 of torch before 2.7 does not run on a CPU")
+needs_quantiles_on_the_device = pytest.mark.skipif(
+    TORCH < (2, 7), reason="nanquantile of torch before 2.7 reads a value from the device"
+)
 needs_stable_hook_guards = pytest.mark.skipif(
     TORCH < (2, 7), reason="Dynamo before torch 2.7 recompiles whenever the same hooks are registered again"
 )

@@ -60,8 +60,7 @@ def enter(viewer: Viewer) -> None:
 
 def leave(viewer: Viewer) -> None:
     """The viewer's module has returned or raised."""
-    if viewer in _running:
-        _running.remove(viewer)
+    _running[:] = [running for running in _running if running is not viewer]  # Dynamo of torch 2.6 knows no remove
 
 
 def _innermost() -> list[Viewer]:

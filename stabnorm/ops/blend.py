@@ -8,7 +8,9 @@ from stabnorm.ops.dispatch import op
 
 
 def _differentiated(lam: Tensor, *both: Tensor) -> bool:
-    """Whether somebody records the call: a gradient passes neither through a kernel nor through a view as integers."""
+    """Whether somebody records or batches the call, which a kernel and a view as integers do not allow."""
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, both)):
+        return True
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return tracing or (torch.is_grad_enabled() and any(t.requires_grad for t in both))
 

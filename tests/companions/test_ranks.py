@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stabnorm import StabilityMonitor
 from tests.companions.nets import Text, loss
 from tests.processes import leave
+from tests.versions import needs_fsdp_on_cpu
 
 STEPS, SIZE = 4, 6
 COMPANIONS = ("attention", "weights", "embedding", "output")
@@ -53,6 +54,7 @@ def one_rank(rank: int, folder: str) -> None:
     leave()
 
 
+@needs_fsdp_on_cpu
 def test_two_processes_have_the_weights_and_gradients_of_one_and_their_own_attention(tmp_path: Path) -> None:
     mp.spawn(one_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

@@ -13,6 +13,7 @@ from stabnorm.companions.attention import AttentionCompanion
 from stabnorm.companions.names import companions_table, known_companions
 from stabnorm.monitor.record import FileRecord, TensorBoardRecord, read_record
 from tests.companions.nets import Fused, Text, batch, loss
+from tests.versions import needs_quantiles_on_the_device
 
 ALL = ("attention", "weights", "embedding", "output")
 
@@ -87,6 +88,7 @@ class Idle(torch.optim.Optimizer):
         """Do nothing."""
 
 
+@needs_quantiles_on_the_device
 def test_no_value_is_read_from_the_device() -> None:
     model = Text(Fused(), Fused(written_out=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)

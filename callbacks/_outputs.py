@@ -3,6 +3,7 @@
 Loggers are told apart by what they can do: their classes exist twice, once in each Lightning namespace.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from stabnorm.dashboard.headline import custom_scalars_layout, headline
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.images import log_image, shows_images
+from stabnorm.monitor._folders import local_folder
 from stabnorm.monitor.detect import Alert
 from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
 from stabnorm.monitor.track import CompanionTrack
@@ -35,13 +37,29 @@ def output_directory(trainer: "Trainer") -> Path:
 
     Only ``log_dir`` is a run's own; ``save_dir`` is shared by all runs of a logger.
     """
-    for logger in trainer.loggers:
-        if directory := getattr(logger, "log_dir", None):
-            return Path(directory) / "stabnorm"
+    own = next((d for logger in trainer.loggers if (d := getattr(logger, "log_dir", None))), None)
     shared = next((d for logger in trainer.loggers if (d := getattr(logger, "save_dir", None))), None)
-    runs = Path(shared or trainer.default_root_dir) / "stabnorm"
+    root = own or shared or trainer.default_root_dir
+    folder = _local(root)
+    if own and folder:
+        return folder / "stabnorm"
+    if folder is None:
+        folder = Path.cwd()
+        warnings.warn(
+            f"{root} is not a folder of this machine, so stabnorm writes its files below {folder}. To have them "
+            "elsewhere, give the Trainer a logger or a default_root_dir with a folder of this machine",
+            stacklevel=2,
+        )
+    runs = folder / "stabnorm"
     taken = (int(p.name[4:]) for p in runs.glob("run_*") if p.name[4:].isdigit())
     return runs / f"run_{max(taken, default=-1) + 1}"
+
+
+def _local(root: str) -> Path | None:
+    try:
+        return local_folder(root)
+    except ValueError:
+        return None
 
 
 def record_writers(trainer: "Trainer", directory: Path) -> list[RecordWriter]:

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from stabnorm.monitor._folders import file_name
+
 
 def shows_images(logger: Any) -> bool:
     """Whether `log_image` can hand a picture to this logger."""
@@ -53,7 +55,7 @@ def log_image(
     elif hasattr(experiment, "log_image"):  # Comet
         experiment.log_image(image, name=key, step=step)
     else:
-        path = Path(directory) / f"{key.replace('/', '_')}_{step:08d}.png"
+        path = Path(directory) / f"{file_name(key)}_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
         return False

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from stabnorm.monitor._folders import local_folder
 from stabnorm.monitor._record_format import PLUGIN_NAME as PLUGIN_NAME
 from stabnorm.monitor._record_format import VERSION as VERSION
 from stabnorm.monitor._record_format import check_version, dumps, tensor_summary, tensors
@@ -183,11 +184,11 @@ class FileRecord:
         directory: made if it does not exist.
 
     Raises:
-        ValueError: the directory holds a record of a newer version.
+        ValueError: the directory holds a record of a newer version, or is not on this machine (``s3://``).
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self._directory = Path(directory)
+        self._directory = local_folder(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         header = self._directory / "record.json"
         if header.exists():
@@ -235,9 +236,9 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
 
     Raises:
         FileNotFoundError: there is no record.
-        ValueError: the record is of a newer version than this package reads.
+        ValueError: the record is of a newer version than this package reads, or is not on this machine (``s3://``).
     """
-    directory = Path(path)
+    directory = local_folder(path)
     if (directory / PLUGIN_NAME / "record.json").exists():
         directory = directory / PLUGIN_NAME
     read = _read_files if (directory / "record.json").exists() else _read_tensorboard

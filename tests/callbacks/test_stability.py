@@ -451,3 +451,21 @@ def test_validate_and_predict_alone_need_no_norms_and_leave_no_trace(tmp_path: P
         warnings.simplefilter("ignore")
         trainer(tmp_path, StabilityCallback()).validate(model, loader(), verbose=False)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("root", ["memory://runs", "file://{}/runs"])
+def test_a_root_that_is_an_address_is_a_folder_of_this_machine_or_there_is_a_warning(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    callback = StabilityCallback()
+    run = trainer(tmp_path, callback, default_root_dir=root.format(tmp_path))
+    if root.startswith("memory"):
+        with pytest.warns(UserWarning, match="memory://runs is not a folder of this machine"):
+            run.fit(module(), loader())
+        assert callback.directory == tmp_path / "stabnorm" / "run_0"
+    else:
+        fit(run, module())
+        assert callback.directory == tmp_path / "runs" / "stabnorm" / "run_0"
+    assert read_record(callback.directory).steps.tolist() == list(range(BATCHES))
+    assert not list(tmp_path.glob("*:*"))

@@ -27,12 +27,12 @@ from stabnorm.errors import StabNormError
 from stabnorm.fold._lanes import run_checked
 from stabnorm.fold.fold import check_model, fold_norms
 from stabnorm.fold.result import FOLDED, FoldedSite, counts_of
+from stabnorm.monitor.catalogue.affinity import AFFINE_RESIDUAL
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.nn import PRepBN
 from stabnorm.nn._channel_norm import ChannelNorm
 from stabnorm.norms import NormLayer, find_norms
 from stabnorm.recalibrate import recalibrate_norms
-from stabnorm.switch.residuals import STATISTIC
 
 ROUNDS = 5  # timed forwards
 AFFINE = 0.30  # residuals below are those of norms that can be switched: `stabnorm.switch.AffineGate`
@@ -247,12 +247,12 @@ def _affine_residuals(
     holder = nn.ModuleList([model]).train(False)
     holder.training = True
     watched = [f"^{re.escape(name)}$" for name in layer_of]
-    with StabilityMonitor(holder, [STATISTIC], include=watched, gradients=False) as monitor:
+    with StabilityMonitor(holder, [AFFINE_RESIDUAL], include=watched, gradients=False) as monitor:
         for example in examples:
             run(model, example)
         monitor.step()
     history = monitor.history()
-    measured = zip(monitor.layers, history[STATISTIC][0].tolist(), history["tokens"][0].tolist(), strict=True)
+    measured = zip(monitor.layers, history[AFFINE_RESIDUAL][0].tolist(), history["tokens"][0].tolist(), strict=True)
     return {id(layer_of[name].module): (residual, int(tokens)) for name, residual, tokens in measured}
 
 

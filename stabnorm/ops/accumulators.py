@@ -28,9 +28,9 @@ def empty_accumulators(layers: int, channels: int, device: torch.device, splits:
     """
     if add_moments_.chosen(torch.empty(1, device=device)) != "triton":
         return empty_moments(layers, channels, device)
-    from stabnorm.ops.triton.moments import splits_of
+    from stabnorm.ops.triton.shared import columns
 
-    splits = splits or splits_of(channels, device)
+    splits = splits or columns(channels, device).splits
     return RawMoments(*(p.unflatten(0, (layers, splits)) for p in empty_moments(layers * splits, channels, device)))
 
 

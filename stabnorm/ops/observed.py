@@ -82,9 +82,9 @@ def splits_for(channels: int, device: torch.device) -> int:
     """In how many splits a kernel of this op wants an accumulator; 0: in none."""
     if norm_with_moments.chosen(torch.empty(1, device=device)) != "triton":
         return 0
-    from stabnorm.ops.triton import observed
+    from stabnorm.ops.triton.shared import WIDEST_WITH_MOMENTS, splits_of_rows
 
-    return observed.splits_of(device.type, device.index) if channels <= observed.WIDEST else 0
+    return splits_of_rows(device.type, device.index) if channels <= WIDEST_WITH_MOMENTS else 0
 
 
 def backend_for(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec, into: RawMoments) -> str | None:
@@ -100,9 +100,9 @@ def backend_for(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spe
         if t is not None and (t.shape != spec.shape or t.dtype != x.dtype or t.device != x.device):
             return None
     if backend == "triton":
-        from stabnorm.ops.triton.observed import WIDEST
+        from stabnorm.ops.triton.shared import WIDEST_WITH_MOMENTS
 
-        return backend if math.prod(spec.shape) <= WIDEST and into.seen.ndim == 1 else None
+        return backend if math.prod(spec.shape) <= WIDEST_WITH_MOMENTS and into.seen.ndim == 1 else None
     return backend if into.seen.ndim == 0 else None
 
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from stabnorm._models.tables import aligned
 from stabnorm.companions.switching import BranchGap
 from stabnorm.errors import StabNormError
+from stabnorm.monitor.catalogue.affinity import AFFINE_RESIDUAL
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.nn.prep import norm_class
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change, refuse_other_layers
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam, write_loss_scale, write_step
-from stabnorm.switch.residuals import STATISTIC, ResidualFeed, watches
+from stabnorm.switch.residuals import ResidualFeed, watches
 from stabnorm.switch.schedules import Order, check_schedule, make_schedule
 
 
@@ -249,5 +250,5 @@ def _own_monitor(model: nn.Module, layers: tuple[str, ...]) -> StabilityMonitor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which other layers look like norms was said by the conversion
         return StabilityMonitor(
-            model, [STATISTIC], include=[f"^{re.escape(layer)}$" for layer in layers], gradients=False
+            model, [AFFINE_RESIDUAL], include=[f"^{re.escape(layer)}$" for layer in layers], gradients=False
         )

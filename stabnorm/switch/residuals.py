@@ -8,17 +8,18 @@ from torch import Tensor
 
 from stabnorm._models.ranks import ranks
 from stabnorm.monitor.async_copy import AsyncCopy
+from stabnorm.monitor.catalogue.affinity import AFFINE_RESIDUAL
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate
-
-STATISTIC = "affine_residual"
 
 
 def watches(monitor: StabilityMonitor, layers: Sequence[str]) -> bool:
     """Whether the monitor has the affine residual of all these layers, and of the batches of all processes."""
     if ranks() > 1 and monitor.sync is not True:
         return False
-    return STATISTIC in [statistic.name for statistic in monitor.statistics] and set(layers) <= set(monitor.layers)
+    return AFFINE_RESIDUAL in [statistic.name for statistic in monitor.statistics] and set(layers) <= set(
+        monitor.layers
+    )
 
 
 class ResidualFeed:
@@ -37,7 +38,7 @@ class ResidualFeed:
 
     def __init__(self, monitor: StabilityMonitor, gate: AffineGate) -> None:
         self._gate, self._monitor = gate, monitor
-        self._column = [statistic.name for statistic in monitor.statistics].index(STATISTIC)
+        self._column = [statistic.name for statistic in monitor.statistics].index(AFFINE_RESIDUAL)
         self._rows = [monitor.layers.index(layer) for layer in gate.layers]
         self._pending: tuple[int, AsyncCopy] | None = None  # the step, and its residuals
         monitor.listeners.append(self._listen)

@@ -44,10 +44,10 @@ def truth(x: Tensor, kind: Kind, valid: Tensor | None, groups: int = 1) -> RawMo
 def in_splits(*parts: tuple[Tensor, Tensor | None], kind: Kind, channel_dim: int = -1, groups: int = 1) -> RawMoments:
     """What the launch that ends a step makes of the accumulators that several forwards filled."""
     from stabnorm.ops.triton.accumulators import merge
-    from stabnorm.ops.triton.moments import splits_of
+    from stabnorm.ops.triton.shared import columns
 
     channels = parts[0][0].shape[channel_dim]
-    accumulator = empty_moments(splits_of(channels, DEVICE), channels, DEVICE)
+    accumulator = empty_moments(columns(channels, DEVICE).splits, channels, DEVICE)
     with use_kernels("triton"):
         for x, valid in parts:
             accumulate_moments_(x, valid, *accumulator, kind, channel_dim, 1, groups)

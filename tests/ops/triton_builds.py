@@ -87,7 +87,7 @@ def passes(x: Tensor, w: Tensor, valid: Tensor, token: Tensor, lam: Tensor) -> l
 def main(capability: int) -> None:
     """Trace, then compile."""
     setattr(shared, "_programs", lambda device, index: 528)  # noqa: B010
-    setattr(observed, "splits_of", lambda device, index: 132)  # noqa: B010
+    setattr(observed, "splits_of_rows", lambda device, index: 132)  # noqa: B010
     with FakeTensorMode():
         shapes = ((64, 70), (70,), (64,), (64,), ())
         x, w, valid, token, lam = (torch.empty(shape, device="cuda") for shape in shapes)
@@ -110,7 +110,7 @@ def main(capability: int) -> None:
         x, vector = torch.randn(length, channels).bfloat16(), torch.randn(channels)
         valid = torch.ones(length, dtype=torch.bool)
         passes(x, vector, valid, torch.randn(length), torch.tensor(0.5))
-        into = empty_moments(moments.splits_of(channels, x.device), channels)
+        into = empty_moments(shared.columns(channels, x.device).splits, channels)
         moments.add_moments_of_rows_(x, valid, into, "layer", 1e-5, None, None, True, True, False)
         step, skips, progress = torch.zeros(3, 3, dtype=torch.int64).unbind()
         running.track(vector, vector, vector[0], vector, vector, None, step, skips, progress, 8, 0.1, 1e-5, True)

@@ -5,6 +5,8 @@ from torch import Tensor
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.statistic import Statistic
 
+AFFINE_RESIDUAL = "affine_residual"
+
 
 def _affine_residual(now: Moments, past: Past) -> Tensor:
     del past
@@ -13,7 +15,7 @@ def _affine_residual(now: Moments, past: Past) -> Tensor:
 
 AFFINITY = (
     Statistic(
-        "affine_residual", "A", "1 - mean_c corr_n(x_c, n_c)^2, n the normalised input before gain and bias: what no "
+        AFFINE_RESIDUAL, "A", "1 - mean_c corr_n(x_c, n_c)^2, n the normalised input before gain and bias: what no "
         "affine map per channel reproduces; 0 for BatchNorm",
         "channel", "1", "ours; below 0.3 a layer could leave LayerNorm", "five passes", _affine_residual,
         needs="normalized",

@@ -164,11 +164,6 @@ def _add(
             )  # fmt: skip
 
 
-def splits_of(channels: int, device: torch.device) -> int:
-    """Accounts that a layer of so many channels fills at once."""
-    return columns(channels, device).splits
-
-
 @add_moments_.backend("triton", in_graphs=True)
 def add_moments_of_rows_(
     rows: Tensor,
@@ -199,7 +194,7 @@ def _add_moments_(
     normalized: bool,
 ) -> None:
     if into.seen.ndim == 0:
-        parts = empty_moments(splits_of(rows.shape[1], rows.device), rows.shape[1], rows.device)
+        parts = empty_moments(columns(rows.shape[1], rows.device).splits, rows.shape[1], rows.device)
         _add_moments_(rows, valid, parts, kind, eps, by_groups, variances, tokens, normalized)
         (one,) = zip(*merge(*(part[None] for part in parts)), strict=True)
         merge_moments_(into, RawMoments(*one))

@@ -6,7 +6,6 @@ moves anyway. The backward sums dy n and dy over the columns on the way, which a
 what the gradient statistics are made of.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from stabnorm.ops.observed import NormKind, Spec, norm_gradient, norm_with_momen
 from stabnorm.ops.triton.accumulators import add_moments, add_normalized, add_tokens
 from stabnorm.ops.triton.rows import add_splits
 from stabnorm.ops.triton.shared import (
-    INTERPRETED_PROGRAMS,
     as_bytes,
     laid_out,
     largest,
@@ -31,18 +29,9 @@ from stabnorm.ops.triton.shared import (
     rows_of_tile,
     side_by_side,
     split_tile,
+    splits_of_rows,
     traceable,
 )
-
-WIDEST = 4096  # channels: a program holds eight sums of each
-
-
-@functools.cache
-def splits_of(device: str, index: int | None) -> int:
-    """Programs, and splits of an accumulator: one for each multiprocessor; more would cost a read to sum up."""
-    if device != "cuda":
-        return INTERPRETED_PROGRAMS
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 @triton.jit
@@ -219,7 +208,7 @@ def norm(
     valid: Tensor | None,
     add: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.observed.norm_with_moments`; ``into`` is an accumulator in `splits_of` splits."""
+    """See `ops.observed.norm_with_moments`; ``into`` is an accumulator in `splits_of_rows` splits."""
     rows, gain, bias = laid_out(rows), side_by_side(gain), side_by_side(bias)
     length, channels = rows.shape
     means, rstds = (rows.new_empty(length, dtype=torch.float32) for _ in range(2))
@@ -242,7 +231,7 @@ def _gradient_op(
     dy: Tensor, rows: Tensor, weight: Tensor | None, means: Tensor, rstds: Tensor, rms: bool
 ) -> tuple[Tensor, Tensor]:
     length, channels = rows.shape
-    splits = splits_of(rows.device.type, rows.device.index)
+    splits = splits_of_rows(rows.device.type, rows.device.index)
     dx = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
     parts = rows.new_empty((splits, 2, channels), dtype=torch.float32)
     traceable(_norm_gradient)[(splits,)](

@@ -27,6 +27,7 @@ PROGRAMS = 4  # for each multiprocessor
 INTERPRETED_PROGRAMS = 4  # enough for several splits; every program costs time there
 TILE = 4096  # elements of a tile of the kernels over rows
 WIDEST = 65536  # channels that a kernel over rows can hold
+WIDEST_WITH_MOMENTS = 4096  # channels of a kernel over rows that also adds up moments: it holds eight sums of each
 
 
 @functools.cache
@@ -34,6 +35,17 @@ def _programs(device: str, index: int | None) -> int:
     if device != "cuda":
         return INTERPRETED_PROGRAMS
     return PROGRAMS * torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def splits_of_rows(device: str, index: int | None) -> int:
+    """Programs of a kernel over rows that adds up sums of the channels, and so the splits of its accumulator.
+
+    There is one for each multiprocessor, because more splits would cost a read of their own.
+    """
+    if device != "cuda":
+        return INTERPRETED_PROGRAMS
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 class Columns(NamedTuple):

@@ -1,4 +1,4 @@
-"""What becomes of one norm: another class for the object, another module in its place, or nothing and the reason."""
+"""Plan the conversion of one norm: another class for the object, another module in its place, or the reason why not."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ Target = str  # a key of TARGETS: "prepbn", "repbn", "unified", "power"
 
 
 class Plan(NamedTuple):
-    """What will be done with a norm, or why nothing."""
+    """What will be done with a norm, or why nothing will be done."""
 
     reason: str
     carry_out: Callable[[], None] | None = None
@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
 
 def plan_conversion(layer: NormLayer, to: Target, options: dict[str, Any], tree: Tree) -> Plan:
-    """Find out whether a norm can be converted and build what it takes; the model is only read.
+    """Plan the conversion of a norm, and build what it needs; the model does not change.
 
     Raises:
         ValueError: an option is out of range.
@@ -51,7 +51,7 @@ def plan_conversion(layer: NormLayer, to: Target, options: dict[str, Any], tree:
 
 
 def _obstacle(layer: NormLayer, tree: Tree) -> str | None:
-    """What keeps this norm from any conversion."""
+    """Return the reason why this norm cannot be converted to anything; None if there is none."""
     module = layer.module
     if layer.kind == "batch":
         return "it is batch norm, affine in eval already"
@@ -84,8 +84,8 @@ def _obstacle_to_replacing(old: nn.Module, tree: Tree) -> str | None:
 
 
 def _replace(old: nn.Module, new: nn.Module, tree: Tree) -> None:
-    """Put a module under every name another one has; hooks move over."""
-    # The dictionaries themselves: the handles that remove a hook refer to them.
+    """Put the new module under every name of the old one, and move the hooks."""
+    # The new module gets the same dictionaries, because the handles that remove a hook refer to them.
     vars(new).update((name, value) for name, value in vars(old).items() if "_hooks" in name or "full_backward" in name)
     for parent, name in tree.parents[id(old)]:
         setattr(parent, name, new)

@@ -1,4 +1,4 @@
-"""The command `stabnorm`. Nothing heavy is imported before a subcommand runs."""
+"""The command `stabnorm`. It imports nothing heavy before a subcommand runs."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ from stabnorm.errors import StabNormError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for what went wrong, 2 for a call it does not understand.
+    """Run the command line and return the exit status: 0, 1 after an error, or 2 for arguments it does not understand.
 
     >>> main(["plan", "nowhere:factory"])
     1
@@ -52,7 +52,7 @@ def _add_plan(commands: Any) -> None:
         description=_PLAN,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("factory", type=_reference, help="what builds model and example, as package.module:factory")
+    parser.add_argument("factory", type=_reference, help="the function that builds both, as package.module:factory")
     parser.set_defaults(run=_plan)
 
 
@@ -108,7 +108,7 @@ def _call(factory: Callable[[], Any], called: str) -> Any:
 
 
 def _of_the_user(error: BaseException, what: str) -> _Failure:
-    """Print the traceback from where the user's code begins."""
+    """Print the traceback of the user's own code, and return the failure to report."""
     frame = error.__traceback__
     while frame is not None and _is_machinery(frame.tb_frame.f_code.co_filename):
         frame = frame.tb_next

@@ -1,7 +1,7 @@
-"""`convert_norms`: give a model's layer and rms norms a successor that is affine in eval, in place.
+"""`convert_norms`: convert a model's layer and rms norms, in place, to norms that are affine in eval.
 
-The whole conversion is planned first, and whatever can fail fails then; afterwards the plan is carried out. So the
-model is converted as the report says or, after an error, unchanged.
+The whole conversion is planned first, and everything that can fail fails in the plan. Then the plan is carried out. So
+the model is converted as the report says or, after an error, unchanged.
 """
 
 import re
@@ -33,7 +33,7 @@ class NormConversion:
         name: Dotted name in the model.
         converted: Whether this call converted it.
         kind: "layer", "rms", "batch", "group" or "instance"; "unknown" for what only looks like a norm.
-        reason: Why it was left, or what was kept of a norm that was converted.
+        reason: Why it was left alone, or what was kept of a norm that was converted.
     """
 
     name: str
@@ -44,10 +44,10 @@ class NormConversion:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert_norms` did, norm by norm; printed, a table.
+    """What `convert_norms` did, norm by norm. `str` gives a table.
 
     Args:
-        to: What was converted to.
+        to: The target of the conversion.
         norms: One entry for each norm, in module order.
     """
 
@@ -61,7 +61,7 @@ class ConversionReport:
 
     @property
     def left(self) -> dict[str, str]:
-        """Names of those it left, and why."""
+        """Names of the norms that it left alone, with the reasons."""
         return {norm.name: norm.reason for norm in self.norms if not norm.converted}
 
     def __str__(self) -> str:
@@ -80,29 +80,31 @@ def convert_norms(
 ) -> ConversionReport:
     r"""Convert a model's layer and rms norms, in place, to norms that are affine in eval.
 
-    ``to="prepbn"`` changes the class of each norm object to `PRepBN` over its own class: its parameters, their names,
-    its hooks, its places in the model and ``isinstance`` stay, and with lam = 1 it computes bit for bit what it did. It
-    gains the child `rep` and the buffer `lam`; move lam to 0 while the model trains. A frozen norm gets a frozen `rep`.
+    ``to="prepbn"`` changes the class of each norm object to a subclass of `PRepBN` and of its own class. Parameters and
+    their names, hooks, places in the model and ``isinstance`` checks stay valid, and with lam = 1 the norm computes the
+    same bits as before. It gets the child `rep` and the buffer `lam`; move lam to 0 while the model trains. A frozen
+    norm gets a frozen `rep`.
 
     .. math:: y = \lambda\, \mathrm{norm}(x) + (1 - \lambda)\, \mathrm{RepBN}(x)
 
-    The other three put a new module in the norm's place, under every name that the norm has, and change what the model
-    computes at once. The new module takes over the norm's weight and bias as the same Parameters, so an optimizer that
+    The other three targets put a new module in the norm's place, under every name that the norm has, and change at once
+    what the model computes. The new module has the same weight and bias Parameters as the norm, so an optimizer that
     was built before still trains them. Where that is impossible (a gain of 1 + weight, another shape), a new Parameter
     gets the value. What the norm did not have (`eta`, a bias for PowerNorm, a weight where there was none) starts as in
-    a new module, and a norm whose bias would be lost is left. Forward and backward hooks move over. Whatever else the
-    object carried is gone, and a reference outside of the module tree, such as in a list, still leads to the old norm.
+    a new module. A norm whose bias would be lost is left alone. Forward and backward hooks move to the new module. All
+    other attributes of the old object are lost, and a reference outside of the module tree, such as in a list, still
+    leads to the old norm.
 
     Convert before the optimizer is built and before the model is wrapped for several processes, for instance in
-    ``__init__`` or ``configure_model``. Then converted checkpoints load; with "prepbn" a checkpoint of the model from
-    before its conversion loads, too. A second call changes nothing.
+    ``__init__`` or ``configure_model``. Then checkpoints of the converted model load. With "prepbn", a checkpoint from
+    before the conversion loads, too. A second call changes nothing.
 
-    Gradients at lam = 1 are the same bits, too, where the norm is one operation. A norm that is written out in several,
-    like Llama's, adds up its own gradients before it adds the residual's.
+    At lam = 1 the gradients are the same bits as before if the norm is one operation. A norm of several operations,
+    like Llama's, sums its own gradients before those of the residual are added, which may change the last bit.
 
-    ``nn.TransformerEncoder`` has a fused path for eval that reads the norms' weights and never calls the norms. It is
-    switched off in the layers concerned, and nested tensors with it, so that eval computes what was trained. With a
-    padding mask, padded places then hold numbers instead of zeros.
+    ``nn.TransformerEncoder`` has a fused path for eval that reads the norms' weights and never calls the norms. This
+    path is switched off in the layers concerned, and so are nested tensors, so that eval computes what was trained.
+    With a padding mask, padded places then hold numbers instead of zeros.
 
     Args:
         model: Any module.
@@ -110,23 +112,23 @@ def convert_norms(
         include: Regular expression, or several, searched for in a norm's name. Default: all norms.
         exclude: The same, for norms to leave alone; it wins over `include`. Default: none.
         loader: A DataLoader or a list of batches for ``init="fit"``, which uses the first 32. A tensor is the model's
-            input, a tuple or list is ``(input, targets, ...)``, a mapping holds keyword arguments; where it has
-            "attention_mask", padding does not count. Default: none.
-        **norm_options: Further arguments of `PRepBN` and its `RepBN`, `RepBN`, `UnifiedNorm` or `PowerNorm`. Three
-            defaults differ: RepBN has ``filtration="calibrated"``, so that a burst stays out of its running statistics,
-            and ``center=False``, scale only, for an rms norm; UnifiedNorm has a bias where the norm has one. With
-            "prepbn" `init` is "norm": RepBN starts as what the norm is per channel, see `PRepBN`; the paper has
-            "vision" (gamma = eta = 1) for DeiT, PVT and Swin, and "language" (both 0) for language models after 10000
-            steps at lam = 1. With "prepbn" and a trained model there is "fit", too: RepBN starts as the affine map that
-            comes closest to the norm on `loader`, as `remove_norms` fits it, and stays so when lam leaves 1. `eps` is
-            the new norm's, 1e-5 unless given; the old one keeps its own.
+            input, a tuple or list is ``(input, targets, ...)``, and a mapping holds keyword arguments; if it has the
+            key "attention_mask", padding does not count. Default: none.
+        **norm_options: Further arguments of `PRepBN` and its `RepBN`, or of `RepBN`, `UnifiedNorm` or `PowerNorm`.
+            Three defaults differ. RepBN has ``filtration="calibrated"``, so that a burst stays out of its running
+            statistics, and for an rms norm ``center=False``, a scale only. UnifiedNorm has a bias if the norm has one.
+            With "prepbn", `init` is "norm": RepBN starts with the gain and bias of the norm, see `PRepBN`. The paper
+            uses "vision" (gamma = eta = 1) for DeiT, PVT and Swin, and "language" (both 0) for language models after
+            10000 steps at lam = 1. For "prepbn" and a trained model there is also "fit": RepBN starts as the affine map
+            that comes closest to the norm on `loader`, as `remove_norms` fits it, and keeps it when lam leaves 1. `eps`
+            is that of the new norm, 1e-5 unless given; the old norm keeps its own.
 
     Returns:
         What was converted, what was left, and why.
 
     Raises:
-        ValueError: `to` is unknown, `include` or `exclude` is invalid or matches no norm, or an option is out of range;
-            ``init="fit"`` without a loader or with another `to`, or the other way round.
+        ValueError: `to` is unknown, `include` or `exclude` is invalid or matches no norm, an option is out of range, or
+            only one of ``init="fit"`` and `loader` is given, or they are given for another `to` than "prepbn".
         TypeError: the target has no such option.
         StabNormError: there is no norm to convert, or the model is wrapped in DDP or FSDP already; or the loader is
             empty, or the model does not run on its batches.
@@ -220,7 +222,7 @@ def _asks_for_fit(to: Target, loader: Iterable[Any] | None, options: dict[str, A
 
 
 def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> None:
-    """What can be wrong before a norm is looked at.
+    """Check the arguments of a conversion before any norm is read.
 
     Raises:
         ValueError: `to` is unknown.
@@ -248,7 +250,7 @@ def check_target(to: Target) -> None:
 
 
 def check_patterns(model: nn.Module, every: NormSearch, **filters: str | Sequence[str] | None) -> None:
-    """Each pattern is there for a norm; one that matches none is a slip."""
+    """Raise ValueError for a pattern that matches no norm, because it is a slip."""
     norms = [name for name, _ in every.unknown + every.lazy] + [layer.name for layer in every.found]
     for argument, patterns in filters.items():
         for pattern in [patterns] if isinstance(patterns, str) else patterns or []:

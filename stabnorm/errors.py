@@ -2,4 +2,4 @@
 
 
 class StabNormError(RuntimeError):
-    """Something is in a state in which the call makes no sense; the message says what and what to do."""
+    """The object is in the wrong state for this call; the message says what is wrong and what to do."""

@@ -59,27 +59,27 @@ def recalibrate_norms(
 
     .. math:: \hat\mu_c = \mathrm{median}_b\, \mu_{b,c},\qquad \hat\sigma^2_c = \mathrm{median}_b\, \sigma^2_{b,c}
 
-    It is a median because one burst in the loader would ruin a mean. Every norm sees what it would see in training:
-    inputs that the batches' own statistics have normalised all the way, so that all layers are measured at once. The
-    rest of the model is in eval mode, so that dropout is off, as it will be when the statistics are used. For torch's
+    It is a median because one burst in the loader would ruin a mean. Every norm gets the inputs that it would get in
+    training, where all norms before it use the statistics of the batch. So all layers can be measured at once. The rest
+    of the model is in eval mode, so that dropout is off, as it will be when the statistics are used. For torch's
     BatchNorm and for `RepBN`, also inside a `PRepBN`, the statistics are mean and unbiased variance; for `UnifiedNorm`
     and `PowerNorm` the mean square. A batch with a non-finite value, or without a valid token, does not count for the
     layer.
 
-    Nothing else changes: counters, filter windows, gradients, random state and each module's mode are what they were.
-    After an exception the statistics are, too. With several processes each runs as many batches, and the median is over
-    the batches of all. Padding does not count inside `stabnorm.valid_tokens`.
+    Counters, filter windows, gradients, random state and the mode of each module do not change. After an exception the
+    statistics have not changed either. With several processes, each one runs `n_batches`, and the median is over the
+    batches of all. Padding does not count inside `stabnorm.valid_tokens`.
 
     Args:
         model: a trained model.
-        loader: a DataLoader or an iterable of batches, best of training data without augmentation. A tensor is the
-            model's input, a tuple or list is ``(input, targets, ...)``, a mapping holds keyword arguments.
-        n_batches: the number of batches to use; 50 are plenty. A shorter loader is used whole.
+        loader: a DataLoader or an iterable of batches; training data without augmentation is best. A tensor is the
+            model's input, a tuple or list is ``(input, targets, ...)``, and a mapping holds keyword arguments.
+        n_batches: the number of batches to use; 50 are enough. If the loader has fewer, all of them are used.
         metric: a function that takes the model in eval mode and returns a number, **lower is better**, such as a loss
             on validation data. The new statistics stay only if it does not get worse. With several processes its mean
             decides. Default: None, they stay.
-        forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: as the
-            format of `loader` says.
+        forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: according
+            to the format of `loader`.
 
     Returns:
         What was measured, and whether it stays.
@@ -169,8 +169,8 @@ class _Target:
         padded = torch.full((most, *shape), torch.nan, device=device)  # ranks may have different numbers of batches
         if self.seen:
             padded[: len(self.seen)] = torch.stack(self.seen)
-        everyone = gather_over_ranks(padded).flatten(0, 1).cpu().double().numpy()
-        finite = everyone[~np.isnan(everyone).any((1, 2))]
+        of_all_ranks = gather_over_ranks(padded).flatten(0, 1).cpu().double().numpy()
+        finite = of_all_ranks[~np.isnan(of_all_ranks).any((1, 2))]
         return torch.from_numpy(np.median(finite, axis=0)) if len(finite) else None
 
     def write(self, median: Tensor | None) -> None:

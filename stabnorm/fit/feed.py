@@ -1,15 +1,18 @@
-r"""The layer that feeds a norm takes part in the fit: what no affine map can do, its weights often can.
+r"""Fit the layer before a norm together with the affine map: its weights can often do what no affine map can.
 
-**A linear layer**, of which the norm alone reads what it adds to: x = W u + rest, as in every post-norm block. The
-affine map and a change V of the layer are fitted together, a ridge regression with one Gram matrix for all channels:
+**A linear layer** can be fitted when only the norm reads the sum that the layer adds to: x = W u + rest, as in every
+post-norm block. A ridge regression with one Gram matrix for all channels finds the affine map and a change V of the
+layer together:
 
 .. math:: \min_{a, b, V} \sum_t \|a \odot x_t + V u_t + b - \hat y_t\|^2 + \rho \|V\|^2,\qquad
           W' = W + \mathrm{diag}(a)^{-1} V
 
-u_t are the layer's inputs, mostly a nonlinear function of the tokens, and so can undo what differs from token to token.
+The inputs u_t of the layer are usually a nonlinear function of the tokens, so the layer can correct errors that differ
+from token to token.
 
-**Embedding tables**, of which the norm reads the sum: each row becomes what the norm would make of it, in the mean over
-what is added to it elsewhere. That holds for words that the batches do not have, too.
+**Embedding tables** can be fitted when only the norm reads their sum. Each row becomes what the norm would make of it,
+as a mean over samples r_m of what the other tables add to it. This also works for words that do not occur in the
+batches.
 
 .. math:: E'_i = \mathrm{mean}_m \big[ (\mathrm{norm}(E_i + r_m) - b) / a - r'_m \big]
 """
@@ -29,21 +32,22 @@ from stabnorm.fit.sums import Affine, Seen
 from stabnorm.functional import explained_share
 from stabnorm.norms.rows import as_rows
 
-# Rho, as a share of the mean variance of the layer's inputs; less ended further from the original on other text.
+# Rho as a share of the mean variance of the layer's inputs. With a smaller one the model ended further from the
+# original on other text.
 RIDGE = 0.1
-TOKENS = 4  # for each input of the layer, or it is left as it is: fewer would fit by chance
-WIDEST = 8192  # inputs of a layer whose Gram matrix is made
-STEEP = 0.1  # a scale may become so much smaller than without the layer
-RESTS = 32  # draws of what is added to an embedding
+TOKENS = 4  # tokens needed per input of the layer; with fewer the layer is not fitted, because it would fit noise
+WIDEST = 8192  # a layer with more inputs is not fitted: its Gram matrix would be too large
+STEEP = 0.1  # the smallest scale that a channel may have, as a share of its scale without the layer
+RESTS = 32  # samples of what is added to an embedding
 
 
 @dataclass(frozen=True)
 class Feeder:
-    """What feeds a norm, by the names of the modules: one linear layer, or embedding tables.
+    """The modules that produce a norm's input: one linear layer, or embedding tables.
 
     Args:
         kind: "linear" or "embedding".
-        names: of the modules.
+        names: the names of the modules.
     """
 
     kind: str
@@ -52,7 +56,7 @@ class Feeder:
 
 @contextmanager
 def passing(modules: Sequence[nn.Module]) -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
-    """While it is open, what each of these modules is given and gives back, call by call."""
+    """Record input and output of each of these modules, call by call, while the context is open."""
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in modules]
 
     def hook_of(calls: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
@@ -71,14 +75,15 @@ def passing(modules: Sequence[nn.Module]) -> Iterator[list[list[tuple[Tensor, Te
 
 
 class JointSums:
-    """Streaming sums for a norm and the linear layer before it: inputs u, the norm's input x and what it should write.
+    """Streaming sums for the joint fit of a norm and the linear layer before it.
 
-    Products of a batch are taken in the inputs' precision around the batch's means, and merged in float64 by Chan's
-    rule.
+    They are the second moments of the layer's input u, the norm's input x and the output y that the norm should have.
+    The products of a batch are computed in the precision of the inputs, around the means of the batch, and merged in
+    float64 by Chan's rule.
 
     Args:
-        inputs: K, the layer's.
-        channels: C.
+        inputs: number of the layer's inputs, K.
+        channels: number of the norm's channels, C.
     """
 
     def __init__(self, inputs: int, channels: int, device: torch.device | None = None) -> None:
@@ -87,10 +92,10 @@ class JointSums:
         self._count = torch.zeros((), dtype=torch.float64, device=device)
         self._mean = torch.zeros(size, dtype=torch.float64, device=device)
         self._gram = torch.zeros(inputs, size, dtype=torch.float64, device=device)  # u with u, x, y
-        self._pairs = torch.zeros(3, channels, dtype=torch.float64, device=device)  # xx, xy, yy per channel
+        self._pairs = torch.zeros(3, channels, dtype=torch.float64, device=device)  # xx, xy and yy of each channel
 
     def add(self, u: Tensor, seen: Seen, wanted: Tensor) -> None:
-        """One call: ``u [R, K]``, what the norm read ``[R, C]``, what it should write ``[R, C]``."""
+        """Add one call: the layer's input ``[R, K]``, the norm's call, and the output it should have, ``[R, C]``."""
         rows = torch.cat([u, seen.read, wanted.to(seen.read)], 1).detach()
         rows = rows if seen.valid is None else rows[seen.valid]
         if not len(rows):
@@ -113,19 +118,19 @@ class JointSums:
         self._count = total
 
     def over_ranks(self) -> "JointSums":
-        """Everybody's sums, merged."""
+        """Return the sums of all ranks, merged."""
         parts = (self._count.reshape(1), self._mean, self._gram.flatten(), self._pairs.flatten())
         merged = JointSums(self.inputs, self.channels, self._mean.device)
-        for one in gather_over_ranks(torch.cat(parts)):
-            count, mean, gram, pairs = one.split([part.numel() for part in parts])
+        for of_rank in gather_over_ranks(torch.cat(parts)):
+            count, mean, gram, pairs = of_rank.split([part.numel() for part in parts])
             merged._merge(count[0], mean, gram.view_as(self._gram), pairs.view_as(self._pairs))
         return merged
 
     def solve(self, alone: Affine) -> tuple[Affine, Tensor] | None:
-        """The affine map and what to add to the layer's weight, ``[C, K]``; None where the tokens are too few.
+        """Return the affine map, and what to add to the layer's weight, ``[C, K]``; None if there are too few tokens.
 
         Args:
-            alone: the fit without the layer; where the two together have next to no scale, a channel stays with it.
+            alone: the fit without the layer. A channel keeps it where the joint fit would have almost no scale.
         """
         sums = self.over_ranks()
         if not sums._count >= TOKENS * self.inputs or not torch.isfinite(sums._gram).all():
@@ -140,7 +145,7 @@ class JointSums:
         if failed:
             return None
         of_x, of_y = torch.cholesky_solve(d, factor), torch.cholesky_solve(b, factor)
-        rest = xx - (d * of_x).sum(0)  # of x, what the layer's inputs do not tell
+        rest = xx - (d * of_x).sum(0)  # the variance of x that the layer's inputs do not explain
         scale = torch.where(rest > 1e-9 * xx, (xy - (d * of_y).sum(0)) / rest.clamp(min=1e-300), alone.scale)
         usable = (scale * alone.scale > 0) & (scale.abs() > STEEP * alone.scale.abs())
         scale = torch.where(usable, scale, alone.scale)
@@ -156,7 +161,7 @@ class JointSums:
 
 @torch.no_grad()
 def change_layer(layer: nn.Linear, change: Tensor) -> None:
-    """Add to its weight; a constant is left to the norm's shift."""
+    """Add `change` to the layer's weight. Its bias stays, because the norm's shift takes up constants."""
     layer.weight.copy_(layer.weight.double() + change)
 
 
@@ -165,14 +170,14 @@ def change_layer(layer: nn.Linear, change: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Rests:
-    """Draws of what is added to a table's rows, in the original and in the converted model, each ``[M, C]``."""
+    """Samples of what is added to a table's rows, in the original and in the converted model, each ``[M, C]``."""
 
     original: Tensor
     converted: Tensor
 
 
 def draw(rests: Sequence[Rests]) -> Rests:
-    """Some of all ranks' draws, evenly."""
+    """Pick samples at even distances from those of all ranks."""
     both = torch.cat([torch.cat([rest.original, rest.converted], 1) for rest in rests])
     own = both[torch.linspace(0, len(both) - 1, RESTS, device=both.device).long()]
     everyone = gather_over_ranks(own).flatten(0, 1)
@@ -181,7 +186,7 @@ def draw(rests: Sequence[Rests]) -> Rests:
 
 
 def rests_of(call: tuple[Tensor, Tensor], original_call: tuple[Tensor, Tensor], now: Seen, then: Seen) -> Rests:
-    """What was added to a table's rows in one call, where tokens are valid: the norm's input without them."""
+    """Return what was added to a table's rows at the valid tokens of one call: the norm's input minus these rows."""
     keep: Any = slice(None) if now.valid is None else now.valid
     converted = now.read - as_rows(call[1].expand(_shape(call[1], now)), -1)
     original = then.read - as_rows(original_call[1].expand(_shape(original_call[1], then)), -1)
@@ -189,7 +194,7 @@ def rests_of(call: tuple[Tensor, Tensor], original_call: tuple[Tensor, Tensor], 
 
 
 def _shape(output: Tensor, seen: Seen) -> torch.Size:
-    """The table's output may be one row of positions for a whole batch."""
+    """Return the shape of the table's output; a table of positions may give one sequence for the whole batch."""
     rows = output.numel() // output.shape[-1]
     return output.shape if rows == len(seen.read) else torch.Size((len(seen.read) // rows, *output.shape[-2:]))
 
@@ -199,17 +204,17 @@ def refit_table(table: nn.Embedding, original: nn.Embedding, norm: nn.Module, fi
     """Make each row of a table what the norm would make of it.
 
     Args:
-        table: the converted model's; changed.
-        original: the original's.
-        norm: the original's, over the last axis.
+        table: the table of the converted model, which is changed.
+        original: the table of the original model.
+        norm: the norm of the original model, over the last axis.
         fit: the affine map in the norm's place.
-        rests: what is added to the rows.
+        rests: samples of what is added to the rows.
     """
     usable = fit.scale.abs() > 1e-3 * fit.scale.abs().mean()
     scale, shift = (t.to(original.weight) for t in (torch.where(usable, fit.scale, 1), fit.shift))
-    at_once = max(1, 2**22 // rests.original.numel())
-    for begin in range(0, len(original.weight), at_once):
-        rows = original.weight[begin : begin + at_once]
+    chunk = max(1, 2**22 // rests.original.numel())
+    for begin in range(0, len(original.weight), chunk):
+        rows = original.weight[begin : begin + chunk]
         wanted = norm(rows[:, None] + rests.original)
         new = ((wanted - shift) / scale - rests.converted).mean(1)
-        table.weight[begin : begin + at_once] = torch.where(usable, new, table.weight[begin : begin + at_once])
+        table.weight[begin : begin + chunk] = torch.where(usable, new, table.weight[begin : begin + chunk])

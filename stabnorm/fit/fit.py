@@ -1,13 +1,13 @@
-r"""The affine map per channel that comes closest to a trained norm, by least squares, norm after norm in depth order.
+r"""Replace trained norms by the closest affine map per channel: least squares, norm by norm in depth order.
 
 .. math:: a_c = \mathrm{cov}(x_c, y_c) / \mathrm{var}(x_c),\qquad b_c = \overline{y_c} - a_c \overline{x_c}
 
-y is what the original model's norm writes, and x what the norm's successor reads in the converted model, in which all
-norms before it have been converted already: each takes up what the others left of the error. Fitted all at once, each
-on the original's own x, the errors add up along the depth instead.
+y is the output of the norm in the original model, and x is the input of its successor in the converted model, where all
+norms before it are affine maps already. So each fit also corrects a part of the error that the fits before it left. If
+all were fitted at once, each on the input in the original model, the errors would add up along the depth.
 
-The sums are exact: float64, merged over batches and ranks by Chan's rule. One pass over the batches is needed for each
-depth; norms of which none reads what another has written share one.
+The sums are exact: they are float64, and merged over batches and ranks by Chan's rule. There is one pass over the
+batches for each depth. Norms that do not depend on each other's output have the same depth.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,12 +29,12 @@ from stabnorm.norms import NormLayer, NormSearch
 
 @torch.no_grad()
 def write_affine(norm: PRepBN, fit: Affine) -> None:
-    r"""Make the norm's RepBN the affine map, with the fit's statistics for running ones.
+    r"""Write the affine map into the norm's RepBN, with the input statistics of the fit as running statistics.
 
     .. math:: \gamma = a \sqrt{\sigma^2 + \epsilon},\quad \beta = b + a \mu,\quad \eta = 0
 
-    So gamma is in units of the output whatever the input's scale, which is what trains well, and with batch statistics
-    in training the RepBN starts at the same fit.
+    So gamma is in units of the output, whatever the scale of the input, which trains well. With batch statistics, in
+    training, the RepBN starts at the same fit.
     """
     rep = norm.rep
     if rep.running_mean is not None:
@@ -44,7 +44,7 @@ def write_affine(norm: PRepBN, fit: Affine) -> None:
     rep.weight.copy_(fit.scale * std)
     if rep.bias is not None:
         mean = torch.zeros_like(fit.mean) if rep.running_mean is None else rep.running_mean.double()
-        rep.bias.copy_(fit.shift + rep.weight.double() / std * mean)  # makes up for what float32 rounded
+        rep.bias.copy_(fit.shift + rep.weight.double() / std * mean)  # corrects for the rounding to float32
     rep.eta.zero_()
 
 
@@ -66,11 +66,18 @@ class _Pair:
         self.rests: list[list[Rests]] = [[] for _ in self.feeders]
 
     def add(self, now: Sequence[Seen], then: Sequence[Seen], fed: Sequence[Any], original_fed: Sequence[Any]) -> None:
-        """Add one batch: what the successor read, what the norm wrote, and what went through the feeders."""
+        """Add one batch.
+
+        Args:
+            now: the calls of the successor in the converted model.
+            then: the calls of the norm in the original model.
+            fed: inputs and outputs of the feeders in the converted model.
+            original_fed: the same in the original model.
+        """
         for call, wanted in zip(now, then, strict=True):
             self.sums.add(call, wanted.written)
         if not self.fed or not all(len(calls) == len(now) for calls in (*fed, *original_fed)):
-            self.fed = False  # a feeder that runs more often than its norm feeds something else, too
+            self.fed = False  # a feeder that runs more often than its norm also feeds something else
             return
         if self.joint is not None:
             for (u, _), call, wanted in zip(fed[0], now, then, strict=True):
@@ -80,10 +87,10 @@ class _Pair:
             rests += [rests_of(*four) for four in zip(calls, original_calls, now, then, strict=True)]
 
     def affine(self) -> Affine:
-        """The fit; a linear layer before the norm takes part at once.
+        """Return the fit, and change the linear layer before the norm if that was fitted together with it.
 
         Raises:
-            StabNormError: nothing, or nothing finite, was seen.
+            StabNormError: the norm saw no valid token, or a value that is not finite.
         """
         alone = self.sums.affine(center=self.norm.rep.center)
         together = self.joint.solve(alone) if self.joint is not None and self.fed else None
@@ -103,21 +110,22 @@ def fit_norms(
     calls: Mapping[str, int] | None = None,
     feeders: Mapping[str, Feeder] | None = None,
 ) -> dict[str, Affine | str]:
-    """Fit a converted model's norms to the original's, level by level, and set their lam to 0 as they are done.
+    """Fit a converted model's norms to those of the original, level by level, and set lam of each fitted norm to 0.
 
     Args:
-        model: converted with `convert_norms`, in eval mode; lam and RepBN of the norms in `levels` are changed.
-        original: what it was converted from, in eval mode.
-        loader: batches; one pass for each level.
-        levels: the norms by depth, see `stabnorm.fit.measure`.
+        model: converted with `convert_norms`, in eval mode. The RepBN and lam of each norm in `levels` are changed.
+        original: the model before its conversion, in eval mode.
+        loader: batches; every level needs one pass over them.
+        levels: the names of the norms by depth, see `stabnorm.fit.measure`.
         run: how both models are run.
-        calls: how often each norm is called on a batch, where that is always the same; then a forward is left as soon
-            as all norms of the level have been called. Default: forwards run to their end.
-        feeders: the layers before the norms that take part, see `stabnorm.fit.feed`; their weights are changed.
-            Embedding tables take a pass each, and one more for the norm behind them. Default: none.
+        calls: how often each norm is called on a batch, for the norms where this number is always the same. If it is
+            known for all norms of a level, a forward stops as soon as they have all been called. Default: forwards run
+            to the end.
+        feeders: the layers before the norms that are fitted, too, see `stabnorm.fit.feed`; their weights are changed.
+            Each embedding table needs one more pass, and the norm after them another one. Default: none.
 
     Returns:
-        For each norm the fit, or, as a string, why there is none; its lam then stays what it is.
+        The fit of each norm, or the reason, as a string, why it has none. In that case its lam does not change.
     """
     originals = {layer.name: layer for layer in NormSearch(original).found}
     converted = {layer.name: layer for layer in NormSearch(model).found}

@@ -1,7 +1,7 @@
-"""Who depends on whom among a model's norms, and what feeds them, read off autograd's graph of one forward.
+"""The order of a model's norms by depth, and the layers that feed them, from the autograd graph of one forward.
 
-The graph has what passes a gradient. An argmax, a detach or a custom kernel without a backward hide what they connect:
-norms on their two sides may then seem independent, and an extra reader of a feeder is overlooked.
+The graph only has operations that pass a gradient. An argmax, a detach or a custom kernel without a backward hides a
+connection. Two norms on its two sides may then seem independent, and an additional reader of a feeder is not seen.
 """
 
 from collections import Counter
@@ -25,12 +25,13 @@ from stabnorm.norms import NormLayer
 
 @dataclass(frozen=True)
 class Order:
-    """What the graph of one forward says.
+    """The result of `order_of`.
 
     Args:
-        levels: the norms that ran, by depth: a norm's level comes after those of all norms whose output it depends on.
-        feeders: for a norm that alone reads its input, the linear layer or the embedding tables that are added up
-            there.
+        levels: the names of the norms that ran, by depth: a norm's level comes after the levels of all norms whose
+            output it depends on.
+        feeders: the linear layer or the embedding tables whose sum is a norm's input, for each norm that is the only
+            reader of this sum.
     """
 
     levels: list[list[str]]
@@ -39,7 +40,7 @@ class Order:
 
 @dataclass
 class _Calls:
-    """Graph nodes of a module's inputs and outputs, call by call, and the outputs' shapes."""
+    """The graph nodes of a module's inputs and outputs, call by call, and the shapes of the outputs."""
 
     reads: list[Any]
     writes: list[Any]
@@ -50,7 +51,7 @@ def order_of(model: nn.Module, layers: Sequence[NormLayer], batch: Any, run: Run
     """Run the model once on a batch, with gradients.
 
     Raises:
-        StabNormError: it does not run.
+        StabNormError: the model does not run on the batch.
     """
     producers = {
         name: module
@@ -71,16 +72,16 @@ def order_of(model: nn.Module, layers: Sequence[NormLayer], batch: Any, run: Run
     finally:
         for parameter, wanted in wanted_gradients:
             parameter.requires_grad_(wanted)
-    norms = {name: found for name, found in calls.items() if not name.startswith("feeds ")}
-    made = {name.removeprefix("feeds "): found for name, found in calls.items() if name.startswith("feeds ")}
+    norms = {name: nodes for name, nodes in calls.items() if not name.startswith("feeds ")}
+    produced = {name.removeprefix("feeds "): nodes for name, nodes in calls.items() if name.startswith("feeds ")}
     readers = _readers([t.grad_fn for t in tensors_in(output)])
-    alone = _unshared(model, {name: producers[name] for name in made})
+    unshared = _unshared(model, {name: producers[name] for name in produced})
     by_name = {layer.name: layer for layer in layers}
     feeders = {}
-    for name, found in norms.items():
-        plain = by_name[name].channel_dim == -1 and by_name[name].feature_dims == 1
-        feeder = _feeder(found, made, producers, readers) if plain else None
-        if feeder is not None and set(feeder.names) <= alone:
+    for name, nodes in norms.items():
+        over_last_axis = by_name[name].channel_dim == -1 and by_name[name].feature_dims == 1
+        feeder = _feeder(nodes, produced, producers, readers) if over_last_axis else None
+        if feeder is not None and set(feeder.names) <= unshared:
             feeders[name] = feeder
     return Order(_levels(norms), feeders)
 
@@ -99,16 +100,16 @@ def _hook(calls: dict[str, _Calls], name: str, argument: str) -> Callable[..., N
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = input_of(args, kwargs, argument)
         if isinstance(x, Tensor) and isinstance(output, Tensor):
-            found = calls.setdefault(name, _Calls([], [], []))
-            found.reads.append(x.grad_fn)
-            found.writes.append(output.grad_fn)
-            found.shapes.append(output.shape)
+            nodes = calls.setdefault(name, _Calls([], [], []))
+            nodes.reads.append(x.grad_fn)
+            nodes.writes.append(output.grad_fn)
+            nodes.shapes.append(output.shape)
 
     return hook
 
 
 def _unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Those that stand in one place, and hold their weights alone."""
+    """Return the names of those that have one place in the model and share no weight with another module."""
     tree = Tree(model)
     return {
         name
@@ -121,10 +122,10 @@ def _unshared(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _levels(norms: Mapping[str, _Calls]) -> list[list[str]]:
-    writers = {written: name for name, found in norms.items() for written in found.writes if written is not None}
+    writers = {written: name for name, nodes in norms.items() for written in nodes.writes if written is not None}
     depths: dict[str, int] = {}
-    for name, found in norms.items():  # in the order of their first calls
-        before = {writers[node] for node in _reached(found.reads) if node in writers} - {name}
+    for name, nodes in norms.items():  # in the order of their first calls
+        before = {writers[node] for node in _reached(nodes.reads) if node in writers} - {name}
         depths[name] = 1 + max((depths[other] for other in before if other in depths), default=-1)
     levels: list[list[str]] = [[] for _ in range(max(depths.values(), default=-1) + 1)]
     for name, depth in depths.items():
@@ -133,7 +134,7 @@ def _levels(norms: Mapping[str, _Calls]) -> list[list[str]]:
 
 
 def _reached(nodes: Sequence[Any], stop: Any = None) -> set[Any]:
-    """These nodes and all they were computed from; not what `stop` was computed from."""
+    """Return these nodes and all nodes that they were computed from, but not those that `stop` was computed from."""
     todo = [node for node in nodes if node is not None]
     visited = set(todo)
     while todo:
@@ -151,7 +152,7 @@ def _reached(nodes: Sequence[Any], stop: Any = None) -> set[Any]:
 
 
 def _readers(roots: Sequence[Any]) -> Counter[Any]:
-    """How often each node is read by another, or is an output."""
+    """Count how often each node is read by another node or is an output of the model."""
     count = Counter(node for node in roots if node is not None)
     for node in _reached(roots):
         count.update(following for following, _ in node.next_functions if following is not None)
@@ -159,16 +160,16 @@ def _readers(roots: Sequence[Any]) -> Counter[Any]:
 
 
 def _feeder(
-    norm: _Calls, made: Mapping[str, _Calls], producers: Mapping[str, nn.Module], readers: Counter[Any]
+    norm: _Calls, produced: Mapping[str, _Calls], producers: Mapping[str, nn.Module], readers: Counter[Any]
 ) -> Feeder | None:
-    """What is added up in front of a norm, where nothing else reads the sum."""
+    """Return the layers whose sum is the norm's input; None if something else reads the sum, too."""
     if len(norm.reads) != 1 or norm.reads[0] is None:
         return None
     read, written = norm.reads[0], norm.writes[0]
     inside = _reached([written], stop=read) - {read}
     if readers[read] != sum(following is read for node in inside for following, _ in node.next_functions):
         return None
-    makers = {found.writes[0]: name for name, found in made.items() if len(found.writes) == 1}
+    makers = {nodes.writes[0]: name for name, nodes in produced.items() if len(nodes.writes) == 1}
     added, todo = [], [read]
     while todo:
         node = todo.pop()
@@ -178,23 +179,23 @@ def _feeder(
             added.append(makers[node])
         elif type(node).__name__ == "AddBackward0" and node._saved_alpha == 1:
             todo += [following for following, _ in node.next_functions if following is not None]
-    return _linear(norm, made, producers, added) or _tables(norm, made, producers, added)
+    return _linear(norm, produced, producers, added) or _tables(norm, produced, producers, added)
 
 
 def _linear(
-    norm: _Calls, made: Mapping[str, _Calls], producers: Mapping[str, nn.Module], added: Sequence[str]
+    norm: _Calls, produced: Mapping[str, _Calls], producers: Mapping[str, nn.Module], added: Sequence[str]
 ) -> Feeder | None:
-    """The widest linear layer among what is added, where its tokens are the norm's."""
+    """Return the widest linear layer among the summands that has the same tokens as the norm."""
     widths = {name: part.in_features for name in added if isinstance(part := producers[name], nn.Linear)}
-    usable = {name: n for name, n in widths.items() if made[name].shapes[0] == norm.shapes[0] and n <= WIDEST}
+    usable = {name: n for name, n in widths.items() if produced[name].shapes[0] == norm.shapes[0] and n <= WIDEST}
     return Feeder("linear", (max(usable, key=lambda name: usable[name]),)) if usable else None
 
 
 def _tables(
-    norm: _Calls, made: Mapping[str, _Calls], producers: Mapping[str, nn.Module], added: Sequence[str]
+    norm: _Calls, produced: Mapping[str, _Calls], producers: Mapping[str, nn.Module], added: Sequence[str]
 ) -> Feeder | None:
-    """The embedding tables among what is added, the longest first; one may have its rows for a whole batch at once."""
+    """Return the embedding tables among the summands, longest first; one may give one sequence for the whole batch."""
     lengths = {name: part.num_embeddings for name in added if isinstance(part := producers[name], nn.Embedding)}
-    shape = norm.shapes[0]
-    usable = [name for name in lengths if made[name].shapes[0] == shape[len(shape) - len(made[name].shapes[0]) :]]
+    shapes, shape = {name: produced[name].shapes[0] for name in lengths}, norm.shapes[0]
+    usable = [name for name in lengths if shapes[name] == shape[len(shape) - len(shapes[name]) :]]
     return Feeder("embedding", tuple(sorted(usable, key=lambda name: -lengths[name]))) if usable else None

@@ -1,4 +1,4 @@
-"""What a trained model's norms are like: in which order they run, and how far each is from an affine map."""
+"""Measure the norms of a trained model: in which order they run, and how far each one is from an affine map."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,15 @@ from stabnorm.norms import NormLayer
 
 @dataclass(frozen=True)
 class Measure:
-    """What a pass over the batches says about a model's norms.
+    """What `measure_norms` learned about a model's norms.
 
     Args:
-        levels: the norms by depth: a norm's level comes after those of all norms whose output it depends on.
-        residuals: each norm's affine residual: the share of its output's variance, mean over channels, that no affine
-            map per channel of its input reproduces. NaN where it read nothing finite.
-        calls: how often each norm is called on a batch, for those where that is always the same.
-        feeders: what feeds the norms, see `stabnorm.fit.feed`.
+        levels: the names of the norms by depth: a norm's level comes after the levels of all norms whose output it
+            depends on.
+        residuals: the affine residual of each norm: the share of its output's variance that no affine map per channel
+            of its input reproduces, as a mean over channels. NaN if its input was never finite.
+        calls: how often each norm is called on a batch, for the norms where this number is always the same.
+        feeders: the layers that feed the norms, see `stabnorm.fit.feed`.
     """
 
     levels: tuple[tuple[str, ...], ...]
@@ -35,18 +36,18 @@ class Measure:
 
     @property
     def names(self) -> list[str]:
-        """The norms that ran, in the order of their depth."""
+        """The names of the norms that ran, in depth order."""
         return [name for level in self.levels for name in level]
 
 
 def measure_norms(model: nn.Module, layers: Sequence[NormLayer], loader: Iterable[Any], run: Runner) -> Measure:
-    """One pass over the batches, and one forward more for the order.
+    """Run the model on all batches, and once more on the first one for the order of the norms.
 
     Args:
-        model: in eval mode; it is run, and nothing of it changes.
+        model: the model, in eval mode; nothing in it changes.
         layers: its norms.
         loader: batches.
-        run: how it is run.
+        run: how the model is run.
 
     Raises:
         StabNormError: the loader is empty, or the model does not run on the first batch.
@@ -63,12 +64,12 @@ def measure_norms(model: nn.Module, layers: Sequence[NormLayer], loader: Iterabl
             for call in seen.get(name, ()):
                 sums[name].add(call, call.written)
     placed = {name for level in order.levels for name in level}
-    late = [[name] for name in calls if name not in placed and calls[name] - {0}]  # a branch not taken at first
+    late = [[name] for name in calls if name not in placed and calls[name] - {0}]  # not on the first batch
     residuals = {}
     for layer in layers:
         try:
             residuals[layer.name] = sums[layer.name].affine().residual
         except StabNormError:
             residuals[layer.name] = float("nan")
-    constant = {name: min(found) for name, found in calls.items() if len(found) == 1}
+    constant = {name: min(counts) for name, counts in calls.items() if len(counts) == 1}
     return Measure(tuple(tuple(level) for level in [*order.levels, *late]), residuals, constant, order.feeders)

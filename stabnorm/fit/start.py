@@ -1,4 +1,4 @@
-"""The fit as the starting point of the switch: what ``convert_norms(init="fit")`` does beside converting."""
+"""The fit as the start of a switch: what ``convert_norms(init="fit")`` does in addition to the conversion."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ from stabnorm.fit.watch import Runner
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormSearch
 
-BATCHES = 32  # of the loader; two numbers per channel need no more
+BATCHES = 32  # how many of the loader's batches are used; two numbers per channel need no more
 
 
 def fit_copies(
@@ -26,10 +26,10 @@ def fit_copies(
     """Fit the successors of a model's norms on copies of the model, in depth order.
 
     Args:
-        model: not converted yet; it is copied twice.
+        model: the model before its conversion; it is copied twice.
         loader: batches.
         names: the norms that will be converted.
-        convert: converts a copy as the model will be.
+        convert: converts a copy in the way in which the model will be converted.
 
     Returns:
         The fit of each norm that has one.
@@ -50,7 +50,7 @@ def fit_copies(
 
 
 def start_from_fits(model: nn.Module, fits: Mapping[str, Affine]) -> None:
-    """Write the fits into the converted norms of these names; their `start_from_norm` does nothing from then on."""
+    """Write the fits into the converted norms of these names, and mark them, so that `start_from_norm` skips them."""
     for layer in NormSearch(model).found:
         if layer.name in fits:
             assert isinstance(layer.module, PRepBN)

@@ -1,4 +1,4 @@
-"""Streaming least squares per channel: what a norm reads and should write, and the affine map between them."""
+"""Streaming least squares per channel: fit the affine map from a norm's input to the output that it should have."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,11 +24,11 @@ from stabnorm.functional import (
     merge_moments_,
 )
 
-ROUNDING = 8.0  # of an input's last digit: a channel that varies by less is constant
+ROUNDING = 8.0  # units in the last place: a channel that varies by less counts as constant
 
 
 class Seen(NamedTuple):
-    """One call of a norm: what it read and wrote, as ``[R, C]``, and which rows count, ``[R]`` bool or None."""
+    """One call of a norm: input and output as ``[R, C]``, and which rows are valid, ``[R]`` bool or None for all."""
 
     read: Tensor
     written: Tensor
@@ -40,11 +40,11 @@ class Affine:
     """A least squares fit per channel, y = scale x + shift; float64.
 
     Args:
-        scale: ``[C]``; 0 where the input does not vary.
-        shift: ``[C]``; 0 for a fit without one.
-        mean: ``[C]``, the input's; 0 for a fit without a shift.
-        square: ``[C]``, mean square of what the input deviates from `mean`.
-        residual: share of the output's variance that no such map reproduces, the mean over channels, in [0, 1].
+        scale: ``[C]``; 0 for a channel whose input does not vary.
+        shift: ``[C]``; 0 for a fit without a shift.
+        mean: ``[C]``, mean of the input; 0 for a fit without a shift.
+        square: ``[C]``, mean square deviation of the input from `mean`.
+        residual: share of the output's variance that no such map reproduces, as a mean over channels, in [0, 1].
     """
 
     scale: Tensor
@@ -55,7 +55,7 @@ class Affine:
 
 
 class ChannelSums:
-    """Means, variances and covariance of what a norm should write and what it reads, streaming.
+    """Streaming means, variances and covariance of a norm's input and of the output that it should have.
 
     Example:
         >>> sums, x = ChannelSums(3), torch.randn(100, 3)
@@ -68,10 +68,10 @@ class ChannelSums:
 
     def __init__(self, num_features: int, device: torch.device | None = None) -> None:
         self._total = _moments(num_features, device)
-        self._digit = 0.0  # the coarsest relative rounding among the inputs
+        self._digit = 0.0  # the largest machine epsilon among the dtypes of the inputs
 
     def add(self, seen: Seen, wanted: Tensor) -> None:
-        """One call: what the norm read, ``[R, C]``, and what it should write, ``[R, C]``."""
+        """Add one call of the norm, and the output that it should have, ``[R, C]``."""
         if seen.read.shape != wanted.shape:
             raise StabNormError(
                 f"the original's norm wrote {tuple(wanted.shape)} where its successor read {tuple(seen.read.shape)}: "
@@ -82,19 +82,19 @@ class ChannelSums:
         merge_moments_(self._total, RawMoments(count, channel, self._total.token.clone()))
 
     def over_ranks(self) -> RawMoments:
-        """Everybody's sums, merged by Chan's rule, the same on every rank."""
+        """Return the sums of all ranks, merged by Chan's rule; they are the same on every rank."""
         packed = torch.cat([self._total.seen.double().reshape(1), self._total.channel.flatten()])
         merged = _moments(self._total.channel.shape[1], packed.device)
-        for one in gather_over_ranks(packed):
-            channel = one[1:].view(CHANNEL_ROWS, -1)
-            merge_moments_(merged, RawMoments(one[0].long(), channel, merged.token.clone()))
+        for of_rank in gather_over_ranks(packed):
+            channel = of_rank[1:].view(CHANNEL_ROWS, -1)
+            merge_moments_(merged, RawMoments(of_rank[0].long(), channel, merged.token.clone()))
         return merged
 
     def affine(self, *, center: bool = True) -> Affine:
-        """The fit to what was added, on all ranks; `center`: with a shift.
+        """Fit the map to what was added on all ranks; `center=False` fits it without a shift.
 
         Raises:
-            StabNormError: no valid token was seen, or something that is not finite.
+            StabNormError: there was no valid token, or a value that is not finite.
         """
         moments = self.over_ranks()
         channel = moments.channel
@@ -108,7 +108,7 @@ class ChannelSums:
         if not center:
             var_x, cov, var_y = power, cov + mean_x * mean_y, var_y + mean_y.square()
             mean_x = torch.zeros_like(mean_x)
-        # A constant varies by its rounding, which says nothing about the output.
+        # A constant input varies by its rounding, which says nothing about the output.
         varies = var_x > (ROUNDING * self._digit) ** 2 * power
         scale = torch.where(varies, cov / torch.where(varies, var_x, 1), 0)
         explained = explained_share(var_x, cov, var_y, mean_y, scale)

@@ -1,7 +1,7 @@
-"""Running a model on a loader's batches, and what its norms read and write there.
+"""Run a model on a loader's batches, and record inputs and outputs of its norms.
 
-The original and the converted model are run on the same batch, one after the other, and compared norm by norm. Both
-are in eval mode: what is compared is what is shipped.
+The original and the converted model run on the same batch, one after the other, and are compared norm by norm. Both are
+in eval mode, because the model is used in eval mode later.
 """
 
 import itertools
@@ -21,11 +21,11 @@ from stabnorm.errors import StabNormError
 from stabnorm.fit.sums import Seen
 from stabnorm.norms import NormLayer
 
-MASK = "attention_mask"  # what every tokenizer calls it
+MASK = "attention_mask"  # the name that every tokenizer uses
 
 
 class Runner:
-    """How a model is run on a batch: on the model's device, with padding known to every norm.
+    """Runs a model on a batch, on the model's device and with the padding known to every norm.
 
     Args:
         forward: ``forward(model, batch)``. Default: a tensor is the model's input, a tuple or list is
@@ -39,7 +39,7 @@ class Runner:
 
     @contextmanager
     def prepared(self, model: nn.Module, batch: Any) -> Iterator[Any]:
-        """The batch on the model's device; inside, its padding is known."""
+        """Move the batch to the model's device; while the context is open, every norm knows its padding."""
         batch = moved(batch, device_of(model))
         known = self.mask if self.mask is not None or not isinstance(batch, Mapping) else MASK
         masks = masks_of(batch, known) if self.mask is not None or _holds(batch, known) else ()
@@ -47,7 +47,7 @@ class Runner:
             yield batch
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
-        """The model's output."""
+        """Return the model's output on the batch."""
         with self.prepared(model, batch) as prepared:
             return self.forward(model, prepared)
 
@@ -57,19 +57,20 @@ def _holds(batch: Any, key: Any) -> bool:
 
 
 class _Enough(BaseException):
-    """Every norm that is watched has been called: the rest of the forward is of no interest.
+    """Raised when every watched norm has been called, to leave the rest of the forward out.
 
-    No Exception, so that a model's own ``except Exception`` lets it through.
+    It is no Exception, so that a model's own ``except Exception`` does not catch it.
     """
 
 
 @contextmanager
 def watched(layers: Iterable[NormLayer], enough: int | None = None) -> Iterator[dict[str, list[Seen]]]:
-    """While it is open, what these norms of a model read and write, call by call, in the order of the calls.
+    """Record inputs and outputs of these norms, call by call, while the context is open.
 
     Args:
-        layers: the norms; their modules are hooked.
-        enough: leave the forward after so many calls, by `_Enough`, which `seen_in` takes. Default: never.
+        layers: the norms; hooks are put on their modules.
+        enough: the number of calls after which the forward is left by raising `_Enough`, which `seen_in` catches.
+            Default: it is never left.
     """
     seen: dict[str, list[Seen]] = {}
     calls = itertools.count(1)
@@ -78,7 +79,7 @@ def watched(layers: Iterable[NormLayer], enough: int | None = None) -> Iterator[
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = layer.input_of(args, kwargs)
             valid = layer.valid(x)
-            # Copies: the model may go on to change both in place, a residual stream say.
+            # Copies, because the model may change both in place later; a residual stream often is.
             read, written = (layer.rows(t.clone()) for t in (x, output))
             seen.setdefault(layer.name, []).append(Seen(read, written, None if valid is None else valid.reshape(-1)))
             if next(calls) == enough:
@@ -92,14 +93,14 @@ def watched(layers: Iterable[NormLayer], enough: int | None = None) -> Iterator[
 
 @contextmanager
 def drawn_towards(wanted: Mapping[str, Sequence[Seen]], layers: Iterable[NormLayer], share: float) -> Iterator[None]:
-    """While it is open, what these norms hand on is not y, but ``y + share (y' - y)`` with y' from another model.
+    """Replace the output y of these norms by ``y + share (y' - y)``, with y' from another model, while it is open.
 
-    Gradients go through the y of it. Open it inside `watched`, which then sees y itself.
+    Gradients go through y only. Open this context inside `watched`, which then records y itself.
 
     Args:
-        wanted: what norms of these names wrote in the other model, call by call.
-        layers: the norms; their modules are hooked.
-        share: 0 changes nothing.
+        wanted: the calls of the norms of these names in the other model.
+        layers: the norms; hooks are put on their modules.
+        share: between 0, which changes nothing, and 1.
     """
 
     def hook_of(layer: NormLayer, calls: Iterator[Seen]) -> Callable[..., Tensor]:
@@ -125,14 +126,14 @@ def drawn_towards(wanted: Mapping[str, Sequence[Seen]], layers: Iterable[NormLay
 def seen_in(
     model: nn.Module, layers: Sequence[NormLayer], batch: Any, run: Runner, enough: int | None = None
 ) -> dict[str, list[Seen]]:
-    """What these norms read and wrote on a batch; without gradients.
+    """Run the model on a batch, without gradients, and return inputs and outputs of these norms.
 
     Args:
-        model: it holds the norms.
-        layers: which ones.
-        batch: one of the loader's.
+        model: the model that holds the norms.
+        layers: the norms.
+        batch: one of the loader's batches.
         run: how the model is run.
-        enough: number of calls after which the forward is left. Default: none, it runs to its end.
+        enough: the number of calls after which the forward is left. Default: it runs to the end.
     """
     with torch.no_grad(), watched(layers, enough) as seen, suppress(_Enough):
         run(model, batch)

@@ -1,4 +1,4 @@
-"""LayerNorm out of a model that is already trained: measure, fit, repair, decide, and `remove_norms` over them."""
+"""Remove LayerNorm from a trained model: `remove_norms`, and its stages to measure, fit, repair and decide."""
 
 from stabnorm.fit.fit import fit_norms
 from stabnorm.fit.measure import Measure, measure_norms

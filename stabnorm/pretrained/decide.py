@@ -1,4 +1,4 @@
-"""Which norms stay: worst first, until the converted model is close enough to the original on held-out data."""
+"""Decide which norms stay, worst first, until the converted model is close to the original on held-out data."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from stabnorm.switch.lam import write_lam
 
 
 class HeldOut:
-    """Batches to judge on: neither fitted to nor trained on.
+    """The batches on which models are judged; they are neither fitted to nor trained on.
 
     Args:
-        original: in eval mode.
-        batches: at least one.
+        original: the original model, in eval mode.
+        batches: one batch or more.
         run: how a model is run.
         distance: ``loss(output, original_output)``.
     """
@@ -29,30 +29,32 @@ class HeldOut:
 
     @torch.no_grad()
     def error(self, model: nn.Module) -> float:
-        """The mean distance to the original's output, over the batches of all ranks."""
+        """Return the mean distance between the outputs of model and original, over the batches of all ranks."""
         errors = []
         for batch in self.batches:
             wanted = self.run(self.original, batch)
             with self.run.prepared(model, batch) as prepared:
                 errors.append(self.distance(self.run.forward(model, prepared), wanted).double().reshape(()))
-        everyone = gather_over_ranks(torch.stack(errors).mean().to(device_of(model)))
-        return float(everyone.mean())
+        of_ranks = gather_over_ranks(torch.stack(errors).mean().to(device_of(model)))
+        return float(of_ranks.mean())
 
 
 def keep_only(norms: Mapping[str, PRepBN], kept: Iterable[str]) -> None:
-    """Make these norms themselves again, and the others their affine maps."""
+    """Let these norms normalise again (lam = 1), and replace all others by their affine maps (lam = 0)."""
     stay = set(kept)
     write_lam(norms.values(), [float(name in stay) for name in norms])
 
 
 def costs_of(norms: Mapping[str, PRepBN], gone: Sequence[str], model: nn.Module, held_out: HeldOut) -> dict[str, float]:
-    """By how much the held-out error would fall were this norm alone put back; one run over the batches for each.
+    """Return by how much the held-out error falls when one norm alone is put back, for each norm in `gone`.
+
+    This takes one run over the held-out batches per norm.
 
     Args:
-        norms: all of the model's.
-        gone: those that are affine maps now, and are so again afterwards.
-        model: it holds them.
-        held_out: what to judge on.
+        norms: all norms of the model.
+        gone: the names of those that are affine maps; they are affine maps again afterwards.
+        model: the model that holds the norms.
+        held_out: the batches to judge on.
     """
     kept = [name for name in norms if name not in gone]
     without = held_out.error(model)
@@ -65,10 +67,10 @@ def costs_of(norms: Mapping[str, PRepBN], gone: Sequence[str], model: nn.Module,
 
 
 def fewest_kept(order: Sequence[str], error: Callable[[list[str]], float], tolerance: float) -> list[str]:
-    """The shortest beginning of `order` that has to be kept for the error to be at most `tolerance`.
+    """Return the shortest beginning of `order` that must be kept so that the error is at most `tolerance`.
 
-    By bisection, in about log2(N) evaluations: with more norms kept the error is taken to be no larger. What is
-    returned was evaluated and held, or is all of them.
+    This is a bisection with about log2(N) evaluations. It assumes that keeping more norms does not increase the error.
+    The list that it returns was evaluated and is within the tolerance, or it has all names.
 
     >>> fewest_kept(["worst", "bad", "good"], lambda kept: 0.3 - 0.1 * len(kept), 0.25)
     ['worst']

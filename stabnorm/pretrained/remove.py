@@ -33,10 +33,10 @@ from stabnorm.pretrained.decide import HeldOut, costs_of, fewest_kept, keep_only
 from stabnorm.pretrained.repair import Distance, Recipe, Repair, relative_error, repair_norms
 from stabnorm.switch.lam import progressive_norms
 
-ROWS = 4  # of a batch to fold on
-HELD_OUT = 4  # one of so many batches, where none are given
+ROWS = 4  # rows of a batch that are the example of the fold
+HELD_OUT = 4  # one batch out of so many is held out if the caller gives none
 Fit = Literal["norms", "tables", "layers"]
-TAKING_PART: dict[Fit, tuple[str, ...]] = {"norms": (), "tables": ("embedding",), "layers": ("embedding", "linear")}
+FITTED_FEEDERS: dict[Fit, tuple[str, ...]] = {"norms": (), "tables": ("embedding",), "layers": ("embedding", "linear")}
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class RemovedNorm:
 
     Args:
         name: its name in the model.
-        residual: affine residual in the original: the share of its output's variance, mean over channels, that no
-            affine map per channel reproduces. NaN where it was not measured.
-        left: the same of the fit in its turn, when what it reads is the converted model's; NaN where it was not fitted.
-        cost: by how much the held-out error would fall were this norm alone put back; NaN without held-out batches.
-        kept: whether it is in `RemovalResult.model` as it was.
-        reason: why it is kept; where it went, if it is gone.
+        residual: the affine residual in the original: the share of the norm's output variance that no affine map per
+            channel reproduces, as a mean over channels. NaN if it was not measured.
+        left: the same share for the fit, whose input comes from the converted model. NaN if the norm was not fitted.
+        cost: by how much the held-out error would fall if this norm alone was put back. NaN without held-out batches.
+        kept: whether `RemovalResult.model` still has the norm.
+        reason: why the norm is kept, or into which layers its affine map was folded.
     """
 
     name: str
@@ -63,14 +63,14 @@ class RemovedNorm:
 
 @dataclass(frozen=True)
 class RemovalResult:
-    """A model without norms, and what became of each; printed, a table.
+    """The model without norms, and what became of each norm. `str` gives a table.
 
     Args:
-        model: the converted model in eval mode, folded.
+        model: the converted and folded model, in eval mode.
         norms: one entry for each norm, in module order.
-        error: the mean of `loss` on the held-out batches, before folding; NaN without them.
-        losses: of the repair, step by step.
-        fold: what folding did; None where every norm is kept.
+        error: the mean of `loss` on the held-out batches, before the fold. NaN without held-out batches.
+        losses: the loss of each step of the repair.
+        fold: the result of the fold; None if every norm is kept.
     """
 
     model: nn.Module
@@ -106,58 +106,58 @@ def remove_norms(
     mask: MaskOfBatch = None,
     progress: bool = False,
 ) -> RemovalResult:
-    r"""Take LayerNorm and RMSNorm out of a trained model: no labels, and nothing known of its task.
+    r"""Remove LayerNorm and RMSNorm from a trained model, without labels and without knowledge of its task.
 
-    Each norm becomes one affine map per channel, y = a x + b, fitted by least squares to what the original's norm
-    writes, in depth order (`stabnorm.fit.fit`). With `steps`, the whole model is then trained until its hidden
-    states and its output are the original's again (`stabnorm.pretrained.repair`). With `tolerance`, norms stay, worst
-    first, until the output is close enough on held-out batches. At the end the affine maps are folded into the weights
-    around them (`fold_norms`). All of this happens to copies, in eval mode.
+    Each norm becomes one affine map per channel, y = a x + b. In depth order, least squares fit it to the output of the
+    norm in the original model (`stabnorm.fit.fit`). With `steps`, the whole model is then trained until it reproduces
+    the hidden states and the output of the original (`stabnorm.pretrained.repair`). With `tolerance`, norms stay, worst
+    first, until the output is close enough on held-out batches. At the end `fold_norms` folds the affine maps into the
+    weights around them. All of this is done to copies, in eval mode; `model` does not change.
 
     .. math:: \min_{a_c, b_c} \sum_t (a_c x_{tc} + b_c - \hat y_{tc})^2
 
-    Which norms take to it: those with a small affine residual. Tokens of very different scale make it large, and only
-    a repair that trains the other weights, too, makes up for these.
+    This works well for norms with a small affine residual. The residual is large when tokens have very different
+    scales. Only a repair that also trains the other weights makes up for that.
 
     Args:
-        model: trained, on any device; three copies of it fit there. With several processes all of them call this, each
-            with batches of its own.
-        loader: a DataLoader or a list of batches like those the model is for. A tensor is the model's input, a tuple or
-            list is ``(input, targets, ...)`` of which the targets are not used, a mapping holds keyword arguments.
+        model: the trained model, on a device that has memory for three copies of it. With several processes, all of
+            them call this function, each one with batches of its own.
+        loader: a DataLoader or a list of batches like those that the model is for. A tensor is the model's input, a
+            tuple or list is ``(input, targets, ...)`` whose targets are not used, and a mapping holds keyword
+            arguments.
         steps: optimizer steps of the repair. Default: 0, only the fit.
-        tolerance: the largest mean of `loss` on the held-out batches. If even the repaired model is beyond it, norms
-            are put back into it; if that is not enough, the repair is given up, and norms stay in a fit of the
-            original. 0: nothing changes. Default: None, every norm goes.
-        keep: regular expression, or several, searched for in the names of norms that stay whatever happens.
+        tolerance: the largest mean of `loss` on the held-out batches that is allowed. If the repaired model is above
+            it, norms are put back into that model. If this is not enough, the repair is dropped, and norms stay in a
+            new fit of the original. With 0 every norm stays. Default: None, every norm is removed.
+        keep: regular expression, or several, that are searched for in norms' names; these norms stay in any case.
             Default: none.
-        loss: how far an output is from the original's, ``loss(output, original_output)``, a scalar tensor, 0 for equal
-            ones; the repair adds it to the distance of the hidden states. Default: the relative squared error,
-            ||y - y'||^2 / ||y'||^2, of each floating tensor in the output.
-        held_out: batches for `tolerance`. Default: a quarter of `fit_batches`, the loader's first, which then are
-            neither fitted to nor trained on.
+        loss: the distance of an output from the original's, ``loss(output, original_output)``: a scalar tensor that is
+            0 for equal outputs. The repair adds it to the distance of the hidden states. Default: the relative squared
+            error, ||y - y'||^2 / ||y'||^2, of each floating tensor in the output.
+        held_out: batches for `tolerance`. Default: the loader's first batches, a quarter of `fit_batches`; these are
+            then neither fitted to nor trained on.
         recipe: how to repair. Default: `Recipe()`.
-        fit: "norms" fits the affine maps only; "tables" with them the embedding tables that a norm alone reads;
-            "layers" the linear layer before a post-norm, too, see `stabnorm.fit.feed`. Default: "layers", the
-            closest; with a repair "tables", from which it ends closer to the original.
-        fit_batches: how many of the loader's batches to fit to; they are kept in memory. Default: 32.
-        forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: as the
-            format of `loader` says.
+        fit: what is fitted. "norms": the affine maps. "tables": also the embedding tables whose sum only a norm reads.
+            "layers": also the linear layer before a post-norm, see `stabnorm.fit.feed`. Default: "layers", which comes
+            closest to the original; with a repair "tables", because the repair then ends closer.
+        fit_batches: how many of the loader's batches are used for the fit; they are kept in memory. Default: 32.
+        forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: according
+            to the format of `loader`.
         mask: which tokens are valid: a key of the batch, an index, or a function of the batch. Default:
-            "attention_mask" where the batch is a mapping that has it.
-        progress: print the norms as they were measured, and show a bar for the repair. Default: False.
+            "attention_mask" if the batch is a mapping that has this key.
+        progress: print the measured norms, and show a progress bar for the repair. Default: False.
 
     Returns:
-        The model, and for each norm whether it is gone and what that cost; see `RemovalResult`.
+        The new model, and for each norm whether it was removed and what that cost; see `RemovalResult`.
 
     Raises:
         TypeError: the model's norms cannot be converted with these arguments.
         ValueError: an argument is out of range, `keep` matches no norm, or the loader gives its batches only once.
         StabNormError: there is no norm to remove, the loader is empty, the model does not run on its batches, is
-            compiled, scripted or wrapped for several processes, or the repair's loss is not finite. The model is what
-            it was in each case.
+            compiled, scripted or wrapped for several processes, or the loss of the repair is not finite.
 
-    The method is ours. Before it, LayerNorm was taken out of GPT-2 by freezing one scalar per norm, in an order made by
-    hand, and fine-tuning on the task's own loss (`submarat/removing-layer-norm`).
+    The method is our own. An earlier one removed LayerNorm from GPT-2: it froze one scalar per norm, in an order chosen
+    by hand, and fine-tuned on the loss of the task (`submarat/removing-layer-norm`).
 
     >>> from stabnorm import remove_norms
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -180,22 +180,22 @@ def remove_norms(
             judged = list(batches_of(held_out))
         elif tolerance is not None:
             judged, fitted, training = _split(loader, fitted, steps)
-        work = _Removal(model, every, keep, run, fitted, fit or ("tables" if steps else "layers"), progress)
-        held = HeldOut(work.original, judged, run, distance) if judged else None
+        removal = _Removal(model, every, keep, run, fitted, fit or ("tables" if steps else "layers"), progress)
+        held = HeldOut(removal.original, judged, run, distance) if judged else None
         losses: list[float] = []
         if tolerance == 0:
-            kept = dict.fromkeys(work.norms, "tolerance=0 leaves everything as it is")
+            kept = dict.fromkeys(removal.norms, "tolerance=0 leaves everything as it is")
         else:
-            kept = work.fit()
+            kept = removal.fit()
             if steps:
-                losses = work.repair(steps, recipe, distance, training)
+                losses = removal.repair(steps, recipe, distance, training)
             if tolerance is not None and held is not None:
-                kept |= work.decide(tolerance, held, bool(steps))
-        return work.result(kept, held, losses)
+                kept |= removal.decide(tolerance, held, bool(steps))
+        return removal.result(kept, held, losses)
 
 
 class _Removal:
-    """The copies that are worked on, and what is known about their norms so far."""
+    """The copies that `remove_norms` changes, and what it knows about their norms so far."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class _Removal:
         self._begin()
 
     def _begin(self) -> None:
-        """A converted copy in which every norm is what it was."""
+        """Start from a new converted copy, in which every norm still normalises (lam = 1)."""
         self.model = copied(self.user_model).eval()
         report = convert_norms(self.model, exclude=self.keep, center=True, filtration=None)
         self.norms: dict[str, PRepBN] = {
@@ -232,14 +232,14 @@ class _Removal:
         self.fits: dict[str, Affine | str] = {}
 
     def fit(self, stay: Sequence[str] = ()) -> dict[str, str]:
-        """Fit all norms but these, on top of nothing; which could not be fitted, and why."""
+        """Refit all norms except these, from scratch; return those that could not be fitted, with the reason."""
         if self.fits:
             self._begin()
         wanted = [name for name in self.norms if name not in stay]
         levels = [[name for name in level if name in wanted] for level in self.measure.levels]
         levels = [level for level in levels if level]
-        found = self.measure.feeders.items()
-        feeders = {name: feeder for name, feeder in found if feeder.kind in TAKING_PART[self.kind]}
+        kinds = FITTED_FEEDERS[self.kind]
+        feeders = {name: feeder for name, feeder in self.measure.feeders.items() if feeder.kind in kinds}
         fits = fit_norms(self.model, self.original, self.fitted, levels, self.run, self.measure.calls, feeders)
         self.fits |= fits
         failed = {name: fit for name, fit in fits.items() if isinstance(fit, str)}
@@ -248,7 +248,7 @@ class _Removal:
         return failed
 
     def repair(self, steps: int, recipe: Recipe | None, distance: Distance, training: Iterable[Any]) -> list[float]:
-        """Train the fitted model; nothing happens where no norm could be fitted."""
+        """Train the fitted model; do nothing if no norm could be fitted."""
         if all(bool(norm.lam) for norm in self.norms.values()):
             return []
         repair = Repair(self.model, self.original, steps, recipe, distance, self.run)
@@ -259,10 +259,10 @@ class _Removal:
         return [name for name, norm in self.norms.items() if not norm.lam]
 
     def decide(self, tolerance: float, held: HeldOut, repaired: bool) -> dict[str, str]:
-        """Put norms back until the tolerance holds; which ones, and why."""
-        found = held.error(self.model)
+        """Put norms back until the tolerance holds; return these norms, with the reason."""
+        error = held.error(self.model)
         self.costs = costs_of(self.norms, self.gone, self.model, held)
-        if found <= tolerance:
+        if error <= tolerance:
             return {}
         failed = [name for name in self.norms if name not in self.gone]
         order = sorted(self.gone, key=lambda name: -self.costs[name])
@@ -287,7 +287,7 @@ class _Removal:
         return dict.fromkeys(stay, why)
 
     def result(self, kept: dict[str, str], held: HeldOut | None, losses: list[float]) -> RemovalResult:
-        """Put what is kept back as it was, and fold the rest."""
+        """Replace the kept norms by the original modules, and fold the others."""
         keep_only(self.norms, kept)
         error = held.error(self.model) if held else math.nan
         user = dict(self.user_model.named_modules())
@@ -305,12 +305,12 @@ class _Removal:
         return RemovalResult(self.model, self._report(kept, fold), error, losses, fold)
 
     def _report(self, kept: dict[str, str], fold: FoldResult | None) -> list[RemovedNorm]:
-        went = {norm.name: norm for norm in fold.norms} if fold else {}
+        folded = {norm.name: norm for norm in fold.norms} if fold else {}
         norms = []
         for layer in self.every:
             name = layer.name
             fit = self.fits.get(name)
-            site = went.get(self.paths[name])
+            site = folded.get(self.paths[name])
             gone = site is not None and site.status != "kept"
             where = "" if site is None else ". ".join(filter(None, [", ".join(site.into), site.reason]))
             reason = kept.get(name) or self._asked_to_keep(name) or self.left.get(name, "")
@@ -334,7 +334,7 @@ class _Removal:
 
 
 def describe(measure: Measure) -> str:
-    """The norms as they were measured, in the order of their depth; printed before anything is done."""
+    """Return a table of the measured norms in depth order, which is printed before anything is changed."""
     rows = [("level", "norm", "residual")]
     for number, level in enumerate(measure.levels):
         rows += [(str(number), name, f"{measure.residuals[name]:.3f}") for name in level]
@@ -345,8 +345,8 @@ def describe(measure: Measure) -> str:
 
 
 def _check(model: nn.Module, steps: int, tolerance: float | None, fit: str | None, fit_batches: int) -> None:
-    if fit is not None and fit not in TAKING_PART:
-        raise ValueError(f"fit={fit!r} is unknown. Choose one of {', '.join(map(repr, TAKING_PART))}")
+    if fit is not None and fit not in FITTED_FEEDERS:
+        raise ValueError(f"fit={fit!r} is unknown. Choose one of {', '.join(map(repr, FITTED_FEEDERS))}")
     if steps < 0:
         raise ValueError(f"steps={steps} is no number of steps. Use 0 for no repair")
     if fit_batches < 1:
@@ -361,7 +361,7 @@ def _check(model: nn.Module, steps: int, tolerance: float | None, fit: str | Non
 
 
 def _split(loader: Iterable[Any], read: list[Any], steps: int) -> tuple[list[Any], list[Any], Iterable[Any]]:
-    """Of the batches that were read, those to judge on and those to fit to; and what to train on."""
+    """Split the batches that were read into those to judge on and those to fit to; also return the training batches."""
     if len(read) < 2:
         raise ValueError("the loader has one batch, which cannot be fitted to and judged on. Pass held_out=")
     sampler = getattr(loader, "sampler", None)
@@ -384,7 +384,7 @@ class _After:
 
 
 def _called_with(model: nn.Module, batch: Any, run: Runner) -> Example:
-    """The arguments that a batch comes to."""
+    """Return the arguments with which the model is called on a batch."""
     seen: list[Example] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

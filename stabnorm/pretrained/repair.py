@@ -1,13 +1,13 @@
-r"""Training a converted model until its hidden states are the original's again; no labels.
+r"""Train a converted model until it reproduces the hidden states of the original, without labels.
 
 .. math:: L = \frac{1}{N + 1} \Big[ \sum_n \frac{\|h_n - \hat h_n\|^2}{\|\hat h_n\|^2} + d(y, \hat y) \Big]
 
-h_n is what norm n, or what stands in its place, writes, y the model's output; with a hat they are the frozen original's
-on the same batch. d is the output's relative squared error, or a function of your own.
+h_n is the output of norm n or of its affine map, and y the model's output. With a hat they are those of the frozen
+original on the same batch. d is the relative squared error of the output, or a function of your own.
 
-Without norms an error made early grows along the depth, and so do gradients on their way back. So at first each part
-between two norms may learn on what the original hands it: what a norm hands on is drawn towards the original's, less
-and less (teacher forcing).
+Without norms, an error in an early layer grows along the depth, and so do gradients in the backward. Therefore each
+part between two norms may first learn on inputs from the original (teacher forcing): the output that a norm passes on
+is moved towards the original's, by a share p that falls from 1 to 0.
 
 .. math:: h_n + p\,(\hat h_n - h_n),\quad p: 1 \to 0
 """
@@ -43,22 +43,24 @@ class Recipe:
     """How a converted model is repaired.
 
     Args:
-        weights: "all" trains whatever the model trains, embedding tables apart, of which a batch shows a few rows only;
-            "affine" the norms' affine numbers alone.
-        lr: peak learning rate of AdamW.
-        affine_lr: of the affine numbers, which are in units of the norm's output; None: `lr`, and ten times that where
-            they are trained alone.
-        warmup: share of the steps over which the rate rises; then half a cosine takes it to zero.
-        forcing: share of the steps over which p falls from 1 to 0; 0 goes without. In many steps a deep model ends
-            closer with it (0.8); in few it is still further away, for what was fitted to the converted model's own
-            hidden states is unlearnt first; nor can affine numbers alone do what the original does.
-        homotopy: share of the steps over which lam of each norm goes from 1 to 0, LayerNorm to affine map; 0 starts
-            without LayerNorm.
-        order: "together", "shallow_first" or "deep_first", see `stabnorm.switch.schedules.linear`.
-        accumulate: batches in a step.
-        precision: of `torch.autocast`, say torch.bfloat16; None: the model's own.
-        clip: the gradient's largest norm.
-        seed: of whatever draws random numbers, a loader that shuffles among it.
+        weights: "all" trains all parameters that require gradients except embedding tables, because a batch only has a
+            few of their rows. "affine" trains only the affine maps in the norms' places. Default: "all".
+        lr: peak learning rate of AdamW. Default: 3e-4.
+        affine_lr: learning rate of the affine maps, which are in units of the norm's output. Default: `lr`, or ten
+            times `lr` if only they are trained.
+        warmup: share of the steps in which the learning rate rises; then it falls to zero along half a cosine.
+            Default: 0.05.
+        forcing: share of the steps in which p falls from 1 to 0; 0 means no teacher forcing. After many steps a deep
+            model ends closer to the original with 0.8. With few steps it ends worse, because the fit, which was made on
+            the converted model's own hidden states, is unlearned first. It does not help with weights="affine", because
+            affine maps alone cannot follow the original. Default: 0.
+        homotopy: share of the steps in which lam of each norm falls from 1 (LayerNorm) to 0 (affine map); 0 starts with
+            the affine maps. Default: 0.
+        order: "together", "shallow_first" or "deep_first", see `stabnorm.switch.schedules.linear`. Default: "together".
+        accumulate: batches per step. Default: 1.
+        precision: dtype for `torch.autocast`: torch.bfloat16, or None for the model's own. Default: None.
+        clip: largest norm of the gradient; a larger gradient is scaled down. Default: 1.
+        seed: seed of all random numbers, also of those of a loader that shuffles. Default: 0.
 
     Raises:
         ValueError: an argument is out of range.
@@ -92,11 +94,10 @@ class Recipe:
 
 
 def relative_error(output: Any, wanted: Any) -> Tensor:
-    r"""How far an output is from the original's: ||y - y'||^2 / ||y'||^2, padding left out.
+    r"""Return the relative squared error of an output: ||y - y'||^2 / ||y'||^2, where y' is the original's output.
 
-    The mean over its floating tensors, y' the original's.
-
-    0 where they are equal; 0.01 is an error of a tenth.
+    Padding does not count. It is the mean over the output's floating tensors. Equal outputs give 0; an error of a tenth
+    gives 0.01.
 
     >>> relative_error(torch.tensor([1.0, 2.2]), torch.tensor([1.0, 2.0]))
     tensor(0.0080)
@@ -115,30 +116,31 @@ def relative_error(output: Any, wanted: Any) -> Tensor:
 def _valid(output: Tensor) -> Tensor | None:
     try:
         return mask_for(output.shape[:-1], "output") if output.ndim > 1 else None
-    except ValueError:  # of another length than the tokens
+    except ValueError:  # the output has another length than the tokens
         return None
 
 
 def _relative(y: Tensor, wanted: Tensor, valid: Tensor | None) -> Tensor:
     wanted = wanted.detach().float()
     difference = y.float() - wanted
-    if valid is not None:  # not a product: padding may hold NaN
+    if valid is not None:  # `where` and not a product, because padding may hold NaN
         difference, wanted = (torch.where(valid[..., None], t, 0) for t in (difference, wanted))
     return difference.square().sum() / wanted.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class Repair:
-    """One training of a converted model towards the original; drive it with `repair_norms`, Lightning, or by hand.
+    """The training of a converted model towards the original. Use it with `repair_norms`, with Lightning, or by itself.
 
-    A step is `begin`, a backward of `loss` for each of its batches, and `step`.
+    One step is a call of `begin`, a backward of `loss` for each batch of the step, and a call of `step`.
 
     Args:
-        model: converted with `convert_norms`, its norms fitted; it is trained, and stays in eval mode: dropout is off.
-        original: what it was converted from, in eval mode; only run.
+        model: the model, converted with `convert_norms` and with fitted norms. It is trained in eval mode, so dropout
+            is off.
+        original: the model before its conversion, in eval mode; it does not change.
         steps: optimizer steps.
-        recipe: how. Default: `Recipe()`.
-        loss: d of the module's formula, ``loss(output, original_output)``. Default: `relative_error`.
-        run: how both are run. Default: `Runner()`.
+        recipe: how to train. Default: `Recipe()`.
+        loss: d of the formula above, ``loss(output, original_output)``. Default: `relative_error`.
+        run: how both models are run. Default: `Runner()`.
 
     Raises:
         ValueError: `steps` is below 1.
@@ -174,10 +176,10 @@ class Repair:
         self.schedule = LambdaLR(self.optimizer, self.rate)
         self.steps_done = 0
         self._forced_steps = self.recipe.forcing * steps
-        self.share = 0.0  # p of the step that `begin` began
+        self.share = 0.0  # p in the current step
         trained = set(map(id, self.parameters))
         self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
-        for parameter in self._frozen:  # no gradient is spent on them, and no process waits for one
+        for parameter in self._frozen:  # so that no gradient is computed for them, and DDP waits for none
             parameter.requires_grad_(False)
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -191,40 +193,40 @@ class Repair:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The parameters that are trained."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
     def rate(self, step: int) -> float:
-        """The learning rate's factor: a linear rise, then half a cosine."""
+        """Return the factor of the learning rate: a linear rise, then half a cosine."""
         warmup = max(1, round(self.recipe.warmup * self.steps))
         progress = max(0, step - warmup) / max(1, self.steps - warmup)
         return min((step + 1) / warmup, (1 + math.cos(math.pi * min(1.0, progress))) / 2)
 
     def begin(self, step: int | None = None) -> None:
-        """Lam and p as they are in the step that comes: `step`, or the next."""
+        """Set lam and p for `step`. Default: the next step."""
         step = self.steps_done if step is None else step
         self.share = max(0.0, 1 - step / self._forced_steps) if self._forced_steps else 0.0
         lam = self._lam(step) if self._lam else [0.0] * len(self.norms)
         write_lam([*self.norms.values(), *self.kept], [*lam, *[1.0] * len(self.kept)])
 
     def loss(self, batch: Any) -> Tensor:
-        """The loss on a batch, with gradients."""
+        """Return the loss on a batch, with gradients."""
         with self._precision():
             with torch.no_grad(), watched(self._theirs) as wanted:
                 target = self.run(self.original, batch)
             drawn = drawn_towards(wanted, self._ours, self.share)
-            with watched(self._ours) as found, drawn, self.run.prepared(self.model, batch) as there:
-                output = self.run.forward(self.model, there)
+            with watched(self._ours) as written, drawn, self.run.prepared(self.model, batch) as prepared:
+                output = self.run.forward(self.model, prepared)
                 distance = self.distance(output, target)
-        hidden = _hidden_states(found, wanted)
+        hidden = _hidden_states(written, wanted)
         return (hidden.sum() + distance) / (len(hidden) + 1)
 
     def _precision(self) -> AbstractContextManager[Any]:
         kind, low = device_of(self.model).type, self.recipe.precision
-        return torch.autocast(kind, low) if low is not None else nullcontext()  # a Trainer may have its own
+        return torch.autocast(kind, low) if low is not None else nullcontext()  # leaves a Trainer's autocast alone
 
     def step(self) -> None:
-        """Clip the gradient, move the weights and forget the gradient; with several processes it is their mean."""
+        """Clip the gradient, step the optimizer, and reset the gradient; with several processes average it first."""
         parameters = [p for p in self.parameters if p.grad is not None]
         if ranks() > 1:
             for parameter in parameters:
@@ -237,14 +239,14 @@ class Repair:
         self.steps_done += 1
 
     def finish(self) -> None:
-        """The end, also before all steps were done: lam is 0 from here on, and what was frozen can be trained again."""
+        """End the repair, also before its last step: set lam to 0, and unfreeze the parameters that were frozen."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self.share = 0.0
         write_lam([*self.norms.values(), *self.kept], [*[0.0] * len(self.norms), *[1.0] * len(self.kept)])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, the model's weights included."""
+        """Return the state of the repair, with the model's weights."""
         return {
             "version": 1,
             "steps": self.steps,
@@ -256,10 +258,10 @@ class Repair:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue from a state.
 
         Raises:
-            StabNormError: it was another repair, of other norms or another length; nothing is loaded then.
+            StabNormError: the state is of a repair of other norms or of another length; nothing is loaded then.
         """
         if state["norms"] != list(self.norms) or state["steps"] != self.steps:
             raise StabNormError(
@@ -273,11 +275,11 @@ class Repair:
         self.begin()
 
 
-def _hidden_states(found: Mapping[str, list[Seen]], wanted: Mapping[str, list[Seen]]) -> Tensor:
+def _hidden_states(written: Mapping[str, list[Seen]], wanted: Mapping[str, list[Seen]]) -> Tensor:
     parts = [
         _relative(now.written, then.written, now.valid)
         for name, calls in wanted.items()
-        for now, then in zip(found.get(name, ()), calls, strict=True)
+        for now, then in zip(written.get(name, ()), calls, strict=True)
     ]
     return torch.stack(parts)
 
@@ -285,16 +287,16 @@ def _hidden_states(found: Mapping[str, list[Seen]], wanted: Mapping[str, list[Se
 def repair_norms(
     repair: Repair, loader: Iterable[Any], *, progress: bool = False, until: int | None = None
 ) -> list[float]:
-    """Train to the end, or to step `until`; the random state is the caller's to keep.
+    """Train to the end, or to step `until`. This changes the random state.
 
-    The loader is gone through as often as it takes. With a seed of its own for each pass, a repair that is resumed with
-    `Repair.load_state_dict` sees the batches it would have seen.
+    The loader is repeated as often as needed. Each pass over it has its own seed, so that a repair that was resumed
+    with `Repair.load_state_dict` gets the same batches as without the interruption.
 
     Args:
-        repair: where it stands decides where the training goes on.
+        repair: the repair; the training continues from its current step.
         loader: batches.
-        progress: show a bar. Default: False.
-        until: leave off after this step. Default: the last.
+        progress: show a progress bar. Default: False.
+        until: stop after this step. Default: the last one.
 
     Returns:
         The loss of each step.
@@ -329,12 +331,12 @@ def repair_norms(
 
 
 def _endless(loader: Iterable[Any], seed: int, start: int) -> Iterator[Any]:
-    """The loader's batches over and over, from number `start` on; pass p draws its random numbers from seed + p."""
-    number, turn = 0, 0
+    """Repeat the loader's batches without end, beginning with number `start`; pass p has the random seed `seed` + p."""
+    number, passes = 0, 0
     while True:
-        torch.manual_seed(seed + turn)
+        torch.manual_seed(seed + passes)
         for batch in batches_of(loader):
             if number >= start:
                 yield batch
             number += 1
-        turn += 1
+        passes += 1

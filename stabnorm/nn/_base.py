@@ -1,6 +1,7 @@
-"""What every norm of this package is: affine in eval, and the one who knows how it is made, measured and folded.
+"""The base of every norm of this package, which knows how it is made from another norm, measured and folded.
 
-`convert_norms`, `recalibrate_norms` and `fold_norms` ask a norm for these through `EvalAffineNorm` and know no class.
+`convert_norms`, `recalibrate_norms` and `fold_norms` use these methods of `EvalAffineNorm` and know none of its
+subclasses.
 """
 
 import inspect
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 from stabnorm.norms import NormLayer
 from stabnorm.ops.rows import LOW_PRECISION
 
-TARGETS: dict[str, type["EvalAffineNorm"]] = {}  # convert_norms(to=...); each class enters itself in its own file
+TARGETS: dict[str, type["EvalAffineNorm"]] = {}  # by the name in convert_norms(to=...); each class registers itself
 _FROM_THE_NORM = {"self", "num_features", "normalized_shape", "channel_dim", "kind"}  # arguments that are not options
 
 
 class Conversion(NamedTuple):
-    """How a norm becomes one of this package.
+    """The plan by which a norm becomes one of this package.
 
     Attributes:
         note: what is kept of the norm.
-        carry_out: gives the module that stands in the norm's place. Before the call the norm is what it was.
+        carry_out: returns the module that takes the norm's place. The norm does not change before this call.
     """
 
     note: str
@@ -31,13 +32,13 @@ class Conversion(NamedTuple):
 
 
 class Float32Buffers(nn.Module):
-    """Floating buffers stay float32 under `.to(torch.bfloat16)` and `.half()`: a running mean needs its digits."""
+    """Keeps floating buffers in float32 under `.to(torch.bfloat16)` and `.half()`: a running mean needs its digits."""
 
     def _own_buffers(self) -> dict[str, Tensor | None]:
         return self._buffers
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As `nn.Module` does; a tensor that `torch.set_default_dtype` made low in precision becomes float32."""
+        """Register a buffer like `nn.Module`; a tensor of low precision, from the default dtype, becomes float32."""
         low = tensor is not None and tensor.dtype in LOW_PRECISION
         super().register_buffer(name, tensor.float() if low else tensor, persistent)  # type: ignore[union-attr]
 
@@ -60,65 +61,65 @@ class EvalAffineNorm(Float32Buffers):
 
     @classmethod
     def from_norm(cls, layer: NormLayer, **options: Any) -> nn.Module:
-        """The successor of a layer or rms norm: its size and channel axis, and its parameters where they can stay.
+        """Build a layer or rms norm's successor, with its size, channel axis and, where possible, parameters.
 
         Args:
-            layer: from `find_norms`.
+            layer: the norm, from `find_norms`.
             **options: arguments of this class.
 
         Raises:
             ValueError: an option is out of range.
-            StabNormError: the norm cannot have this successor, and why.
+            StabNormError: the norm cannot have this successor; the message says why.
         """
         return cls.plan_from_norm(layer, **options).carry_out()
 
     @classmethod
     def plan_from_norm(cls, layer: NormLayer, like: Tensor | None = None, **options: Any) -> Conversion:
-        """Build all that `from_norm` needs, and change nothing yet; it raises what `from_norm` raises.
+        """Build all that `from_norm` needs without changing the norm; raise the same errors as `from_norm`.
 
         Args:
-            layer: from `find_norms`.
-            like: a tensor with the device and the precision of new parameters. Default: the norm's own.
+            layer: the norm, from `find_norms`.
+            like: a tensor that has the device and precision of the new parameters. Default: one of the norm's own.
             **options: arguments of this class.
         """
         raise NotImplementedError
 
     @classmethod
     def conversion_options(cls) -> set[str]:
-        """The arguments of this class that the norm does not determine."""
+        """Return the names of the arguments that do not follow from the norm."""
         return {*inspect.signature(cls.__init__).parameters} - _FROM_THE_NORM
 
     # -- its statistics ------------------------------------------------------------------------------------------------
 
     def running_statistics(self) -> tuple[Tensor, ...]:
-        """The buffers ``[C]`` that eval normalises with.
+        """Return the buffers ``[C]`` that eval mode normalises with.
 
         Raises:
-            StabNormError: they cannot be measured anew, and why.
+            StabNormError: they cannot be measured again; the message says why.
         """
         raise NotImplementedError
 
     def batch_statistics(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What one batch says they are, ``[len(running_statistics()), C]``.
+        """Return the same statistics of one batch, ``[len(running_statistics()), C]``; the buffers do not change.
 
-        All of it is NaN where the batch has no valid token or anything that is not finite. The buffers do not change.
+        All of them are NaN if the batch has no valid token or a value that is not finite.
         """
         raise NotImplementedError
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """What the norm is in eval: ``(scale, shift, channel_dim)``, y = scale x + shift per channel, in float64."""
+        """Return ``(scale, shift, channel_dim)``, in float64: in eval mode y = scale x + shift for each channel."""
         raise NotImplementedError
 
 
 def target_name(norm: EvalAffineNorm) -> str:
-    """The name of the public class that a norm is an instance of."""
+    """Return the name of the public class that a norm is an instance of."""
     public = TARGETS.values()
     return next((cls.__name__ for cls in type(norm).__mro__ if cls in public), type(norm).__name__)
 
 
 @contextmanager
 def tensors_like(like: Tensor) -> Iterator[None]:
-    """New tensors are on the device of `like` and in float32, also where Lightning builds a model of bf16-true."""
+    """Create new tensors on the device of `like` and in float32, also if Lightning builds the model in bfloat16."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -1,4 +1,4 @@
-"""The autograd functions of PRepBN: both norms over LayerNorm at once, or one after the other and blended."""
+"""The autograd functions of PRepBN: LayerNorm and RepBN computed together, or one after the other and then blended."""
 
 from typing import Any
 
@@ -23,16 +23,16 @@ def blended(
     eps: float,
     rep: RepBN,
 ) -> Tensor:
-    """Y ``[R, C]`` of LayerNorm and RepBN in training; `rep` gathers statistics.
+    """Compute the blend ``[R, C]`` of LayerNorm and RepBN in training mode, and update the statistics of `rep`.
 
     Args:
         backend: which backend runs, see `stabnorm.ops.dispatch`.
-        lam: LayerNorm's share, ``[]``.
-        rows: ``[R, C]``.
-        valid: ``[R]`` bool or None.
-        weight: LayerNorm's, ``[C]`` or None.
-        bias: LayerNorm's, ``[C]`` or None.
-        eps: LayerNorm's.
+        lam: the share of LayerNorm, ``[]``.
+        rows: the input, ``[R, C]``.
+        valid: which rows are valid, ``[R]`` bool or None for all.
+        weight: weight of LayerNorm, ``[C]`` or None.
+        bias: bias of LayerNorm, ``[C]`` or None.
+        eps: eps of LayerNorm.
         rep: the RepBN.
     """
     moments, rstd = rep.gather(rows, valid)
@@ -43,9 +43,9 @@ def blended(
 
 
 class _Blended(torch.autograd.Function):
-    r"""y = lam (w n + b) + (1 - lam) (scale x + shift), n from each token and scale, shift from the batch.
+    r"""y = lam (w n + b) + (1 - lam) (scale x + shift); n is the normalised token, scale and shift come from the batch.
 
-    A parameter of a branch of weight 0 gets a gradient of 0.
+    The parameters of a branch whose weight is 0 get a gradient of 0.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ class _Blended(torch.autograd.Function):
         valid: Tensor | None,
         sync: bool,
     ) -> Tensor:
-        lam = lam.clone()  # it moves between forward and backward
+        lam = lam.clone()  # the buffer may change between forward and backward
         scale, shift = channel_affine(gain, offset, eta, mean, rstd)
         y, token_mean, token_rstd = blended_norm.on(backend)(lam, rows, weight, bias, eps, scale, shift)
         ctx.save_for_backward(
@@ -108,7 +108,7 @@ class _Blended(torch.autograd.Function):
 
 
 class Fork(torch.autograd.Function):
-    """The input twice, for norm and RepBN, and RepBN's parameters; a branch of weight 0 gets no gradient back."""
+    """Pass on the input for norm and for RepBN, and RepBN's parameters; stop the gradient of a branch of weight 0."""
 
     generate_vmap_rule = True
 
@@ -118,7 +118,7 @@ class Fork(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[0].clone())  # lam moves between forward and backward
+        ctx.save_for_backward(inputs[0].clone())  # lam may change between forward and backward
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -131,7 +131,7 @@ class Fork(torch.autograd.Function):
 
 
 class Idle(torch.autograd.Function):
-    """y, and a gradient of 0 for parameters that had no part in it: DistributedDataParallel waits for every one."""
+    """Pass on y, and give unused parameters a gradient of 0, because DistributedDataParallel waits for each one."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
@@ -161,4 +161,4 @@ class Blend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (lam,) = ctx.saved_tensors
-        return None, grad * lam, (grad * (1 - lam)).to(ctx.rep_dtype)  # times 1 is exact; what 0 leaves, Fork stops
+        return None, grad * lam, (grad * (1 - lam)).to(ctx.rep_dtype)  # Fork stops NaN * 0

@@ -1,4 +1,4 @@
-"""What the norms over one channel axis share: rows and masks, statistics over ranks, eval, how a norm becomes one."""
+"""The base of the norms over one channel axis: rows and masks, statistics over ranks, eval mode, and conversion."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -16,13 +16,13 @@ from stabnorm.norms import NormLayer
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops.rows import moments_of_rows, widened
 
-UNSAVED = {"recent": -1.0, "loss_scale": 1.0}  # -1 is no second moment: no forward is remembered
+UNSAVED = {"recent": -1.0, "loss_scale": 1.0}  # first values; -1 is no second moment, so no forward is remembered
 
 
 class ChannelNorm(EvalAffineNorm):
     """Base of the norms over one channel axis.
 
-    A subclass with ``variant="..."`` in its class statement is what that argument of its parent's constructor makes.
+    With ``variant="..."`` the constructor builds the subclass whose class statement has the same argument.
 
     Args:
         num_features: C.
@@ -48,7 +48,7 @@ class ChannelNorm(EvalAffineNorm):
         cls.variant = variant or cls.variant
 
     def __new__(cls, *args: Any, variant: str | None = None, **options: Any) -> Any:
-        """An instance of the class that `variant` names; None, as in a copy: of this one."""
+        """Create an instance of the class that `variant` names; None, as for a copy, means this class."""
         made = next((c for c in (cls, *cls.__subclasses__()) if variant in (None, c.variant)), None)
         if made is None:
             check_variant(str(variant))
@@ -62,7 +62,7 @@ class ChannelNorm(EvalAffineNorm):
         if channel_dim == 0:
             raise ValueError("channel_dim=0 is the batch. Give the axis that holds the channels, usually -1 or 1")
         self.num_features, self.eps, self.channel_dim, self.sync = num_features, eps, channel_dim, sync
-        self.counts_steps = True  # False: whoever drives the training writes `step`
+        self.counts_steps = True  # False: the training loop writes `step`
 
     def _add_counters(self) -> None:
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -70,7 +70,8 @@ class ChannelNorm(EvalAffineNorm):
         self.register_buffer("progress", torch.zeros(3, dtype=torch.int64))  # see ops/running.py
 
     def _add_loss_scale(self) -> None:
-        # Running gradient statistics are kept in units of the unscaled loss. Whoever scales the loss writes the scale.
+        # Running gradient statistics are in units of the unscaled loss. Code that scales the loss writes the scale
+        # here.
         self.register_buffer("loss_scale", torch.ones(()), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -87,7 +88,7 @@ class ChannelNorm(EvalAffineNorm):
             self._begin_unsaved()
 
     def _begin_unsaved(self) -> None:
-        """Off the meta device, give the buffers that no checkpoint holds their first values."""
+        """After a move from the meta device, give first values to the buffers that no checkpoint holds."""
         for name, value in UNSAVED.items():
             buffer = self._buffers.get(name)
             if buffer is not None:
@@ -99,20 +100,20 @@ class ChannelNorm(EvalAffineNorm):
         self.progress.zero_()
 
     def reset_parameters(self) -> None:
-        """Start again: parameters, statistics and counters."""
+        """Reset parameters, statistics and counters."""
         nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         self.reset_running_stats()
 
     def reset_running_stats(self) -> None:
-        """Forget the statistics."""
+        """Reset the running statistics."""
         raise NotImplementedError
 
     # -- a forward -----------------------------------------------------------------------------------------------------
 
     def rows_of(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The input as ``[R, C]`` and which rows count, ``[R]`` bool or None.
+        """Return the input as rows ``[R, C]``, and which of them are valid, ``[R]`` bool or None for all.
 
         Raises:
             TypeError: the input is not floating, or the mask not bool.
@@ -146,7 +147,7 @@ class ChannelNorm(EvalAffineNorm):
         return rows, None if mask is None else mask.reshape(-1)
 
     def like_input(self, rows: Tensor, x: Tensor) -> Tensor:
-        """``rows [R, C]`` in the shape of x, and contiguous where x is."""
+        """Return ``rows [R, C]`` in the shape of x, contiguous if x is."""
         if self.channel_dim in (-1, x.ndim - 1):
             return rows.reshape(x.shape)
         y = rows.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
@@ -154,24 +155,24 @@ class ChannelNorm(EvalAffineNorm):
 
     @torch.no_grad()
     def batch_statistics(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What one batch says of `running_statistics`; see the base class."""
+        """Return the same statistics of one batch; see the base class."""
         return running_values(self.moments(*self.rows_of(x, mask), center=self.center))
 
     @torch.no_grad()
     def moments(self, rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
-        """The batch's moments, of all ranks' batches where `sync` is on."""
-        found = moments_of_rows(rows, valid, center=center)
+        """Return the moments of the batch, or with `sync` of the batches of all ranks."""
+        moments = moments_of_rows(rows, valid, center=center)
         if not self.sync:
-            return found
-        packed = torch.cat([part.reshape(-1) for part in found if part is not None])
-        everyone = gather_over_ranks(packed)
-        means, squares = (everyone[:, 1:].chunk(2, 1)) if center else (None, everyone[:, 1:])
-        return merge_batches(everyone[:, 0], means, squares)
+            return moments
+        packed = torch.cat([part.reshape(-1) for part in moments if part is not None])
+        of_ranks = gather_over_ranks(packed)
+        means, squares = (of_ranks[:, 1:].chunk(2, 1)) if center else (None, of_ranks[:, 1:])
+        return merge_batches(of_ranks[:, 0], means, squares)
 
     def eval_affine(
         self, rows: Tensor, mean: Tensor | None, square: Tensor, weight: Tensor, bias: Tensor | None, eta: Tensor | None
     ) -> Tensor:
-        """``rows`` with fixed statistics, differentiable in rows and parameters."""
+        """Normalise rows with fixed statistics; this is differentiable in rows and parameters."""
         wide = widened(rows)
         rstd = torch.rsqrt(square.to(wide.dtype) + self.eps)
         scale, shift = channel_affine(weight, bias, eta, mean, rstd)
@@ -179,15 +180,15 @@ class ChannelNorm(EvalAffineNorm):
         return y.to(rows.dtype)
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """``(scale, shift, channel_dim)`` of the norm in eval, float64.
+        """Return ``(scale, shift, channel_dim)`` of the norm in eval mode, in float64.
 
         Raises:
-            StabNormError: the statistics are not finite, or the norm is no affine map with these options.
+            StabNormError: the statistics are not finite, or the norm is not affine with these options.
         """
         return self._folded(*self.running_statistics())
 
     def _folded(self, *statistics: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The map with these statistics: the variance, and the mean before it where there is one."""
+        """Return the affine map for these statistics: the variance, and before it the mean if there is one."""
         if not all(torch.isfinite(t).all() for t in statistics):
             raise StabNormError(
                 f"{type(self).__name__} holds non-finite running statistics, so it has no affine map. Gather them anew"
@@ -207,7 +208,7 @@ class ChannelNorm(EvalAffineNorm):
 
     @classmethod
     def plan_from_norm(cls, layer: NormLayer, like: Tensor | None = None, **options: Any) -> Conversion:
-        """Build the new module around the norm's weight and bias; see the base class."""
+        """Build the new module with the norm's weight and bias; see the base class."""
         old = layer.module
         if layer.feature_dims > 1:
             raise StabNormError(f"it normalises {layer.feature_dims} axes together: only to='prepbn' can convert it")
@@ -225,12 +226,12 @@ class ChannelNorm(EvalAffineNorm):
 
     @classmethod
     def defaults_after(cls, layer: NormLayer) -> dict[str, Any]:
-        """The arguments whose default is another one where the new norm follows this one."""
+        """Return the defaults of arguments that depend on the norm that is converted."""
         del layer
         return {}
 
     def _take_over(self, name: str, parameter: nn.Parameter | None, value: Tensor | None, exactly: bool = True) -> str:
-        """Make the old norm's parameter, or else its value, this one's, and say so."""
+        """Take over the old norm's parameter, or else its value, and return a note about it."""
         own = getattr(self, name)
         if value is None:
             return f"{name} new"
@@ -244,9 +245,9 @@ class ChannelNorm(EvalAffineNorm):
 
 
 def running_values(moments: BatchMoments) -> Tensor:
-    """A batch's mean and unbiased variance ``[2, C]``, or its mean square ``[1, C]`` where there is no mean.
+    """Return a batch's mean and unbiased variance ``[2, C]``, or its mean square ``[1, C]`` if there is no mean.
 
-    All of it is NaN where the batch is empty or holds anything that is not finite.
+    All values are NaN if the batch is empty or has a value that is not finite.
     """
     count, mean, square = moments
     values = square[None] if mean is None else torch.stack([mean, square * (count / (count - 1).clamp(min=1))])
@@ -254,6 +255,6 @@ def running_values(moments: BatchMoments) -> Tensor:
 
 
 def check_variant(variant: str) -> None:
-    """Raise ValueError unless `variant` is one there is."""
+    """Raise ValueError for an unknown `variant`."""
     if variant not in ("corrected", "official"):
         raise ValueError(f"variant={variant!r} is unknown. Choose 'corrected' or 'official'")

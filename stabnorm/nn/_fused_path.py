@@ -1,7 +1,7 @@
-"""Torch's encoder layers and their fused path for eval, which runs a layer norm on the norms' weights.
+"""Keep torch's encoder layers off their fused path for eval mode if they hold a norm of ours.
 
-It never calls the norms nor asks what they are, so a layer that holds one of ours must be kept off it: eval would
-compute something else than was trained, and nothing would say so.
+The fused path computes a layer norm with the norms' weights. It neither calls the norms nor checks their type. With one
+of our norms, eval would silently compute something else than was trained.
 """
 
 from torch import nn
@@ -11,7 +11,7 @@ from stabnorm.nn._base import EvalAffineNorm
 
 
 def leave_fused_paths(model: nn.Module) -> None:
-    """Keep every encoder layer of a model that holds a norm of ours from the fused path, and its encoder, too."""
+    """Keep every encoder layer that holds a norm of ours off the fused path, and its encoder, too."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _holds_ours(module):
             _leave(module)
@@ -24,15 +24,15 @@ def _holds_ours(module: nn.Module) -> bool:
 
 
 def _leave(layer: nn.TransformerEncoderLayer) -> None:
-    """Keep this layer, its copies and pickles from the fused path."""
-    layer.activation_relu_or_gelu = 0  # "none that the fused path knows"
+    """Keep this layer, its copies and its pickles off the fused path."""
+    layer.activation_relu_or_gelu = 0  # the code for an activation that the fused path does not support
 
 
 def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    """``layer.norm1 = RepBN(d)``, by hand; `convert_norms` sees to its own."""
+    """Handle ``layer.norm1 = RepBN(d)`` in a user's code; `convert_norms` calls `leave_fused_paths` itself."""
     if isinstance(module, nn.TransformerEncoderLayer) and isinstance(child, EvalAffineNorm):
         _leave(module)
 
 
-# The one place where a layer gets to know its norm. A hook on the norm would do, but would cost each of its forwards.
+# This hook runs when a layer gets its norm. A hook on the norm would work, too, but would cost time in every forward.
 register_module_module_registration_hook(_on_registration)

@@ -1,8 +1,8 @@
 """The autograd function that the norms of this package share.
 
-In training each of them is y = (x - mean) rstd weight + eta x + bias, per channel, and they differ in where `mean` and
-`rstd` come from and in what their backward puts for mean(dz z). The autograd function saves no buffer: two forwards
-before one backward, and a module used twice, are ordinary.
+In training each norm computes y = (x - mean) rstd weight + eta x + bias per channel. The norms differ in where `mean`
+and `rstd` come from, and in what their backward uses for mean(dz z). The autograd function saves no buffer, so two
+forwards before one backward, or a module that is used twice, work.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -20,8 +20,8 @@ from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
 def refuse_second_derivative() -> None:
     """Raise StabNormError in a backward with `create_graph=True`.
 
-    The statistics are constants to these functions and the gradient's state moves, so that a second derivative would be
-    wrong without a sign. `once_differentiable` says so only where the upstream gradient requires a gradient, too.
+    The statistics are constants to these functions, and the state of the gradient changes, so a second derivative would
+    be silently wrong. `once_differentiable` raises only if the upstream gradient requires a gradient itself.
     """
     if torch.is_grad_enabled():
         raise StabNormError(
@@ -31,17 +31,17 @@ def refuse_second_derivative() -> None:
 
 
 class Psi(NamedTuple):
-    """What the backward puts for psi = mean(dz z).
+    """What the backward uses for psi = mean(dz z).
 
     Attributes:
-        rule: "exact", the batch's own: the gradient of a norm with the batch's own rstd; "smooth", UnifiedNorm's
-            running average of a window's mean; "quadratic", PowerNorm's running nu.
+        rule: "exact" uses the batch's own psi, which is the gradient of a norm with the batch's own rstd. "smooth" uses
+            UnifiedNorm's running average of the mean over a window. "quadratic" uses PowerNorm's running nu.
         decay: weight of the new value ("smooth"), or share of the old one ("quadratic").
-        loss_scale: what the loss is multiplied by; the running statistics are in units of the loss itself.
-        gate: from the forward: whether the batch enters them, and whether they are used.
+        loss_scale: the factor by which the loss is scaled; the running statistics are in units of the unscaled loss.
+        gate: whether the batch enters the statistics, and whether they are used; from the forward.
         average: ``[C]``, the running statistic; a buffer.
         window: ``[M, C]``, the last M values ("smooth"); a buffer.
-        filled: how many of them there are ("smooth"); a buffer.
+        filled: the number of values in the window ("smooth"); a buffer.
         power: ``[C]``, mean(z^2) of the batch ("quadratic").
     """
 
@@ -69,7 +69,7 @@ def normalize(
     sync: bool,
     psi: Psi = EXACT,
 ) -> Tensor:
-    """Normalise rows with the batch's statistics, or with what replaces them, and carry their gradient: Y ``[R, C]``.
+    """Normalise rows with the batch's (or substituted) statistics, ``[R, C]`` to the same, with the norm's gradient.
 
     Args:
         rows: ``[R, C]``.
@@ -77,10 +77,11 @@ def normalize(
         weight: ``[C]``.
         bias: ``[C]`` or None.
         eta: ``[1]`` or None.
-        moments: the batch's; `mean` decides whether x is centred, `rows` is what the gradient's means divide by.
-        rstd: ``[C]``, what x is multiplied with.
-        sync: add the backward's sums over ranks.
-        psi: what the backward puts for mean(dz z). Default: the exact gradient.
+        moments: moments of the batch. If `mean` is None, x is not centred. `rows` is the count for means in the
+            backward.
+        rstd: ``[C]``, the factor for x.
+        sync: add up the sums of the backward over ranks.
+        psi: what the backward uses for mean(dz z). Default: the exact gradient.
     """
     arguments = (rows, weight, bias, eta, moments.mean, rstd, moments.rows, valid, sync, *psi)
     return _Normalize.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
@@ -91,7 +92,8 @@ class _Normalize(torch.autograd.Function):
 
     .. math:: dx = (dz - \psi z - \overline{dz})\, rstd + \eta\, dy
 
-    (the mean only where x is centred); psi = mean(dz z) is the exact gradient when rstd is the batch's own.
+    The mean of dz is only subtracted if x is centred. With psi = mean(dz z) and the batch's own rstd, this is the exact
+    gradient.
     """
 
     @staticmethod
@@ -119,7 +121,7 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power)
         ctx.loss_scale = loss_scale
         ctx.sync, ctx.rule, ctx.decay = sync, rule, decay
-        ctx.average, ctx.window, ctx.filled = average, window, filled  # other batches change them: never saved
+        ctx.average, ctx.window, ctx.filled = average, window, filled  # other batches change them: not saved
         return affine_of_rows(rows, scale, shift)
 
     @staticmethod

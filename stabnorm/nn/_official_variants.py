@@ -1,4 +1,4 @@
-"""``variant="official"`` of our constructors: the published modules of `stabnorm.nn.official` behind our arguments."""
+"""``variant="official"`` of our constructors: the published modules of `stabnorm.nn.official`, with our arguments."""
 
 from typing import NoReturn
 
@@ -13,7 +13,7 @@ from stabnorm.nn.unified import UnifiedNorm
 
 
 class _Published(ChannelNorm):
-    """Has the published module as the child `official`, which shares its parameters and keeps statistics of its own."""
+    """Holds the published module as the child `official`, which has the same parameters and its own statistics."""
 
     official: nn.Module
 
@@ -27,19 +27,19 @@ class _Published(ChannelNorm):
             )
 
     def reset_running_stats(self) -> None:
-        """Forget the statistics."""
+        """Reset the running statistics."""
         self.official = self._published()
         for name, parameter in (("weight", self.weight), ("bias", self.bias)):
             self.official.register_parameter(name, parameter)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the published module makes of ``[B, N, C]``."""
+        """Call the published module on ``[B, N, C]``."""
         _, valid = self.rows_of(x, mask)
         y: Tensor = self.official(x, None if valid is None else valid.reshape(x.shape[:-1]))
         return y
 
     def running_statistics(self) -> NoReturn:
-        """There are none that could be measured anew."""
+        """Raise StabNormError: the statistics of the published module cannot be measured again."""
         raise StabNormError("the published variant keeps statistics of its own")
 
     def _get_name(self) -> str:
@@ -47,7 +47,7 @@ class _Published(ChannelNorm):
 
 
 class OfficialVariantOfUnifiedNorm(_Published, UnifiedNorm, variant="official"):
-    """What ``UnifiedNorm(variant="official")`` is."""
+    """The class of ``UnifiedNorm(variant="official")``."""
 
     filtrations = ("calibrated", "official")
     official: OfficialUnifiedNorm
@@ -59,16 +59,16 @@ class OfficialVariantOfUnifiedNorm(_Published, UnifiedNorm, variant="official"):
         )
 
     def reset_warmup(self) -> None:
-        """Count from 0; the published module has no more of a warm-up."""
+        """Count steps from 0; the published module has no other state of the warm-up."""
         self.official.iters.zero_()
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """As of the corrected one."""
+        """Return the affine map in eval mode, as the corrected variant does."""
         return self._folded(self.official.running_var)
 
 
 class OfficialVariantOfPowerNorm(_Published, PowerNorm, variant="official"):
-    """What ``PowerNorm(variant="official")`` is."""
+    """The class of ``PowerNorm(variant="official")``."""
 
     official: OfficialPowerNorm
 
@@ -82,5 +82,5 @@ class OfficialVariantOfPowerNorm(_Published, PowerNorm, variant="official"):
         return 1 if self.groups is None else self.groups
 
     def fold_affine(self) -> NoReturn:
-        """Raise StabNormError: the published module has one group at least."""
+        """Raise StabNormError: the published module has at least one group, so it is not affine."""
         raise not_affine(self._groups)

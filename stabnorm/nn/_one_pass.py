@@ -1,4 +1,4 @@
-"""PowerNorm in one pass each way, where a kernel saves the second: see `stabnorm.ops.one_pass`."""
+"""PowerNorm in one pass over the input, where a kernel can save the second pass; see `stabnorm.ops.one_pass`."""
 
 from typing import Any
 
@@ -12,10 +12,11 @@ from stabnorm.ops.running import quadratic_gradient_, track_quadratic_
 
 
 class OnePass(torch.autograd.Function):
-    """PowerNorm's training forward and backward; the formulas stand in `_channel_norm` and `ops.running`.
+    """PowerNorm's forward and backward in training; `_channel_norm` and `ops.running` have the formulas.
 
-    The guess is what the main phase takes: the running statistic as it was before the batch. It is wrong in the
-    warm-up, and in a recompute, for which the batch has moved the statistic already.
+    The pass begins with a guess of the divisor: the running statistic before the batch, which the main phase uses. The
+    guess is wrong in the warm-up, and in a recomputed forward, because the batch has already changed the statistic.
+    Then the output is computed again.
     """
 
     @staticmethod
@@ -46,7 +47,7 @@ class OnePass(torch.autograd.Function):
         scale, shift = channel_affine(weight, bias, None, None, rstd)
         redo_affine_(y, (rstd == guess).all() & ctx.guess, rows, scale, shift)
         ctx.save_for_backward(rows, weight, rstd, moments.rows, valid, scale, gate, moments.square * rstd * rstd)
-        ctx.nu, ctx.loss_scale, ctx.alpha = nu, loss_scale, alphas[1]  # buffers, changed by other batches: not saved
+        ctx.nu, ctx.loss_scale, ctx.alpha = nu, loss_scale, alphas[1]  # other batches change these buffers
         ctx.bias_dtype = bias.dtype
         return y
 

@@ -8,14 +8,14 @@ from stabnorm.norms import find_norms
 
 
 def no_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for `torch.optim.AdamW`: matrices with weight decay; norms, biases and `eta` without.
+    """Return two groups for `torch.optim.AdamW`: matrices with weight decay, and norms, biases and `eta` without.
 
     Weight decay on a norm's parameters changes what it computes (eta and gamma drift to 0) and regularises nothing.
     Frozen parameters are left out; a shared one is listed once.
 
     Args:
-        model: anything with parameters; in a LightningModule's `configure_optimizers`, `self`.
-        weight_decay: for the first group.
+        model: the model; in a LightningModule's `configure_optimizers`, `self`.
+        weight_decay: weight decay of the first group.
 
     Returns:
         ``[{"params": [...], "weight_decay": weight_decay}, {"params": [...], "weight_decay": 0.0}]``; an empty group is

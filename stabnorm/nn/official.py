@@ -1,8 +1,8 @@
-r"""The published modules, slow and faithful: UN, PowerNorm, RepBN and PRepBN as their authors' code computes them.
+r"""The published modules: UN, PowerNorm, RepBN and PRepBN as the code of their authors computes them, and as slow.
 
-They exist so that a recorded result can be reproduced step for step; `tests/golden` holds the recordings. For training
-use the modules beside this one, which do what the papers mean. Reproduced here on purpose, under the numbers
-that our tests and notes give them:
+They reproduce recorded results step by step; `tests/golden` holds the recordings. For training, use the modules of
+`stabnorm.nn`, which compute what the papers describe. These faults are reproduced on purpose. Our tests and notes refer
+to them by these numbers:
 
 * UN: D2 (the filter's threshold pools the variance of all channels), D4 to D6 (a filtered batch still enters the
   running statistics, and a running statistic takes its place in the window), D7 (the warm-up gradient uses a running
@@ -33,12 +33,12 @@ Correction = Callable[[Tensor, Tensor], Tensor]  # (dz, z) -> dz - psi z; update
 
 
 def _mean(t: Tensor) -> Tensor:
-    """Mean of ``[B, C, N]`` over tokens and batch."""
+    """Return the mean of ``[B, C, N]`` over tokens and batch."""
     return t.mean(2).mean(0)
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """``[B, N, C]`` copied to ``[B, C, N]``, where the published modules compute; most of their cost is such copies."""
+    """Copy ``[B, N, C]`` to ``[B, C, N]``, the layout of the published modules; such copies are most of their cost."""
     return x.transpose(1, 2).contiguous()
 
 
@@ -47,12 +47,12 @@ def _channels_last(y: Tensor) -> Tensor:
 
 
 def _second_moment(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean square per channel of ``[B, C, N]``, of the valid tokens where there is a mask."""
+    """Return the mean square per channel of ``[B, C, N]``; with a mask, over the valid tokens only."""
     return _mean(x * x) if mask is None else x.transpose(1, 2)[mask].square().mean(0)
 
 
 def _average_(running: Tensor, new: Tensor, weight: float) -> None:
-    """Give ``new`` its weight in the running average; the two may differ in dtype."""
+    """Update the running average with `new`, in place; the two may differ in dtype."""
     running.mul_(1 - weight).add_(new, alpha=weight)
 
 
@@ -99,7 +99,7 @@ class OfficialUnifiedNorm(nn.Module):
         num_features: C.
         window: batches in the moving averages; a pair for (forward, backward).
         warmup_steps: forwards that use the batch's own statistics.
-        filtration: whether outlying batches do without the moving averages.
+        filtration: whether outlier batches are normalised without the moving averages.
         momentum: weight of the new value in the running statistics.
         eps: added to the second moment.
 
@@ -156,7 +156,7 @@ class OfficialUnifiedNorm(nn.Module):
         return _channels_last(y)
 
     def _step(self, x2: Tensor) -> tuple[Tensor, Tensor, Correction]:
-        """Enter the batch's second moment; return what to divide by, the ratio r, and the backward's rule."""
+        """Add the batch's second moment; return the variance to divide by, the ratio r, and the backward's rule."""
         self.iters += 1
         step, size = int(self.iters), self.window[0]
         warm = step < self.warmup_steps
@@ -178,7 +178,7 @@ class OfficialUnifiedNorm(nn.Module):
         return var, ratio, lambda dz, z: self._correct(dz, z, step, skip)
 
     def _correct(self, dz: Tensor, z: Tensor, step: int, skip: bool) -> Tensor:
-        """Enter the batch's gradient statistic; return dz - psi z."""
+        """Add the batch's gradient statistic; return dz - psi z."""
         gz = _mean(dz * z)
         size = self.window[1]
         warm = step < self.warmup_steps or step <= size
@@ -201,7 +201,7 @@ class OfficialPowerNorm(nn.Module):
 
     Args:
         num_features: C.
-        groups: groups of channels that every token is divided by the rms of, first; a divisor of C.
+        groups: number of groups of channels, a divisor of C; each token is first divided by the rms of its own group.
         warmup_steps: forwards that use the batch's own statistics.
         alpha_fwd: share of the old value in the running quadratic mean.
         alpha_bkw: the same in the backward.
@@ -264,7 +264,7 @@ class OfficialPowerNorm(nn.Module):
         return _channels_last(y)
 
     def _correct(self, dz: Tensor, z: Tensor) -> Tensor:
-        """Return dz - psi z; enter the mean of its product with z."""
+        """Return dz - psi z, and add the mean of its product with z to the running statistic."""
         ema = self.ema_gz.flatten()
         corrected = dz - (1 - self.alpha_bkw) * ema[:, None] * z
         ema += _mean(corrected * z)
@@ -366,5 +366,5 @@ class OfficialPRepBN(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """Where the schedule stands."""
+        """Return the state of the schedule."""
         return f"warm={int(self.warm)}, iter={int(self.iter)}, total_steps={int(self.total_step)}"

@@ -28,15 +28,17 @@ class PowerNorm(ChannelNorm):
 
     .. math:: \Gamma = \overline{\hat x^2},\qquad \Lambda = \overline{d\hat x\, \hat x}
 
-    psi of the forward is psi of the backward; the published code divides by the batch's in the backward. During the
-    warm-up psi is the batch's own, the gradient is exact, and the running psi^2 is the plain mean of the batches so
-    far. A batch with anything non-finite, or with no valid token, enters no state.
+    Forward and backward use the same psi; the backward of the published code divides by the statistic of the batch.
+    During the warm-up psi is the statistic of the batch, the gradient is exact, and the running psi^2 is the plain mean
+    over all batches so far. A batch with a value that is not finite, or without a valid token, does not change any
+    state.
 
     Args:
-        num_features: C.
-        groups: every token is divided by the rms of each of so many groups of channels first (the published code's
-            GroupScaling, not in the paper's algorithm). The norm then is online and does not fold. Default: None.
-        warmup_steps: steps with the batch's own statistics. Default: 10000.
+        num_features: number of channels, C.
+        groups: number of groups of channels. Each token is first divided by the rms of its own group (GroupScaling in
+            the published code, which the paper's algorithm does not have). Then the norm is not affine in eval, and
+            does not fold. Default: None, no GroupScaling.
+        warmup_steps: number of steps with the batch's own statistics. Default: 10000.
         alpha_fwd: share of the old value in psi^2. Default: 0.9.
         alpha_bkw: share of the old value in nu. Default: 0.9.
         eps: added to mean squares. Default: 1e-5.
@@ -45,7 +47,7 @@ class PowerNorm(ChannelNorm):
         variant: "official" runs the published code, see `stabnorm.nn.official`. Default: "corrected".
 
     Shape:
-        ``[..., C]`` to the same, the axis `channel_dim` holding C; `mask` as the input without that axis.
+        ``[..., C]`` to the same shape, with C on the axis `channel_dim`. `mask` has the shape without that axis.
 
     Raises:
         ValueError: an argument is out of range.
@@ -96,14 +98,14 @@ class PowerNorm(ChannelNorm):
         self._add_loss_scale()
 
     def reset_running_stats(self) -> None:
-        """Forget the statistics."""
+        """Reset the running statistics."""
         self.running_square.fill_(1)
         self.nu.zero_()
         self.recent.fill_(-1)
         self._reset_counters()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise; in training mode also gather statistics."""
+        """Normalise; in training mode also update the statistics."""
         rows, valid = self.rows_of(x, mask)
         if self.groups is not None:
             rows = self.scaled(rows, masked=valid is not None)
@@ -129,31 +131,31 @@ class PowerNorm(ChannelNorm):
         return self.like_input(y, x)
 
     def scaled(self, rows: Tensor, *, masked: bool = False) -> Tensor:
-        """GroupScaling: every token's groups of channels at rms 1."""
+        """Divide each group of channels of each token by its rms (GroupScaling)."""
         assert self.groups is not None
-        if not self.training:  # second derivatives and torch.func go through the formula
+        if not self.training:  # the formula supports second derivatives and torch.func
             return scale_groups(widened(rows), self.groups, self.eps).to(rows.dtype)
         scaled: Tensor = _GroupScaling.apply(rows, self.groups, self.eps, masked)  # type: ignore[no-untyped-call]
         return scaled
 
     def running_statistics(self) -> tuple[Tensor, ...]:
-        """The mean square, of scaled groups where there are groups."""
+        """Return the mean square; with groups, that of the scaled input."""
         return (self.running_square,)
 
     @torch.no_grad()
     def batch_statistics(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What one batch says of them; see the base class."""
+        """Return the same statistics of one batch; see the base class."""
         rows, valid = self.rows_of(x, mask)
         return running_values(self.moments(rows if self.groups is None else self.scaled(rows), valid, center=False))
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """As of the other norms, but never with `groups`."""
+        """Return the affine map of eval mode; raise StabNormError if the norm has groups."""
         if self.groups is not None:
             raise not_affine(self.groups)
         return super().fold_affine()
 
     def extra_repr(self) -> str:
-        """Arguments that differ from the usual, too."""
+        """Return the arguments; some only if they differ from their default."""
         return (
             f"{self.num_features}, groups={self.groups}, warmup_steps={self.warmup_steps}, alpha_fwd={self.alpha_fwd}, "
             f"alpha_bkw={self.alpha_bkw}, eps={self.eps}{self._common_repr()}"
@@ -161,7 +163,7 @@ class PowerNorm(ChannelNorm):
 
 
 def not_affine(groups: int) -> StabNormError:
-    """Why a PowerNorm with groups has no affine map."""
+    """Return the error that says why a PowerNorm with groups is not affine."""
     return StabNormError(
         f"PowerNorm with groups={groups} divides every token by its own rms, so it is no affine map in eval and does "
         "not fold. Build it with groups=None"
@@ -169,7 +171,7 @@ def not_affine(groups: int) -> StabNormError:
 
 
 class _GroupScaling(torch.autograd.Function):
-    """`functional.scale_groups` with its gradient written out; autograd of the formula takes twice the passes."""
+    """`functional.scale_groups` with an explicit gradient; autograd of the formula would take twice as many passes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, groups: int, eps: float, masked: bool) -> Tensor:

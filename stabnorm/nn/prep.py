@@ -1,4 +1,4 @@
-"""PRepBN: from LayerNorm to RepBN while the model trains, as a mixin over the norm's own class."""
+"""PRepBN: a blend that moves from LayerNorm to RepBN while the model trains; a mixin over the norm's own class."""
 
 import functools
 import inspect
@@ -28,32 +28,33 @@ _CLASSES: dict[tuple[Any, ...], type["PRepBN"]] = {}
 class PRepBN(EvalAffineNorm):
     r"""Progressive re-parameterised batch norm (arXiv:2405.11582, SLAB, eq. 3): lam norm(x) + (1 - lam) RepBN(x).
 
-    `lam` is a 0-dim buffer, 1 at first; write it in place as training goes on. At lam = 1 outputs and gradients are bit
-    for bit the norm's, while `rep` gathers statistics; at lam = 0 the norm is RepBN, and folds. A checkpoint of the
-    norm itself loads with ``strict=True``, too: it holds nothing of `rep` and `lam`, and those stay as they are.
+    `lam` is a 0-dim buffer that starts at 1; write it in place during the training. At lam = 1 outputs and gradients
+    are the same bits as those of the norm, and `rep` already updates its statistics. At lam = 0 the norm is a RepBN and
+    can be folded. A checkpoint of the norm itself loads with ``strict=True``, too; it does not change `rep` and `lam`.
 
-    `rep` starts with the norm's gain and bias and with eta = 0, and takes the norm's values once more when lam leaves 1
-    (`start_from_norm`). The published start, eta = 1, adds the input itself to the output. A norm divides out whatever
-    scale its input grows to, so eta x may be the larger part by then (`benchmarks.switch_study`, "wide digits").
+    `rep` starts with the gain and bias of the norm and with eta = 0. It takes the norm's values once more when lam
+    leaves 1 (`start_from_norm`). The published start, eta = 1, adds the input itself to the output. Because a norm
+    divides by the scale of its input, this scale may have grown by then, and eta x may be the larger part
+    (`benchmarks.switch_study`, "wide digits").
 
-    The class is a mixin over a norm class: ``PRepBN(d)`` is an instance of `PRepBN` and of `nn.LayerNorm`, with the
-    norm's own parameters under their own names and the child `rep` (a `RepBN`) beside them.
+    The class is a mixin over a norm class: ``PRepBN(d)`` is an instance of `PRepBN` and of `nn.LayerNorm`. It has the
+    parameters of the norm under their own names, and the child `rep`, a `RepBN`.
 
     Args:
-        normalized_shape: C, or the shape of the trailing axes that are normalised together.
-        eps: of both norms. Default: 1e-5.
-        kind: "layer" over `nn.LayerNorm`, "rms" over `nn.RMSNorm`. Default: "layer".
-        eval_mode: what eval computes while lam > 0: "blend", what was trained, or "rep", RepBN alone, as published.
+        normalized_shape: C, or the shape of the last axes if they are normalised together.
+        eps: eps of both norms. Default: 1e-5.
+        kind: "layer" for `nn.LayerNorm`, "rms" for `nn.RMSNorm`. Default: "layer".
+        eval_mode: what eval mode computes while lam > 0: "blend", as in training, or "rep", RepBN alone, as published.
             Default: "blend".
         channel_dim: axis of the input that holds the channels. Default: -1.
         sync: merge RepBN's statistics over ranks. Default: False.
-        variant: "official": `eval_mode="rep"` and `init="vision"`, as published; that module counts its own steps, see
-            `stabnorm.nn.official.OfficialPRepBN`, and here lam stays yours. Default: "corrected".
-        **rep_options: further arguments of `RepBN`; unless given, `init` is "norm", and with kind "rms" `center` is
-            False.
+        variant: "official" sets `eval_mode="rep"` and `init="vision"`, as published. The published module also counts
+            its own steps, see `stabnorm.nn.official.OfficialPRepBN`; here you set lam. Default: "corrected".
+        **rep_options: further arguments of `RepBN`. The default of `init` is "norm"; with kind "rms" that of `center`
+            is False.
 
     Shape:
-        ``[..., C]`` to the same, the axis `channel_dim` holding C; `mask` as the input without that axis.
+        ``[..., C]`` to the same shape, with C on the axis `channel_dim`. `mask` has the shape without that axis.
 
     Raises:
         ValueError: an argument is out of range.
@@ -76,10 +77,10 @@ class PRepBN(EvalAffineNorm):
     feature_dims: int
     leave_out_norm: bool
     fitted: bool
-    _made_of: tuple[Any, ...]  # of the class: the arguments of `prep_class`
+    _made_of: tuple[Any, ...]  # the arguments of `prep_class` that made this class
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PRepBN":
-        """An instance of the mixin over the class that `kind` names."""
+        """Create an instance of the mixin over the class that `kind` names."""
         if cls is PRepBN:
             kind = kwargs.get("kind", "layer")
             if kind not in _BASES:
@@ -100,7 +101,7 @@ class PRepBN(EvalAffineNorm):
         **rep_options: Any,
     ) -> None:
         check_variant(variant)
-        super().__init__(normalized_shape, eps)  # the norm's, by the MRO
+        super().__init__(normalized_shape, eps)  # by the MRO this is the norm's constructor
         if kind == "rms":
             rep_options.setdefault("center", False)
         if variant == "official":
@@ -114,7 +115,7 @@ class PRepBN(EvalAffineNorm):
 
     @classmethod
     def plan_from_norm(cls, layer: NormLayer, like: Tensor | None = None, **options: Any) -> Conversion:
-        """Build `rep` and the class over the norm's own, which the norm object then is of; see the base class."""
+        """Build `rep`, and the mixin over the norm's own class that becomes its class; see the base class."""
         module = layer.module
         for name in sorted(_RESERVED):
             if hasattr(module, name) and not (name == "channel_dim" and module.channel_dim == layer.channel_dim):
@@ -122,7 +123,7 @@ class PRepBN(EvalAffineNorm):
         if layer.feature_dims > 1 and layer.channel_dim != -1:
             raise StabNormError(f"it normalises {layer.feature_dims} axes together that are not the last ones")
         like = floating_tensor_of(module) if like is None else like
-        with tensors_like(like):  # the mixin over torch's norm checks the options, and builds `rep`
+        with tensors_like(like):  # a PRepBN over torch's norm checks the options and builds `rep`
             options = RepBN.defaults_after(layer) | options
             twin = PRepBN(layer.num_features, channel_dim=layer.channel_dim, **options).to(like.dtype)
         base = type(module)
@@ -145,15 +146,15 @@ class PRepBN(EvalAffineNorm):
 
     @classmethod
     def conversion_options(cls) -> set[str]:
-        """Its own and those of `RepBN`."""
+        """Return its own options and those of `RepBN`."""
         return (super().conversion_options() | RepBN.conversion_options()) - {"rep_options"}
 
     @torch.no_grad()
     def start_from_norm(self) -> None:
         """Give `rep` the current gain and bias of the norm, and eta = 0.
 
-        It does nothing where `init` is not "norm", or where `rep` was fitted (``convert_norms(init="fit")``). Call it
-        when lam leaves 1 after a training at lam = 1, as `stabnorm.ProgressiveSwitch` does.
+        Nothing happens if `init` is not "norm", or if `rep` was fitted (``convert_norms(init="fit")``). Call it when
+        lam leaves 1 after a training at lam = 1, as `stabnorm.ProgressiveSwitch` does.
 
         >>> norm = PRepBN(2)
         >>> _ = nn.init.constant_(norm.weight, 3.0)
@@ -170,7 +171,7 @@ class PRepBN(EvalAffineNorm):
         self.rep.eta.zero_()
 
     def adopt(self, rep: RepBN, eval_mode: EvalMode = "blend", feature_dims: int = 1) -> None:
-        """Give a norm whose `__class__` was set to `prep_class(...)` what it needs beside its own tensors.
+        """Add `rep`, `lam` and all options to a norm whose `__class__` was set to `prep_class(...)`.
 
         The norm must hold the channels on the same axis as `rep`.
 
@@ -192,8 +193,8 @@ class PRepBN(EvalAffineNorm):
         self.rep = rep.train(self.training)
         self.eval_mode, self.channel_dim, self.feature_dims = eval_mode, rep.channel_dim, feature_dims
         self.norm_channel_dim = rep.channel_dim
-        self.leave_out_norm = False  # set it in all layers at once when every lam is 0: that costs one recompilation
-        self.fitted = False  # True: `rep` starts as the affine map that is closest to the norm
+        self.leave_out_norm = False  # when every lam is 0, set it in all layers at once: this costs one recompilation
+        self.fitted = False  # True if `rep` is the affine map that is closest to the norm
         self.register_buffer("lam", rep.running_var.new_ones(()))
         self.start_from_norm()
 
@@ -207,17 +208,17 @@ class PRepBN(EvalAffineNorm):
         self.rep.sync = value
 
     def reset_parameters(self) -> None:
-        """Start again: both norms' parameters, statistics, and lam = 1."""
-        if hasattr(super(), "reset_parameters"):  # the norm's
+        """Reset the parameters of both norms, the statistics, and lam to 1."""
+        if hasattr(super(), "reset_parameters"):  # by the MRO this is the norm's method
             super().reset_parameters()  # type: ignore[misc]
-        if "rep" in self._modules:  # the norm's constructor comes here before there is one
+        if "rep" in self._modules:  # the norm's constructor calls this method before `rep` exists
             self.rep.reset_parameters()
             self.lam.fill_(1)
             self.leave_out_norm = self.fitted = False
             self.start_from_norm()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The blend at the current lam; in training mode `rep` also gathers statistics."""
+        """Compute the blend at the current lam; in training mode `rep` also updates its statistics."""
         if self.leave_out_norm or (not self.training and self.eval_mode == "rep"):
             y = self.__rep(x, mask, *self.__rep_parameters())
             return Idle.apply(y, *self.__norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
@@ -232,11 +233,11 @@ class PRepBN(EvalAffineNorm):
         given = (weight, eta) if bias is None else (weight, eta, bias)
         for_norm, for_rep, weight, eta, *offset = Fork.apply(self.lam, x, *given)  # type: ignore[no-untyped-call]
         bias = offset[0] if offset else None
-        rep = self.__rep(for_rep, mask, weight, bias, eta)  # first: its complaints are clearer than the norm's
+        rep = self.__rep(for_rep, mask, weight, bias, eta)  # first, because its errors are clearer
         return Blend.apply(self.lam, self.__norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
 
     def __at_once(self) -> bool:
-        """Whether both norms can be computed at once: only torch's own LayerNorm, over the channels, in training."""
+        """Whether both norms can be computed together: only in training, with torch's own LayerNorm over one axis."""
         own_forward = norm_class(self).forward is nn.LayerNorm.forward
         return own_forward and self.feature_dims == 1 and self.training and self.rep.training
 
@@ -248,15 +249,15 @@ class PRepBN(EvalAffineNorm):
 
     @torch.no_grad()
     def branches(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the norm and RepBN each make of x with the batch's statistics, as rows ``[R, C]``, and which rows count.
+        """Return the outputs of norm and RepBN with batch statistics, as rows ``[R, C]``, and which rows are valid.
 
-        No running statistic changes. How far the two are apart is what a step of lam moves the output by.
+        No running statistic changes. The distance between the two says how far a step of lam moves the output.
         """
         rep, valid = self.rep.of_batch(self.__flat(x), mask)
         return as_rows(self.__norm(x), self.channel_dim, self.feature_dims), rep, valid
 
     def __flat(self, x: Tensor) -> Tensor:
-        """The input with the axes that are normalised together as one."""
+        """Flatten the axes that are normalised together to one axis."""
         if self.feature_dims == 1:
             return x
         return x.flatten(x.ndim - self.feature_dims) if x.ndim > self.feature_dims else x.reshape(1, -1)
@@ -274,11 +275,11 @@ class PRepBN(EvalAffineNorm):
         return y if self.feature_dims == 1 else y.reshape(x.shape)
 
     def running_statistics(self) -> tuple[Tensor, ...]:
-        """Those of `rep`."""
+        """Return the running statistics of `rep`."""
         return self.rep.running_statistics()
 
     def batch_statistics(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What one batch says of them."""
+        """Return the same statistics of one batch; see the base class."""
         return self.rep.batch_statistics(self.__flat(x), mask)
 
     def input_branch(self) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -286,10 +287,10 @@ class PRepBN(EvalAffineNorm):
         return 1 - self.lam, self.rep.weight, self.rep.eta, self.rep.center
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
-        """``(scale, shift, channel_dim)`` of the norm in eval, float64.
+        """Return ``(scale, shift, channel_dim)`` of the norm in eval mode, in float64.
 
         Raises:
-            StabNormError: lam is not 0 and eval blends, or several axes are normalised together.
+            StabNormError: lam is not 0 and eval mode blends, or several axes are normalised together.
         """
         lam = float(self.lam)
         if lam != 0 and self.eval_mode == "blend":
@@ -304,18 +305,18 @@ class PRepBN(EvalAffineNorm):
         return self.rep.fold_affine()
 
     def extra_repr(self) -> str:
-        """The norm's own, and how eval goes."""
+        """Return the norm's own arguments, and those of PRepBN that differ from their default."""
         options = [super().extra_repr()]
         options += [f"eval_mode={self.eval_mode!r}"] if self.eval_mode != "blend" else []
         options += [f"channel_dim={self.channel_dim}"] if self.channel_dim != -1 else []
         return ", ".join(filter(None, options))
 
     def _own_buffers(self) -> dict[str, Tensor | None]:
-        return {"lam": self._buffers["lam"]} if "lam" in self._buffers else {}  # the others are the norm's affair
+        return {"lam": self._buffers["lam"]} if "lam" in self._buffers else {}  # the norm handles its own buffers
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         added = (prefix + "lam", prefix + "rep.")
-        if not any(key.startswith(added) for key in state_dict):  # a checkpoint of the norm alone
+        if not any(key.startswith(added) for key in state_dict):  # a checkpoint of the norm itself
             state_dict.update(self.rep.state_dict(prefix=added[1], keep_vars=True))
             state_dict[added[0]] = self.lam
         self.leave_out_norm = False  # lam may be above 0 from now on
@@ -324,11 +325,11 @@ class PRepBN(EvalAffineNorm):
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         made_of = vars(type(self)).get("_made_of")
         if made_of is None:
-            return super().__reduce_ex__(protocol)  # a subclass somebody wrote, which pickle finds by its name
+            return super().__reduce_ex__(protocol)  # a subclass of the user's, which pickle finds by its name
         return _blank, made_of, self.__dict__
 
 
-# Attributes of PRepBN that would hide a norm's own.
+# Attributes of PRepBN that would hide attributes of a norm class.
 _RESERVED = {
     name
     for mixin in (PRepBN, EvalAffineNorm, Float32Buffers)
@@ -337,7 +338,7 @@ _RESERVED = {
 
 
 def _class_after(layer: NormLayer) -> type[PRepBN]:
-    """The class over a layer's own; what `register_norm` needs to know is the layer's."""
+    """Return the mixin over the layer's class; `layer` has what `register_norm` needs to know."""
     base = own_class(layer.module)
     if base.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or is_registered(base):
         return prep_class(base)
@@ -348,19 +349,19 @@ def _class_after(layer: NormLayer) -> type[PRepBN]:
 
 
 def norm_class(norm: PRepBN) -> type[nn.Module]:
-    """The norm class that a PRepBN is the mixin over; a converted norm's own class, also while it is watched."""
+    """Return the class that a PRepBN is a mixin over: the original class of a converted norm, even while watched."""
     base: type[nn.Module] = norm._made_of[0]
     return base
 
 
 def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: Any) -> type[PRepBN]:
-    """The class that is `PRepBN` over `base`; the same one each time for the same arguments.
+    """Return the mixin of `PRepBN` over `base`; the same arguments always give the same class.
 
-    Its forward takes the input by the name that `base` gives it, too.
+    Its forward also accepts the input under the argument name that `base` uses.
 
     Args:
-        base: a norm class whose `forward` takes the input.
-        kind: what `register_norm` needs to know of a class that is neither torch's own nor registered. Default: None.
+        base: a norm class whose `forward` takes the input as its first argument.
+        kind: kind for `register_norm`, if the class is neither torch's own nor registered. Default: None.
         **registration: further arguments of `register_norm`.
 
     >>> prep_class(nn.LayerNorm) is type(PRepBN(8))
@@ -382,7 +383,7 @@ def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: 
 
 
 def _forward_like(own: Callable[..., Any]) -> Callable[..., Tensor]:
-    """`PRepBN.forward`, which also takes the input by the name that the norm's own forward has for it."""
+    """Return a `PRepBN.forward` that also accepts the input under the argument name of the norm's own forward."""
     name = [*inspect.signature(own).parameters][1]
 
     @functools.wraps(own)
@@ -395,7 +396,7 @@ def _forward_like(own: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def _blank(base: type[nn.Module], kind: Kind | None, registration: tuple[tuple[str, Any], ...]) -> nn.Module:
-    """For pickle and deepcopy: an empty instance of the class over `base`."""
+    """Create an empty instance of the mixin over `base`, for pickle and deepcopy."""
     made = prep_class(base, kind, **dict(registration))
     return made.__new__(made)
 

@@ -14,7 +14,7 @@ from stabnorm.ops.rows import affine_of_rows
 from stabnorm.ops.running import track_batch_
 
 Init = Literal["vision", "language", "norm"]
-WINDOW = 4  # of the outlier filter; Unified Normalization's
+WINDOW = 4  # batches in the window of the outlier filter, as in Unified Normalization
 
 
 class RepBN(ChannelNorm):
@@ -22,26 +22,26 @@ class RepBN(ChannelNorm):
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \eta x
 
-    In training mu and sigma are the batch's, over all valid tokens; in eval the running ones, and the whole is
-    y = a x + b with a = gamma / sqrt(running_var + eps) + eta. A batch with anything non-finite, or with no valid
-    token, leaves the running statistics as they are; so does a single token, which has no variance.
+    In training mu and sigma are those of the batch, over all valid tokens. In eval they are the running ones, and the
+    norm is y = a x + b with a = gamma / sqrt(running_var + eps) + eta. A batch with a value that is not finite, without
+    a valid token, or with only one token, which has no variance, does not change the running statistics.
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         eps: added to the variance. Default: 1e-5.
-        momentum: weight of the new value in the running statistics; None: a plain average. Default: 0.1.
-        center: False leaves the mean out: scale only, no bias. The right choice for RMSNorm models, and it folds nearly
-            everywhere. `running_var` then is the mean square. Default: True.
-        filtration: "calibrated": an outlying batch does not enter the running statistics (Unified Normalization's
-            filter); None: every finite batch does. Default: None.
-        init: "vision": gamma = eta = 1, best from the first step on; "language": both 0, so that beside another norm
-            it starts silent; "norm": gamma = 1 and eta = 0, plain batch norm, and in a `PRepBN` what its norm is.
-            Default: "vision".
+        momentum: weight of the new value in the running statistics; None takes a plain average. Default: 0.1.
+        center: False subtracts no mean and has no bias, so the norm only scales. This is the right choice for models
+            with RMSNorm, and it folds almost everywhere. `running_var` is then the mean square. Default: True.
+        filtration: "calibrated" keeps outlier batches out of the running statistics (the filter of Unified
+            Normalization); with None every finite batch enters them. Default: None.
+        init: "vision" starts with gamma = eta = 1, which is best for a training from the first step. "language" starts
+            with both 0, so that RepBN adds nothing beside another norm at first. "norm" starts with gamma = 1 and eta =
+            0, a plain batch norm, and in a `PRepBN` with the gain and bias of its norm. Default: "vision".
         channel_dim: axis of the input that holds the channels. Default: -1.
         sync: merge statistics over ranks. Default: False.
 
     Shape:
-        ``[..., C]`` to the same, the axis `channel_dim` holding C; `mask` as the input without that axis.
+        ``[..., C]`` to the same shape, with C on the axis `channel_dim`. `mask` has the shape without that axis.
 
     Raises:
         ValueError: an argument is out of range.
@@ -78,7 +78,7 @@ class RepBN(ChannelNorm):
         self.momentum, self.center, self.filtration, self.init = momentum, center, filtration, init
         self.weight = nn.Parameter(torch.empty(num_features))
         self.bias = nn.Parameter(torch.empty(num_features)) if center else None
-        self.eta = nn.Parameter(torch.empty(1))  # one axis, so that "no decay for vectors" covers it
+        self.eta = nn.Parameter(torch.empty(1))  # one axis, so that it counts as a vector and gets no weight decay
         self.register_buffer("running_mean", torch.empty(num_features) if center else None)
         self.register_buffer("running_var", torch.empty(num_features))
         self.register_buffer("window", torch.empty(WINDOW, num_features) if filtration else None)
@@ -86,7 +86,7 @@ class RepBN(ChannelNorm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again: parameters, statistics and counters."""
+        """Reset parameters, statistics and counters."""
         nn.init.constant_(self.weight, 0.0 if self.init == "language" else 1.0)
         nn.init.constant_(self.eta, 1.0 if self.init == "vision" else 0.0)
         if self.bias is not None:
@@ -94,7 +94,7 @@ class RepBN(ChannelNorm):
         self.reset_running_stats()
 
     def reset_running_stats(self) -> None:
-        """Forget the statistics."""
+        """Reset the running statistics."""
         if self.running_mean is not None:
             self.running_mean.zero_()
         self.running_var.fill_(1)
@@ -103,11 +103,11 @@ class RepBN(ChannelNorm):
         self._reset_counters()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise; in training mode also gather statistics."""
+        """Normalise; in training mode also update the statistics."""
         return self.apply_with(x, mask, self.weight, self.bias, self.eta)
 
     def apply_with(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
-        """`forward` with these in the parameters' place; how PRepBN holds their gradients back."""
+        """Run `forward` with other tensors for the parameters; PRepBN controls their gradients in this way."""
         rows, valid = self.rows_of(x, mask)
         if not self.training:
             y = self.eval_affine(rows, self.running_mean, self.running_var, weight, bias, eta)
@@ -118,7 +118,7 @@ class RepBN(ChannelNorm):
 
     @torch.no_grad()
     def gather(self, rows: Tensor, valid: Tensor | None) -> tuple[BatchMoments, Tensor]:
-        """The batch's moments and 1 / sigma ``[C]``; the running statistics take the batch in."""
+        """Return the batch's moments and 1 / sigma ``[C]``, and update the running statistics."""
         moments = self.moments(rows, valid, center=self.center)
         track_batch_(
             moments.mean, moments.square, moments.rows, self.running_mean, self.running_var, self.window,
@@ -129,7 +129,7 @@ class RepBN(ChannelNorm):
 
     @torch.no_grad()
     def of_batch(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What training makes of x, as rows ``[R, C]``, and which rows count; the statistics stay as they are."""
+        """Return the training output as rows ``[R, C]``, and which rows are valid, without updating statistics."""
         rows, valid = self.rows_of(x, mask)
         moments = self.moments(rows, valid, center=self.center)
         rstd = torch.rsqrt(moments.square + self.eps)
@@ -141,16 +141,16 @@ class RepBN(ChannelNorm):
         return 1.0, self.weight, self.eta, self.center
 
     def running_statistics(self) -> tuple[Tensor, ...]:
-        """Mean and variance, or the mean square where the mean is not taken out."""
+        """Return mean and variance, or only the mean square if the norm is not centred."""
         return (self.running_var,) if self.running_mean is None else (self.running_mean, self.running_var)
 
     @classmethod
     def defaults_after(cls, layer: NormLayer) -> dict[str, Any]:
-        """A burst stays out of the running statistics, and what follows an rms norm only scales."""
+        """Filter outliers, so that a burst does not enter the running statistics; only scale after an rms norm."""
         return {"filtration": "calibrated", "center": layer.kind == "layer" or layer.bias is not None}
 
     def extra_repr(self) -> str:
-        """Arguments that differ from the usual, too."""
+        """Return the arguments; some only if they differ from their default."""
         options = "" if self.center else ", center=False"
         options += f", filtration={self.filtration!r}" if self.filtration else ""
         options += f", init={self.init!r}" if self.init != "vision" else ""
@@ -158,7 +158,7 @@ class RepBN(ChannelNorm):
 
 
 def check_filtration(filtration: str | None, known: tuple[str, ...] = ("calibrated",)) -> None:
-    """Raise ValueError unless `filtration` is one there is."""
+    """Raise ValueError for an unknown `filtration`."""
     if filtration == "official" and filtration not in known:
         raise ValueError(
             "filtration='official' belongs to UnifiedNorm(variant='official'); by itself it skips nearly every batch "

@@ -12,7 +12,7 @@ from stabnorm.nn.rep import check_filtration
 from stabnorm.norms import NormLayer, register_norm
 from stabnorm.ops.running import REMEMBERED, smooth_square_
 
-NEVER = 2**62  # a warm-up that does not end
+NEVER = 2**62  # number of steps of a warm-up that does not end
 
 
 class UnifiedNorm(ChannelNorm):
@@ -21,18 +21,21 @@ class UnifiedNorm(ChannelNorm):
     .. math:: y = \gamma \frac{x}{\sqrt{\hat\sigma^2 + \epsilon}} + \beta,\qquad
               dx = \frac{dz - \psi z}{\sqrt{\hat\sigma^2 + \epsilon}}
 
-    with z the normalised input and dz = gamma dy. sigma^2 is the geometric mean of the last M second moments, psi a
-    running average of the mean of the last M values of mean(dz z). During the warm-up, and for a batch that the filter
-    finds to be an outlier, both are the batch's own, and the gradient is exact. Nothing of such an outlier, of a batch
-    with anything non-finite, or of padding enters any state.
+    z is the normalised input, and dz = gamma dy. sigma^2 is the geometric mean of the last M second moments. psi is a
+    running average over the means of the last M values of mean(dz z). During the warm-up, and for a batch that the
+    filter takes for an outlier, both are the statistics of the batch, and the gradient is exact. Such an outlier, a
+    batch with a value that is not finite, and padding do not change any state.
 
     Args:
-        num_features: C.
-        window: M; a pair for (forward, backward); 1 is the batch's own statistic and its exact gradient. Default: 4.
-        warmup_steps: steps without smoothing. Default: 4000.
-        filtration: "calibrated", or None for no filter; "official" with the official variant. A window of 2 gives
-            the filter nothing to compare with, and it refuses every second batch: use 4 or more. Default: "calibrated".
-        patience: so many outliers in a row are a new regime: the window starts again. Default: twice the window.
+        num_features: number of channels, C.
+        window: number of batches M, or a pair for (forward, backward). With 1 the statistic is that of the batch, with
+            its exact gradient. Default: 4.
+        warmup_steps: number of steps without smoothing. Default: 4000.
+        filtration: "calibrated", or None for no filter; the official variant also has "official". Use a window of 4 or
+            more with a filter: with 2 it has nothing to compare with, and rejects every second batch.
+            Default: "calibrated".
+        patience: number of outliers in a row after which they count as normal, and the window starts again.
+            Default: twice the window.
         momentum: weight of the new value in the running averages. Default: 0.1.
         eps: added to the second moment. Default: 1e-5.
         bias: False leaves beta out. Default: True.
@@ -41,13 +44,13 @@ class UnifiedNorm(ChannelNorm):
         variant: "official" runs the published code, see `stabnorm.nn.official`. Default: "corrected".
 
     Shape:
-        ``[..., C]`` to the same, the axis `channel_dim` holding C; `mask` as the input without that axis.
+        ``[..., C]`` to the same shape, with C on the axis `channel_dim`. `mask` has the shape without that axis.
 
     Raises:
         ValueError: an argument is out of range.
 
-    A training forward counts as a step (`step`); whoever drives the training may set `counts_steps = False` and write
-    it. Under AMP with a loss scale, write it into the buffer `loss_scale` before the backward.
+    Each training forward counts as a step in the buffer `step`. A training loop may set `counts_steps = False` and
+    write `step` itself. Under AMP with a loss scale, write the scale into the buffer `loss_scale` before the backward.
 
     >>> norm = UnifiedNorm(8, warmup_steps=0)
     >>> x = torch.randn(4, 6, 8)
@@ -108,7 +111,7 @@ class UnifiedNorm(ChannelNorm):
         self._add_loss_scale()
 
     def reset_running_stats(self) -> None:
-        """Forget the statistics."""
+        """Reset the running statistics."""
         self.running_square.fill_(1)
         self.window_square.fill_(1)
         self.recent.fill_(-1)  # no second moment is negative: nothing is remembered
@@ -116,7 +119,7 @@ class UnifiedNorm(ChannelNorm):
         self.reset_warmup()
 
     def reset_warmup(self) -> None:
-        """Warm up again, say for fine-tuning: steps count from 0 and the windows fill anew; eval stays as it is."""
+        """Start the warm-up again, for example to fine-tune: reset steps and windows, but not what eval mode uses."""
         self.step.zero_()
         self.progress[2] = 0
         self.window_gradient.zero_()
@@ -124,7 +127,7 @@ class UnifiedNorm(ChannelNorm):
         self.filled_gradient.zero_()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise; in training mode also gather statistics."""
+        """Normalise; in training mode also update the statistics."""
         rows, valid = self.rows_of(x, mask)
         if not self.training:
             return self.like_input(self.eval_affine(rows, None, self.running_square, self.weight, self.bias, None), x)
@@ -145,16 +148,16 @@ class UnifiedNorm(ChannelNorm):
         return self.like_input(y, x)
 
     def running_statistics(self) -> tuple[Tensor, ...]:
-        """The mean square."""
+        """Return the mean square."""
         return (self.running_square,)
 
     @classmethod
     def defaults_after(cls, layer: NormLayer) -> dict[str, Any]:
-        """A bias where the norm has one."""
+        """Have a bias if the norm has one."""
         return {"bias": layer.bias is not None}
 
     def extra_repr(self) -> str:
-        """Arguments that differ from the usual, too."""
+        """Return the arguments; some only if they differ from their default."""
         window = self.windows[0] if self.windows[0] == self.windows[1] else self.windows
         options = "" if self.bias is not None else ", bias=False"
         return (

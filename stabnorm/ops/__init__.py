@@ -1,7 +1,7 @@
 """Fused reductions.
 
-A file here holds formulas as ops (`dispatch.op`), and the file of the same name in `aten/`, `cpp/` or `triton/` their
-faster backends. `dispatch.py` chooses which one runs.
+Each file here has formulas as ops (`dispatch.op`). The files of the same name in `aten/`, `cpp/` and `triton/` have
+their faster backends. `dispatch.py` chooses the backend that runs.
 """
 
 from typing import TYPE_CHECKING

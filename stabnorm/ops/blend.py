@@ -1,4 +1,4 @@
-"""The blend of two norms and its gradient: exact at both ends, whatever the branch of weight 0 holds."""
+"""The blend of two norms, and its gradient. Both are exact at lam = 0 and 1, even if the unused branch holds NaN."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from stabnorm.ops.dispatch import op
 
 
 def _differentiated(lam: Tensor, *both: Tensor) -> bool:
-    """Whether somebody records or batches the call, which a kernel and a view as integers do not allow."""
+    """Whether the call is recorded or batched; a kernel, or a view as integers, does not support that."""
     if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, both)):
         return True
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -1,8 +1,9 @@
-"""The passes of PRepBN over its rows, both norms at once: output, the backward's column sums, the gradients.
+"""The passes of PRepBN over its rows, with both norms at once: output, column sums for the backward, and gradients.
 
-The formulas are `functional.blended_norm` and `functional.blended_gradient`. Ask ``blended_norm.chosen`` for a backend
-and run all three ops ``on`` it, because a backward takes its forward's. In the backends for CPUs lam = 1 gives
-LayerNorm's own bits in both directions. What the branch of weight 0 holds, NaN too, reaches no result.
+The formulas are `functional.blended_norm` and `functional.blended_gradient`. Ask ``blended_norm.chosen`` for a backend,
+and run all three ops ``on`` it, because a backward needs the backend of its forward. With the CPU backends, lam = 1
+gives the same bits as LayerNorm in forward and backward. A branch of weight 0 never reaches a result, even if it holds
+NaN.
 """
 
 from typing import NamedTuple
@@ -49,7 +50,7 @@ def blended_sums(
     token_mean: Tensor,
     token_rstd: Tensor,
 ) -> BlendedSums:
-    """The column sums that the gradients need; at lam = 1 those that do not matter may be 0."""
+    """Return the column sums that the gradients need; at lam = 1, unused sums may be 0."""
     sums = sums_of_rows(dy, rows, mean, valid)
     normalized = (widened(rows) - token_mean[:, None]) * token_rstd[:, None]
     return BlendedSums(*sums, functional.upstream_sums(widened(dy), normalized, valid)[1])
@@ -71,7 +72,7 @@ def blended_gradient(
     token_rstd: Tensor,
     sums: BlendedSums,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the rows, and of LayerNorm's gain and bias.
+    """Return the gradients of the rows, and of LayerNorm's gain and bias.
 
     Args:
         lam: as in the forward.
@@ -79,13 +80,13 @@ def blended_gradient(
         rows: the input.
         weight: LayerNorm's gain.
         bias: LayerNorm's bias.
-        scale: of the affine map.
-        mean: see `functional.input_gradient`, as are valid, slope and offset: for the affine map alone.
-        valid: rows that count.
-        slope: of the affine map's dependence on the batch.
-        offset: the same.
-        token_mean: from the forward.
-        token_rstd: from the forward.
+        scale: scale of the affine map.
+        mean: mean of the affine map's input, see `functional.input_gradient`.
+        valid: which rows are valid.
+        slope: how the affine map depends on the batch, see `functional.input_gradient`.
+        offset: see `functional.input_gradient`.
+        token_mean: mean of each token, from the forward.
+        token_rstd: 1 / std of each token, from the forward.
         sums: from `blended_sums`.
     """
     of_rep = widened(gradient_of_rows(widened(dy), widened(rows), mean, valid, scale, slope, offset))

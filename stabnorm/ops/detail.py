@@ -1,6 +1,6 @@
-"""The ops behind the detailed accumulators: `functional.detail` on a norm's input, and on its output.
+"""The ops that fill the detailed accumulators: `functional.detail` on a norm's input and on its output.
 
-As in `stabnorm.ops.moments` the outer ops are registered with the dispatcher, and a recomputed forward adds nothing.
+As in `stabnorm.ops.moments`, the outer ops are registered with the dispatcher, and a recomputed forward adds nothing.
 """
 
 import math
@@ -39,7 +39,7 @@ def accumulate_detail_(
         valid: bool, x's shape without the channel axis, True = valid token; None: all are.
         seen: int64 scalar; this and the next five are the accumulator, see `functional.detail.DetailMoments`.
         counts: ``[5]`` int64.
-        outputs: ``[C]`` int64, which is `count_outliers_`'s.
+        outputs: ``[C]`` int64, which `count_outliers_` fills.
         range_bits: float32 scalar.
         means: ``[3]`` float32.
         sequences: ``[3, C]`` float32.

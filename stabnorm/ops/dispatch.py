@@ -1,22 +1,22 @@
-"""Ops, and which backend of an op runs where: the one place that decides.
+"""Ops, and the one place that decides which backend of an op runs.
 
-`op` makes an op of a formula, which runs anywhere: the backend "reference". There may also be
+`op` makes an op from a formula, which runs anywhere and is the backend "reference". An op may have faster backends:
 
-* "aten": a backend for CPUs of ATen's fast primitives; a compiled graph holds the formula, which its compiler fuses;
-* "cpp": one for CPUs in C++, which a compiler must be there to build (`stabnorm.ops.cpp.library`);
-* "triton": a kernel for GPUs, which is trusted on devices where its own tests have passed (`stabnorm.ops.tested`).
+* "aten" for CPUs uses ATen's fast primitives. A compiled graph gets the formula instead, which its compiler fuses.
+* "cpp" for CPUs is C++, which needs a compiler (`stabnorm.ops.cpp.library`).
+* "triton" for GPUs is a kernel. It runs on devices where its own tests have passed (`stabnorm.ops.tested`).
 
-The environment variable STABNORM_KERNELS, or `use_kernels`, says which of them may run:
+The environment variable STABNORM_KERNELS, or `use_kernels`, sets which of them may run:
 
-* auto: what is always there and does not change from machine to machine: ATen on CPUs, tested kernels on GPUs. Default.
-* cpp: as auto, and on CPUs the C++ backend. It is built when it is first needed, which takes seconds, and kept.
-* triton: as auto, and Triton kernels that are untested or round LayerNorm otherwise than torch; on a CPU under Triton's
-  interpreter, for their tests.
-* reference: the formulas, everywhere.
+* auto, the default, uses what is available everywhere and needs no build: ATen on CPUs, tested kernels on GPUs.
+* cpp also uses the C++ backend on CPUs. It is built at first use, which takes some seconds, and then kept.
+* triton also uses kernels that are untested, or that round LayerNorm differently from torch. On a CPU it uses Triton's
+  interpreter, for tests.
+* reference uses the formulas everywhere.
 
-`backends` lists the outcome. To add a backend of the ops in `stabnorm/ops/rows.py`, say, write the file
-`stabnorm/ops/<backend>/rows.py` with functions under ``@moments_of_rows.backend("<backend>")``. It is found by its name
-and imported when the backend is first considered; `stabnorm.ops.selftest` then compares it with the formula.
+`backends` lists which backend runs. To add a backend, for example of the ops in `stabnorm/ops/rows.py`, write the file
+`stabnorm/ops/<backend>/rows.py` with functions under ``@moments_of_rows.backend("<backend>")``. The dispatcher finds it
+by its name and imports it when the backend is first considered. `stabnorm.ops.selftest` compares it with the formula.
 """
 
 import functools
@@ -59,7 +59,7 @@ _choices: dict[tuple[object, ...], str] = {}  # the backend that runs, by all th
 
 
 def forget_choices() -> None:
-    """Choose every backend anew: what may run on this machine has changed."""
+    """Forget which backends were chosen, because other ones may run now."""
     _choices.clear()
 
 
@@ -67,7 +67,7 @@ tested.on_change.append(forget_choices)
 
 
 def kernels() -> str:
-    """The setting that holds now.
+    """Return the current setting.
 
     >>> kernels() in KERNELS
     True
@@ -113,20 +113,20 @@ class use_kernels:
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend of an op can take; float64 and empty input are left to the formula."""
+    """What a backend of an op supports; the formula handles float64 and empty input."""
 
     masks: bool = True
-    in_graphs: bool = False  # is an op of the dispatcher, so that a compiled graph calls it too
-    same_bits: bool = True  # False: rounds a user's LayerNorm otherwise than torch does, so that it is opt-in
+    in_graphs: bool = False  # whether a compiled graph can call it, because it is an op of PyTorch's dispatcher
+    same_bits: bool = True  # False if it rounds a user's LayerNorm differently from torch; then it is opt-in
 
 
 class Op(Generic[_P, _T]):
-    """A formula and its faster backends; calling it runs the fastest that may run. `op` makes it.
+    """A formula and its faster backends; a call runs the fastest one that may run. `op` creates it.
 
     Args:
-        formula: what every backend must equal.
-        by: the name of the tensor whose device and dtype decide; None: there is the formula only.
-        unless: says of a call's arguments that only the formula can take them.
+        formula: the function that every backend must equal.
+        by: name of the tensor whose device and dtype decide which backend runs; None if there is only the formula.
+        unless: returns True for arguments that only the formula supports.
         mutates, fake: see `op`.
     """
 
@@ -182,11 +182,11 @@ class Op(Generic[_P, _T]):
         return compare
 
     def on(self, backend: str) -> Callable[_P, _T]:
-        """What runs on a backend that was `chosen`, for a backward that takes its forward's."""
+        """Return the function of a backend that was `chosen`, for a backward that needs the backend of its forward."""
         return self._runs[backend]
 
     def chosen(self, x: Tensor, valid: object = None) -> str:
-        """The backend that runs for these rows: "reference", "aten", "cpp" or "triton"."""
+        """Return the backend that runs for these rows: "reference", "aten", "cpp" or "triton"."""
         if x.dtype == torch.float64 or x.numel() == 0:
             return REFERENCE
         device, masked, plain = x.device, valid is not None, type(x) is Tensor
@@ -199,7 +199,7 @@ class Op(Generic[_P, _T]):
         return name
 
     def find(self, name: str) -> Backend | None:
-        """The backend of this name; imports its file the first time."""
+        """Return the backend of this name; import its file at first use."""
         if name not in self._searched:
             module = f"stabnorm.ops.{name}.{self.file}"
             if importlib.util.find_spec(module) is not None:
@@ -222,14 +222,14 @@ def op(
     mutates: Sequence[str] = (),
     fake: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[_P, _T]], Op[_P, _T]]:
-    """Make an op of a formula.
+    """Make an op from a formula.
 
     Args:
-        by: the name of the tensor whose device and dtype decide which backend runs. It, and a mask called `valid`, must
-            be handed over by position. Default: the op has no backends.
-        unless: says of a call's arguments that only the formula can take them.
-        mutates: the names of the arguments that it changes in place; only with `fake`.
-        fake: gives empty tensors of the results' shapes. With it the op is registered with PyTorch's dispatcher: in a
+        by: name of the tensor whose device and dtype decide which backend runs. Pass this tensor, and a mask called
+            `valid`, by position. Default: the op has no backends.
+        unless: returns True for arguments that only the formula supports. Default: never.
+        mutates: names of the arguments that it changes in place; only with `fake`.
+        fake: returns empty tensors of the results' shapes. With it the op is registered with PyTorch's dispatcher: in a
             compiled graph it is one opaque node, and the backend is chosen at run time.
     """
 
@@ -242,7 +242,7 @@ def op(
 
 
 def all_ops() -> list[Op[..., Any]]:
-    """Every op that a backend has been written for, in the order of their files."""
+    """Return all ops that have a backend, in the order of their files."""
     package = importlib.import_module("stabnorm.ops")
     for module in pkgutil.iter_modules(package.__path__, "stabnorm.ops."):
         if not module.ispkg:
@@ -259,7 +259,7 @@ def _choose(
 ) -> str:
     for name in BACKENDS:
         if name == "cpp" and not plain:
-            continue  # a fake or distributed tensor has no address
+            continue  # a fake or distributed tensor has no memory address
         if why_not(kernels, name, op.name, device, index) is None:
             backend = op.find(name)
             if backend is not None and (backend.masks or not masked) and (backend.in_graphs or not in_graph):
@@ -271,12 +271,12 @@ def _chosen_in_graph(name: str, kernels: str, device: str, index: int | None, ma
     return _choose(OPS[name], kernels, device, index, masked, plain, True)
 
 
-# What torch.compiler.assume_constant_result does; that one loads the whole compiler, which takes seconds.
+# This is what torch.compiler.assume_constant_result does, but that function imports the whole compiler, for seconds.
 _chosen_in_graph.__dict__["_dynamo_marked_constant"] = True
 
 
 def why_not(kernels: str, backend: str, op: str, device: str, index: int | None) -> str | None:
-    """Why a backend that an op has does not run on a device with this setting; None: it does."""
+    """Return why a backend of an op does not run on a device with this setting; None if it does."""
     if kernels == REFERENCE:
         return f"{VARIABLE} is {REFERENCE}"
     if backend == "triton":
@@ -305,12 +305,12 @@ def _why_no_triton(kernels: str, op: str, device: str, index: int | None) -> str
     return tested.why_untested(op, index)
 
 
-# --- what runs, for people ---
+# --- the table of what runs ---
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs for one op on one device."""
+    """The backend that runs for one op on one device."""
 
     op: str
     device: str
@@ -319,7 +319,7 @@ class Choice:
 
 
 class Choices(tuple[Choice, ...]):
-    """A line for every op and device; prints as a table."""
+    """The choice for every op and device; `str` gives a table."""
 
     def __str__(self) -> str:
         widths = [max(len(getattr(line, field)) for line in self) for field in ("op", "device", "runs")]

@@ -1,4 +1,4 @@
-"""PowerNorm's GroupScaling: every group of a token's channels at rms 1, and the gradient."""
+"""PowerNorm's GroupScaling, which divides each group of a token's channels by its rms, and its gradient."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from stabnorm.ops.rows import widened
 
 @op("rows")
 def scaled_groups(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """`functional.scale_groups` in the dtype of the rows, and what it multiplied with, ``[R, groups]``."""
+    """`functional.scale_groups` in the dtype of the rows, and the factors 1 / rms, ``[R, groups]``."""
     grouped = widened(rows.unflatten(-1, (groups, -1)))
     size = torch.linalg.vector_norm(grouped, 2, -1, keepdim=True)
     r = torch.rsqrt(size.square() / grouped.shape[-1] + eps)
@@ -18,7 +18,7 @@ def scaled_groups(rows: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor
 
 @op("y")
 def gradient_of_groups(dy: Tensor, y: Tensor, r: Tensor, masked: bool) -> Tensor:
-    r"""Dx of `scaled_groups`; padding, which may hold NaN, gets 0 where 0 comes back to it.
+    r"""Dx of `scaled_groups`. If `masked`, dx is 0 where dy is 0, because padding may hold NaN.
 
     .. math:: dx = (dy - y\,\overline{dy\,y})\, r
     """

@@ -18,7 +18,7 @@ from stabnorm.ops.registration import returns_nothing
 
 
 def is_recompute() -> bool:
-    """Whether this forward runs inside a backward: activation checkpointing repeats one that was counted already."""
+    """Whether this forward runs inside a backward: then activation checkpointing repeats a forward already counted."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -42,18 +42,18 @@ def accumulate_moments_(
 
     Args:
         x: a norm's input, any layout and floating dtype; computed in float32.
-        valid: bool, x's shape without the channel axis, True = valid token; None: all are.
+        valid: bool, x's shape without the channel axis, True = valid token; None means that all are valid.
         seen: int64 scalar, see `functional.RawMoments`; or ``[S]``, see `accumulators.empty_accumulators`.
         channel: ``[9, C]`` float32, or ``[S, 9, C]``.
         token: ``[7]`` float32, or ``[S, 7]``.
         kind: what the layer is, see `functional.Kind`.
         channel_dim: the axis of x that holds the channels.
         feature_dims: how many trailing axes the layer normalises together.
-        groups: a group or instance norm's groups.
+        groups: number of groups of a group or instance norm.
         eps: the layer's epsilon.
         tokens: False leaves out the per-token statistics.
         normalized: False leaves out the moments of the normalised input.
-        fresh: the accumulator is known to be empty, so that on a CPU there is nothing to merge with.
+        fresh: the accumulator is known to be empty, so a CPU backend need not merge.
     """
     if is_recompute() or x.numel() == 0:
         return
@@ -68,7 +68,7 @@ def accumulate_moments_(
         by_groups = as_rows(by_groups, 1) if normalized else None
     into = RawMoments(seen, channel, token)
     if seen.ndim == 1 and add_moments_.chosen(rows, keep) != "triton":
-        into = RawMoments(seen[0], channel[0], token[0])  # one of the splits will do
+        into = RawMoments(seen[0], channel[0], token[0])  # the backend uses only the first split
     add_moments_(rows, keep, into, cast(Kind, kind), eps, by_groups, variances, tokens, normalized, fresh)
 
 
@@ -89,12 +89,12 @@ def add_moments_(
 
     Args:
         rows: the norm's input.
-        valid: ``[R]`` bool; None: all are.
+        valid: ``[R]`` bool; None means that all are valid.
         into: one layer's accumulator.
         kind: what the layer is.
         eps: the layer's epsilon.
-        by_groups: ``[R, C]``, what a "group" or "instance" norm makes of the rows.
-        variances: what such a norm divides by.
+        by_groups: ``[R, C]``, the rows normalised by a "group" or "instance" norm.
+        variances: the variances that such a norm divides by.
         tokens: see `accumulate_moments_`, as are the next two.
         normalized: False leaves out the moments of the normalised input.
         fresh: the accumulator is known to be empty.

@@ -1,8 +1,8 @@
-"""A user's LayerNorm or RMSNorm and the moments of its input in one pass, instead of one for each.
+"""A user's LayerNorm or RMSNorm and the moments of its input, computed in one pass over the input.
 
-The formula is two: `functional.normalize_tokens`, with gain and bias, and `functional.raw_moments`. Output and
-gradients are torch's to rounding, not to the bit, so this runs only where that was asked for: `StabilityMonitor(
-fused=True)`. A recomputed forward gives the same bits again, and counts nothing. Eager mode only.
+The formulas are `functional.normalize_tokens`, with gain and bias, and `functional.raw_moments`. Output and gradients
+equal torch's up to rounding, but not bit for bit. Therefore this only runs with `StabilityMonitor(fused=True)`, and
+only in eager mode. A recomputed forward gives the same bits again, and adds no moments.
 """
 
 import math
@@ -24,10 +24,10 @@ NormKind = Literal["layer", "rms"]
 
 
 class Spec(NamedTuple):
-    """What is computed: the norm, and which of its input's moments."""
+    """The norm, and which moments of its input are computed."""
 
     kind: NormKind
-    shape: tuple[int, ...]  # what is normalised together
+    shape: tuple[int, ...]  # shape of the last axes, which are normalised together
     eps: float
     tokens: bool
     normalized: bool
@@ -44,7 +44,7 @@ def norm_with_moments(
     valid: Tensor | None,
     add: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The norm of ``rows [R, C]``, written into ``y``; with `add` its moments go into the accumulator.
+    """Write the norm of ``rows [R, C]`` into ``y``; with `add`, also add its moments to the accumulator.
 
     Returns:
         Mean and 1 / std of each token, ``[R]``, for `norm_gradient`.
@@ -63,7 +63,7 @@ def norm_with_moments(
 def norm_gradient(
     dy: Tensor, rows: Tensor, gain: Tensor | None, means: Tensor, rstds: Tensor, kind: NormKind
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Dx of `norm_with_moments`, and the sums over rows of dy n and of dy, the gradients of gain and bias.
+    r"""Dx of `norm_with_moments`, and the sums over rows of dy n and of dy, which are the gradients of gain and bias.
 
     .. math:: dx = r (g - \overline{g} - n\,\overline{g n}),\quad g = \mathrm{gain}\,dy
 
@@ -88,7 +88,7 @@ def splits_for(channels: int, device: torch.device) -> int:
 
 
 def backend_for(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec, into: RawMoments) -> str | None:
-    """The backend that can do both at once here; None: none can, or torch would do something of its own."""
+    """Return the backend that can compute both here; None if there is none, or if torch must handle this call."""
     backend = norm_with_moments.chosen(x)
     if backend == REFERENCE:
         return None
@@ -115,14 +115,14 @@ def observed_norm(
     into: RawMoments,
     backend: str,
 ) -> Tensor:
-    """The norm of ``x``, its moments added to ``into`` as `ops.moments.accumulate_moments_` would.
+    """Return the norm of ``x``, and add its moments to ``into`` as `ops.moments.accumulate_moments_` does.
 
     Args:
-        x: ends with the axes ``spec.shape``.
-        weight: gain, ``spec.shape``, or none.
-        bias: the same.
+        x: the input, whose last axes have the shape ``spec.shape``.
+        weight: gain, of shape ``spec.shape``, or None.
+        bias: bias, of the same shape, or None.
         spec: what is computed.
-        valid: bool, one for each token, True = counts; None: all do.
+        valid: bool, one for each token, True = valid; None means that all are valid.
         into: one layer's accumulator, plain or in `splits_for` splits.
         backend: from `backend_for`, or "reference".
     """
@@ -130,7 +130,7 @@ def observed_norm(
 
 
 class _Observed(torch.autograd.Function):
-    """`observed_norm` on a given backend; once more differentiable through torch's own norm."""
+    """`observed_norm` on a given backend; second derivatives go through torch's own norm."""
 
     @staticmethod
     def forward(
@@ -146,7 +146,7 @@ class _Observed(torch.autograd.Function):
         rows = as_rows(x, -1, len(spec.shape))
         gain, offset = (None if t is None else t.reshape(-1) for t in (weight, bias))
         keep = None if valid is None else valid.reshape(-1)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # what is returned must be no view
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # the output must not be a view
         means, rstds = norm_with_moments.on(backend)(
             rows, gain, offset, spec, y.view(rows.shape), into, keep, not is_recompute()
         )
@@ -169,7 +169,7 @@ class _Observed(torch.autograd.Function):
 
 
 def _is_batch_of_gradients(dy: Tensor) -> bool:
-    """Whether it stands for many tensors at once, and has no memory of its own."""
+    """Whether this is a batch of tensors that vmap made, which has no memory of its own."""
     functorch = torch._C._functorch
     return functorch.maybe_current_level() is not None or functorch.is_legacy_batchedtensor(dy)
 
@@ -177,10 +177,10 @@ def _is_batch_of_gradients(dy: Tensor) -> bool:
 def _through_torch(
     spec: Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The gradients by torch's own norm, with a graph of their own if there is to be one."""
+    """Return the gradients computed by torch's own norm, with a graph if gradients are recorded."""
     with_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias)]  # not themselves: they may have hooks
+        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias)]  # they may have hooks
         gain, offset = inputs[1:]
         shape = list(spec.shape)
         if spec.kind == "layer":

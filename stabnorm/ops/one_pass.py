@@ -1,9 +1,9 @@
-"""A map over the rows and the column sums of what it reads, together: for a norm whose statistics lag behind.
+"""A map over the rows together with column sums of its input, for a norm that uses statistics of earlier batches.
 
-PowerNorm past its warm-up divides by what earlier batches left, so that the output need not wait for this batch's
-moments, nor the gradient for this batch's sums. Only the device knows which phase it is in. So the map is done on a
-guess, and `redo_` does it again unless the guess was right. The formulas are the passes of `stabnorm.ops.rows`, one
-after the other: without a backend that does both in one read there is nothing to gain.
+After its warm-up, PowerNorm divides by a statistic of earlier batches. So the output does not depend on the moments of
+this batch, nor the gradient on its sums, and one read is enough for both. Only the device knows whether the warm-up is
+over. Therefore the map is computed with a guess, and `redo_` computes it again if the guess was wrong. The formulas are
+the passes of `stabnorm.ops.rows`, one after the other.
 """
 
 import torch
@@ -18,9 +18,9 @@ from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows,
 def affine_with_square(
     rows: Tensor, valid: Tensor | None, scale: Tensor, shift: Tensor | None, guess: bool = True
 ) -> tuple[Tensor, BatchMoments]:
-    """`rows.affine_of_rows` and, of what it reads, `rows.moments_of_rows` without centering.
+    """`rows.affine_of_rows`, and `rows.moments_of_rows` of its input without centering.
 
-    Without a `guess` the map is left to `redo_affine_`.
+    Without a `guess`, the map is not computed here but in `redo_affine_`.
     """
     y = affine_of_rows(rows, scale, shift) if guess else torch.empty_like(rows)
     return y, moments_of_rows(rows, valid, center=False)
@@ -36,7 +36,7 @@ def redo_affine_(y: Tensor, right: Tensor, rows: Tensor, scale: Tensor, shift: T
 def gradient_with_sums(
     dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor, guess: bool = True
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`rows.gradient_of_rows` and `rows.sums_of_rows` of rows that are not centred; `guess` as above."""
+    """`rows.gradient_of_rows` and `rows.sums_of_rows` of rows that are not centred; for `guess` see above."""
     dx = gradient_of_rows(dy, rows, None, valid, scale, slope, None) if guess else torch.empty_like(rows)
     return dx, sums_of_rows(dy, rows, None, valid)
 
@@ -50,10 +50,10 @@ def redo_gradient_(
 
 
 def saves_a_read(rows: Tensor, valid: Tensor | None) -> bool:
-    """Whether a backend does map and sums in one read of these rows."""
+    """Whether a backend computes map and sums in one read of these rows."""
     return affine_with_square.chosen(rows, valid) != REFERENCE
 
 
 def worth_a_guess(rows: Tensor, step: Tensor, warmup: int) -> bool:
-    """Whether the guess may be right: in a warm-up it is not, but only on the host can the step be read for free."""
+    """Whether the guess may be right. In a warm-up it is not, but only a CPU can read the step without a sync."""
     return rows.device.type != "cpu" or int(step) >= warmup

@@ -1,4 +1,4 @@
-"""Functions of Python as ops of PyTorch's dispatcher: in a compiled graph each is one opaque node."""
+"""Register Python functions as ops of PyTorch's dispatcher: in a compiled graph each one is one opaque node."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,18 +12,18 @@ _library = torch.library.Library("stabnorm", "FRAGMENT")
 
 
 def returns_nothing(*_: object) -> None:
-    """The fake of an op that only changes its arguments."""
+    """The fake implementation of an op that only changes its arguments."""
 
 
 def define(name: str, like: Callable[..., Any], run: Callable[..., Any], mutates: Sequence[str], fake: Any) -> Any:
     """Define the op ``stabnorm::<name>`` and return it.
 
     Args:
-        name: its name.
-        like: the function whose annotations give the schema.
-        run: what the op runs.
-        mutates: the names of the arguments that it changes in place.
-        fake: gives empty tensors of the results' shapes and dtypes.
+        name: name of the op.
+        like: a function whose annotations give the schema.
+        run: the function that the op runs.
+        mutates: names of the arguments that it changes in place.
+        fake: returns empty tensors of the results' shapes and dtypes.
     """
     _library.define(name + torch.library.infer_schema(like, mutates_args=mutates))
     _library.impl(name, run, "CompositeExplicitAutograd")

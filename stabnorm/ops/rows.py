@@ -1,4 +1,4 @@
-"""The passes of a norm over its rows: batch moments, the affine map, the backward's sums, the input's gradient."""
+"""The passes of a norm over its rows: batch moments, affine map, sums for the backward, and input gradient."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def widened(rows: Tensor) -> Tensor:
-    """In the precision statistics are computed in: float32, float64 for float64."""
+    """Return rows in the precision of the statistics: float64 for float64, else float32."""
     return rows.float() if rows.dtype in LOW_PRECISION else rows
 
 
@@ -23,7 +23,7 @@ def moments_of_rows(rows: Tensor, valid: Tensor | None, *, center: bool) -> Batc
 
 @op("rows")
 def affine_of_rows(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """``rows scale + shift`` in the dtype of the rows.
+    """Return ``rows scale + shift`` in the dtype of the rows.
 
     >>> affine_of_rows(torch.ones(1, 2), torch.tensor([2.0, 3.0]), None)
     tensor([[2., 3.]])
@@ -37,7 +37,7 @@ def affine_of_rows(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 def sums_of_rows(
     dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`functional.upstream_sums` with the rows' deviations from `mean`, or the rows where there is none."""
+    """`functional.upstream_sums` with the deviations of the rows from `mean`, or with the rows if it is None."""
     wide = widened(rows)
     return functional.upstream_sums(widened(dy), wide if mean is None else wide - mean, valid)
 

@@ -1,14 +1,14 @@
-"""The ops that hold a norm's running statistics: everything that one batch changes, and the decision whether it may.
+"""The ops that update a norm's running statistics, and decide whether a batch may change them.
 
-Each works on a handful of ``[C]`` vectors. They are registered with the dispatcher, so that in a compiled model each is
-one opaque node whose Python runs at run time, where a recomputed forward can be recognised (see
-`stabnorm.ops.moments`): it changes nothing and gets back what the first one got. Decisions are `torch.where` on the
-device. A batch that is not accepted, because it holds something non-finite, no valid token or an outlier, changes
-counters and no more.
+Each op works on a few ``[C]`` vectors. The ops are registered with the dispatcher, so in a compiled model each one is
+one opaque node whose Python code runs at run time, where a recomputed forward can be recognised (see
+`stabnorm.ops.moments`). Such a forward changes nothing and gets the same result as the first one. Decisions are
+`torch.where` on the device. A batch is rejected if it has a value that is not finite, no valid token, or if it is an
+outlier. A rejected batch only changes counters.
 
-`progress` is an int64 ``[3]``: batches accepted so far; from which number of `skips` on the bursts are counted that
-have come since; and how many of the accepted ones came since the warm-up began. `gate` is a bool ``[2]``: was the batch
-accepted, and is it past the warm-up.
+`progress` is an int64 ``[3]``: the number of accepted batches; the value of `skips` from which bursts are counted; and
+the number of accepted batches since the warm-up began. `gate` is a bool ``[2]``: whether the batch was accepted, and
+whether the warm-up is over.
 """
 
 import torch
@@ -19,7 +19,7 @@ from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
 from stabnorm.ops.registration import returns_nothing
 
-REMEMBERED = 16  # forwards of one module between a forward and its recompute; beyond, the batch is its own statistic
+REMEMBERED = 16  # forwards that are remembered for a recompute; an older one is recomputed with its own statistics
 
 
 def _gate_like(square: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,21 +46,21 @@ def smooth_square_(
     filtered: bool,
     counting: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Unified Normalization's forward statistics (arXiv:2208.01313, eq. 8): what to divide by, squared, and the gate.
+    """Update Unified Normalization's forward statistics (arXiv:2208.01313, eq. 8); return squared divisor and gate.
 
     Args:
-        square: ``[C]``, the batch's second moment.
-        count: valid rows of the batch.
+        square: ``[C]``, second moment of the batch.
+        count: number of valid rows in the batch.
         window: ``[M, C]``, the last M accepted second moments.
-        running: ``[C]``, what eval divides by.
+        running: ``[C]``, squared divisor of eval mode.
         recent: see `_recall`.
         step: counter of steps.
-        skips: counter of batches that were not accepted.
+        skips: counter of rejected batches.
         progress: see the module.
-        warmup: steps with the batch's own statistic.
-        patience: so many bursts in a row are a new regime, and the warm-up of the window starts again.
+        warmup: number of steps with the statistics of the batch.
+        patience: number of bursts in a row after which they count as normal, and the window starts again.
         momentum: weight of the new value in `running`.
-        eps: the norm's.
+        eps: eps of the norm.
         filtered: whether there is an outlier filter.
         counting: whether this forward counts as a step.
     """
@@ -70,7 +70,7 @@ def smooth_square_(
     accepted, restart, after = _judge(square, count, window, skips, progress, past, patience, eps, filtered)
     smooth = past & accepted & ~restart
     divisor = torch.where(smooth, geometric_mean(after), square)
-    # The first batch replaces what the buffer was born with.
+    # The first batch replaces the initial value of the buffer.
     weight = torch.where(progress[0] == 0, 1.0, running.new_full((), momentum))
     _keep_(window, after, accepted)
     _keep_(running, torch.lerp(running, divisor.to(running.dtype), weight), accepted)
@@ -84,14 +84,14 @@ def smooth_square_(
 def smooth_gradient_(
     gradient: Tensor, gate: Tensor, window: Tensor, average: Tensor, filled: Tensor, momentum: float
 ) -> Tensor:
-    """Unified Normalization's backward statistic psi ``[C]`` (arXiv:2208.01313, eq. 11) from mean(dz z) ``[C]``.
+    """Update Unified Normalization's backward statistic (arXiv:2208.01313, eq. 11); return psi ``[C]``.
 
     Args:
-        gradient: mean(dz z) of the batch.
-        gate: from the batch's forward.
-        window: ``[M, C]``, the last M of them.
-        average: ``[C]``, the running average of the window's mean.
-        filled: how many were entered.
+        gradient: ``[C]``, mean(dz z) of the batch.
+        gate: from the forward of the batch.
+        window: ``[M, C]``, the last M values of `gradient`.
+        average: ``[C]``, running average of the window's mean.
+        filled: number of values that were added to the window.
         momentum: weight of the new value in `average`.
     """
     accepted = gate[0] & torch.isfinite(gradient).all()
@@ -132,26 +132,26 @@ def track_batch_(
     eps: float,
     counting: bool,
 ) -> None:
-    """BatchNorm's running statistics: the mean and the unbiased variance, or the mean square where there is no mean.
+    """Update BatchNorm's running statistics: mean and unbiased variance, or the mean square if there is no mean.
 
     Args:
-        mean: ``[C]``, the batch's; None where the norm does not centre.
-        square: ``[C]``, the batch's variance, or second moment.
-        count: valid rows of the batch.
-        running_mean: ``[C]``, what eval uses; None where the norm does not centre.
-        running_var: ``[C]``, what eval uses.
-        window: ``[M, C]``, the last M second moments about the running mean; None: no outlier filter.
+        mean: ``[C]``, mean of the batch; None if the norm is not centred.
+        square: ``[C]``, variance of the batch, or its second moment if the norm is not centred.
+        count: number of valid rows in the batch.
+        running_mean: ``[C]``, mean in eval mode; None if the norm is not centred.
+        running_var: ``[C]``, variance or second moment in eval mode.
+        window: ``[M, C]``, the last M second moments around the running mean; None if there is no outlier filter.
         step: counter of steps.
-        skips: counter of batches that were not accepted.
+        skips: counter of rejected batches.
         progress: see the module.
         patience: see `smooth_square_`.
-        momentum: weight of the new value; negative: all accepted batches weigh the same.
-        eps: the norm's.
+        momentum: weight of the new value; if negative, all accepted batches have the same weight.
+        eps: eps of the norm.
         counting: whether this forward counts as a step.
     """
     if is_recompute():
         return
-    enough = count if mean is None else count - 1  # the variance of one row is not 0: there is none
+    enough = count if mean is None else count - 1  # one row has no variance
     about = square if mean is None or running_mean is None else square + (mean - running_mean).square()
     if window is None:
         accepted, restart = _sound(about, enough), None
@@ -182,17 +182,17 @@ def track_quadratic_(
     alpha: float,
     counting: bool,
 ) -> tuple[Tensor, Tensor]:
-    """PowerNorm's running quadratic mean (arXiv:2003.07845, algorithm 2): what to divide by, squared, and the gate.
+    """Update PowerNorm's running quadratic mean (arXiv:2003.07845, algorithm 2); return squared divisor and gate.
 
     Args:
-        square: ``[C]``, the batch's second moment.
-        count: valid rows of the batch.
-        running: ``[C]``, psi^2; a plain mean of the warm-up's batches, then a running average.
+        square: ``[C]``, second moment of the batch.
+        count: number of valid rows in the batch.
+        running: ``[C]``, psi^2: in the warm-up the plain mean of all batches, then a running average.
         recent: see `_recall`.
         step: counter of steps.
-        skips: counter of batches that were not accepted.
+        skips: counter of rejected batches.
         progress: see the module.
-        warmup: steps with the batch's own statistic.
+        warmup: number of steps with the statistics of the batch.
         alpha: share of the old value.
         counting: whether this forward counts as a step.
     """
@@ -211,17 +211,17 @@ def track_quadratic_(
 
 @op(mutates=("nu",), fake=lambda gradient, *_: torch.empty_like(gradient))
 def quadratic_gradient_(gradient: Tensor, power: Tensor, gate: Tensor, nu: Tensor, alpha: float) -> Tensor:
-    r"""PowerNorm's backward statistic ``[C]`` (arXiv:2003.07845, algorithm 2); while warming up the exact one.
+    r"""Update PowerNorm's backward statistic (arXiv:2003.07845, algorithm 2); return psi ``[C]``, exact in the warm-up.
 
     .. math:: \nu \leftarrow \nu (1 - (1 - \alpha) \Gamma) + (1 - \alpha) \Lambda
 
-    with Lambda = mean(dz z) and Gamma = mean(z^2). A factor below -1, a batch of over ten times the running rms, would
-    let nu grow without bound, and counts as -1.
+    with Lambda = mean(dz z) and Gamma = mean(z^2). If the rms of a batch is several times the running one, the factor of
+    nu would be below -1 and nu would grow without bound. Such a factor is replaced by -1.
 
     Args:
         gradient: Lambda, ``[C]``.
         power: Gamma, ``[C]``.
-        gate: from the batch's forward.
+        gate: from the forward of the batch.
         nu: the running statistic.
         alpha: share of the old value.
     """
@@ -232,11 +232,11 @@ def quadratic_gradient_(gradient: Tensor, power: Tensor, gate: Tensor, nu: Tenso
     return psi
 
 
-# --- what they share ---
+# --- parts of these ops ---
 
 
 def _sound(square: Tensor, count: Tensor) -> Tensor:
-    """Whether a batch holds anything, and nothing non-finite."""
+    """Whether a batch has a valid row and only finite statistics."""
     return torch.isfinite(square).all() & (count > 0)
 
 
@@ -251,21 +251,21 @@ def _judge(
     eps: float,
     filtered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether the batch is accepted, whether the window starts again with it, and the window with it in."""
+    """Return whether the batch is accepted, whether the window starts again with it, and the window with the batch."""
     sound = _sound(square, count)
     after = _entered(window, square, progress[2])
     if not filtered:
         return sound, torch.zeros_like(sound), after
     burst = past & is_burst(window, after, eps)
-    progress[1].add_(~sound)  # it will be skipped, but patience counts bursts
-    # A frozen window would refuse a permanent change of scale for ever.
+    progress[1].add_(~sound)  # such a batch is skipped, too, but patience counts bursts only
+    # Without a restart, a window that no longer changes would reject a permanent change of scale for ever.
     restart = sound & burst & (skips - progress[1] + 1 >= patience)
     accepted = sound & (~burst | restart)
     return accepted, restart, torch.where(restart, _entered(window, square, torch.zeros_like(progress[2])), after)
 
 
 def _entered(window: Tensor, new: Tensor, filled: Tensor) -> Tensor:
-    """``window [M, C]`` with ``new`` in the place of the oldest."""
+    """Return ``window [M, C]`` with ``new`` in the place of the oldest value."""
     slots = torch.arange(len(window), device=window.device)
     return torch.where((slots == filled % len(window))[:, None], new.to(window.dtype), window)
 
@@ -292,26 +292,26 @@ def _count_(
 
 
 def _remember_(recent: Tensor, square: Tensor, divisor: Tensor, gate: Tensor) -> None:
-    """Put an accepted batch before the others; a refused one is told by its absence."""
+    """Store an accepted batch before the others; rejected batches are not stored."""
     line = torch.cat([square.to(recent.dtype), divisor.to(recent.dtype), gate[1:].to(recent.dtype)])
     _keep_(recent, torch.cat([line[None], recent[:-1]]), gate[0])
 
 
 def _recall(recent: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """What the first forward of this batch got.
+    """Return the result of the first forward of this batch, for a recomputed forward.
 
-    ``recent [K, 2 C + 1]`` holds the last accepted batches: second moment, divisor, past the warm-up. A recompute sees
-    the same input, so the second moment tells which forward it repeats; in checkpointing they come in any order.
+    ``recent [K, 2 C + 1]`` holds the last accepted batches: second moment, divisor, and whether the warm-up was over. A
+    recompute has the same input, so its second moment tells which forward it repeats; recomputes come in any order.
     """
     channels = len(square)
     squares, divisors = recent[:, :channels], recent[:, channels : 2 * channels]
     apart = (squares - square).abs()
     near = apart.amax(1) <= 1e-5 * square.abs().amax()
-    # A channel far above the others may hardly change from batch to batch: of those near in scale, the nearest in all.
+    # One very large channel may hardly change between batches. So compare the scale first, then all channels.
     tiny = torch.finfo(square.dtype).tiny
     nearest = torch.where(near, (apart / square.clamp(min=tiny)).sum(1), torch.inf).argmin()
     known = near.any()
     divisor = torch.where(known, divisors.index_select(0, nearest[None])[0].to(square.dtype), square)
     smooth = recent.index_select(0, nearest[None])[0, -1] > 0
-    # Within the warm-up the divisor is the batch's own statistic, in full precision.
+    # In the warm-up the divisor is the statistic of the batch, in full precision.
     return torch.where(smooth, divisor, square), torch.stack([known, known & smooth])

@@ -1,9 +1,9 @@
-"""On which devices the Triton kernels' own tests have passed: the record, and the question.
+"""The record of the devices on which the tests of the Triton kernels have passed.
 
-A kernel can be right on one GPU and wrong on the next, or with another compiler. So `auto` takes one only where its
-tests passed with the same device, capability, versions of torch and Triton, and sources. `python -m
-stabnorm.ops.selftest` runs them and keeps the outcome in the user's cache; so does `pytest -m gpu`. Records that ship
-with the package stand in `tested_devices.json` beside this file.
+A kernel can be right on one GPU, and wrong on another or with another compiler. So `auto` uses a kernel only if its
+tests passed with the same device, capability, versions of torch and Triton, and sources.
+`python -m stabnorm.ops.selftest` and `pytest -m gpu` run the tests and write the result into the user's cache. The file
+`tested_devices.json` has the records that come with the package.
 """
 
 import functools
@@ -20,11 +20,11 @@ import torch
 
 FOLDER = Path(__file__).parent
 SHIPPED = FOLDER / "tested_devices.json"
-on_change: list[Callable[[], None]] = []  # called when a record was written
+on_change: list[Callable[[], None]] = []  # called after a record was written
 
 
 def cache_folder() -> Path:
-    """Where what was built and recorded on this machine is kept: $STABNORM_CACHE, else the user's cache folder."""
+    """Return the folder for builds and records of this machine: $STABNORM_CACHE, else the user's cache folder."""
     chosen = os.environ.get("STABNORM_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(chosen) if chosen else Path(home) / "stabnorm"
@@ -49,7 +49,7 @@ def _kernels_hash() -> str:
 
 @functools.cache
 def fingerprint(index: int | None) -> dict[str, str]:
-    """What a record must agree in: device, capability, versions, and the kernels' sources."""
+    """Return what must be the same in a record: device, capability, versions, and the sources of the kernels."""
     triton = importlib.import_module("triton")
     capability = torch.cuda.get_device_capability(index)
     return {
@@ -62,25 +62,25 @@ def fingerprint(index: int | None) -> dict[str, str]:
 
 
 def why_untested(op: str, index: int | None) -> str | None:
-    """Why a kernel is not trusted on a CUDA device; None: its tests have passed there."""
+    """Return why a kernel may not run on a CUDA device; None if its tests have passed there."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    mine = fingerprint(index)
-    passed = _passed().get(tuple(mine.values()), frozenset())
+    own = fingerprint(index)
+    passed = _passed().get(tuple(own.values()), frozenset())
     if op in passed:
         return None
-    return f"no test record for {mine['device']} with these versions: run `python -m stabnorm.ops.selftest`"
+    return f"no test record for {own['device']} with these versions: run `python -m stabnorm.ops.selftest`"
 
 
 def record(index: int | None, ops: Iterable[str]) -> Path:
-    """Write down that the kernels of these ops passed on a device, in the user's cache; returns the file."""
+    """Record in the user's cache that the kernels of these ops passed on a device, and return the file."""
     path = cache_folder() / SHIPPED.name
-    mine = fingerprint(index)
-    others = [entry for entry in _read(path) if any(entry.get(part) != mine[part] for part in mine)]
+    own = fingerprint(index)
+    others = [entry for entry in _read(path) if any(entry.get(part) != own[part] for part in own)]
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps([*others, {**mine, "passed": sorted(ops)}], indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)  # two processes that test at once leave one whole file
+    draft.write_text(json.dumps([*others, {**own, "passed": sorted(ops)}], indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)  # atomic, because two processes may test at the same time
     _passed.cache_clear()
     for call in on_change:
         call()
@@ -89,15 +89,15 @@ def record(index: int | None, ops: Iterable[str]) -> Path:
 
 @functools.cache
 def _passed() -> dict[tuple[str, ...], frozenset[str]]:
-    found: dict[tuple[str, ...], frozenset[str]] = {}
+    passed: dict[tuple[str, ...], frozenset[str]] = {}
     parts = ("device", "capability", "torch", "triton", "kernels")
-    for entry in (*_read(SHIPPED), *_read(cache_folder() / SHIPPED.name)):  # the user's own outweighs ours
-        found[tuple(str(entry.get(part)) for part in parts)] = frozenset(entry.get("passed", ()))
-    return found
+    for entry in (*_read(SHIPPED), *_read(cache_folder() / SHIPPED.name)):  # the user's record wins
+        passed[tuple(str(entry.get(part)) for part in parts)] = frozenset(entry.get("passed", ()))
+    return passed
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The records in a file; none where it is missing or spoilt, for then the tests just run again."""
+    """Return the records in a file; none if it is missing or damaged, because then the tests simply run again."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,8 +1,7 @@
-"""What a kernel that has seen some rows does with a layer's accumulator, and what makes one accumulator of many.
+"""Device functions that add the moments of some rows to a layer's accumulator, and the kernel that merges splits.
 
-An accumulator may be in splits, one for each program that adds to it: then no program waits for another, and there are
-no atomics. `merge` makes one of all splits, for all layers in one launch, once a step. Which program adds what, and in
-which order, is fixed.
+An accumulator may have splits, one for each program that adds to it. Then no program waits for another, and no atomics
+are needed. Once per step, `merge` merges all splits of all layers in one launch. The order of all additions is fixed.
 """
 
 import torch
@@ -37,18 +36,18 @@ TOKEN_ROWS = tl.constexpr(functional.TOKEN_ROWS)
 
 
 @triton.jit
-def add_moments(into, line_stride, there, n_a, n_b, shift_b, rest_b, m2_b, most_b, fewest_b):
-    """Add what was seen of x, ``[C]`` each, to the accumulator at ``into [C]`` that has seen ``n_a`` rows.
+def add_moments(into, line_stride, mask_c, n_a, n_b, shift_b, rest_b, m2_b, most_b, fewest_b):
+    """Add moments of x, ``[C]`` each, to the accumulator at ``into [C]`` that has ``n_a`` rows.
 
-    Returns how many there are now, the new ones' share and how far their mean is from that of the others.
+    Return the new number of rows, the share of the new rows, and the difference of their mean from the old mean.
     """
-    old = there & (n_a + tl.zeros_like(n_b) > 0)
+    old = mask_c & (n_a + tl.zeros_like(n_b) > 0)
     n_ab, shift_ab, rest_ab, m2_ab, share, delta = merged(
         n_a, tl.load(into + SHIFT_X * line_stride, mask=old, other=0.0),
         tl.load(into + REST_X * line_stride, mask=old, other=0.0),
         n_a * tl.load(into + VAR_X * line_stride, mask=old, other=0.0), n_b, shift_b, rest_b, m2_b,
     )  # fmt: skip
-    new = there & (n_b > 0)
+    new = mask_c & (n_b > 0)
     tl.store(into + SHIFT_X * line_stride, shift_ab, mask=new)
     tl.store(into + REST_X * line_stride, rest_ab, mask=new)
     tl.store(into + VAR_X * line_stride, m2_ab / tl.maximum(n_ab, 1.0), mask=new)
@@ -60,10 +59,10 @@ def add_moments(into, line_stride, there, n_a, n_b, shift_b, rest_b, m2_b, most_
 
 
 @triton.jit
-def add_normalized(into, line_stride, there, n_a, n_b, n_ab, share, delta, shift_b, rest_b, m2_b, both_b):
-    """Add what was seen of the normalised input; after `add_moments`, which gives n_ab, share and delta."""
-    old = there & (n_a + tl.zeros_like(n_b) > 0)
-    new = there & (n_b > 0)
+def add_normalized(into, line_stride, mask_c, n_a, n_b, n_ab, share, delta, shift_b, rest_b, m2_b, both_b):
+    """Add moments of the normalised input; call it after `add_moments`, which returns n_ab, share and delta."""
+    old = mask_c & (n_a + tl.zeros_like(n_b) > 0)
+    new = mask_c & (n_b > 0)
     _, shift_n, rest_n, m2_nn, _, delta_n = merged(
         n_a, tl.load(into + SHIFT_N * line_stride, mask=old, other=0.0),
         tl.load(into + REST_N * line_stride, mask=old, other=0.0),
@@ -78,7 +77,7 @@ def add_normalized(into, line_stride, there, n_a, n_b, n_ab, share, delta, shift
 
 @triton.jit
 def add_tokens(line, n_a, count, std_b, mean_b, below_b, std_least, mean_least, std_most, mean_most):
-    """Add what was seen of ``count`` tokens to the line ``[7]`` of an accumulator that has seen ``n_a``."""
+    """Add statistics of ``count`` tokens to the line ``[7]`` of an accumulator that has ``n_a`` tokens."""
     of_new = count / (n_a + count)
     std_a, mean_a, below_a = tl.load(line + STD_MEAN), tl.load(line + MEAN_MEAN), tl.load(line + EPS_SHARE)
     tl.store(line + STD_MEAN, std_a + (std_b - std_a) * of_new)
@@ -95,7 +94,7 @@ def _merge(
     seen_ptr, channel_ptr, token_ptr, seen_out, channel_out, token_out, splits, channels,
     SPLITS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """All splits of one layer, one block of channels, as one accumulator."""
+    """Merge all splits of one layer and one block of channels to one accumulator."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     layer = tl.program_id(1).to(tl.int64)
     n = tl.zeros([SPLITS, CHANNELS], tl.float32)
@@ -106,22 +105,22 @@ def _merge(
     for start in range(0, splits, SPLITS):
         s = start + tl.arange(0, SPLITS)
         seen = tl.load(seen_ptr + layer * splits + s, mask=s < splits, other=0).to(tl.float32)
-        there = (seen > 0)[:, None] & (c < channels)[None, :]
+        mask = (seen > 0)[:, None] & (c < channels)[None, :]
         at = channel_ptr + (layer * splits + s)[:, None] * (CHANNEL_ROWS * channels) + c[None, :]
-        n_b = tl.where(there, seen[:, None], 0.0)
+        n_b = tl.where(mask, seen[:, None], 0.0)
         n_ab, shift, rest, m2, share, delta = merged(
-            n, shift, rest, m2, n_b, tl.load(at + SHIFT_X * channels, mask=there, other=0.0),
-            tl.load(at + REST_X * channels, mask=there, other=0.0),
-            n_b * tl.load(at + VAR_X * channels, mask=there, other=0.0),
+            n, shift, rest, m2, n_b, tl.load(at + SHIFT_X * channels, mask=mask, other=0.0),
+            tl.load(at + REST_X * channels, mask=mask, other=0.0),
+            n_b * tl.load(at + VAR_X * channels, mask=mask, other=0.0),
         )  # fmt: skip
         _, shift_n, rest_n, m2_n, _, delta_n = merged(
-            n, shift_n, rest_n, m2_n, n_b, tl.load(at + SHIFT_N * channels, mask=there, other=0.0),
-            tl.load(at + REST_N * channels, mask=there, other=0.0),
-            n_b * tl.load(at + VAR_N * channels, mask=there, other=0.0),
+            n, shift_n, rest_n, m2_n, n_b, tl.load(at + SHIFT_N * channels, mask=mask, other=0.0),
+            tl.load(at + REST_N * channels, mask=mask, other=0.0),
+            n_b * tl.load(at + VAR_N * channels, mask=mask, other=0.0),
         )  # fmt: skip
-        m2_xn += n_b * tl.load(at + COV_XN * channels, mask=there, other=0.0) + delta * delta_n * (n * share)
-        most = largest(most, tl.load(at + MAX * channels, mask=there, other=float("-inf")))
-        fewest = least(fewest, tl.load(at + MIN * channels, mask=there, other=float("inf")))
+        m2_xn += n_b * tl.load(at + COV_XN * channels, mask=mask, other=0.0) + delta * delta_n * (n * share)
+        most = largest(most, tl.load(at + MAX * channels, mask=mask, other=float("-inf")))
+        fewest = least(fewest, tl.load(at + MIN * channels, mask=mask, other=float("inf")))
         n = n_ab
     total, shift_all, rest_all, m2_all, apart = lanes_merged(n, shift, rest, m2)
     _, shift_alln, rest_alln, m2_alln, apart_n = lanes_merged(n, shift_n, rest_n, m2_n)
@@ -152,21 +151,21 @@ def _merge_tokens(seen_ptr, token_ptr, seen_out, token_out, layer, splits, SPLIT
     mean_most = tl.full([SPLITS], float("-inf"), tl.float32)
     for start in range(0, splits, SPLITS):
         s = start + tl.arange(0, SPLITS)
-        there = s < splits
-        seen = tl.load(seen_ptr + layer * splits + s, mask=there, other=0)
+        mask_s = s < splits
+        seen = tl.load(seen_ptr + layer * splits + s, mask=mask_s, other=0)
         count += seen
         n_b = seen.to(tl.float32)
         n += n_b
         share = n_b / tl.maximum(n, 1.0)
         at = token_ptr + (layer * splits + s) * TOKEN_ROWS
-        there = n_b > 0
-        std += share * tl.where(there, tl.load(at + STD_MEAN, mask=there, other=0.0) - std, 0.0)
-        mean += share * tl.where(there, tl.load(at + MEAN_MEAN, mask=there, other=0.0) - mean, 0.0)
-        below += share * tl.where(there, tl.load(at + EPS_SHARE, mask=there, other=0.0) - below, 0.0)
-        std_least = least(std_least, tl.load(at + STD_MIN, mask=there, other=float("inf")))
-        mean_least = least(mean_least, tl.load(at + MEAN_MIN, mask=there, other=float("inf")))
-        std_most = largest(std_most, tl.load(at + STD_MAX, mask=there, other=float("-inf")))
-        mean_most = largest(mean_most, tl.load(at + MEAN_MAX, mask=there, other=float("-inf")))
+        nonempty = n_b > 0
+        std += share * tl.where(nonempty, tl.load(at + STD_MEAN, mask=nonempty, other=0.0) - std, 0.0)
+        mean += share * tl.where(nonempty, tl.load(at + MEAN_MEAN, mask=nonempty, other=0.0) - mean, 0.0)
+        below += share * tl.where(nonempty, tl.load(at + EPS_SHARE, mask=nonempty, other=0.0) - below, 0.0)
+        std_least = least(std_least, tl.load(at + STD_MIN, mask=nonempty, other=float("inf")))
+        mean_least = least(mean_least, tl.load(at + MEAN_MIN, mask=nonempty, other=float("inf")))
+        std_most = largest(std_most, tl.load(at + STD_MAX, mask=nonempty, other=float("-inf")))
+        mean_most = largest(mean_most, tl.load(at + MEAN_MAX, mask=nonempty, other=float("-inf")))
     share = n / tl.maximum(tl.sum(n, 0), 1.0)
     out = token_out + layer * TOKEN_ROWS
     tl.store(seen_out + layer, tl.sum(count, 0))
@@ -181,7 +180,7 @@ def _merge_tokens(seen_ptr, token_ptr, seen_out, token_out, layer, splits, SPLIT
 
 @merge_splits.backend("triton")
 def merge(seen: Tensor, channel: Tensor, token: Tensor) -> RawMoments:
-    """See `ops.accumulators.merge_splits`; what did not run is 0."""
+    """See `ops.accumulators.merge_splits`; a layer that did not run gets 0."""
     layers, splits, channel_rows, channels = channel.shape
     out = RawMoments(
         seen.new_empty(layers),

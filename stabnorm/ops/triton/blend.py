@@ -1,4 +1,4 @@
-"""The Triton backend of `blend`: one kernel over elements, lam staying on the device."""
+"""The Triton backend of `blend`: one kernel over elements; lam stays on the device."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from torch.library import triton_op
 from stabnorm.ops.blend import blend, join_gradients
 from stabnorm.ops.triton.shared import blended, traceable
 
-_FLAT = 4096  # elements of a program
+_FLAT = 4096  # elements per program
 
 
 @triton.jit

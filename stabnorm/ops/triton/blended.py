@@ -1,8 +1,9 @@
-"""The Triton backend of `blended`: both norms of a PRepBN in the bytes of one, lam staying on the device.
+"""The Triton backend of `blended`: both norms of a PRepBN with the memory traffic of one; lam stays on the device.
 
-The forward reads its input once for the batch's moments (`triton.rows`) and once for both norms; the backward reads
-input and upstream gradient once for all column sums, LayerNorm's included, and once for the gradient. Rows are gone
-through backwards the second time, see `triton.shared`. At lam = 1 this is LayerNorm to rounding, not to the bit.
+The forward reads its input once for the moments of the batch (`triton.rows`) and once for both norms. The backward
+reads input and upstream gradient once for all column sums, those of LayerNorm included, and once for the gradient. The
+second pass starts at the last row, see `triton.shared`. At lam = 1 the result is LayerNorm up to rounding, not the same
+bits.
 """
 
 import torch
@@ -31,21 +32,21 @@ def _norm(
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     r, c, mask = tile_from_the_end(rows, channels, ROWS, CHANNELS)
-    there, lam = c < channels, tl.load(lam_ptr)
+    mask_c, lam = c < channels, tl.load(lam_ptr)
     x = tl.load(x_ptr + r[:, None] * row_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / channels
     deviation = tl.where(mask, x - mean[:, None], 0.0)
-    rest = tl.sum(deviation, 1) / channels  # what rounding left of a mean far from 0
+    rest = tl.sum(deviation, 1) / channels  # the rounding error of a mean far from 0
     deviation = tl.where(mask, deviation - rest[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / channels + eps)
     norm = deviation * rstd[:, None]
     if WEIGHT:
-        norm *= tl.load(weight_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+        norm *= tl.load(weight_ptr + c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     if BIAS:
-        norm += tl.load(bias_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
-    rep = x * tl.load(scale_ptr + c, mask=there, other=0.0)[None, :]
+        norm += tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    rep = x * tl.load(scale_ptr + c, mask=mask_c, other=0.0)[None, :]
     if SHIFT:
-        rep += tl.load(shift_ptr + c, mask=there, other=0.0)[None, :]
+        rep += tl.load(shift_ptr + c, mask=mask_c, other=0.0)[None, :]
     y = blended(lam, norm, rep)
     tl.store(y_ptr + r[:, None] * channels + c[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(means_ptr + r, mean + rest, mask=r < rows)
@@ -60,25 +61,25 @@ def _gradient(
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     r, c, mask = tile_from_the_end(rows, channels, ROWS, CHANNELS)
-    there, inside, lam = c < channels, r < rows, tl.load(lam_ptr)
+    mask_c, inside, lam = c < channels, r < rows, tl.load(lam_ptr)
     dy = tl.load(dy_ptr + r[:, None] * dy_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + r[:, None] * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
     rstd = tl.load(rstds_ptr + r, mask=inside, other=0.0)[:, None]
     normal = tl.where(mask, (x - tl.load(means_ptr + r, mask=inside, other=0.0)[:, None]) * rstd, 0.0)
     g = dy
     if WEIGHT:
-        g = dy * tl.load(weight_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+        g = dy * tl.load(weight_ptr + c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     plain = tl.sum(g, 1) / channels
     along = tl.sum(g * normal, 1) / channels
     of_norm = (g - plain[:, None] - normal * along[:, None]) * rstd
     if CENTER:
-        x -= tl.load(mean_ptr + c, mask=there, other=0.0)[None, :]
-    through = x * tl.load(slope_ptr + c, mask=there, other=0.0)[None, :]
+        x -= tl.load(mean_ptr + c, mask=mask_c, other=0.0)[None, :]
+    through = x * tl.load(slope_ptr + c, mask=mask_c, other=0.0)[None, :]
     if OFFSET:
-        through += tl.load(offset_ptr + c, mask=there, other=0.0)[None, :]
+        through += tl.load(offset_ptr + c, mask=mask_c, other=0.0)[None, :]
     if MASKED:
         through = tl.where((tl.load(valid_ptr + r, mask=inside, other=0) != 0)[:, None], through, 0.0)
-    of_rep = dy * tl.load(scale_ptr + c, mask=there, other=0.0)[None, :] - through
+    of_rep = dy * tl.load(scale_ptr + c, mask=mask_c, other=0.0)[None, :] - through
     dx = blended(lam, of_norm, of_rep)
     tl.store(dx_ptr + r[:, None] * channels + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -109,7 +110,7 @@ def _norm_op(
     return y, means, rstds
 
 
-# A kernel cannot read lam on the host, and so cannot leave the norm to torch where lam is 1.
+# `same_bits` is False because lam is only known on the device: at lam = 1 torch's LayerNorm cannot be called instead.
 @blended_norm.backend("triton", in_graphs=True, same_bits=False)
 def norm(
     lam: Tensor,

@@ -1,4 +1,4 @@
-"""The Triton backend of PowerNorm's GroupScaling: a token's group of channels is a short row of its own."""
+"""The Triton backend of PowerNorm's GroupScaling; each group of a token's channels is a short row of its own."""
 
 import torch
 import triton
@@ -30,7 +30,7 @@ def _gradient(
     y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
     r = tl.load(r_ptr + row, mask=row < rows, other=0.0)[:, None]
     dx = (dy - y * (tl.sum(dy * y, 1) / channels)[:, None]) * r
-    if MASKED:  # padding, which may hold NaN, gets 0 where 0 comes back to it
+    if MASKED:  # padding may hold NaN: where dy is 0, dx is 0
         silent = tl.sum((dy != 0).to(tl.int32), 1) == 0
         dx = tl.where(silent[:, None], 0.0, dx)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -1,12 +1,11 @@
-"""The Triton backend of `moments`: what a forward adds to a layer's accumulator.
+"""The Triton backend of `moments`: it adds the moments of a forward to a layer's accumulator.
 
-It takes one read, or two with the tokens' statistics.
+This takes one read of the input, or two reads with statistics of tokens or of the normalised input. The mean and
+variance of a token must be known before its first channel can be normalised. The second read follows at once, so an
+activation that fits the cache is read from memory only once.
 
-The accumulator of a layer may be one (``seen []``, ``channel [9, C]``, ``token [7]``) or one for every split of the
-rows, with the splits as first axis, see `stabnorm.ops.triton.accumulators`.
-
-The second read is for what the norm makes of x: a token's mean and variance must be known before the first of its
-channels can be normalised. It follows at once, so that of an activation that fits the cache it reads no memory.
+The accumulator of a layer is plain (``seen []``, ``channel [9, C]``, ``token [7]``) or has splits of the rows as its
+first axis, see `stabnorm.ops.triton.accumulators`.
 """
 
 import torch
@@ -29,12 +28,12 @@ from stabnorm.ops.triton.shared import (
     rows_of_tile,
 )
 
-_KINDS = {"layer": 0, "rms": 1}  # those whose tokens are normalised here
+_KINDS = {"layer": 0, "rms": 1}  # the kinds whose tokens the kernel normalises
 
 
 @triton.jit
 def _tokens(x_ptr, out_ptr, rows, channels, row_stride, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Mean, as a value and what rounding left of it, and biased variance of every token: ``[R, 3]``."""
+    """Compute mean (a value and its rounding error) and biased variance of every token, ``[R, 3]``."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mean = tl.zeros([ROWS], tl.float32)
     rest = tl.zeros([ROWS], tl.float32)
@@ -64,10 +63,10 @@ def _add(
     KIND: tl.constexpr, TOKENS: tl.constexpr, NORMALIZED: tl.constexpr, MASKED: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Merge one split of one block of channels into its accumulator. KIND: 0 layer, 1 rms, 2 n is given."""
+    """Add one split and one block of channels to the accumulator. KIND: 0 layer, 1 rms, 2 if n is an argument."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    there = c < channels
+    mask_c = c < channels
     n = tl.zeros([ROWS, 1], tl.float32)
     shift = tl.zeros([ROWS, CHANNELS], tl.float32)
     rest = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -77,7 +76,7 @@ def _add(
     mean_n = tl.zeros([ROWS, CHANNELS], tl.float32)
     m2_n = tl.zeros([ROWS, CHANNELS], tl.float32)
     m2_xn = tl.zeros([ROWS, CHANNELS], tl.float32)
-    std_mean = tl.zeros([ROWS], tl.float32)  # and the others over the tokens, a lane for each row of the tile
+    std_mean = tl.zeros([ROWS], tl.float32)  # the next seven are over tokens, with a lane for each row of the tile
     mean_mean = tl.zeros([ROWS], tl.float32)
     below = tl.zeros([ROWS], tl.float32)
     std_least = tl.full([ROWS], float("inf"), tl.float32)
@@ -91,11 +90,11 @@ def _add(
             if MASKED:
                 keep = keep & (tl.load(valid_ptr + r, mask=keep, other=0) != 0)
             r64 = r.to(tl.int64)
-            mask = keep[:, None] & there[None, :]
+            mask = keep[:, None] & mask_c[None, :]
             x = tl.load(x_ptr + r64[:, None] * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
             n_before = n
             n += keep.to(tl.float32)[:, None]
-            weight = 1.0 / tl.maximum(n, 1.0)  # of the new row in its lane
+            weight = 1.0 / tl.maximum(n, 1.0)  # weight of the new row in its lane
             most = largest(most, tl.where(keep[:, None], x, float("-inf")))
             fewest = least(fewest, tl.where(keep[:, None], x, float("inf")))
             shift = tl.where(keep[:, None] & (n_before == 0), x, shift)
@@ -141,14 +140,14 @@ def _add(
     n_a = tl.load(seen_ptr + split).to(tl.float32)
     into_ptr = channel_ptr + split.to(tl.int64) * split_stride + c
     n_ab, share, delta = add_moments(
-        into_ptr, line_stride, there, n_a, n_b, shift_b, rest_b, m2_b,
+        into_ptr, line_stride, mask_c, n_a, n_b, shift_b, rest_b, m2_b,
         largest_of(tl.where(lane, most, float("-inf"))), least_of(fewest),
     )  # fmt: skip
     if NORMALIZED:
         zeros = tl.zeros_like(shift)
         _, shift_bn, rest_bn, m2_bn, apart_n = lanes_merged(of_lane, zeros, mean_n, m2_n)
         both_b = tl.sum(m2_xn + of_lane * apart * apart_n, 0)
-        add_normalized(into_ptr, line_stride, there, n_a, n_b, n_ab, share, delta, shift_bn, rest_bn, m2_bn, both_b)
+        add_normalized(into_ptr, line_stride, mask_c, n_a, n_b, n_ab, share, delta, shift_bn, rest_bn, m2_bn, both_b)
     if tl.program_id(0) == 0:
         lanes = tl.sum(n, 1)
         count = tl.sum(lanes, 0)
@@ -178,7 +177,7 @@ def add_moments_of_rows_(
     fresh: bool,
 ) -> None:
     """See `ops.moments.add_moments_`."""
-    with torch.cuda.device_of(rows):  # a kernel is launched on the current device, whatever it is given
+    with torch.cuda.device_of(rows):  # a kernel runs on the current device, whatever the device of its arguments
         _add_moments_(rows, valid, into, kind, eps, by_groups, variances, tokens, normalized)
 
 
@@ -226,4 +225,4 @@ def _add_moments_(
         KIND=_KINDS.get(kind, 2), TOKENS=tokens, NORMALIZED=normalized, MASKED=valid is not None,
         ROWS=where.rows, CHANNELS=where.channels, AHEAD=max(1, where.ahead // 2),
     )  # fmt: skip
-    into.seen.add_(counts)  # by itself: every block of channels reads what was seen before
+    into.seen.add_(counts)  # after the kernel, because every block of channels reads the old count

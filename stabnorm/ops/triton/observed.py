@@ -1,9 +1,9 @@
-"""The Triton backend of `observed`: LayerNorm or RMSNorm, and what a monitor wants to know of its input, in one read.
+"""The Triton backend of `observed`: LayerNorm or RMSNorm, and the moments of its input for a monitor, in one read.
 
-Each program holds whole rows, takes every so many tiles of them, and keeps the columns' moments meanwhile: it adds them
-to its own split of the layer's accumulator, see `stabnorm.ops.triton.accumulators`. So the norm moves the bytes that it
-moves anyway. The backward sums dy n and dy over the columns on the way, which are the gradients of gain and bias, and
-what the gradient statistics are made of.
+Each program holds whole rows, processes its share of the tiles, and keeps the moments of the columns in registers. At
+the end it adds them to its own split of the layer's accumulator, see `stabnorm.ops.triton.accumulators`. So there is no
+more memory traffic than for the norm alone. The backward also sums dy n and dy over the columns. These are the
+gradients of gain and bias, from which the gradient statistics are computed.
 """
 
 from typing import Any
@@ -43,34 +43,34 @@ def _observed(
     TOKENS: tl.constexpr, NORMALIZED: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The norm of one split of the rows; with ADD its moments, merged with what the split's accumulator holds."""
+    """Compute the norm of one split of the rows; with ADD also add its moments to the split's accumulator."""
     c = tl.arange(0, CHANNELS)
-    there = c < channels
+    mask_c = c < channels
     split, splits = tl.program_id(0), tl.num_programs(0)
     n = tl.zeros([CHANNELS], tl.float32)
     shift, rest, m2 = tl.zeros_like(n), tl.zeros_like(n), tl.zeros_like(n)
     shift_n, mean_n, m2_n, m2_xn = tl.zeros_like(n), tl.zeros_like(n), tl.zeros_like(n), tl.zeros_like(n)
     most = tl.full([CHANNELS], float("-inf"), tl.float32)
     fewest = tl.full([CHANNELS], float("inf"), tl.float32)
-    counted = tl.zeros([ROWS], tl.float32)  # tokens, a lane for each row of the tile
+    counted = tl.zeros([ROWS], tl.float32)  # tokens so far, with a lane for each row of the tile
     std_mean, mean_mean, below = tl.zeros_like(counted), tl.zeros_like(counted), tl.zeros_like(counted)
     std_least = tl.full([ROWS], float("inf"), tl.float32)
     mean_least = tl.full([ROWS], float("inf"), tl.float32)
     std_most = tl.full([ROWS], float("-inf"), tl.float32)
     mean_most = tl.full([ROWS], float("-inf"), tl.float32)
     if WEIGHT:
-        gain = tl.load(weight_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+        gain = tl.load(weight_ptr + c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     if BIAS:
-        offset = tl.load(bias_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+        offset = tl.load(bias_ptr + c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     for tile in tl.range(split, tl.cdiv(rows, ROWS), splits, num_stages=STAGES):
         r = tile * ROWS + tl.arange(0, ROWS)
         inside = r < rows
         r64 = r.to(tl.int64)
-        mask = inside[:, None] & there[None, :]
+        mask = inside[:, None] & mask_c[None, :]
         x = tl.load(x_ptr + r64[:, None] * row_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
         high = tl.sum(x, 1) / channels
         deviation = tl.where(mask, x - high[:, None], 0.0)
-        low = tl.sum(deviation, 1) / channels  # what rounding left of a mean far from 0
+        low = tl.sum(deviation, 1) / channels  # the rounding error of a mean far from 0
         deviation = tl.where(mask, deviation - low[:, None], 0.0)
         var = tl.sum(deviation * deviation, 1) / channels
         mean = high + low
@@ -117,7 +117,7 @@ def _observed(
             n = n_new
             if TOKENS:
                 of_token = tl.where(keep, 1.0, 0.0)
-                here = of_token > 0  # not `keep`: a mask of four rows, laid out anew, takes local memory
+                here = of_token > 0  # not `keep`: changing the layout of such a mask would use local memory
                 counted += of_token
                 weight = of_token / tl.maximum(counted, 1.0)
                 std = tl.sqrt(var)
@@ -131,9 +131,9 @@ def _observed(
     if ADD:
         n_a = tl.load(seen_ptr + split).to(tl.float32)
         accumulator = channel_ptr + split.to(tl.int64) * split_stride + c
-        n_ab, share, delta = add_moments(accumulator, line_stride, there, n_a, n, shift, rest, m2, most, fewest)
+        n_ab, share, delta = add_moments(accumulator, line_stride, mask_c, n_a, n, shift, rest, m2, most, fewest)
         if NORMALIZED:
-            add_normalized(accumulator, line_stride, there, n_a, n, n_ab, share, delta, shift_n, mean_n, m2_n, m2_xn)
+            add_normalized(accumulator, line_stride, mask_c, n_a, n, n_ab, share, delta, shift_n, mean_n, m2_n, m2_xn)
         count = tl.max(n, 0)
         tl.store(counts_ptr + split, count.to(tl.int64))
         if TOKENS and count > 0:
@@ -149,18 +149,18 @@ def _norm_gradient(
     dy_ptr, x_ptr, weight_ptr, means_ptr, rstds_ptr, dx_ptr, parts_ptr, rows, channels, dy_stride, x_stride,
     RMS: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Dx of one split of the rows, and its sums of dy n and of dy."""
+    """Compute dx of one split of the rows, and its sums of dy n and of dy."""
     c = tl.arange(0, CHANNELS)
-    there = c < channels
+    mask_c = c < channels
     split, splits = tl.program_id(0), tl.num_programs(0)
     through, plain = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     if WEIGHT:
-        gain = tl.load(weight_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+        gain = tl.load(weight_ptr + c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     for tile in tl.range(split, tl.cdiv(rows, ROWS), splits, num_stages=STAGES):
         r = tile * ROWS + tl.arange(0, ROWS)
         inside = r < rows
         r64 = r.to(tl.int64)
-        mask = inside[:, None] & there[None, :]
+        mask = inside[:, None] & mask_c[None, :]
         dy = tl.load(dy_ptr + r64[:, None] * dy_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + r64[:, None] * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstds_ptr + r64, mask=inside, other=0.0)[:, None]
@@ -178,16 +178,16 @@ def _norm_gradient(
         through += tl.sum(dy * normal, 0)
         plain += tl.sum(dy, 0)
     out = parts_ptr + split.to(tl.int64) * 2 * channels + c
-    tl.store(out, through, mask=there)
-    tl.store(out + channels, plain, mask=there)
+    tl.store(out, through, mask=mask_c)
+    tl.store(out + channels, plain, mask=mask_c)
 
 
 # --- the ops ---
 
 
 WARPS = 16
-TILE = 4 * 32 * WARPS  # elements, four for a thread in each stage: with more the sums do not fit beside them
-AHEAD = 32768  # bytes of an input that are on their way at once
+TILE = 4 * 32 * WARPS  # elements: four per thread in each stage; with more, the sums do not fit into registers
+AHEAD = 32768  # bytes of an input in flight
 
 
 def _layout(channels: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -208,12 +208,12 @@ def norm(
     valid: Tensor | None,
     add: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.observed.norm_with_moments`; ``into`` is an accumulator in `splits_of_rows` splits."""
+    """See `ops.observed.norm_with_moments`; ``into`` is an accumulator with `splits_of_rows` splits."""
     rows, gain, bias = laid_out(rows), side_by_side(gain), side_by_side(bias)
     length, channels = rows.shape
     means, rstds = (rows.new_empty(length, dtype=torch.float32) for _ in range(2))
     counts = torch.empty_like(into.seen)
-    with torch.cuda.device_of(rows):  # a kernel is launched on the current device, whatever it is given
+    with torch.cuda.device_of(rows):  # a kernel runs on the current device, whatever the device of its arguments
         _observed[(len(into.seen),)](
             rows, rows if gain is None else gain, rows if bias is None else bias, y, means, rstds,
             as_bytes(valid, rows), into.seen, counts, into.channel, into.token, length, channels, rows.stride(0),

@@ -1,7 +1,7 @@
-"""The Triton backend of `one_pass`: a map and the column sums of what it reads, in one read and one write.
+"""The Triton backend of `one_pass`: a map and the column sums of its input, in one read and one write.
 
-The maps' vectors are a guess. Whether it was right is known once the sums are merged, and stays on the device: the pass
-that would put it right looks at a flag first, and where that is set returns at once.
+The vectors of the maps are a guess. Whether the guess was right is known on the device after the sums are merged. A
+second pass reads this flag first, and returns at once if the guess was right; else it computes the map again.
 """
 
 import torch
@@ -31,21 +31,21 @@ def _affine_square(
     x_ptr, valid_ptr, scale_ptr, shift_ptr, y_ptr, out_ptr, rows, channels, x_stride,
     SHIFT: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Y = x scale + shift of all rows; count and sum of x^2 of one split's valid rows."""
+    """Compute y = x scale + shift for all rows, and count and sum of x^2 over the valid rows of one split."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    there = c < channels
-    scale = tl.load(scale_ptr + c, mask=there, other=0.0)
+    mask_c = c < channels
+    scale = tl.load(scale_ptr + c, mask=mask_c, other=0.0)
     shift = tl.zeros([CHANNELS], tl.float32)
     if SHIFT:
-        shift = tl.load(shift_ptr + c, mask=there, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + c, mask=mask_c, other=0.0).to(tl.float32)
     n = tl.zeros([ROWS, 1], tl.float32)
     square = tl.zeros([ROWS, CHANNELS], tl.float32)
     for tile in range(split, tl.cdiv(rows, ROWS), splits * AHEAD):
         for ahead in tl.static_range(AHEAD):
             r = (tile + ahead * splits) * ROWS + tl.arange(0, ROWS)
             inside = r < rows
-            mask = inside[:, None] & there[None, :]
+            mask = inside[:, None] & mask_c[None, :]
             r64 = r.to(tl.int64)[:, None]
             x = tl.load(x_ptr + r64 * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
             y = x * scale[None, :] + shift[None, :]
@@ -57,8 +57,8 @@ def _affine_square(
             n += keep.to(tl.float32)[:, None]
             square += x * x
     out = out_ptr + c + split * channels * 2
-    tl.store(out, tl.sum(n + tl.zeros_like(square), 0), mask=there)
-    tl.store(out + channels, tl.sum(square, 0), mask=there)
+    tl.store(out, tl.sum(n + tl.zeros_like(square), 0), mask=mask_c)
+    tl.store(out + channels, tl.sum(square, 0), mask=mask_c)
 
 
 @triton.jit
@@ -66,12 +66,12 @@ def _gradient_sums(
     dy_ptr, x_ptr, valid_ptr, scale_ptr, slope_ptr, dx_ptr, out_ptr, rows, channels, dy_stride, x_stride,
     MASKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Dx = dy scale - [valid] slope x; sums of dy and dy x over one split, with a mask of the valid rows, too."""
+    """Compute dx = dy scale - [valid] slope x, and sums of dy and dy x over one split; MASKED: also over valid rows."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    there = c < channels
-    scale = tl.load(scale_ptr + c, mask=there, other=0.0)
-    slope = tl.load(slope_ptr + c, mask=there, other=0.0)
+    mask_c = c < channels
+    scale = tl.load(scale_ptr + c, mask=mask_c, other=0.0)
+    slope = tl.load(slope_ptr + c, mask=mask_c, other=0.0)
     plain = tl.zeros([ROWS, CHANNELS], tl.float32)
     weighted = tl.zeros([ROWS, CHANNELS], tl.float32)
     plain_valid = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -80,7 +80,7 @@ def _gradient_sums(
         for ahead in tl.static_range(AHEAD):
             r = (tile + ahead * splits) * ROWS + tl.arange(0, ROWS)
             inside = r < rows
-            mask = inside[:, None] & there[None, :]
+            mask = inside[:, None] & mask_c[None, :]
             r64 = r.to(tl.int64)[:, None]
             dy = tl.load(dy_ptr + r64 * dy_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
             x = tl.load(x_ptr + r64 * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -97,11 +97,11 @@ def _gradient_sums(
             dx = dy * scale[None, :] - through
             tl.store(dx_ptr + r64 * channels + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     out = out_ptr + c + split * channels * (4 if MASKED else 2)
-    tl.store(out, tl.sum(plain, 0), mask=there)
-    tl.store(out + channels, tl.sum(weighted, 0), mask=there)
+    tl.store(out, tl.sum(plain, 0), mask=mask_c)
+    tl.store(out + channels, tl.sum(weighted, 0), mask=mask_c)
     if MASKED:
-        tl.store(out + 2 * channels, tl.sum(plain_valid, 0), mask=there)
-        tl.store(out + 3 * channels, tl.sum(weighted_valid, 0), mask=there)
+        tl.store(out + 2 * channels, tl.sum(plain_valid, 0), mask=mask_c)
+        tl.store(out + 3 * channels, tl.sum(weighted_valid, 0), mask=mask_c)
 
 
 @triton.jit
@@ -111,11 +111,11 @@ def _redo_affine(
 ):  # fmt: skip
     if tl.load(right_ptr) == 0:
         r, c, mask = tile_from_the_end(rows, channels, ROWS, CHANNELS)
-        there = c < channels
+        mask_c = c < channels
         x = tl.load(x_ptr + r[:, None] * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = x * tl.load(scale_ptr + c, mask=there, other=0.0)[None, :]
+        y = x * tl.load(scale_ptr + c, mask=mask_c, other=0.0)[None, :]
         if SHIFT:
-            y += tl.load(shift_ptr + c, mask=there, other=0.0).to(tl.float32)[None, :]
+            y += tl.load(shift_ptr + c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
         tl.store(y_ptr + r[:, None] * channels + c[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -126,14 +126,14 @@ def _redo_gradient(
 ):  # fmt: skip
     if tl.load(right_ptr) == 0:
         r, c, mask = tile_from_the_end(rows, channels, ROWS, CHANNELS)
-        there = c < channels
+        mask_c = c < channels
         dy = tl.load(dy_ptr + r[:, None] * dy_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + r[:, None] * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        through = x * tl.load(slope_ptr + c, mask=there, other=0.0)[None, :]
+        through = x * tl.load(slope_ptr + c, mask=mask_c, other=0.0)[None, :]
         if MASKED:
             keep = tl.load(valid_ptr + r, mask=r < rows, other=0) != 0
             through = tl.where(keep[:, None], through, 0.0)
-        dx = dy * tl.load(scale_ptr + c, mask=there, other=0.0)[None, :] - through
+        dx = dy * tl.load(scale_ptr + c, mask=mask_c, other=0.0)[None, :] - through
         tl.store(dx_ptr + r[:, None] * channels + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 

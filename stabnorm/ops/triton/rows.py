@@ -1,7 +1,7 @@
 """The Triton backend of `rows`: one read for the moments, one for the sums, one read and one write for each map.
 
-The two maps go through the rows backwards: the reduction before them ended at the last row, and what of the tensor
-still lies in the cache is its end. See `stabnorm.ops.triton.shared` for the layout.
+The two maps start at the last row, because the reduction before them ended there, and the end of the tensor is still in
+the cache. See `stabnorm.ops.triton.shared` for the layout.
 """
 
 import torch
@@ -33,22 +33,22 @@ def _moments(
     x_ptr, valid_ptr, out_ptr, rows, channels, row_stride,
     CENTER: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Count, shift, rest and M2, or count and sum of squares, of one split of one block of channels."""
+    """Compute count, shift, rest and M2, or count and sum of squares, of one split and one block of channels."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    there = c < channels
+    mask_c = c < channels
     n = tl.zeros([ROWS, 1], tl.float32)
     shift = tl.zeros([ROWS, CHANNELS], tl.float32)
     rest = tl.zeros([ROWS, CHANNELS], tl.float32)
     m2 = tl.zeros([ROWS, CHANNELS], tl.float32)
     for tile in range(split, tl.cdiv(rows, ROWS), splits * AHEAD):
-        for ahead in tl.static_range(AHEAD):  # independent loads, on their way together
+        for ahead in tl.static_range(AHEAD):  # independent loads, in flight together
             r = (tile + ahead * splits) * ROWS + tl.arange(0, ROWS)
             keep = r < rows
             if MASKED:
                 keep = keep & (tl.load(valid_ptr + r, mask=keep, other=0) != 0)
             at = r.to(tl.int64)[:, None] * row_stride + c[None, :]
-            x = tl.load(x_ptr + at, mask=keep[:, None] & there[None, :], other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + at, mask=keep[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
             if CENTER:
                 first = keep[:, None] & (n == 0)
                 shift = tl.where(first, x, shift)
@@ -62,13 +62,13 @@ def _moments(
     out = out_ptr + c + split * channels * (4 if CENTER else 2)
     if CENTER:
         n_all, shift_all, rest_all, m2_all, _ = lanes_merged(n + tl.zeros_like(shift), shift, rest, m2)
-        tl.store(out, n_all, mask=there)
-        tl.store(out + channels, shift_all, mask=there)
-        tl.store(out + 2 * channels, rest_all, mask=there)
-        tl.store(out + 3 * channels, m2_all, mask=there)
+        tl.store(out, n_all, mask=mask_c)
+        tl.store(out + channels, shift_all, mask=mask_c)
+        tl.store(out + 2 * channels, rest_all, mask=mask_c)
+        tl.store(out + 3 * channels, m2_all, mask=mask_c)
     else:
-        tl.store(out, tl.sum(n + tl.zeros_like(m2), 0), mask=there)
-        tl.store(out + channels, tl.sum(m2, 0), mask=there)
+        tl.store(out, tl.sum(n + tl.zeros_like(m2), 0), mask=mask_c)
+        tl.store(out + channels, tl.sum(m2, 0), mask=mask_c)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _merge_moments(
     parts_ptr, count_ptr, mean_ptr, square_ptr, splits, channels,
     CENTER: tl.constexpr, SPLITS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The splits as one: count, mean and mean square (of the deviation)."""
+    """Merge the splits to count, mean and mean square (of the deviation if centred)."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.zeros([SPLITS, CHANNELS], tl.float32)
     shift = tl.zeros([SPLITS, CHANNELS], tl.float32)
@@ -84,17 +84,17 @@ def _merge_moments(
     m2 = tl.zeros([SPLITS, CHANNELS], tl.float32)
     for start in range(0, splits, SPLITS):
         s = start + tl.arange(0, SPLITS)
-        there = (s < splits)[:, None] & (c < channels)[None, :]
+        mask = (s < splits)[:, None] & (c < channels)[None, :]
         at = parts_ptr + s[:, None] * channels * (4 if CENTER else 2) + c[None, :]
-        n_b = tl.load(at, mask=there, other=0.0)
+        n_b = tl.load(at, mask=mask, other=0.0)
         if CENTER:
-            shift_b = tl.load(at + channels, mask=there, other=0.0)
-            rest_b = tl.load(at + 2 * channels, mask=there, other=0.0)
-            m2_b = tl.load(at + 3 * channels, mask=there, other=0.0)
+            shift_b = tl.load(at + channels, mask=mask, other=0.0)
+            rest_b = tl.load(at + 2 * channels, mask=mask, other=0.0)
+            m2_b = tl.load(at + 3 * channels, mask=mask, other=0.0)
             n, shift, rest, m2, _, _ = merged(n, shift, rest, m2, n_b, shift_b, rest_b, m2_b)
         else:
             n += n_b
-            m2 += tl.load(at + channels, mask=there, other=0.0)
+            m2 += tl.load(at + channels, mask=mask, other=0.0)
     if CENTER:
         n_all, shift_all, rest_all, m2_all, _ = lanes_merged(n, shift, rest, m2)
         tl.store(mean_ptr + c, shift_all + rest_all, mask=c < channels)
@@ -110,13 +110,13 @@ def _sums(
     CENTER: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one split of dy, dy (x - mean), with a mask these of the valid rows, and with NORMAL dy n.
+    """Sum dy and dy (x - mean) over one split; with MASKED also over its valid rows; with NORMAL also dy n.
 
-    n is LayerNorm's normalised input, from each token's mean and 1 / std.
+    n is the normalised input of LayerNorm, from the mean and 1 / std of each token.
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    there = c < channels
+    mask_c = c < channels
     plain = tl.zeros([ROWS, CHANNELS], tl.float32)
     weighted = tl.zeros([ROWS, CHANNELS], tl.float32)
     plain_valid = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -124,12 +124,12 @@ def _sums(
     through = tl.zeros([ROWS, CHANNELS], tl.float32)
     mean = tl.zeros([CHANNELS], tl.float32)
     if CENTER:
-        mean = tl.load(mean_ptr + c, mask=there, other=0.0)
+        mean = tl.load(mean_ptr + c, mask=mask_c, other=0.0)
     for tile in range(split, tl.cdiv(rows, ROWS), splits * AHEAD):
         for ahead in tl.static_range(AHEAD):
             r = (tile + ahead * splits) * ROWS + tl.arange(0, ROWS)
             inside = r < rows
-            mask = inside[:, None] & there[None, :]
+            mask = inside[:, None] & mask_c[None, :]
             r64 = r.to(tl.int64)[:, None]
             dy = tl.load(dy_ptr + r64 * dy_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
             x = tl.load(x_ptr + r64 * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -149,24 +149,24 @@ def _sums(
                     product = tl.where(dy == 0, 0.0, product)
                 through += product
     out = out_ptr + c + split * channels * ((4 if MASKED else 2) + (1 if NORMAL else 0))
-    tl.store(out, tl.sum(plain, 0), mask=there)
-    tl.store(out + channels, tl.sum(weighted, 0), mask=there)
+    tl.store(out, tl.sum(plain, 0), mask=mask_c)
+    tl.store(out + channels, tl.sum(weighted, 0), mask=mask_c)
     if MASKED:
-        tl.store(out + 2 * channels, tl.sum(plain_valid, 0), mask=there)
-        tl.store(out + 3 * channels, tl.sum(weighted_valid, 0), mask=there)
+        tl.store(out + 2 * channels, tl.sum(plain_valid, 0), mask=mask_c)
+        tl.store(out + 3 * channels, tl.sum(weighted_valid, 0), mask=mask_c)
     if NORMAL:
-        tl.store(out + (4 if MASKED else 2) * channels, tl.sum(through, 0), mask=there)
+        tl.store(out + (4 if MASKED else 2) * channels, tl.sum(through, 0), mask=mask_c)
 
 
 @triton.jit
 def add_splits(parts_ptr, out_ptr, splits, size, SPLITS: tl.constexpr, SIZE: tl.constexpr):
-    """Sum of ``parts [S, size]`` over the splits, in one order."""
+    """Sum ``parts [S, size]`` over the splits, in a fixed order."""
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     total = tl.zeros([SPLITS, SIZE], tl.float32)
     for start in range(0, splits, SPLITS):
         s = start + tl.arange(0, SPLITS)
-        there = (s < splits)[:, None] & (at < size)[None, :]
-        total += tl.load(parts_ptr + s[:, None] * size + at[None, :], mask=there, other=0.0)
+        mask = (s < splits)[:, None] & (at < size)[None, :]
+        total += tl.load(parts_ptr + s[:, None] * size + at[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + at, tl.sum(total, 0), mask=at < size)
 
 
@@ -176,12 +176,12 @@ def _affine(
     SHIFTED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     r, c, mask = tile_from_the_end(rows, channels, ROWS, CHANNELS)
-    there = c < channels
-    scale = tl.load(scale_ptr + c, mask=there, other=0.0)
+    mask_c = c < channels
+    scale = tl.load(scale_ptr + c, mask=mask_c, other=0.0)
     x = tl.load(x_ptr + r[:, None] * row_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
     y = x * scale[None, :]
     if SHIFTED:
-        y += tl.load(shift_ptr + c, mask=there, other=0.0)[None, :]
+        y += tl.load(shift_ptr + c, mask=mask_c, other=0.0)[None, :]
     tl.store(y_ptr + r[:, None] * channels + c[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -191,18 +191,18 @@ def _gradient(
     CENTER: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     r, c, mask = tile_from_the_end(rows, channels, ROWS, CHANNELS)
-    there = c < channels
+    mask_c = c < channels
     dy = tl.load(dy_ptr + r[:, None] * dy_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + r[:, None] * x_stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
     if CENTER:
-        x -= tl.load(mean_ptr + c, mask=there, other=0.0)[None, :]
-    through = x * tl.load(slope_ptr + c, mask=there, other=0.0)[None, :]
+        x -= tl.load(mean_ptr + c, mask=mask_c, other=0.0)[None, :]
+    through = x * tl.load(slope_ptr + c, mask=mask_c, other=0.0)[None, :]
     if OFFSET:
-        through += tl.load(offset_ptr + c, mask=there, other=0.0)[None, :]
+        through += tl.load(offset_ptr + c, mask=mask_c, other=0.0)[None, :]
     if MASKED:
         keep = tl.load(valid_ptr + r, mask=r < rows, other=0) != 0
         through = tl.where(keep[:, None], through, 0.0)
-    dx = dy * tl.load(scale_ptr + c, mask=there, other=0.0)[None, :] - through
+    dx = dy * tl.load(scale_ptr + c, mask=mask_c, other=0.0)[None, :] - through
     tl.store(dx_ptr + r[:, None] * channels + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -246,7 +246,7 @@ def sums_op(
     token_mean: Tensor | None = None,
     token_rstd: Tensor | None = None,
 ) -> Tensor:
-    """Sums ``[2, C]``, or ``[4, C]`` with a mask; one more row with the tokens' statistics, see `_sums`."""
+    """Return sums ``[2, C]``, or ``[4, C]`` with a mask; one more row with token statistics, see `_sums`."""
     length, channels = rows.shape
     where, masked = columns(channels, rows.device), valid is not None
     normal = token_mean is not None and token_rstd is not None
@@ -285,7 +285,7 @@ def _affine_op(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 
 @affine_of_rows.backend("triton", in_graphs=True)
 def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """``rows scale + shift``."""
+    """Return ``rows scale + shift``."""
     return _affine_op(laid_out(rows), scale.contiguous(), side_by_side(shift))
 
 

@@ -1,4 +1,4 @@
-"""The Triton backend of `running.track_batch_` without a filter: some 25 launches on a handful of numbers, in one."""
+"""The Triton backend of `running.track_batch_` without a filter: one launch instead of about 25 small ones."""
 
 import torch
 import triton
@@ -17,7 +17,7 @@ def _track(
     channels, momentum, CENTER: tl.constexpr, KEEPS_MEAN: tl.constexpr, AVERAGE: tl.constexpr, COUNTING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: every channel must be known to be finite before one of them may change."""
+    """Update the statistics in one program, because all channels must be checked before one of them may change."""
     count, total = tl.load(count_ptr), tl.load(progress_ptr)
     enough = count
     if CENTER:
@@ -32,7 +32,7 @@ def _track(
             about += apart * apart
         bad += (1 - (tl.abs(about) < float("inf")).to(tl.int32)) + (enough + tl.zeros_like(about) <= 0).to(tl.int32)
     refused = tl.sum(bad, 0)
-    tl.debug_barrier()  # every warp has read the counters and the means before one of them writes
+    tl.debug_barrier()  # all warps must have read counters and means before one of them writes
     weight = momentum
     if AVERAGE:
         weight = 1.0 / (total + 1).to(tl.float32)

@@ -215,8 +215,8 @@ def quadratic_gradient_(gradient: Tensor, power: Tensor, gate: Tensor, nu: Tenso
 
     .. math:: \nu \leftarrow \nu (1 - (1 - \alpha) \Gamma) + (1 - \alpha) \Lambda
 
-    with Lambda = mean(dz z) and Gamma = mean(z^2). If the rms of a batch is several times the running one, the factor of
-    nu would be below -1 and nu would grow without bound. Such a factor is replaced by -1.
+    with Lambda = mean(dz z) and Gamma = mean(z^2). If the rms of a batch is several times the running one, the factor
+    of nu would be below -1 and nu would grow without bound. Such a factor is replaced by -1.
 
     Args:
         gradient: Lambda, ``[C]``.

@@ -1,4 +1,4 @@
-"""`Statistic`: one number per row and step, whoever measures it; and how statistics are asked for and listed by name.
+"""`Statistic`: one number per row and step, of the monitor or of a companion; and how statistics are chosen by name.
 
 The rows are norms in the monitor, and heads, matrices or other things in its companions.
 """
@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 
 def per_step(function: Callable[[Moment], Value]) -> Callable[[Moment], Value]:
-    """Compute once per step what several statistics build on; the value is kept with the step's moments."""
+    """Compute a value that several statistics need only once per step, and keep it with the step's moments."""
     name = f"{function.__module__}.{function.__qualname__}"  # no attribute of the moments has such a name
 
     @functools.wraps(function)
@@ -59,28 +59,28 @@ class Statistic:
     Attributes:
         name: as in `history()`, in tags and in alerts; letters, digits and underscores.
         number: its number in the literature survey.
-        formula: what it is; c runs over channels, n over tokens, hats are the layer's past.
-        axis: "channel": from moments over tokens (BatchNorm's view); "token": from moments over channels (LayerNorm's);
-            "layer", "gradient", "parameter", "depth": over the layers before this one, too.
-        unit: "1": dimensionless; "x": that of the layer's input; "x^2"; "token": a number of tokens; "gradient"; in a
-            companion also "nat", "rad", "weight", "logit", ...
-        source: where it comes from.
-        cost: what it costs beyond the channel moments.
+        formula: its formula; c is a channel, n a token, and a hat means the layer's past.
+        axis: "channel" for moments over tokens (as in BatchNorm), "token" for moments over channels (as in LayerNorm),
+            "layer", "gradient", "parameter", or "depth" if it also depends on the layers before this one.
+        unit: "1" for a dimensionless number, "x" for the unit of the layer's input, "x^2", "token" for a number of
+            tokens, "gradient"; in a companion also "nat", "rad", "weight", "logit" and others.
+        source: publication or other origin.
+        cost: its cost in addition to the channel moments.
         compute: ``(now, past) -> [rows]``, a floating tensor. Of norms, `now` are the step's merged `Moments` (or
             `DetailedMoments`) and `past` is the `Past` before the step; of a companion, `now` are its merged sums and
             `past` is None.
-        needs: what must be gathered for it beside the channel moments, one or several of: "tokens" (`Moments.token`),
+        needs: the data that it needs beside the channel moments, one or several of: "tokens" (`Moments.token`),
             "normalized" (`mean_n`, `var_n`, `cov_xn`), "gradients" (`gradient`); "token_shape", "values", "sequences",
             "outputs" (`DetailedMoments.detail`: means, counts, sequences, outputs), "parameters", "optimizer" (`adam`).
             Default: nothing.
-        threshold: beyond this the literature (or we, where `source` says so) calls it bad; for the closing table.
-        alarm: beyond this an alert is raised at once, with no past needed.
-        floor: not None: a robust z-score of its logarithm against the row's own past is watched, and this is the
-            least scale, in log units: 6 floors are the smallest change that can raise an alert.
-        advice: what it means when it is over its bound, and where to look.
-        least: below this it is bad, as `threshold` beyond.
-        remembers: it needs what `DetailedPast` keeps, beyond `Past`.
-        bad: when the literature calls it bad, where no bound says it.
+        threshold: a value above it is bad according to `source`; the table at the end of a training shows such a row.
+        alarm: a value above it raises an alert at once, without any past.
+        floor: if not None, a robust z-score of its logarithm against the row's own past is watched. The floor is the
+            smallest scale of this z-score, in log units: a change must exceed 6 floors to raise an alert.
+        advice: what a value beyond the bound means, and where to look.
+        least: a value below it is bad, as one above `threshold` is.
+        remembers: whether it needs `DetailedPast` instead of `Past`.
+        bad: when it is bad, in words, for a statistic without a bound.
 
     >>> Statistic("mean_power", compute=lambda now, past: now.mean_over_channels(now.second_moment)).needs_all
     frozenset()
@@ -124,13 +124,13 @@ class Statistic:
 
 
 def by_name(asked: Any, known: Mapping[str, Item], kind: type[Any], word: str) -> Item:
-    """Return what was asked for: an object of the kind as it is, or the known one of that name.
+    """Return the known object of a name; an object of the right class is returned as it is.
 
     Args:
         asked: a name or an object.
-        known: what can be asked for by name.
+        known: the objects by name.
         kind: the class of such objects.
-        word: what messages call one.
+        word: the word for such an object in messages.
 
     Raises:
         ValueError: the name is unknown; the message suggests the nearest one.
@@ -153,13 +153,13 @@ def by_name(asked: Any, known: Mapping[str, Item], kind: type[Any], word: str) -
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest of those that are known, if one is near."""
+    """Return the end of a message about an unknown name, which suggests the nearest known name if there is one."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    r"""A table for the documentation; a ``|`` in a cell is escaped.
+    r"""Return a Markdown table for the documentation; a ``|`` in a cell is escaped.
 
     >>> print(markdown_table(["statistic", "formula"], [("amax", "max |x|")]))
     | statistic | formula |

@@ -1,4 +1,4 @@
-"""What hooks add to: the raw moments and gradient sums of all layers since the last step, on each device."""
+"""The accumulators that hooks fill: raw moments and gradient sums of all layers since the last step, on each device."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from stabnorm.ops.observed import splits_for
 
 
 class Accumulators:
-    """One slab of moments and one of gradient sums per device, with a row for each layer.
+    """Moments and gradient sums on each device, with a row for each layer.
 
     Args:
         model: forwards count while it is in training mode.
@@ -78,7 +78,7 @@ class Accumulators:
         return merged, gradients
 
     def clear(self) -> None:
-        """Forget what was gathered since the last step."""
+        """Empty all accumulators."""
         for slab in self._slabs.values():
             clear_moments_(slab)
         for sums in self._gradients.values():
@@ -89,8 +89,8 @@ class LayerHook(Hook):
     """A hook of one layer.
 
     Args:
-        into: what it adds to.
-        index: the layer's row.
+        into: the accumulators that it adds to.
+        index: number of the layer's row.
     """
 
     def __init__(self, into: Accumulators, index: int) -> None:

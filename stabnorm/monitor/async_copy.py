@@ -1,4 +1,4 @@
-"""`AsyncCopy`: tensors on their way from the device to the host."""
+"""`AsyncCopy`: an asynchronous copy of tensors from the device to the host."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from torch import Tensor
 class AsyncCopy:
     """Starts to copy tensors to the host; `wait` returns them.
 
-    From a GPU the copy runs beside what the host and the device do next. On the host itself it is done at once. The
-    tensors may be overwritten afterwards: the copy holds what they held when it was started.
+    From a GPU the copy is asynchronous; on the host it is done at once. The tensors may be overwritten afterwards,
+    because the copy has the values from the time when it was started.
 
     >>> copy = AsyncCopy(torch.ones(2), torch.zeros(3))
     >>> copy.wait()
@@ -27,7 +27,7 @@ class AsyncCopy:
             self._copies = tuple(tensor.cpu().clone() for tensor in tensors)
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The tensors on the host, once they are there."""
+        """Wait for the copy, and return the tensors on the host."""
         if self._event is not None:
             self._event.synchronize()
         return self._copies

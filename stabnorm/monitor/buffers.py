@@ -1,4 +1,4 @@
-"""What stays on the device from step to step."""
+"""The state that stays on the device from step to step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from stabnorm.norms import NormLayer
 
 @dataclass(frozen=True)
 class DeviceState:
-    """The layers as they are, and their past, on the device."""
+    """The layout of the layers, and their past, on the device."""
 
     device: torch.device
     layout: Layout
@@ -25,7 +25,7 @@ class DeviceState:
         device: torch.device,
         past_class: type[Past] = Past,
     ) -> "DeviceState":
-        """Empty, for these layers."""
+        """Create an empty state for these layers."""
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         sizes = torch.tensor([norm.num_features for norm in norms], device="cpu")
         uniform = all(norm.num_features == width for norm in norms)
@@ -41,7 +41,7 @@ class DeviceState:
 
 
 def running_buffers(norms: Sequence[tuple[int, NormLayer]], past: Past) -> Tensor:
-    """Running mean and variance of the layers that have them, ``[2, L, C]`` with NaN elsewhere; or ``[2, 1, 1]``."""
+    """Return running means and variances, ``[2, L, C]``, NaN for layers without any; ``[2, 1, 1]`` if none has some."""
     shape = past.mean.shape if norms else (1, 1)
     own = torch.full((2, *shape), torch.nan, device=past.mean.device, dtype=past.mean.dtype)
     for index, norm in norms:

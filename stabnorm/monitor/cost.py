@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_INTERVALS = 128  # step durations remembered, of which the median is taken: a validation pass in between is no step
+_INTERVALS = 128  # step durations for the median, which ignores a validation pass between two steps
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Cost:
 
 
 class Stopwatch:
-    """Seconds spent in steps and flushes, and between them. The hooks count their own."""
+    """Measures the seconds in steps, in flushes and between them. The hooks measure their own time."""
 
     def __init__(self) -> None:
         self.steps = self.flushes = 0.0

@@ -1,4 +1,4 @@
-"""`Moments` and `Past` with what only the costlier statistics need: see `Statistic.needs` and `Statistic.remembers`."""
+"""`Moments` and `Past` with additional data for the costlier statistics, see `Statistic.needs` and `remembers`."""
 
 from dataclasses import dataclass, fields
 
@@ -9,13 +9,13 @@ from stabnorm.functional.detail import DetailMoments
 from stabnorm.monitor.parameter_values import Parameters
 from stabnorm.monitor.past import Moments, Past
 
-SPIKE_MOMENTUM = 0.01  # of the average gradient a spike is measured against
-SPIKE_STEPS = 10  # steps in it before it is believed
+SPIKE_MOMENTUM = 0.01  # momentum of the average gradient with which a spike is compared
+SPIKE_STEPS = 10  # steps in this average before it is used
 
 
 @dataclass(frozen=True)
 class DetailedMoments(Moments):
-    """`Moments` and what was gathered beside them; NaN or 0 where no chosen statistic names it in its `needs`.
+    """`Moments` with additional data, which are NaN or 0 if no chosen statistic names them in its `needs`.
 
     Attributes:
         detail: the merged detail moments of all layers, ``[L, ...]``.
@@ -29,13 +29,13 @@ class DetailedMoments(Moments):
 
     @staticmethod
     def beside(now: Moments, detail: DetailMoments, parameters: Parameters, adam: Tensor) -> "DetailedMoments":
-        """The moments of a step, and the rest of it."""
+        """Combine the moments of a step with the additional data."""
         moments = {field.name: getattr(now, field.name) for field in fields(Moments)}
         return DetailedMoments(**moments, detail=detail, parameters=parameters, adam=adam)
 
 
 class DetailedPast(Past):
-    """`Past`, and what else some statistics compare a step with."""
+    """`Past` with additional data with which some statistics compare a step."""
 
     def __init__(self, layers: int, channels: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(layers, channels, device, dtype)
@@ -48,7 +48,7 @@ class DetailedPast(Past):
         self.gradient_steps = torch.zeros(layers, 2, device=device, dtype=dtype)  # how many are in it
 
     def update(self, now: Moments, own_mean: Tensor, own_var: Tensor) -> None:
-        """Take the step in, see `Past.update`."""
+        """Add the step, see `Past.update`."""
         assert isinstance(now, DetailedMoments)  # a monitor whose past this is gathers them
         self.gain = now.parameters.gain
         self.first_bias = torch.where(self.first_bias.isnan(), now.parameters.bias, self.first_bias)

@@ -20,7 +20,7 @@ DETAIL_NEEDS = INPUT_NEEDS | {"outputs", "parameters", "optimizer"}
 
 
 def is_detailed(statistics: Iterable[Statistic]) -> bool:
-    """Whether any of them asks for more than `Moments` has."""
+    """Whether any of these statistics needs more than `Moments` has."""
     return any(statistic.remembers or statistic.needs_all & DETAIL_NEEDS for statistic in statistics)
 
 
@@ -29,7 +29,7 @@ class DetailSlabs:
 
     Args:
         layers: the norms.
-        width: the widest one's channels.
+        width: number of channels of the widest layer.
     """
 
     def __init__(self, layers: Sequence[NormLayer], width: int) -> None:
@@ -43,7 +43,7 @@ class DetailSlabs:
         return self._slabs[device]
 
     def account(self, index: int, device: torch.device) -> DetailMoments:
-        """A layer's row of the slab, as views."""
+        """Return a layer's row, as views."""
         slab, channels = self.slab(device), self._layers[index].num_features
         rows = {name: part[index] for name, part in slab._asdict().items()}
         return DetailMoments(**rows)._replace(
@@ -59,7 +59,7 @@ class DetailSlabs:
         return merged
 
     def clear(self) -> None:
-        """Forget what was gathered."""
+        """Empty the accumulators."""
         for slab in self._slabs.values():
             clear_detail_(slab)
 
@@ -70,7 +70,7 @@ class Details:
     Args:
         layers: the norms.
         width: the widest one's channels.
-        needs: of all chosen statistics.
+        needs: the needs of all chosen statistics.
     """
 
     def __init__(self, layers: Sequence[NormLayer], width: int, needs: Collection[str]) -> None:
@@ -80,7 +80,7 @@ class Details:
         self._unknown: Parameters | None = None
 
     def discard(self) -> None:
-        """Forget what was gathered since the last step."""
+        """Discard what was gathered since the last step."""
         self.slabs.clear()
 
     def beside(

@@ -29,7 +29,7 @@ _NEAR = 0.6  # of the highest score: the first layer in depth order that reaches
 
 @dataclass(frozen=True)
 class Alert:
-    """Something that wants a look.
+    """A warning about one layer at one step.
 
     Attributes:
         step: optimizer step, counted from 0 like the loggers' x axis.
@@ -48,7 +48,7 @@ class Alert:
     reason: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain containers only, for records and checkpoints."""
+        """Return plain containers, for records and checkpoints."""
         return asdict(self)
 
 
@@ -86,7 +86,7 @@ class Detector(Protocol):
     """
 
     def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
-        """Take in the next steps and return their alerts, in the order of the steps.
+        """Read the next steps and return their alerts, in the order of the steps.
 
         Args:
             first_step: the step of row 0.

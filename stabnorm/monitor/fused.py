@@ -1,4 +1,4 @@
-"""A norm that runs in one pass with what observes it: `FusedNorm` takes its forward, see `stabnorm.ops.observed`."""
+"""`FusedNorm` computes a norm and the moments of its input in one pass, see `stabnorm.ops.observed`."""
 
 import time
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from stabnorm.ops.observed import NormKind, Spec, backend_for, observed_norm
 
 
 class FusedNorm:
-    """Stands in for the forward of one of torch's own norms.
+    """Replaces the forward of one of torch's own norms.
 
-    The hook before the forward hands its input over (`take`), and the forward that follows adds its moments. Where no
-    backend takes the input, the hook adds them itself, and the forward is torch's.
+    The hook before the forward passes the input to `take`, and the forward that follows adds its moments. If no backend
+    supports the input, the hook adds the moments itself, and torch's forward runs.
 
     Args:
-        into: says which moments are wanted, and counts the time, the norm's own included.
-        layer: the norm; `can_fuse` says whether it is one of those.
-        plainly: adds the moments of an input without the norm.
+        into: the accumulators, which say which moments are needed; the time of the norm is added to theirs.
+        layer: the norm, for which `can_fuse` is true.
+        plainly: adds the moments of an input without computing the norm.
     """
 
     def __init__(self, into: Accumulators, layer: NormLayer, plainly: Callable[[Tensor, Tensor | None], None]) -> None:
@@ -33,11 +33,11 @@ class FusedNorm:
         self._due: tuple[Tensor, Tensor | None, RawMoments, Spec, str] | None = None
 
     def forget(self) -> None:
-        """What was taken is not to be added: another forward begins."""
+        """Drop an input that was taken, because another forward begins."""
         self._due = None
 
     def take(self, module: nn.Module, x: Tensor, valid: Tensor | None, account: RawMoments) -> bool:
-        """Whether the forward that follows will add the moments of ``x`` to the account."""
+        """Take an input; return whether the next forward will add its moments to the accumulator."""
         shape, eps = tuple(self.module.normalized_shape), self.module.eps
         if module is not self.module or "forward" in vars(module):  # a replica, or somebody else's forward
             return False
@@ -51,7 +51,7 @@ class FusedNorm:
         return backend is not None
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """The forward; None: the module's own has to run."""
+        """Run the fused forward; return None if the module's own forward must run."""
         if self._due is None:
             return None
         start = time.perf_counter()
@@ -59,7 +59,7 @@ class FusedNorm:
         y = None
         if x is taken:
             y = observed_norm(x, *self._affine, spec, valid, account, backend)
-        else:  # another hook has changed it since
+        else:  # another hook has replaced the input
             self.plainly(taken, valid)
         self.into.seconds += time.perf_counter() - start
         return y
@@ -70,7 +70,7 @@ class FusedNorm:
 
 
 def can_fuse(layer: NormLayer) -> bool:
-    """Whether the norm is one of torch's own, whose forward is nobody else's."""
+    """Whether the norm is one of torch's own with torch's own forward."""
     module = layer.module
     own = own_class(module) in (nn.LayerNorm, nn.RMSNorm) and "forward" not in vars(module)
     return own and not has_stand_in(module)

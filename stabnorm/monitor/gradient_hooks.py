@@ -1,4 +1,4 @@
-"""Hooks that gather gradient sums: of what comes back to gain and bias, or to the output of a norm that has none."""
+"""Hooks that gather gradient sums from gain and bias, or from the output of a norm without a trainable gain."""
 
 import time
 from typing import Any
@@ -11,11 +11,11 @@ from stabnorm.monitor.accumulators import Accumulators, LayerHook
 
 
 class ParameterHook(LayerHook):
-    """After a backward: gain times the parameter's gradient, as accumulated so far, into its row.
+    """Hook after a backward that writes gain times the parameter's accumulated gradient into its row.
 
-    Under DDP this is the rank's own gradient, before the reduction (or the mean so far and its own on top). FSDP2 calls
-    it with the reduced one, of which each rank has a part: that goes in as often as there are parts, and the mean over
-    ranks is the whole.
+    Under DDP this is the gradient of the rank, before the reduction (with several backwards: the mean so far plus its
+    own). FSDP2 calls the hook with the reduced gradient, of which each rank has a shard. The shard is multiplied by the
+    number of shards, so that the mean over ranks is the whole gradient.
     """
 
     def __init__(self, into: Accumulators, index: int, row: int) -> None:
@@ -24,7 +24,7 @@ class ParameterHook(LayerHook):
 
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
-        """Take in a gradient that has just been accumulated."""
+        """Add a gradient that was just accumulated."""
         start = time.perf_counter()
         gradient, layer = parameter.grad, self.layer
         if gradient is not None and self.into.model.training:
@@ -40,7 +40,7 @@ class ParameterHook(LayerHook):
         self.into.seconds += time.perf_counter() - start
 
     def gain_of(self, part: Part) -> Tensor:
-        """The gain of a part's channels, whether FSDP2 has put the whole in its place or not."""
+        """Return the gain of a shard's channels, whether or not FSDP2 has gathered the whole parameter."""
         weight = self.layer.gain_parameter
         assert weight is not None  # it was hooked
         if is_distributed(weight):
@@ -51,15 +51,15 @@ class ParameterHook(LayerHook):
 
 
 class OutputHook(LayerHook):
-    """For a norm with no trainable gain: the gradient at its output, in eager mode."""
+    """Forward hook for a norm without a trainable gain: gathers the gradient at its output, in eager mode."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Follow the output of a forward that has just ended."""
+        """Put a hook on the output of a forward."""
         if torch.compiler.is_compiling() or not self.into.model.training:
             return
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
-        y = output.detach().clone()  # an activation in place would change it before the backward comes
+        y = output.detach().clone()  # a copy, because an in-place activation would change it before the backward
         output.register_hook(lambda gradient: self._add(gradient, y))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`StabilityMonitor`: what every normalization layer of a model sees, at every step, in any training loop."""
+"""`StabilityMonitor`: measure the input of every normalization layer of a model at every step, in any training loop."""
 
 import logging
 import time
@@ -39,42 +39,46 @@ logger = logging.getLogger("stabnorm")
 
 
 class StabilityMonitor:
-    """Tracks how mean and variance fluctuate and how large the outliers are at every norm of a model.
+    """Measures at every norm of a model how mean and variance fluctuate, and how large the outliers are.
 
     Use it as a context manager around a training loop, or call `attach` and `detach`. Forwards count while ``model`` is
-    in training mode; everything between two calls of `step` is one step, however many micro-batches it took.
+    in training mode. Everything between two calls of `step` is one step, whatever the number of micro-batches.
 
-    Processes that train together (DDP, FSDP2) each have a monitor and call `step` alike; what they see is merged, one
-    collective a step, so that all hold the figures of the whole batch, and the first of them writes the record.
+    Processes that train together (DDP, FSDP2) each have a monitor and all call `step`. Their measurements are merged,
+    with one collective per step, so all processes hold the statistics of the whole batch. The first process writes the
+    record.
 
     Args:
         model: the model; its norms are found by `find_norms`.
         preset: "economy", "standard", "full", or a list of statistics: names, see `stabnorm.monitor.statistics`, and
-            objects of its class `Statistic`, which may be your own.
-        flush_every: steps between two copies to the host, each of which keeps every step of every layer. Default: 50.
+            objects of the class `Statistic`, which may be your own. Default: "standard".
+        flush_every: number of steps between two copies to the host; each copy has every step of every layer. Default:
+            50.
         include: a regular expression, or a list of them, that a layer's name must match. Default: all.
         exclude: the same for layers to leave out. Default: none.
         gradients: False leaves out the gradient statistics and their hooks. Default: True.
-        sync: merge over all processes of `torch.distributed` where it is initialised; False: this one is on its own; a
-            process group: over its processes, where others have other layers. Default: True.
+        sync: True merges over all processes of `torch.distributed` if it is initialised. False measures this process
+            alone. A process group merges over its processes, for models whose layers are spread over processes.
+            Default: True.
         companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output", "switch") or
             as objects of `stabnorm.companions`. Default: nothing.
-        fused: run torch's own LayerNorm and RMSNorm in one pass with what watches them, in eager mode, where there is
-            a kernel for both, see `stabnorm.ops.backends`. Output and gradients are then the norm's to rounding, not
-            to the bit. Default: False, looking changes nothing.
-        detector: makes what raises the alerts, of the norms and of each companion; see
-            `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
+        fused: compute torch's own LayerNorm and RMSNorm and their statistics in one pass, in eager mode, if there is a
+            kernel for both, see `stabnorm.ops.backends`. Output and gradients are then equal up to rounding, but not
+            bit for bit. Default: False, and the monitor changes nothing.
+        detector: class or function that makes the detectors, which raise the alerts: one for the norms and one for each
+            companion; see `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
 
     Raises:
-        ValueError: no norm to watch, an unknown statistic or preset, a flush interval below 1, a statistic of your own
-            that does not give one number per layer, a companion that finds nothing to watch.
-        TypeError: a statistic that is neither a name nor a `Statistic`.
+        ValueError: the model has no norm to watch, a statistic or preset is unknown, `flush_every` is below 1, a
+            statistic of your own does not return one number per layer, or a companion finds nothing to watch.
+        TypeError: a statistic is neither a name nor a `Statistic`.
 
-    Shape: `history()` gives ``[steps, layers]`` for every statistic, float32; `companions[name].history()` the same
-    for its own rows: heads, matrices, ...
+    Shape: `history()` returns ``[steps, layers]`` for every statistic, in float32. `companions[name].history()` returns
+    the same for the rows of the companion, such as heads or matrices.
 
-    Functions in `listeners` are called at the end of each step with its number and all its statistics, ``[layers,
-    statistics]`` in the order of `layers` and `statistics`, on the device: reading a value there waits for the device.
+    The functions in `listeners` are called at the end of each step with the step's number and all its statistics,
+    ``[layers, statistics]`` in the order of `layers` and `statistics`. This tensor is on the device, so reading a value
+    waits for the device.
 
     >>> import torch, stabnorm
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
@@ -139,14 +143,14 @@ class StabilityMonitor:
         self._details = Details(norms, self._accumulators.width, needs) if is_detailed(chosen) else None
         self._observer = Observer(self._accumulators, gradients="gradients" in needs, details=self._details)
         try_own_statistics(chosen, norms, self._accumulators, self._observer.device, self._details, self._past_class)
-        self._agreed = False  # all ranks watch the same
-        self._speaks = True  # the first of them does
-        self._state: DeviceState | None = None  # made at the first step, on the device the model is on by then
+        self._agreed = False  # whether it was checked that all ranks watch the same layers
+        self._speaks = True  # only the first rank writes and warns
+        self._state: DeviceState | None = None  # made at `attach`, on the model's device
         self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
         self._stopwatch = Stopwatch()
         self._nothing_ran = False
 
-    # -- life ----------------------------------------------------------------------------------------------------------
+    # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "StabilityMonitor":
         self.attach()
@@ -159,20 +163,20 @@ class StabilityMonitor:
         self.flush()
 
     def attach(self) -> None:
-        """Put the hooks on; a second call changes nothing."""
+        """Register the hooks; a second call changes nothing."""
         self._agree()
         self._observer.detach()
         self._observer.attach()
         self.companions.attach()
-        self._on_device()  # now: what it allocates would hold a GPU up in the first step
+        self._on_device()  # allocate now, because that would stall a GPU in the first step
 
     def detach(self) -> None:
-        """Take every hook off; what was gathered stays readable."""
+        """Remove all hooks; the history stays readable."""
         self._observer.detach()
         self.companions.detach()
 
     def discard(self) -> None:
-        """Forget what was gathered since the last step: forwards that were no part of training."""
+        """Discard what was gathered since the last step, for forwards that were not part of the training."""
         self._observer.discard()
         self.companions.discard()
 
@@ -190,17 +194,17 @@ class StabilityMonitor:
         """End an optimizer step: call it after the last backward and before the next forward.
 
         Args:
-            loss: the step's loss, for the record. A tensor is not read before the flush.
-            learning_rate: the step's learning rate, for the record.
-            grad_scale: by what gradients were multiplied, ``scaler.get_scale()`` or the scaler's own tensor; call
-                before ``scaler.update()``. Default: 1.
-            optimizer: the one that has just stepped, or several, for the statistics of its moments ("full" has some);
-                call before ``zero_grad()``. Default: none, which makes those NaN.
+            loss: the step's loss, for the record. A tensor is not read before the flush. Default: NaN in the record.
+            learning_rate: the step's learning rate, for the record. Default: NaN in the record.
+            grad_scale: the factor by which gradients were scaled, ``scaler.get_scale()`` or the scaler's own tensor.
+                Call `step` before ``scaler.update()``. Default: 1.
+            optimizer: the optimizer that has just stepped, or several, for the statistics of its moments in "full".
+                Call `step` before ``zero_grad()``. Default: none, and these statistics are NaN.
 
         Raises:
-            StabNormError: the hooks are not on, or another rank watches other layers.
-            ValueError: the loss is not one number.
-            TypeError: the optimizer is none.
+            StabNormError: the hooks are not registered, or another rank watches other layers.
+            ValueError: the loss is not a single number.
+            TypeError: `optimizer` is not an optimizer.
         """
         if not self._observer.attached:
             raise StabNormError("step() on a monitor whose hooks are off; use `with monitor:` or call attach() first")
@@ -239,7 +243,7 @@ class StabilityMonitor:
             self._send()
 
     def _agree(self) -> None:
-        """Find out, once, whether all ranks watch the same: what they see is merged blindly from then on."""
+        """Check once that all ranks watch the same layers and statistics, because merging relies on it."""
         if not self._agreed and merging_ranks(self.sync) > 1:
             refuse_other_layers(self.sync, [*self.layers, *(statistic.name for statistic in self.statistics)])
             self._agreed, self._speaks = True, is_first_rank(self.sync)
@@ -253,24 +257,24 @@ class StabilityMonitor:
             return self._state
         return before
 
-    # -- what was gathered ---------------------------------------------------------------------------------------------
+    # -- results -------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Copy what was gathered to the host, look for trouble, and write the record."""
+        """Copy all gathered steps to the host, run the detectors, and write the record."""
         self._send()
         self._receive()
 
     def history(self) -> dict[str, Tensor]:
-        """Every statistic of every step, ``[steps, layers]``; flushes first.
+        """Flush, and return every statistic of every step, ``[steps, layers]``.
 
-        NaN where a layer did not run, or where a statistic needs a past that is not there yet. Beside the statistics:
-        "tokens", the valid tokens each layer saw. Bounded in memory: of a very long run the last 64 MiB are kept, and
-        `history_steps` says which.
+        A value is NaN if the layer did not run, or if the statistic needs earlier steps that do not exist yet. The
+        entry "tokens" has the number of valid tokens of each layer. Memory is bounded: of a very long run the last 64
+        MiB are kept, and `history_steps` says which steps these are.
         """
         return self._track.history()
 
     def history_steps(self) -> Tensor:
-        """The optimizer steps that the rows of `history()` stand for, counted from 0."""
+        """Return the optimizer steps of the rows of `history()`, counted from 0."""
         return self._track.history_steps()
 
     @property
@@ -278,7 +282,7 @@ class StabilityMonitor:
         return self._track, *self.companions.values()
 
     def _send(self) -> None:
-        """Start the copy to the host; on a GPU it runs beside the next steps."""
+        """Start the copy to the host; on a GPU it is asynchronous."""
         if not self._track.waiting:
             return
         self._receive()
@@ -290,7 +294,7 @@ class StabilityMonitor:
             self._receive()
 
     def _receive(self) -> None:
-        """Take what has arrived: history, alerts, record."""
+        """Finish the copy, and update history, alerts and record."""
         start = time.perf_counter()
         for track in self._tracks:
             arrived = track.receive()
@@ -301,7 +305,7 @@ class StabilityMonitor:
         self._stopwatch.flushes += time.perf_counter() - start
 
     def _report(self, block: Block, alerts: Sequence[Alert]) -> None:
-        """Write what has arrived to the log and the record."""
+        """Write a block and its alerts to the log and the record."""
         if not self._speaks:
             return
         self._warn_if_nothing_ran(block)
@@ -319,8 +323,8 @@ class StabilityMonitor:
         self._nothing_ran = True
         logger.warning(
             "stabnorm: no monitored norm ran in training mode in %d steps. Is the model in training mode, "
-            "model.train()? If it runs from a graph that is never made anew, torch.jit's or a CUDA graph of your own, "
-            "say, attach the monitor before that graph is made",
+            "model.train()? If it runs from a fixed graph, such as one of torch.jit or your own CUDA graph, attach the "
+            "monitor before that graph is made",
             block.num_steps,
         )
 
@@ -341,9 +345,9 @@ class StabilityMonitor:
     # -- resume --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Baselines, counters, and the rows since the last flush; the steps before are in the record, not in here.
+        """Return baselines, counters, and the rows since the last flush; earlier steps are only in the record.
 
-        Tensors and plain containers. Nothing is flushed or written for it.
+        The state has tensors and plain containers only. This neither flushes nor writes anything.
         """
         rows, scalars = self._track.unflushed() or (self._track.no_rows(), torch.empty(0, len(SCALARS), device="cpu"))
         return {
@@ -361,11 +365,11 @@ class StabilityMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken: `history()` then begins with the rows that were not flushed by then.
+        """Continue from a state; `history()` then begins with the rows that were not flushed when it was saved.
 
-        The step counter is always restored; the rest when layers and statistics are the same, else it starts afresh,
-        with a warning. Rows that a flush had received when the run was killed come a second time to its record, of
-        which the last counts.
+        The step counter is always restored. Everything else is restored if layers and statistics are the same; if not,
+        it starts again, with a warning. Steps that a killed run had written after the state was saved come to the
+        record a second time; the last version counts.
         """
         self.flush()
         self.steps_done = int(state["steps_done"])

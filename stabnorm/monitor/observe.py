@@ -1,7 +1,7 @@
 """Hooks that add the raw moments of each norm's input to the accumulators.
 
-A hook does nothing but call one op on its layer's row; no statistic is computed here and nothing is read back. What
-the hooks of one optimizer step gathered is taken with `Accumulators.take`; `Observer.discard` starts the next step.
+A hook only calls one op on its layer's row. It computes no statistic and reads nothing back. `Accumulators.take`
+returns what the hooks of one optimizer step gathered, and `Observer.discard` starts the next step.
 """
 
 import logging
@@ -29,12 +29,12 @@ logger = logging.getLogger("stabnorm")
 
 
 class Observer:
-    """Hooks on the norms of a model, and the accumulators they fill.
+    """The hooks on the norms of a model, which fill accumulators.
 
     Args:
-        into: what the hooks add to; its layers are hooked.
-        gradients: also follow the gradients.
-        details: gathers the rest of what statistics need. Default: none does.
+        into: the accumulators; the hooks are put on their layers.
+        gradients: whether to gather gradient sums, too.
+        details: gathers what the costlier statistics need. Default: nothing more is gathered.
     """
 
     def __init__(self, into: Accumulators, *, gradients: bool, details: Details | None = None) -> None:
@@ -48,11 +48,11 @@ class Observer:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are on."""
+        """Whether the hooks are registered."""
         return bool(self._handles)
 
     def attach(self) -> None:
-        """Put the hooks on. One forward hook per norm; gradients come from the parameters where there are any."""
+        """Register one forward hook per norm; gradients come from the parameters where a norm has some."""
         needs = frozenset[str]() if self.details is None else self.details.needs
         for index, layer in enumerate(self.into.layers):
             if self.details is not None and needs & INPUT_NEEDS:
@@ -67,7 +67,7 @@ class Observer:
         self.discard()
 
     def detach(self) -> None:
-        """Take every hook off."""
+        """Remove all hooks."""
         for layer in self.into.layers if self.attached else ():
             unwatch_class(layer.module)
         for handle in (*self._handles, *self._gradient_handles):
@@ -76,7 +76,7 @@ class Observer:
             kept.clear()
 
     def discard(self) -> None:
-        """Forget what was gathered since the last step."""
+        """Discard what was gathered since the last step."""
         self.into.clear()
         if self.details is not None:
             self.details.discard()
@@ -85,13 +85,13 @@ class Observer:
 
     @property
     def device(self) -> torch.device:
-        """Where the first norm runs, or will run."""
+        """The device on which the first norm runs or will run."""
         if self._hooks:
             return self._hooks[0].account.seen.device
         return device_of(self.into.layers[0].module, self.into.model)
 
     def _follow_parameters(self) -> None:
-        """Hook the gains and biases that there are now: between two steps one may be frozen, freed or replaced."""
+        """Put hooks on the current gains and biases, because one may be frozen or replaced between two steps."""
         now = [
             (gain, gain is not None and gain.requires_grad, bias, bias is not None and bias.requires_grad)
             for gain, bias in ((layer.gain_parameter, layer.bias_parameter) for layer in self.into.layers)
@@ -110,7 +110,7 @@ class Observer:
         self._parameters = now
 
     def _watch_gradients(self, index: int, layer: NormLayer) -> Iterable[RemovableHandle]:
-        """A parameter's gradient is the sum over tokens that we want, and reading it costs no pass and no graph."""
+        """Register hooks for gradient sums. The gradient of a parameter is this sum already, and costs nothing."""
         gain, bias = layer.gain_parameter, layer.bias_parameter
         if gain is None or not gain.requires_grad:
             yield layer.module.register_forward_hook(OutputHook(self.into, index))
@@ -121,11 +121,11 @@ class Observer:
 
 
 class _InputHook(LayerHook):
-    """Before a norm's forward: its input's moments into its row."""
+    """Forward pre-hook that adds the moments of a norm's input to its row."""
 
     def __init__(self, into: Accumulators, index: int, device: torch.device) -> None:
         super().__init__(into, index)
-        # Allocated now, not at the first forward: nothing may change under a compiled graph.
+        # Allocated now and not at the first forward, because a compiled graph holds on to it.
         parameter = next(self.layer.module.parameters(), None)
         self.account = into.account(index, device if parameter is None else parameter.device)
         self.refused = False
@@ -138,7 +138,7 @@ class _InputHook(LayerHook):
             self.fused.forget()
         if not self.into.model.training:
             return
-        if torch.compiler.is_compiling():  # nothing of ours may change here: a checkpoint's graph refuses to
+        if torch.compiler.is_compiling():  # a checkpoint's graph must not change our attributes
             self.observe(module, args, kwargs)
             return
         start = time.perf_counter()
@@ -164,7 +164,7 @@ class _InputHook(LayerHook):
 
     @torch.no_grad()
     def add(self, x: Tensor, valid: Tensor | None) -> None:
-        """The input's moments into the layer's row."""
+        """Add the moments of an input to the layer's row."""
         layer, account = self.layer, self.account
         compiling = torch.compiler.is_compiling()
         op = torch.ops.stabnorm.accumulate_moments_.default if compiling else accumulate_moments_
@@ -175,16 +175,16 @@ class _InputHook(LayerHook):
         )  # fmt: skip
 
     def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
-        """What else is wanted of this input."""
+        """Gather more from this input, in a subclass."""
 
     def nothing_yet(self) -> bool:
-        """Whether the account is known to be empty: in the host's own memory that is looked up, elsewhere unknown."""
+        """Whether the accumulator is known to be empty; that can only be read without a sync on a CPU."""
         if torch.compiler.is_compiling() or self.account.seen.device.type != "cpu":
             return False
-        return not self.account.seen.numpy().any()  # no operation of torch's, and no wait for a device
+        return not self.account.seen.numpy().any()  # NumPy, to save a torch operation
 
     def not_understood(self, x: Any) -> str | None:
-        """Why this input cannot be counted; the norm itself may well take it, and looking must not stop it."""
+        """Return why this input cannot be counted. This is no error, because the norm itself may accept it."""
         if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
             return f"its input is {'a nested or integer tensor' if isinstance(x, Tensor) else type(x).__name__}"
         if x.device.type == "meta":
@@ -205,7 +205,7 @@ class _InputHook(LayerHook):
 
 
 class _DetailedInputHook(_InputHook):
-    """Before a norm's forward: its input's detail moments into their row, too."""
+    """Forward pre-hook that also adds the detail moments of a norm's input to its row."""
 
     def __init__(self, into: Accumulators, index: int, device: torch.device, details: Details) -> None:
         super().__init__(into, index, device)
@@ -226,7 +226,7 @@ class _DetailedInputHook(_InputHook):
 
 
 class _OutlierHook(LayerHook):
-    """After a norm's forward: the outliers of its output into their row, which is the input hook's."""
+    """Forward hook that adds the outliers of a norm's output to the detail row of its input hook."""
 
     def __init__(self, of_input: _InputHook, details: Details) -> None:
         super().__init__(of_input.into, of_input.index)
@@ -234,7 +234,7 @@ class _OutlierHook(LayerHook):
         self.detail = self.row(of_input.account.seen.device)
 
     def row(self, device: torch.device) -> DetailMoments:
-        """Not a second view of the input hook's row: a graph that gets two would write to one of them only."""
+        """Return the input hook's own row, because a graph that gets two views would write to only one of them."""
         of_input = self.of_input
         if isinstance(of_input, _DetailedInputHook) and of_input.detail.seen.device == device:
             return of_input.detail

@@ -1,8 +1,8 @@
-"""What a step is compared with: the layer's own past, as tensors that a checkpoint can carry.
+"""The past of each layer, with which a step is compared, as tensors that a checkpoint can hold.
 
-Everything is `[layers, ...]` in float64 where the device has it: a running mean of 1e4 in float32 is 1e-3 off, and its
-distance from the batch's mean is what several statistics measure. A step that did not run or was not finite leaves its
-layer's past as it is.
+Everything has the shape `[layers, ...]`, in float64 if the device supports it. In float32 a running mean of 1e4 has an
+error of 1e-3, and several statistics measure its distance from the mean of the batch. If a layer did not run in a step,
+or was not finite, its past does not change.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ WINDOW = 4  # Unified Normalization's M
 
 @dataclass(frozen=True)
 class Layout:
-    """What never changes about the layers: `[L]` each, and which of the padded channels exist, `[L, C]`."""
+    """The fixed properties of the layers, `[L]` each, and which of the padded channels exist, `[L, C]`."""
 
     exists: Tensor | None  # None: every layer is as wide as the widest
     channels: Tensor
@@ -43,7 +43,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Moments:
-    """One step's merged moments of all layers: what a statistic is a function of.
+    """The merged moments of all layers in one step; every statistic is a function of them.
 
     Shapes: ``[L, C]`` per channel (padded with zeros beyond a layer's channels), ``[L]`` per layer.
     """
@@ -116,7 +116,7 @@ class Moments:
 
     @cached_property
     def second_moment(self) -> Tensor:
-        """Mean of x^2 per channel, a sum of two squares and so without cancellation."""
+        """Mean of x^2 per channel, as a sum of two squares, which has no cancellation."""
         return self.var + self.mean.square()
 
     @cached_property
@@ -126,7 +126,7 @@ class Moments:
 
     @cached_property
     def log_var(self) -> Tensor:
-        """log(var + eps) per channel; eps keeps a dead channel's rounding noise from looking like an earthquake."""
+        """log(var + eps) per channel; eps hides the rounding noise of a dead channel."""
         return (self.var + self.layout.eps[:, None]).log()
 
     @cached_property
@@ -165,7 +165,7 @@ class Past:
         def nothing(*shape: int) -> Tensor:
             return torch.full(shape, torch.nan, device=device, dtype=dtype)
 
-        # NaN says "no past yet", and arithmetic carries it into every statistic that needs one.
+        # NaN means "no past yet"; every statistic that needs a past is then NaN, too.
         self.mean, self.var = nothing(layers, channels), nothing(layers, channels)  # moving averages
         self.mean_var = nothing(layers, channels)  # moving variance of the batch mean
         self.running_mean, self.running_var = nothing(layers, channels), nothing(layers, channels)
@@ -181,12 +181,12 @@ class Past:
 
     def windows_with(self, now: Moments) -> tuple[Tensor, Tensor]:
         """The window of second moments, and of their logarithms, this step included: ``[M, L, C]``."""
-        # A dead channel: the log of 0 would make its geometric mean 0 as long as it is in the window.
+        # The log of 0, of a dead channel, would make its geometric mean 0 as long as it is in the window.
         new = now.second_moment.clamp(min=torch.finfo(torch.float32).tiny)[None]
         return torch.cat([new, self.window[:-1]]), torch.cat([new.log(), self.log_window[:-1]])
 
     def update(self, now: Moments, own_mean: Tensor, own_var: Tensor) -> None:
-        """Take the step in.
+        """Add the step.
 
         Args:
             now: the step.
@@ -215,15 +215,15 @@ class Past:
         windows = self.windows_with(now)
         self.window = torch.where(usable[None, :, None], windows[0], self.window)
         self.log_window = torch.where(usable[None, :, None], windows[1], self.log_window)
-        # Where a layer has fewer channels the rest of its row is NaN: it has no gradient there.
+        # The row of a narrower layer ends with NaN, because these channels have no gradient.
         gradient = now.gain_gradient
         power = now.norm_over_channels(gradient).square()
-        usable = usable & torch.isfinite(power)  # an overflowed loss scale spoils gradients, not activations
+        usable = usable & torch.isfinite(power)  # not so after an overflow of the loss scale
         self.gradient_power = take(self.gradient_power, average(self.gradient_power, power))
         self.gradient = take(self.gradient, average(self.gradient, gradient))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The past as plain tensors."""
+        """Return the past as plain tensors."""
         return {name: value.detach().clone() for name, value in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

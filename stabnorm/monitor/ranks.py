@@ -1,4 +1,4 @@
-"""Several processes as one: each hands over what it gathered in a step, and all merge it by the same rules.
+"""Merge the measurements of several processes: each one sends what it gathered in a step, and all merge them alike.
 
 One collective a step, whatever is gathered: the slabs travel as bytes in one flat buffer. Every rank then merges the
 same bytes in the same order, so that all hold the same numbers bit for bit, and the catalogue, the alerts and the
@@ -22,12 +22,12 @@ Slab = TypeVar("Slab", bound=tuple[Tensor, ...])
 
 
 class Gathered(NamedTuple):
-    """What one step has of each layer, beside the moments.
+    """The data of each layer in one step, beside the moments.
 
     Attributes:
-        gradient: gradient sums ``[L, 2, C]``, NaN where none came.
-        running: the layers' own running buffers, ``[2, L, C]``; ``[2, 1, 1]`` where no layer has any.
-        loss: ``[1]``, NaN where none was given.
+        gradient: gradient sums ``[L, 2, C]``, NaN where there is none.
+        running: running buffers of the layers, ``[2, L, C]``; ``[2, 1, 1]`` if no layer has any.
+        loss: ``[1]``, NaN if it was not given.
     """
 
     gradient: Tensor
@@ -36,24 +36,24 @@ class Gathered(NamedTuple):
 
 
 def group_of(sync: "bool | dist.ProcessGroup") -> "dist.ProcessGroup | None":
-    """The group to merge over; None for all processes there are."""
+    """Return the group to merge over; None for all processes."""
     return None if isinstance(sync, bool) else sync
 
 
 def merging_ranks(sync: "bool | dist.ProcessGroup") -> int:
-    """How many processes merge what they see; 1 where this one is on its own, -1 where it is not in the group."""
+    """Return the number of processes that merge: 1 if this one is alone, -1 if it is not in the group."""
     return ranks(group_of(sync)) if sync else 1
 
 
 def is_first_rank(sync: "bool | dist.ProcessGroup") -> bool:
-    """Whether this process is the one that writes: the first of those that merge."""
+    """Whether this process writes the record, because it is the first of those that merge."""
     return merging_ranks(sync) <= 1 or dist.get_rank(group_of(sync)) == 0
 
 
 def merge_over_ranks(
     sync: "bool | dist.ProcessGroup", moments: RawMoments, gathered: Gathered, detail: DetailMoments | None = None
 ) -> tuple[RawMoments, Gathered, Tensor, DetailMoments | None]:
-    r"""What all ranks gathered in a step, as if one process had seen the whole batch.
+    r"""Merge what all ranks gathered in a step, as if one process had seen the whole batch.
 
     - Moments, and detail moments where there are any, merge by Chan's rule.
     - Gradients are the mean over ranks, as DDP and FSDP make them: those of the mean of the ranks' losses, which is the
@@ -75,7 +75,7 @@ def merge_over_ranks(
 
 
 def gather_slabs(slabs: Sequence[Any], group: "dist.ProcessGroup | None" = None) -> list[Any]:
-    """Every rank's slabs, by one collective: named tuples of tensors ``[...]`` to the same of ``[ranks, ...]``.
+    """Gather named tuples of tensors ``[...]`` of all ranks, with one collective, as tensors ``[ranks, ...]``.
 
     Shapes and dtypes must be the same on all ranks.
 
@@ -117,7 +117,7 @@ def merge_stacked_(slabs: Slab, merge_: Callable[[Slab, Slab], None]) -> Slab:
 
 
 def variance_between(moments: RawMoments) -> Tensor:
-    """Variance of the ranks' channel means around the whole batch's, weighted by tokens: ``[W, L, ...] -> [L, C]``."""
+    """Return the variance of the ranks' channel means, weighted by tokens: ``[W, L, ...] -> [L, C]``."""
     seen = moments.seen.double()
     share = (seen / seen.sum(0).clamp(min=1))[:, :, None]
     means = moments.channel[:, :, SHIFT_X].double() + moments.channel[:, :, REST_X].double()
@@ -126,7 +126,7 @@ def variance_between(moments: RawMoments) -> Tensor:
 
 
 def refuse_other_layers(sync: "bool | dist.ProcessGroup", watched: list[str]) -> None:
-    """What is gathered must have the same shape everywhere; else the ranks would wait for ever, or mix layers up.
+    """Raise StabNormError if ranks watch different layers; they would wait for ever, or mix up layers.
 
     Raises:
         StabNormError: another rank watches something else.

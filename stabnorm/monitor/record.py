@@ -1,7 +1,8 @@
-"""The record: what a run leaves behind, and all that any dashboard reads. Kept in TensorBoard's files or in our own.
+"""The record of a run, which is all that a dashboard reads. It is in TensorBoard's files or in files of our own.
 
-A flush adds a `Block` of contiguous steps; what happens now and then (an alert, say) is an event. Shapes read
-[step], [step, layer] or [step, layer, rank], the last for the k largest of something. Everything is float32.
+A flush adds a `Block` of contiguous steps. Something that happens at a single step, such as an alert, is an event.
+Shapes are [step], [step, layer] or [step, layer, rank], the last one for the k largest of something. Everything is
+float32.
 """
 
 import io
@@ -25,7 +26,7 @@ from stabnorm.monitor._record_format import check_version, dumps, tensor_summary
 
 AXES = ("step", "layer", "rank")
 
-# What a record may hold besides the statistics of the catalogue: name -> (axes, meaning).
+# The series that a record may have besides the statistics of the catalogue: name -> (axes, meaning).
 SIDE_SERIES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "loss": (AXES[:1], "training loss"),
     "learning_rate": (AXES[:1], "learning rate of the first parameter group"),
@@ -46,14 +47,14 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """What one flush adds: contiguous steps.
+    """The contiguous steps that one flush adds to a record.
 
     Args:
         first_step: optimizer step of row 0; row i is step `first_step + i`.
-        layers: names, in the order of the layer axis.
+        layers: names of the layers, in the order of the layer axis.
         series: name -> values, [steps], [steps, layers] or [steps, layers, k]; kept as float32.
-        companion: whose rows the layers are, where they are heads or matrices; see `stabnorm.companions`. Default: the
-            norms'.
+        companion: name of the companion whose rows (heads, matrices) take the place of layers, see
+            `stabnorm.companions`. Default: the layers are norms.
 
     Raises:
         ValueError: a series does not have as many steps as the others, or not one column for each layer.
@@ -76,7 +77,7 @@ class Block:
 
     @property
     def num_steps(self) -> int:
-        """How many steps the block holds."""
+        """The number of steps in the block."""
         return max((len(values) for values in self.series.values() if values.ndim), default=0)
 
     @property
@@ -86,7 +87,7 @@ class Block:
 
 
 class Event(NamedTuple):
-    """What happened at a step. Non-finite numbers in `data` are the strings that `float` reads back."""
+    """Something that happened at a step. Numbers in `data` that are not finite are strings that `float` reads back."""
 
     kind: str
     step: int
@@ -111,7 +112,7 @@ class Record:
 
 
 class RecordWriter(Protocol):
-    """Where a monitor's output goes."""
+    """A destination of a monitor's output."""
 
     def write_block(self, block: Block) -> None:
         """Add contiguous steps; a step that was already written is replaced."""
@@ -120,16 +121,16 @@ class RecordWriter(Protocol):
         """Add an event of one of `EVENT_KINDS`; `data` is anything that JSON can say, NaN and infinity included."""
 
     def close(self) -> None:
-        """Bring everything to disk."""
+        """Write everything to disk."""
 
 
 class TensorBoardRecord:
-    """Writes into the event files of a run: tag `stabnorm/<series>`, one tensor a block, at the block's last step.
+    """Writes into the event files of a run: tag `stabnorm/<series>`, one tensor per block, at the block's last step.
 
-    One tensor of many steps, because TensorBoard keeps only a random sample of a tag's tensors.
+    One tensor has many steps, because TensorBoard keeps only a random sample of a tag's tensors.
 
     Args:
-        summary_writer: a `torch.utils.tensorboard.SummaryWriter`. It stays the caller's; `close` only flushes it.
+        summary_writer: a `torch.utils.tensorboard.SummaryWriter`. `close` flushes it but does not close it.
 
     Raises:
         ValueError: its directory holds a record of a newer version.
@@ -138,8 +139,8 @@ class TensorBoardRecord:
     def __init__(self, summary_writer: Any) -> None:
         self._writer = summary_writer
         self._described: set[str] = set()
-        # A tag is described once and for all, so that a new list of layers needs new tags: also after a resume into
-        # the same directory, which is why we look at what is there.
+        # The description of a tag cannot change, so a new list of layers needs new tags. This also holds after a resume
+        # into the same directory, so the existing tags are read.
         self._suffixes: dict[str, dict[tuple[str, ...], str]] = {}
         for _, value, content in tensors(Path(summary_writer.log_dir)):
             if "series" in content:
@@ -158,7 +159,7 @@ class TensorBoardRecord:
             if block.companion:
                 content["companion"] = block.companion
             self._write(block.last_step, f"{name}{suffix}", values, content)
-        self._writer.flush()  # it would keep it back for two minutes, and a run that is killed would lose it
+        self._writer.flush()  # else it keeps data back for two minutes, and a killed run would lose it
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
         """Write one string tensor under `stabnorm/event/<kind>`."""
@@ -197,7 +198,7 @@ class FileRecord:
         self._numbers = itertools.count(max(written, default=0) + 1)
         events = self._directory / "events.jsonl"
         events.touch()
-        os.truncate(events, events.read_bytes().rfind(b"\n") + 1)  # half a line, left by a kill
+        os.truncate(events, events.read_bytes().rfind(b"\n") + 1)  # remove half a line that a killed run left
         self._events = events.open("a", encoding="utf-8")
         self._write(header, json.dumps({"version": VERSION}).encode())
 
@@ -211,7 +212,7 @@ class FileRecord:
         self._write(self._directory / f"block-{next(self._numbers):08d}.npz", file.getvalue())
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
-        """Append one line, at once."""
+        """Append one line and flush it."""
         self._events.write(dumps({"kind": kind, "step": step, "data": data}) + "\n")
         self._events.flush()
 
@@ -227,12 +228,13 @@ class FileRecord:
 
 
 def read_record(path: str | os.PathLike[str], series: Collection[str] | None = None, companion: str = "") -> Record:
-    """Read what a run has written so far. Of a step written twice, as after a resume, the last counts.
+    """Read what a run has written so far. If a step was written twice, as after a resume, the last version counts.
 
     Args:
-        path: the directory of a `FileRecord`, or one with TensorBoard's event files, or one that holds the first.
-        series: the names to read, the rest is left on disk; a name the record lacks is left out. Default: all.
-        companion: whose series, with its rows as the layers: "attention", say. Default: the norms'.
+        path: the directory of a `FileRecord`, a directory with TensorBoard's event files, or one that holds the first.
+        series: names of the series to read; names that the record does not have are ignored. Default: all.
+        companion: name of a companion whose series are read, such as "attention"; its rows are the layers of the
+            result. Default: the series of the norms.
 
     Raises:
         FileNotFoundError: there is no record.
@@ -248,13 +250,13 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
     spans = [np.arange(part.first_step, part.first_step + part.num_steps) for part in parts]
     steps = np.unique(np.concatenate(spans)) if spans else np.empty(0, np.int64)
     names = dict.fromkeys(itertools.chain.from_iterable(part.series for part in parts))
-    once = {dumps(event): event for event in events}  # a resumed run repeats what it saw
+    once = {dumps(event): event for event in events}  # a resumed run may write an event again
     stitched = {name: _stitch(name, parts, steps, layers) for name in names}
     return Record(layers, steps, stitched, sorted(once.values(), key=lambda event: event.step))
 
 
 class _Part(NamedTuple):
-    """What was read of a block. It knows its steps even if it has no series, so that `Record.steps` is always whole."""
+    """The part of a block that was read. It has its steps even without series, so that `Record.steps` is complete."""
 
     first_step: int
     num_steps: int
@@ -269,13 +271,13 @@ def _read_files(directory: Path, wanted: Collection[str] | None) -> tuple[list[_
     parts = []
     for path in sorted(directory.glob("block-*.npz")):
         try:
-            with path.open("rb") as file, np.load(file) as block:  # loads a member when it is asked for, not before
+            with path.open("rb") as file, np.load(file) as block:  # loads a member only when it is accessed
                 names = [name for name in block.files if name[0] != "@" and (wanted is None or name in wanted)]
                 first_step, num_steps = block["@steps"].tolist()
                 series = {name: block[name] for name in names}
                 companion = str(block["@companion"]) if "@companion" in block.files else ""
                 parts.append(_Part(first_step, num_steps, tuple(map(str, block["@layers"])), series, companion))
-        except (zipfile.BadZipFile, EOFError):  # when a machine dies, the new name may reach the disk before the data
+        except (zipfile.BadZipFile, EOFError):  # after a power failure the file may have a name but no data
             warnings.warn(f"{path} is damaged; its steps are left out", stacklevel=3)
     lines = (directory / "events.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     return parts, [Event(**json.loads(line)) for line in lines if line.endswith("\n")]  # the last may be half a line
@@ -303,10 +305,10 @@ def _read_tensorboard(directory: Path, wanted: Collection[str] | None) -> tuple[
 
 
 def _stitch(name: str, parts: Iterable[_Part], steps: npt.NDArray[np.int64], layers: Sequence[str]) -> Array:
-    """Lay the parts of one series over each other, in the order they were written."""
+    """Combine the parts of one series; later parts overwrite earlier ones."""
     parts = [part for part in parts if name in part.series]
     shapes = [part.series[name].shape for part in parts]
-    # The layers and k may change on a resume: where one of the runs has no value there is NaN.
+    # The layers and k may change on a resume; a value that one of the runs does not have is NaN.
     column = {layer: i for i, layer in enumerate(layers)}
     trailing = [max(sizes) for sizes in zip(*(shape[2:] for shape in shapes), strict=True)]
     out = np.full((len(steps), len(layers), *trailing)[: len(shapes[0])], np.nan, np.float32)

@@ -1,4 +1,4 @@
-"""A row: the numbers of one norm (or head, matrix, ...) in one step, and what stands where in it."""
+"""The layout of a row, which has all numbers of one norm (or head, matrix, ...) in one step."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ class RowLayout:
 
     Args:
         statistics: their names.
-        beside: what else a row holds, and how many columns each of these has. Default: nothing.
+        beside: names of other parts of a row, and how many columns each one has. Default: nothing.
 
     >>> layout = RowLayout(["amax", "crest"], {"tokens": 1, "top_channel_ids": 3})
     >>> row = layout.pack(torch.tensor([5.0, 2.0]), {"tokens": torch.tensor(64), "top_channel_ids": torch.arange(3)})
@@ -38,11 +38,11 @@ class RowLayout:
         return torch.cat([part.to(torch.float32) for part in (statistics, *parts)], -1)
 
     def part(self, rows: Tensor, name: str) -> Tensor:
-        """What rows ``[..., width]`` hold under a name: ``[...]``, or ``[..., columns]`` where it has several."""
+        """Return the part of rows ``[..., width]`` with a name: ``[...]``, or ``[..., columns]`` if it has several."""
         return rows[..., self._columns[name]]
 
     def statistics_of(self, rows: Tensor) -> Tensor:
-        """All statistics, ``[..., statistics]``."""
+        """Return all statistics, ``[..., statistics]``."""
         return rows[..., : len(self.statistics)]
 
 

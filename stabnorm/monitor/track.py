@@ -21,23 +21,23 @@ from stabnorm.monitor.record import Block
 from stabnorm.monitor.rows import RowLayout
 from stabnorm.statistic import Statistic
 
-SCALARS = ("loss", "learning_rate")  # what a step has once, not for each row
+SCALARS = ("loss", "learning_rate")  # one number per step, not per row
 _HISTORY_BYTES = 64 << 20
 
 logger = logging.getLogger("stabnorm")
 
 
 class Track:
-    """What was measured of some rows; it waits on the device until a flush.
+    """The measurements of some rows, which stay on the device until a flush.
 
     Args:
-        rows: the rows' names.
-        statistics: what is measured of each.
-        detector: looks at what has arrived on the host.
-        flush_every: the monitor's.
-        flush: the monitor's.
-        companion: whose rows they are. Default: the norms'.
-        beside: what a row holds beside the statistics, see `RowLayout`. Default: nothing.
+        rows: names of the rows.
+        statistics: the statistics of each row.
+        detector: the detector, which reads the rows on the host.
+        flush_every: number of steps between two flushes.
+        flush: the monitor's method.
+        companion: name of the companion that has these rows. Default: the rows are the norms.
+        beside: other parts of a row, see `RowLayout`. Default: nothing.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Track:
 
     @property
     def waiting(self) -> int:
-        """How many steps wait for a flush."""
+        """The number of steps since the last flush."""
         return len(self._waiting)
 
     def history(self) -> dict[str, Tensor]:
-        """Every statistic of every step, ``[steps, rows]``; flushes the monitor first.
+        """Flush the monitor, and return every statistic of every step, ``[steps, rows]``.
 
         NaN where a row had nothing to measure. Bounded in memory: of a very long run the last 64 MiB are kept.
         """
@@ -75,12 +75,12 @@ class Track:
         return {name: self.layout.part(values, name) for name in names}
 
     def history_steps(self) -> Tensor:
-        """The optimizer steps that the rows of `history()` stand for, counted from 0."""
+        """Return the optimizer steps of the rows of `history()`, counted from 0."""
         self._flush()
         return self._history.steps()
 
     def add(self, row: Tensor, *scalars: Tensor) -> None:
-        """Take in a step.
+        """Add a step.
 
         Args:
             row: ``[rows, columns]``, see `RowLayout.pack`.
@@ -89,7 +89,7 @@ class Track:
         self._waiting.append((row, *scalars))
 
     def send(self, steps_done: int) -> None:
-        """Start to copy what waits to the host."""
+        """Start to copy the waiting steps to the host."""
         if self._waiting:
             self._in_flight = steps_done - len(self._waiting), AsyncCopy(*self._stacked())
             self._waiting.clear()
@@ -99,13 +99,13 @@ class Track:
             yield torch.stack([part.to(parts[-1].device) for part in parts])  # the model may have moved in between
 
     def receive(self) -> tuple[Block, list[Alert]] | None:
-        """What has arrived, and what is wrong with it; None where nothing was sent."""
+        """Return the steps that have arrived and their alerts; None if nothing was sent."""
         if self._in_flight is None:
             return None
         (first_step, copy), self._in_flight = self._in_flight, None
         rows, *scalars = copy.wait()
         self._history.add(first_step, rows)
-        # A row that is no norm stands for many tokens, and what is not finite is for the norms to tell.
+        # A companion's row stands for many tokens; alerts about values that are not finite come from the norms.
         tokens, nonfinite = rows.new_full(rows.shape[:2], torch.inf), rows.new_zeros(rows.shape[:2])
         if self.layout.beside:
             tokens, nonfinite = (self.layout.part(rows, name) for name in ("tokens", "nonfinite"))
@@ -118,14 +118,14 @@ class Track:
         return Block(first_step, self.rows, series, companion=self.name), alerts
 
     def unflushed(self) -> tuple[Tensor, ...]:
-        """The rows (and scalars) that no flush has received yet, on the host, ``[steps, ...]``; () where none are."""
+        """Return rows and scalars that no flush has received yet, on the host, ``[steps, ...]``; () if none exist."""
         parts = [] if self._in_flight is None else [self._in_flight[1].wait()]
         if self._waiting:
             parts.append(AsyncCopy(*self._stacked()).wait())
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def restore(self, steps_done: int, *unflushed: Tensor) -> None:
-        """Forget the history; the next flush receives the rows (and scalars) of the steps before `steps_done`."""
+        """Clear the history; the next flush receives the given rows and scalars of the steps before `steps_done`."""
         self._history.clear()
         if unflushed and len(unflushed[0]):
             self._in_flight = steps_done - len(unflushed[0]), AsyncCopy(*unflushed)
@@ -138,7 +138,7 @@ class Track:
             logger.warning("the checkpoint's detector cannot be restored, so this one starts afresh: %s", error)
 
     def no_rows(self) -> Tensor:
-        """Rows of no step, ``[0, rows, columns]``."""
+        """Return an empty tensor of rows, ``[0, rows, columns]``."""
         return torch.empty(0, len(self.rows), self.layout.width, device="cpu")
 
 
@@ -178,7 +178,7 @@ class CompanionTrack(Track):
         self.watch.discard()
 
     def receive(self) -> tuple[Block, list[Alert]] | None:
-        """What has arrived; what could not be measured is said once."""
+        """Return what has arrived, and warn once about what could not be measured."""
         arrived = super().receive()
         if arrived is not None:
             values = torch.from_numpy(np.stack([arrived[0].series[name] for name in self.layout.statistics], -1))
@@ -189,7 +189,7 @@ class CompanionTrack(Track):
         return arrived
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step needs of the last ones, and those since the last flush; the others are in the record."""
+        """Return the state for the next step, and the rows since the last flush; the others are in the record."""
         (values,) = self.unflushed() or (self.no_rows(),)
         return {
             "rows": list(self.rows),
@@ -200,7 +200,7 @@ class CompanionTrack(Track):
         }
 
     def load_state_dict(self, state: dict[str, Any], steps_done: int) -> None:
-        """Go on where `state_dict` was taken, after so many steps; afresh, with a warning, when the rows are others."""
+        """Continue from a state after a number of steps; start again, with a warning, if the rows are different."""
         self.restore(steps_done)
         statistics = state.get("statistics", list(self.layout.statistics))  # older checkpoints do not name them
         if state["rows"] != list(self.rows) or statistics != list(self.layout.statistics):
@@ -246,7 +246,7 @@ class CompanionTracks(Mapping[str, CompanionTrack]):
         return len(self._tracks)
 
     def attach(self) -> None:
-        """Put all hooks on; none of them when one fails."""
+        """Register the hooks of all companions; if one fails, remove them all."""
         self.detach()
         try:
             for track in self.values():
@@ -256,12 +256,12 @@ class CompanionTracks(Mapping[str, CompanionTrack]):
             raise
 
     def detach(self) -> None:
-        """Take every hook off."""
+        """Remove all hooks."""
         for track in self.values():
             track.watch.detach()
 
     def discard(self) -> None:
-        """Forget what was gathered since the last step."""
+        """Discard what was gathered since the last step."""
         for track in self.values():
             track.watch.discard()
 
@@ -283,23 +283,23 @@ class CompanionTracks(Mapping[str, CompanionTrack]):
         return self.hook_seconds + self._step_seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each, by name."""
+        """Return the state of each companion, by name."""
         return {name: track.state_dict() for name, track in self.items()}
 
     def load_state_dict(self, state: dict[str, Any], steps_done: int) -> None:
-        """Go on where `state_dict` was taken; a companion that was not watched then starts afresh."""
+        """Continue from a state; a companion that the state does not have starts again."""
         for name, track in self.items():
             if name in state:
                 track.load_state_dict(state[name], steps_done)
 
 
 class History:
-    """The steps that have arrived; of a very long run the last ones.
+    """The history of all steps that have arrived; of a very long run only the last steps.
 
     Args:
-        rows: how many.
-        columns: numbers of each row.
-        at_least: steps to keep regardless of size.
+        rows: number of rows.
+        columns: number of columns of each row.
+        at_least: number of steps to keep regardless of size.
     """
 
     def __init__(self, rows: int, columns: int, at_least: int) -> None:
@@ -308,20 +308,20 @@ class History:
         self._arrived: deque[tuple[int, Tensor]] = deque()  # the first step, and the rows of it and those that follow
 
     def add(self, first_step: int, rows: Tensor) -> None:
-        """Take in the next steps, ``[steps, rows, columns]``."""
+        """Add the next steps, ``[steps, rows, columns]``."""
         self._arrived.append((first_step, rows))
         while sum(len(rows) for _, rows in self._arrived) - len(self._arrived[0][1]) >= self._most:
             self._arrived.popleft()
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all steps."""
         self._arrived.clear()
 
     def values(self) -> Tensor:
-        """``[steps, rows, columns]``."""
+        """All steps, ``[steps, rows, columns]``."""
         return torch.cat([self._empty, *(rows for _, rows in self._arrived)])
 
     def steps(self) -> Tensor:
-        """The optimizer step of each, counted from 0."""
+        """The optimizer step of each one, counted from 0."""
         steps = [first_step + i for first_step, rows in self._arrived for i in range(len(rows))]
         return torch.tensor(steps, dtype=torch.int64, device="cpu")

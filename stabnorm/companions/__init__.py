@@ -1,4 +1,4 @@
-"""What may be watched beside the norms: attention heads, weight matrices, embeddings, output layers, the switch."""
+"""Companions watch more than norms: attention heads, weight matrices, embeddings, output layers, and the switch."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Seeing the queries and keys of an attention without touching the code of its module.
+"""Read the queries and keys of an attention without changing the code of its module.
 
 While a watch is attached, `scaled_dot_product_attention` and `softmax` of `torch.nn.functional` are thin functions that
 show their arguments to the innermost watched module that is running, if one is, and call the original with what they
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 
 class Viewer(Protocol):
-    """A watched module's place in the sums."""
+    """A watched attention module, which adds its calls to the sums."""
 
     module: nn.Module
 
@@ -40,12 +40,12 @@ class Viewer(Protocol):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        """Look at a call of `scaled_dot_product_attention`."""
+        """Read a call of `scaled_dot_product_attention`."""
 
     def see_softmax(
         self, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
     ) -> None:
-        """Look at a call of `softmax`."""
+        """Read a call of `softmax`."""
 
 
 _running: list[Viewer] = []  # the watched modules whose forward runs, outermost first; a plain list: Dynamo follows it
@@ -54,17 +54,17 @@ _replaced: list[tuple[dict[str, Any], str, Any]] = []
 
 
 def enter(viewer: Viewer) -> None:
-    """The viewer's module begins its forward."""
+    """Note that the viewer's module begins its forward."""
     _running.append(viewer)
 
 
 def leave(viewer: Viewer) -> None:
-    """The viewer's module has returned or raised."""
+    """Note that the forward of the viewer's module has returned or raised."""
     _running[:] = [running for running in _running if running is not viewer]  # Dynamo of torch 2.6 knows no remove
 
 
 def _innermost() -> list[Viewer]:
-    """The viewers of the innermost running module; two when two monitors watch it."""
+    """Return the viewers of the innermost running module; there are two if two monitors watch it."""
     return [viewer for viewer in _running if viewer.module is _running[-1].module]
 
 
@@ -99,7 +99,7 @@ _SHOWN: dict[Any, Any] = {_attention: _shown_attention, _softmax: _shown_softmax
 
 
 def attach(watch: object, classes: Iterable[type]) -> None:
-    """Register a watch: show it what the modules of these classes call."""
+    """Register a watch, which then sees the calls of modules of these classes."""
     _attached.add(id(watch))
     namespaces = {id(space): space for space in (vars(F), *map(_namespace, classes))}
     for space in namespaces.values():
@@ -116,7 +116,7 @@ def detach(watch: object) -> None:
     _attached.discard(id(watch))
     if not _attached:
         for space, name, original in _replaced:
-            if space.get(name) is _SHOWN[original]:  # else somebody has replaced it in between
+            if space.get(name) is _SHOWN[original]:  # else other code has replaced the function
                 space[name] = original
         _replaced.clear()
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from stabnorm.companions.companion import merged, sampled, wide
 from stabnorm.ops.moments import is_recompute
 
-HIDDEN = -5e3  # no softmax sees a key whose logit a mask has moved that far down; masks say -1e4, -1e9, -inf, ...
+HIDDEN = -5e3  # a key counts as hidden if a mask lowers its logit by more; masks use -1e4, -1e9, -inf, ...
 
 
 class AttentionSums(NamedTuple):
-    """What a step's queries add up to, ``[heads]`` each; a query that sees fewer than two keys is not counted.
+    """Sums over the queries of a step, ``[heads]`` each; a query that sees fewer than two keys does not count.
 
     Attributes:
-        queries: how many were counted.
+        queries: number of queries.
         entropy: sum of their entropies, in nats.
         entropy_share: sum of entropy / log(number of visible keys).
         logit: the largest magnitude of a visible logit.
@@ -32,7 +32,7 @@ class AttentionSums(NamedTuple):
     logit: Tensor
 
     def merge(self, other: "AttentionSums") -> "AttentionSums":
-        """Two micro-batches, devices or ranks as one: sums add, and the larger logit stays."""
+        """Merge the sums of two micro-batches, devices or ranks: sums are added, and the larger logit is kept."""
         return merged(self, other, "logit")
 
     def add_(self, other: "AttentionSums") -> None:
@@ -46,9 +46,9 @@ def sums_of_logits(logits: Tensor, biased: Tensor, visible: Tensor | None, valid
 
     Args:
         logits: ``[batch..., heads, queries, keys]``, scaled, without any mask.
-        biased: the same with what masks add, where they add something finite.
-        visible: bool, broadcastable to `logits`, which keys a query sees; None: all.
-        valid: bool ``[batch..., queries]``, which queries count; None: all.
+        biased: the same plus the values of a mask that adds finite values.
+        visible: bool, broadcastable to `logits`, which keys a query sees; None means all.
+        valid: bool ``[batch..., queries]``, which queries count; None means all.
     """
     if visible is None:
         keys = torch.full(logits.shape[:-1], logits.shape[-1], device=logits.device)
@@ -93,12 +93,12 @@ def sums_of_call(
     Args:
         query: ``[batch..., heads, queries, features]``.
         key: ``[batch..., heads or groups, keys, features]``.
-        mask: bool, True = visible, or what is added to the logits.
+        mask: bool with True = visible, or values that are added to the logits.
         valid: bool ``[batch..., queries]``, which queries count.
-        scale: of the logits. Default: 1 / sqrt(features).
-        causal: query i sees keys 0 to i.
-        grouped: several heads share a key head (grouped-query attention).
-        at_most: queries of each sequence to look at, evenly spaced. Default: all.
+        scale: factor of the logits. Default: 1 / sqrt(features).
+        causal: whether query i sees only keys 0 to i.
+        grouped: whether several heads share a key head (grouped-query attention).
+        at_most: number of queries of each sequence to use, evenly spaced. Default: all.
     """
     length = query.shape[-2]
     positions = sampled(length, at_most)

@@ -1,4 +1,4 @@
-"""Looking at parameters right before and right after an optimizer changes them, in any training loop.
+"""Read parameters right before and right after an optimizer changes them, in any training loop.
 
 Torch calls global hooks around the step of every optimizer that derives from `torch.optim.Optimizer`; there the
 gradients are final (merged over ranks, unscaled, clipped) and every parameter's own learning rate is known.
@@ -19,7 +19,7 @@ Looks = Callable[[list[int], float | Tensor], None]
 class OptimizerSteps:
     """Calls `before` and `after` for each group of each optimizer that holds some of these parameters.
 
-    Before a step gradients may not be there yet: a closure, such as Lightning's, runs inside the step.
+    Before a step there may be no gradients yet, because a closure, such as Lightning's, runs inside the step.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], before: Looks | None, after: Looks) -> None:
@@ -28,13 +28,13 @@ class OptimizerSteps:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Put the hooks on."""
+        """Register the hooks."""
         for look, register in self._looks:
             if look is not None:
                 self._handles.append(register(self._hook(look)))
 
     def detach(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -57,13 +57,13 @@ class OptimizerSteps:
 
 
 class Indices:
-    """Lists of rows as index tensors. Each is made once, because making one copies it to the device."""
+    """Index tensors of lists of rows. Each one is made once, because this copies it to the device."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def on(self, device: torch.device, rows: Sequence[int]) -> Tensor:
-        """The rows as an index tensor."""
+        """Return the rows as an index tensor."""
         key = (device, tuple(rows))
         if key not in self._made:
             self._made[key] = torch.tensor(rows, device=device)
@@ -71,14 +71,14 @@ class Indices:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: the whole, or its shard of a sharded one."""
+    """Return this process's part of a tensor: the shard of a sharded tensor, else the whole."""
     own = tensor.detach()
     shard: Tensor = own.to_local() if hasattr(own, "to_local") else own
     return shard
 
 
 def no_step(names: Sequence[str]) -> str | None:
-    """The complaint about parameters that no optimizer was seen to step, if there are any."""
+    """Return a warning about parameters that no optimizer step changed, if there are any."""
     if not names:
         return None
     others = " and others" if len(names) > 8 else ""

@@ -1,4 +1,4 @@
-"""`AttentionCompanion`: how concentrated each attention head is, and how large its logits are.
+"""`AttentionCompanion`: measure how concentrated each attention head is, and how large its logits are.
 
 Attention collapses before a run diverges: logits grow, the softmax saturates, and its entropy falls to zero. Fused
 attention never writes its logits anywhere, so they are computed again here, from the very queries and keys that the
@@ -47,7 +47,7 @@ class AttentionCompanion(Companion):
     flash_attn and a softmax called as a method are not seen; a warning names such modules.
 
     Args:
-        queries: so many queries of each sequence are looked at, evenly spaced, the last one among them; None: all.
+        queries: number of queries of each sequence to use, evenly spaced and with the last one; None uses all.
             The largest logit is that of these queries. Default: 16.
         heads: how many heads an attention has, where it does not say so itself. Default: the module's own num_heads,
             num_attention_heads, n_heads, n_head, nhead or heads, or its config's.
@@ -57,8 +57,7 @@ class AttentionCompanion(Companion):
     Raises:
         ValueError: `queries` or `heads` below 1; from `watch`: no attention found, or one with unknown heads.
 
-    Padding: a key that a mask hides is not seen by the softmax, here neither; queries count unless
-    `stabnorm.valid_tokens` says otherwise.
+    A key that a mask hides does not count. Queries count unless `stabnorm.valid_tokens` says that they are padding.
 
     >>> import stabnorm
     >>> model = nn.TransformerEncoderLayer(8, 2, batch_first=True)
@@ -106,7 +105,7 @@ class AttentionCompanion(Companion):
                 raise ValueError(f"{name} is a number of {name}, got {value}; use 1 or more, or None")
 
     def watch(self, model: nn.Module) -> "AttentionWatch":
-        """Find the attentions."""
+        """Find the attention modules."""
         model = unwrapped(model)
         attentions = [(plain_name(name), module) for name, module in _attentions(model)]
         wanted = selected([name for name, _ in attentions], self.include, self.exclude)
@@ -142,7 +141,7 @@ class AttentionWatch(HookedWatch[AttentionSums]):
         self._attentions = tuple(attentions)
 
     def attach(self) -> None:
-        """Put two hooks on each attention, and replace the functions that they call."""
+        """Register two hooks on each attention, and replace the functions that they call."""
         calls.attach(self, {kind for _, module, _ in self._attentions for kind in type(module).__mro__})
         first = 0
         for name, module, heads in self._attentions:
@@ -154,7 +153,7 @@ class AttentionWatch(HookedWatch[AttentionSums]):
         self.discard()
 
     def detach(self) -> None:
-        """Take the hooks off, and give the functions back."""
+        """Remove the hooks, and restore the functions."""
         calls.detach(self)
         super().detach()
 
@@ -172,7 +171,7 @@ class AttentionWatch(HookedWatch[AttentionSums]):
 
 
 class _Attention(Place[AttentionSums]):
-    """A watched attention, and what its calls add to its rows."""
+    """A watched attention, whose calls are added to its rows."""
 
     def __init__(self, watch: AttentionWatch, name: str, module: nn.Module, rows: slice) -> None:
         super().__init__(watch, module, rows, watch.model)
@@ -206,7 +205,7 @@ class _Attention(Place[AttentionSums]):
     def see_softmax(
         self, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
     ) -> None:
-        """Add the logits that an attention writes out; a softmax over anything else passes by."""
+        """Add the logits of an attention that computes them itself; ignore a softmax over anything else."""
         if dim is None or dim % input.ndim != input.ndim - 1:
             return
         if self.multi_head and input.ndim == 3:  # [batch x heads, queries, keys]
@@ -246,7 +245,7 @@ class _Attention(Place[AttentionSums]):
 
 
 class _Enter(Hook):
-    """Before an attention's forward."""
+    """Forward pre-hook of an attention."""
 
     def __init__(self, place: _Attention) -> None:
         self.place = place
@@ -257,7 +256,7 @@ class _Enter(Hook):
 
 
 class _Leave(Hook):
-    """After an attention's forward, also when it raised."""
+    """Forward hook of an attention, which also runs after an exception."""
 
     def __init__(self, place: _Attention) -> None:
         self.place = place

@@ -1,4 +1,4 @@
-"""What a companion is: something to watch beside the norms' moments, with rows of its own, such as heads or matrices.
+"""The base of companions, which measure more than the moments of norms, in rows such as heads or matrices.
 
 A companion is its settings and its statistics, nothing more: it can be copied, pickled and used for several models.
 `watch(model)` finds what it looks at and returns a `Watch`, which holds the hooks and what they gathered. What is
@@ -24,10 +24,10 @@ Sums = TypeVar("Sums", bound=tuple[Tensor, ...])
 
 
 class Watch(ABC):
-    """A companion at work on one model.
+    """A companion that watches one model.
 
     Attributes:
-        rows: what the rows are, by name, in the order of the model.
+        rows: names of the rows, in the order of the model.
         seconds: spent in hooks so far, on the host; not counted in a compiled graph.
     """
 
@@ -36,26 +36,26 @@ class Watch(ABC):
 
     @abstractmethod
     def attach(self) -> None:
-        """Put the hooks on."""
+        """Register the hooks."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Take every hook off."""
+        """Remove all hooks."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Forget what was gathered since the last step."""
+        """Discard what was gathered since the last step."""
 
     @abstractmethod
     def take(self) -> Any:
-        """What was gathered since the last step in this process: a NamedTuple of ``[rows]`` with a method `merge`."""
+        """Return what this process gathered since the last step: a NamedTuple of ``[rows]`` with a method `merge`."""
 
     @abstractmethod
     def complaint(self, values: Tensor) -> str | None:
-        """What to say of a flush's ``[steps, rows, statistics]`` where something could not be measured at all."""
+        """Return a warning about a flush, ``[steps, rows, statistics]``, in which something could not be measured."""
 
     def see_norms(self, layers: Sequence[str], now: "NormMoments") -> None:  # noqa: B027  # most companions ask no norm
-        """Look at what the monitor has of its norms in this step, merged over ranks; called right before `take`.
+        """Read the monitor's moments of norms in this step, merged over ranks; called right before `take`.
 
         Args:
             layers: their names.
@@ -68,11 +68,11 @@ class Watch(ABC):
         return [name for name, is_empty in zip(self.rows, empty.tolist(), strict=True) if is_empty]
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step needs of the last ones, as tensors and plain containers."""
+        """Return the state that the next step needs, as tensors and plain containers."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most have no past
-        """Go on where `state_dict` was taken, for the same rows."""
+        """Continue from a state for the same rows."""
 
 
 class NormMoments(Protocol):
@@ -84,17 +84,17 @@ class NormMoments(Protocol):
 
     @property
     def affine_residual(self) -> Tensor:
-        """What no affine map per channel reproduces; the companion needs "normalized" for it."""
+        """The share that no affine map per channel reproduces; the companion must need "normalized"."""
 
 
 class Companion(ABC):
-    """Something to watch beside the norms.
+    """The base class of companions.
 
     Attributes:
-        name: under which it is asked for, and under which a monitor and a record keep its rows.
+        name: its name, also in a monitor and in a record.
         statistics: what it measures of each row; `compute` of each gets the merged sums, and None.
-        cost: what that costs, for the documentation.
-        needs: what the monitor has to gather of its norms for it, see `Statistic.needs`. Default: nothing.
+        cost: the cost, for the documentation.
+        needs: the data of norms that the monitor must gather for it, see `Statistic.needs`. Default: nothing.
     """
 
     name: ClassVar[str]
@@ -104,7 +104,7 @@ class Companion(ABC):
 
     @abstractmethod
     def watch(self, model: nn.Module) -> Watch:
-        """Find what there is to watch.
+        """Find what to watch in a model.
 
         Raises:
             ValueError: there is nothing, or what there is cannot be understood.
@@ -133,12 +133,12 @@ class HookedWatch(Watch, Generic[Sums]):
         return self._sums[device]
 
     def detach(self) -> None:
-        """Take every hook off."""
+        """Remove all hooks."""
         take_off(self._handles)
         self._places.clear()
 
     def discard(self) -> None:
-        """Zero the sums; those on a device that the model has left are dropped."""
+        """Set the sums to zero; drop those on a device that the model has left."""
         inhabited = {place.into[0].device for place in self._places}
         self._sums = {device: sums for device, sums in self._sums.items() if device in inhabited or not inhabited}
         for sums in self._sums.values():
@@ -171,7 +171,7 @@ class Place(Generic[Sums]):
 
 
 def merged(first: Sums, second: Sums, largest: str) -> Sums:
-    """Two micro-batches, devices or ranks as one: sums add, and of one field the larger value stays."""
+    """Merge the sums of two micro-batches, devices or ranks: sums are added, and of one field the larger is kept."""
     pairs = [(a, b.to(a.device)) for a, b in zip(first, second, strict=True)]
     names = first._fields  # type: ignore[attr-defined]
     parts = (torch.maximum(a, b) if name == largest else a + b for name, (a, b) in zip(names, pairs, strict=True))
@@ -179,7 +179,7 @@ def merged(first: Sums, second: Sums, largest: str) -> Sums:
 
 
 def sampled(length: int, at_most: int | None) -> slice:
-    """Evenly spaced positions, the last one among them: no random state is touched, and batch splits change nothing.
+    """Return evenly spaced positions with the last one. This uses no random state and does not depend on batch splits.
 
     >>> list(range(10)[sampled(10, 3)])
     [1, 5, 9]
@@ -191,7 +191,7 @@ def sampled(length: int, at_most: int | None) -> slice:
 
 
 def selected(names: Sequence[str], include: Patterns, exclude: Patterns) -> list[bool]:
-    """Which names match one pattern of `include` and none of `exclude`.
+    """Return which names match one pattern of `include` and none of `exclude`.
 
     Raises:
         ValueError: a pattern is no regular expression.
@@ -200,5 +200,5 @@ def selected(names: Sequence[str], include: Patterns, exclude: Patterns) -> list
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """What sums are kept in: float64, where the device has it."""
+    """Return the dtype of sums: float64 if the device supports it."""
     return torch.float32 if device.type == "mps" else torch.float64

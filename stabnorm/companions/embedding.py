@@ -1,4 +1,4 @@
-"""`EmbeddingCompanion`: two cheap signs of trouble in the first layer, where gradients explode first."""
+"""`EmbeddingCompanion`: two cheap signs of instability in the first layer, where gradients explode first."""
 
 import time
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from stabnorm.statistic import Statistic
 
 
 class EmbeddingSums(NamedTuple):
-    """What a step says of the embeddings, ``[embeddings]`` each, but for `others`.
+    """Sums of one step, ``[embeddings]`` each except for `others`.
 
     Attributes:
-        gradient: squared norm of each embedding's gradient; NaN where it has none.
-        others: ``[matrices]``, the same of all other weight matrices.
-        deviation: sum over tokens of the standard deviation over features; NaN for what is no `nn.Embedding`.
-        tokens: how many.
+        gradient: squared norm of each embedding's gradient; NaN if it has none.
+        others: ``[matrices]``, the same for all other weight matrices.
+        deviation: sum over tokens of the standard deviation over features; NaN if the layer is no `nn.Embedding`.
+        tokens: number of tokens.
     """
 
     gradient: Tensor
@@ -30,7 +30,7 @@ class EmbeddingSums(NamedTuple):
     tokens: Tensor
 
     def merge(self, other: "EmbeddingSums") -> "EmbeddingSums":
-        """Two shards (FSDP) as one; replicas, as in DDP, hold the same figures and need no merging."""
+        """Merge two shards (FSDP); replicas, as in DDP, have the same values and need no merging."""
         return EmbeddingSums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -45,8 +45,8 @@ def _gradient_ratio(sums: EmbeddingSums, past: None) -> Tensor:
 class EmbeddingCompanion(Companion):
     """Token-embedding variability, and the embedding's gradient against that of the other matrices.
 
-    Watched is every `nn.Embedding`. Other first layers are named: `EmbeddingCompanion(include="patches")`; they have no
-    tokens, and so no variability.
+    It watches every `nn.Embedding`. Name other first layers with `EmbeddingCompanion(include="patches")`; they have no
+    tokens and so no variability.
 
     Args:
         include: a regular expression, or a list of them, that a parameter's name must match. Default: the weights of
@@ -105,7 +105,7 @@ class EmbeddingCompanion(Companion):
 
 
 class EmbeddingWatch(Watch):
-    """Looks at gradients right after each optimizer step; see `EmbeddingCompanion`."""
+    """Reads gradients right after each optimizer step; see `EmbeddingCompanion`."""
 
     def __init__(
         self,
@@ -128,16 +128,16 @@ class EmbeddingWatch(Watch):
         return self._squares
 
     def attach(self) -> None:
-        """Put a hook after optimizer steps."""
+        """Register a hook after optimizer steps."""
         self._steps.attach()
         self.discard()
 
     def detach(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         self._steps.detach()
 
     def discard(self) -> None:
-        """Forget the gradients of the last step."""
+        """Discard the gradients of the last step."""
         self._gathered.fill_(torch.nan)
 
     def _after(self, rows: list[int], learning_rate: float | Tensor) -> None:
@@ -152,7 +152,7 @@ class EmbeddingWatch(Watch):
 
     @torch.no_grad()
     def take(self) -> EmbeddingSums:
-        """What this process has; of a sharded embedding, its own tokens."""
+        """Return the sums of this process; for a sharded embedding, those of its own tokens."""
         gathered, count = self._gathered.clone(), len(self.rows)
         weights = [local(parameter) for parameter in self._parameters[:count]]
         deviation = [
@@ -174,7 +174,7 @@ def _deviation(weight: Tensor) -> Tensor:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    """A dense tensor with the gradient's norm. A sparse gradient is summed up first, which waits for the GPU."""
+    """Return a dense tensor with the gradient's norm. A sparse gradient is summed first, which waits for the GPU."""
     own = local(gradient)
     values = own.coalesce().values() if own.is_sparse else own
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -1,4 +1,4 @@
-"""The companions by name: which there are, those a user asks for, and a table of what they measure."""
+"""The companions by name, and a table of what they measure."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from stabnorm.statistic import by_name, markdown_table
 
 
 def known_companions() -> dict[str, type[Companion]]:
-    """The companions that can be asked for by name."""
+    """Return the companions that have a name."""
     kinds = (AttentionCompanion, WeightCompanion, EmbeddingCompanion, OutputCompanion, SwitchCompanion)
     return {kind.name: kind for kind in kinds}
 
 
 def resolve_companions(companions: Sequence[str | Companion]) -> tuple[Companion, ...]:
-    """Companions from their names, or as they are.
+    """Return the companions of these names; companion objects are returned as they are.
 
     Raises:
         ValueError: for an unknown name (the nearest one is suggested), or for two of one name.
@@ -39,7 +39,7 @@ def resolve_companions(companions: Sequence[str | Companion]) -> tuple[Companion
 
 
 def companions_table() -> str:
-    """All statistics as a Markdown table, for the documentation; a companion's name and cost stand in its first row."""
+    """Return all statistics as a Markdown table for the docs; a companion's first row has its name and cost."""
     rows = [
         (f"`{kind.name}`" if first else "", f"`{s.name}`", s.formula, s.source, s.bad_when, kind.cost if first else "")
         for kind in known_companions().values()

@@ -1,4 +1,4 @@
-"""`OutputCompanion`: whether the logits of the output layer drift away, the second divergence of arXiv 2309.14322."""
+"""`OutputCompanion`: measure whether the output logits drift away, the second divergence of arXiv 2309.14322."""
 
 import logging
 import time
@@ -28,10 +28,10 @@ logger = logging.getLogger("stabnorm")
 
 
 class OutputSums(NamedTuple):
-    """What a step's logits add up to, ``[layers]`` each.
+    """Sums over the logits of a step, ``[layers]`` each.
 
     Attributes:
-        tokens: how many were counted.
+        tokens: number of tokens.
         mean: sum over tokens of the mean over classes.
         log_z: sum of ln sum_j exp(logit_j).
         square: sum of its square.
@@ -45,17 +45,17 @@ class OutputSums(NamedTuple):
     magnitude: Tensor
 
     def merge(self, other: "OutputSums") -> "OutputSums":
-        """Two micro-batches, devices or ranks as one: sums add, and the larger magnitude stays."""
+        """Merge the sums of two micro-batches, devices or ranks: sums are added, and the larger magnitude is kept."""
         return merged(self, other, "magnitude")
 
 
 def sums_of_logits(logits: Tensor, valid: Tensor | None = None, at_most: int | None = None) -> OutputSums:
-    """Sum up logits ``[batch..., tokens, classes]``, or ``[tokens, classes]``, all of which are looked at.
+    """Sum up logits ``[batch..., tokens, classes]``, or ``[tokens, classes]`` of which all tokens are used.
 
     Args:
-        logits: the output layer's.
+        logits: logits of the output layer.
         valid: bool, which tokens count, of the logits' shape without classes.
-        at_most: tokens of each sequence to look at, evenly spaced. Default: all.
+        at_most: number of tokens of each sequence to use, evenly spaced. Default: all.
     """
     if logits.ndim > 2:
         positions = sampled(logits.shape[-2], at_most)
@@ -105,12 +105,12 @@ def _mean(total: Tensor, sums: OutputSums) -> Tensor:
 
 @dataclass(frozen=True)
 class OutputCompanion(Companion):
-    """Growth of the output logits.
+    """Measures the growth of the output logits.
 
     Args:
         layer: name of the output layer, or a list of them. Default: what the model's `get_output_embeddings()` returns,
             else its last `nn.Linear`.
-        tokens: so many tokens of each sequence are looked at, evenly spaced, the last one among them; None: all.
+        tokens: number of tokens of each sequence to use, evenly spaced and with the last one; None uses all.
             Logits ``[tokens, classes]`` are looked at whole. Default: 16.
 
     Raises:
@@ -189,7 +189,7 @@ class OutputWatch(HookedWatch[OutputSums]):
         self._layers = tuple(layers)
 
     def attach(self) -> None:
-        """Put one hook on each layer."""
+        """Register one hook on each layer."""
         for row, (name, module) in enumerate(self._layers):
             # Rows of one element, not of none: Dynamo takes a number that stands alone for one it might specialise on.
             place = Place(self, module, slice(row, row + 1), self.model)
@@ -199,7 +199,7 @@ class OutputWatch(HookedWatch[OutputSums]):
         self.discard()
 
     def detach(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for _, module in self._layers if self._handles else ():
             unwatch_class(module)
         super().detach()
@@ -216,7 +216,7 @@ class OutputWatch(HookedWatch[OutputSums]):
 
 
 class _OutputHook(Hook):
-    """After an output layer's forward."""
+    """Forward hook of an output layer."""
 
     def __init__(self, watch: OutputWatch, place: Place[OutputSums], name: str) -> None:
         self.watch, self.place, self.name = watch, place, name

@@ -1,4 +1,4 @@
-"""`SwitchCompanion`: how ready each norm is to be switched to RepBN, and how far apart the branches of a PRepBN are."""
+"""`SwitchCompanion`: measure how ready each norm is for a switch, and the gap between the branches of a PRepBN."""
 
 import time
 import warnings
@@ -21,12 +21,12 @@ from stabnorm.statistic import Statistic
 
 
 class SwitchSums(NamedTuple):
-    """What a step says of the switch, ``[norms]`` each; NaN where it says nothing.
+    """Data of one step, ``[norms]`` each; NaN where there is none.
 
     Attributes:
         residual: moving average of the affine residual, merged over ranks by the monitor.
         difference: sum over tokens of ||norm(x) - RepBN(x)||^2.
-        norm: the same of ||norm(x)||^2.
+        norm: sum over tokens of ||norm(x)||^2.
     """
 
     residual: Tensor
@@ -34,7 +34,7 @@ class SwitchSums(NamedTuple):
     norm: Tensor
 
     def merge(self, other: "SwitchSums") -> "SwitchSums":
-        """Of two processes, each of which has its own share of the batch."""
+        """Merge the data of two processes, each of which has its own part of the batch."""
         return SwitchSums(self.residual, self.difference + other.difference, self.norm + other.norm)
 
 
@@ -112,7 +112,7 @@ class SwitchWatch(Watch):
         self._indices = Indices()
 
     def attach(self) -> None:
-        """Put the hooks on; the first step is measured."""
+        """Register the hooks; the first step is measured."""
         self._gap.attach()
         self._steps, self._gap.armed = 0, True
 
@@ -121,11 +121,11 @@ class SwitchWatch(Watch):
         self._gap.detach()
 
     def discard(self) -> None:
-        """Forget the branches that were compared since the last step."""
+        """Discard the branches that were compared since the last step."""
         self._gap.discard()
 
     def see_norms(self, layers: Sequence[str], now: NormMoments) -> None:
-        """Take the affine residuals of a step into their averages."""
+        """Add the affine residuals of a step to their averages."""
         known = [row for row, name in enumerate(self.rows) if name in layers]
         to = self._indices.on(now.ran.device, known)
         of = self._indices.on(now.ran.device, [layers.index(self.rows[row]) for row in known])
@@ -137,7 +137,7 @@ class SwitchWatch(Watch):
 
     @torch.no_grad()
     def take(self) -> SwitchSums:
-        """The averages merged over ranks, and the branches of this process."""
+        """Return the averages merged over ranks, and the branches of this process."""
         assert self._residual is not None  # the monitor has shown its norms
         assert self._ran is not None
         squares = torch.full((len(self.rows), 2), torch.nan, dtype=torch.float32, device=self._residual.device)
@@ -150,26 +150,26 @@ class SwitchWatch(Watch):
         return SwitchSums(torch.where(self._ran, self._residual, torch.nan), squares[:, 0], squares[:, 1])
 
     def complaint(self, values: Tensor) -> str | None:
-        """Nothing: the monitor says which norms did not run."""
+        """Return nothing, because the monitor warns about norms that did not run."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages."""
+        """Return the averages."""
         return {} if self._residual is None else {"residual": self._residual.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a state."""
         self._residual = state.get("residual")
 
 
 class BranchGap:
-    r"""How far the two branches of each progressive norm are apart, in training forwards while it is `armed`.
+    r"""Measures the gap between the two branches of each progressive norm, in training forwards while it is `armed`.
 
     .. math:: \mathrm{gap} = \|\mathrm{norm}(x) - \mathrm{RepBN}(x)\| / \|\mathrm{norm}(x)\|
 
-    over all valid tokens of a step. It computes both branches once more, so it is meant for a step now and then. It
-    tells what a step of lam moves, and is no sign of health: in a good run it grows, as RepBN's parameters train away.
-    In a compiled graph it is not measured.
+    over all valid tokens of a step. It computes both branches again, so it is only used at some steps. It says how far
+    a step of lam moves the output. It is no sign of health: in a good run it grows, because RepBN's parameters are
+    trained. It is not measured in a compiled graph.
 
     Args:
         norms: what `stabnorm.switch.progressive_norms` found.
@@ -216,7 +216,7 @@ class BranchGap:
         self._squares.clear()
 
     def take_squares(self) -> Tensor:
-        """Squared distance of the branches and squared size of the norm, ``[layers, 2]``; NaN where it did not run."""
+        """Return squared distance of the branches and squared norm size, ``[layers, 2]``; NaN if it did not run."""
         device = self._norms[0].lam.device
         nothing = torch.full((2,), torch.nan, device=device)
         squares = torch.stack([self._squares.get(i, nothing).to(device) for i in range(len(self._norms))])
@@ -224,13 +224,13 @@ class BranchGap:
         return squares
 
     def take(self) -> Tensor:
-        """Each layer's gap since the last time, ``[layers]`` on the device; NaN where it did not run."""
+        """Return each layer's gap since the last call, ``[layers]`` on the device; NaN if it did not run."""
         squares = self.take_squares()
         return (squares[:, 0] / squares[:, 1]).sqrt()
 
 
 class _GapHook(Hook):
-    """Before the forward of a layer that has branches."""
+    """Forward pre-hook of a layer that has two branches."""
 
     def __init__(self, gap: BranchGap, index: int) -> None:
         self.gap, self.index = gap, index

@@ -1,4 +1,4 @@
-"""`WeightCompanion`: how far each optimizer step takes each weight matrix, and how large the matrix is.
+"""`WeightCompanion`: measure how far each optimizer step moves each weight matrix, and how large the matrix is.
 
 A weight that feeds a norm is scale-invariant: only its direction counts, so that a step of size dw turns it by an angle
 of about |dw| / |w|, and the part of dw along w does nothing but change how far later steps turn it. The formulas hold
@@ -40,7 +40,7 @@ class WeightSums(NamedTuple):
     singular: Tensor
 
     def merge(self, other: "WeightSums") -> "WeightSums":
-        """Two shards of the matrices (FSDP) as one; replicas, as in DDP, hold the same figures and need no merging."""
+        """Merge two shards of the matrices (FSDP); replicas, as in DDP, have the same values and need no merging."""
         parts = [a + b for a, b in zip(self, other, strict=True)]
         return WeightSums(*parts)._replace(learning_rate=self.learning_rate, singular=self.singular)
 
@@ -142,7 +142,7 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 
 class WeightWatch(Watch):
-    """Looks around each optimizer step; see `WeightCompanion`."""
+    """Reads the weights before and after each optimizer step; see `WeightCompanion`."""
 
     def __init__(self, matrices: Sequence[tuple[str, nn.Parameter]]) -> None:
         self.rows = tuple(name for name, _ in matrices)
@@ -165,17 +165,17 @@ class WeightWatch(Watch):
         return self._sums
 
     def attach(self) -> None:
-        """Put hooks around optimizer steps."""
+        """Register hooks before and after optimizer steps."""
         self._steps.attach()
         self.discard()
 
     def detach(self) -> None:
-        """Take the hooks off and free the copy of the weights."""
+        """Remove the hooks, and free the copy of the weights."""
         self._steps.detach()
         self._old = [None] * len(self.rows)
 
     def discard(self) -> None:
-        """Forget the last step."""
+        """Discard the last step."""
         self._gathered.fill_(torch.nan)
         self._open = [0] * len(self.rows)
 
@@ -232,7 +232,7 @@ class WeightWatch(Watch):
 
     @torch.no_grad()
     def take(self) -> WeightSums:
-        """What this process has; of a sharded weight, its own shard."""
+        """Return the sums of this process; for a sharded weight, those of its shard."""
         weight, update, inner, learning_rate = self._gathered.clone()
         return WeightSums(weight, update, inner, learning_rate, self._singular_values())
 
@@ -263,11 +263,11 @@ class WeightWatch(Watch):
         return no_step([name for name in self.without(values, 0) if name in trained])
 
     def state_dict(self) -> dict[str, Any]:
-        """The vectors of the power iteration."""
+        """Return the vectors of the power iteration."""
         return {"right": [vector.detach().cpu() for vector in self._right]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the power iteration from there."""
+        """Continue the power iteration from a state."""
         if [len(v) for v in state["right"]] == [local(weight).flatten(1).shape[1] for weight in self._weights]:
             self._right, self._iterated = list(state["right"]), True
 

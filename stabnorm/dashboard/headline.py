@@ -1,4 +1,4 @@
-"""The dozen scalars of a flush that every logger can plot, always the same ones whatever the depth of the model."""
+"""The dozen scalars of a flush that every logger can plot; they are the same ones whatever the depth of the model."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from stabnorm.monitor.record import Block
 
-# Which statistics a dozen scalars are spent on, the first three that are watched, and what is told of each of them.
+# The statistics that the scalars describe (the first three that are watched), and which numbers are given for each.
 _PREFERRED = ("token_std_mean", "amax", "mean_discrepancy", "var_fluctuation", "absmax_fluctuation", "mean_fluctuation")
 _SUMMARIES = (("p10", "p50", "p90", "worst", "worst_layer"), ("p50", "worst", "worst_layer"), ("p50", "worst"))
 
@@ -31,11 +31,11 @@ def headline(
     `worst_layer` the index of that layer. What a block does not have is NaN.
 
     Args:
-        block: what a flush added.
-        statistics: those that are watched; the scalars are of three of them.
-        alerts: how many were raised so far.
-        overhead: of the monitor so far, in percent of the step.
-        separator: between group and name; a Lightning logger's `group_separator`. Default: "/".
+        block: the block that a flush added.
+        statistics: names of the watched statistics; the scalars describe three of them.
+        alerts: number of alerts so far.
+        overhead: cost of the monitor so far, in percent of the step.
+        separator: separator of group and name, as a Lightning logger's `group_separator`. Default: "/".
 
     Example:
         >>> block = Block(0, ("a", "b"), {"amax": np.array([[1, 2], [3, 8]])})

@@ -1,4 +1,4 @@
-"""The closing table: the few layers a user should look at after a run, and why."""
+"""The table at the end of a run: the few layers that a user should look at, and why."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,15 +20,15 @@ Array = npt.NDArray[Any]
 
 
 class Row(NamedTuple):
-    """A layer worth a look.
+    """A layer that the user should look at.
 
     Attributes:
         layer: its name.
         reason: one sentence.
-        statistic: that stood out.
-        value: of the statistic.
-        step: when; the last one for what is said of the end of the run.
-        fault: whether something may be wrong; False for what is only said for information.
+        statistic: the statistic that stood out.
+        value: its value.
+        step: the step; the last one if the reason is about the end of the run.
+        fault: whether something may be wrong; False if the row is only information.
     """
 
     layer: str

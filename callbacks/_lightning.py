@@ -1,7 +1,8 @@
 """One `Callback` base that every installed Lightning accepts.
 
 `lightning.pytorch.Callback` and `pytorch_lightning.Callback` are different classes to Python, and a Trainer of one
-namespace rejects, or worse half accepts, a callback of the other. A class that derives from both works in each.
+namespace rejects a callback of the other, or calls only some of its hooks. A class that derives from both works in
+each.
 """
 
 import importlib
@@ -13,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def _installed_callbacks() -> tuple[type, ...]:
-    found: list[type] = []
+    bases: list[type] = []
     error: ImportError | None = None
     for name in ("lightning.pytorch", "pytorch_lightning"):
         if importlib.util.find_spec(name.split(".")[0]) is None:
             continue
         try:
-            found.append(importlib.import_module(name).Callback)
+            bases.append(importlib.import_module(name).Callback)
         except ImportError as failed:  # `lightning` may be installed without its PyTorch part
             error = failed
-    if not found:
+    if not bases:
         raise ImportError("stabnorm.callbacks needs Lightning: `pip install pytorch-lightning`") from error
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(bases))
 
 
 if not TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are valid, as a callback's `mask=` says it."""
+"""The masks of a batch, from a callback's argument `mask=`."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ __all__ = ["BatchMask", "MaskOfBatch"]
 
 
 class BatchMask:
-    """Holds `valid_tokens` open while a batch is trained on.
+    """Keeps `valid_tokens` open during the training on a batch.
 
     Args:
-        mask: a key of the batch, or an index, or a function of the batch; None: every token counts.
+        mask: a key of the batch, an index, or a function of the batch; None means that every token is valid.
     """
 
     def __init__(self, mask: MaskOfBatch) -> None:
@@ -19,7 +19,7 @@ class BatchMask:
         self._open: valid_tokens | None = None
 
     def enter(self, batch: Any) -> None:
-        """Open the masks of a batch; those of a batch that was left early are closed first."""
+        """Open the masks of a batch; first close those of an earlier batch that did not end."""
         self.leave()
         if self.mask is not None:
             self._open = valid_tokens(*masks_of(batch, self.mask))

@@ -1,6 +1,6 @@
-"""Where a callback's findings go: the loggers' records, headline scalars, images and text. Plain functions.
+"""Functions that write a callback's results: records, scalars, images and text of the loggers.
 
-Loggers are told apart by what they can do: their classes exist twice, once in each Lightning namespace.
+Loggers are told apart by their methods, because their classes exist twice, once in each Lightning namespace.
 """
 
 import warnings
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def summary_writer(logger: Any) -> "SummaryWriter | None":
-    """TensorBoard's writer behind a logger; None for other loggers, tensorboardX and the dummies of `fast_dev_run`."""
+    """Return TensorBoard's writer of a logger; None for other loggers, tensorboardX and the dummy of `fast_dev_run`."""
     from torch.utils.tensorboard import SummaryWriter
 
     experiment = getattr(logger, "experiment", None)
@@ -33,9 +33,9 @@ def summary_writer(logger: Any) -> "SummaryWriter | None":
 
 
 def output_directory(trainer: "Trainer") -> Path:
-    """A folder of the run's own: in the first logger's, or a new one below where runs are kept.
+    """Return a folder for this run: inside the first logger's folder for the run, or a new one.
 
-    Only ``log_dir`` is a run's own; ``save_dir`` is shared by all runs of a logger.
+    ``log_dir`` belongs to one run; ``save_dir`` is shared by all runs of a logger.
     """
     own = next((d for logger in trainer.loggers if (d := getattr(logger, "log_dir", None))), None)
     shared = next((d for logger in trainer.loggers if (d := getattr(logger, "save_dir", None))), None)
@@ -63,7 +63,7 @@ def _local(root: str) -> Path | None:
 
 
 def record_writers(trainer: "Trainer", directory: Path) -> list[RecordWriter]:
-    """A record in TensorBoard's event file where there is one, else as files in ``directory``."""
+    """Return writers of the record: into TensorBoard's event file if there is one, else into files in ``directory``."""
     writers = [writer for logger in trainer.loggers if (writer := summary_writer(logger)) is not None]
     if writers:
         return [TensorBoardRecord(writer) for writer in writers]
@@ -71,7 +71,7 @@ def record_writers(trainer: "Trainer", directory: Path) -> list[RecordWriter]:
 
 
 def log_picture(trainer: "Trainer", key: str, image: npt.NDArray[np.uint8], step: int, directory: Path) -> None:
-    """Hand a picture to every logger that shows pictures, or write a file to ``directory`` where none does."""
+    """Log a picture with every logger that shows pictures; if there is none, write a file to ``directory``."""
     showing: list[Any] = [logger for logger in trainer.loggers if shows_images(logger)]
     for logger in showing or [None]:
         log_image(logger, key, image, step, directory)
@@ -89,20 +89,20 @@ def log_companion(trainer: "Trainer", track: CompanionTrack, alerts: Sequence[Al
 
 
 def log_text(trainer: "Trainer", key: str, markdown: str, step: int) -> None:
-    """Hand a text to TensorBoard, which renders it."""
+    """Log a Markdown text with TensorBoard."""
     for logger in trainer.loggers:
         if (writer := summary_writer(logger)) is not None:
             writer.add_text(key, markdown, step)
 
 
 class HeadlineScalars:
-    """A record writer that keeps only a dozen numbers of every flush, as ordinary scalars of every logger.
+    """A record writer that logs only a dozen numbers of every flush, as ordinary scalars of every logger.
 
     Args:
         loggers: the Trainer's loggers.
-        statistics: those that are watched.
-        alerts: how many alerts there were so far.
-        overhead: the monitor's cost so far, in percent of the step.
+        statistics: names of the watched statistics.
+        alerts: returns the number of alerts so far.
+        overhead: returns the monitor's cost so far, in percent of the step.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class HeadlineScalars:
                 writer.add_custom_scalars(custom_scalars_layout(statistics))
 
     def write_block(self, block: Block) -> None:
-        """Log the block's headline at its last step; companions have their own pictures."""
+        """Log the scalars of a block at its last step; companions have pictures instead."""
         if block.companion:
             return
         for logger in self._loggers:
@@ -129,7 +129,7 @@ class HeadlineScalars:
             logger.log_metrics(scalars, step=block.last_step)
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
-        """Do nothing: an event is no scalar."""
+        """Do nothing, because an event is not a scalar."""
 
     def close(self) -> None:
-        """Do nothing: the loggers are the Trainer's."""
+        """Do nothing, because the Trainer closes the loggers."""

@@ -1,6 +1,6 @@
-"""What a Trainer tells about a run, for the callbacks. Plain functions, some of which raise or warn.
+"""Functions that ask a Trainer about its run; some of them raise an error or warn.
 
-Classes of Lightning are told by name: each exists twice, once in each namespace.
+Classes of Lightning are recognised by name, because each one exists twice, once in each namespace.
 """
 
 import math
@@ -23,16 +23,16 @@ _COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
 def steps_of_training(
     trainer: "Trainer", pl_module: "LightningModule", asked: int | None, planned: int | None
 ) -> tuple[int, int]:
-    """Optimizer steps of the training, as `trainer.global_step` counts them: what to plan with, and how many there are.
+    """Return the optimizer steps to plan with, and those of this training, as `trainer.global_step` counts them.
 
     Args:
-        trainer: at the start of `fit`.
-        pl_module: what it trains.
-        asked: what the user says; None: what the Trainer knows.
-        planned: what the run was planned with before it was interrupted; it stays so.
+        trainer: the Trainer, at the start of `fit`.
+        pl_module: the module that it trains.
+        asked: the number that the user gave; None uses the Trainer's.
+        planned: the number with which the run was planned before it was interrupted; it takes precedence.
 
     Raises:
-        ValueError: nobody knows, or the Trainer ends earlier than the user says.
+        ValueError: the number is not known, or the Trainer ends earlier than the user says.
     """
     known = _known_steps(trainer, pl_module)
     total = next((steps for steps in (planned, asked, known) if steps is not None), None)
@@ -53,7 +53,7 @@ def steps_of_training(
 
 def _known_steps(trainer: "Trainer", pl_module: "LightningModule") -> int | None:
     if not pl_module.automatic_optimization:
-        # Batches are no measure there: how many optimizer steps one takes is in the user's hands.
+        # With manual optimization the user decides how many optimizer steps a batch takes.
         return trainer.max_steps if trainer.max_steps >= 0 else None
     if trainer.limit_train_batches == 0:
         return 0
@@ -65,7 +65,7 @@ def _known_steps(trainer: "Trainer", pl_module: "LightningModule") -> int | None
 
 
 def _accumulated_steps(trainer: "Trainer", scheduler: Any, estimated: float) -> float:
-    """Lightning's estimate takes every epoch for one like the first."""
+    """Return the number of steps, because Lightning's estimate assumes that every epoch is like the first one."""
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is None or epochs < 0 or not math.isfinite(batches):
         return estimated
@@ -73,29 +73,29 @@ def _accumulated_steps(trainer: "Trainer", scheduler: Any, estimated: float) -> 
     return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
-def refuse_earlier_copies(trainer: "Trainer", pl_module: "LightningModule", mine: Any) -> None:
-    """Callbacks that copy the model in their `setup` have to come after the one that converts it.
+def refuse_earlier_copies(trainer: "Trainer", pl_module: "LightningModule", converting: Any) -> None:
+    """Check that callbacks which copy the model in their `setup` come after the one that converts it.
 
     Raises:
-        StabNormError: one stands before.
+        StabNormError: one comes before it.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set in the Trainer's constructor
-        if callback is mine:
+        if callback is converting:
             return
         names = {cls.__name__ for cls in type(callback).__mro__}
         copies = (value for value in vars(callback).values() if isinstance(value, nn.Module) and value is not pl_module)
         if names & _COPYING or any(isinstance(value, AveragedModel | type(pl_module)) for value in copies):
             raise StabNormError(
-                f"{type(callback).__name__} stands before {type(mine).__name__} in the Trainer's callbacks, so it has "
-                f"copied the model before its norms are converted. Put {type(mine).__name__} first"
+                f"{type(callback).__name__} stands before {type(converting).__name__} in the Trainer's callbacks, so "
+                f"it has copied the model before its norms are converted. Put {type(converting).__name__} first"
             )
 
 
 def refuse_other_checkpoint(trainer: "Trainer", pl_module: "LightningModule", checkpoint: Mapping[str, Any]) -> None:
-    """A run goes on only from a checkpoint of a run that had the switch, for its optimizer knows all parameters.
+    """Check that a run resumes from a checkpoint of a run with the switch, whose optimizer knows all parameters.
 
     Raises:
-        StabNormError: nothing in it was converted.
+        StabNormError: no norm in the checkpoint was converted.
     """
     lams = [f"{name}.lam" for name, module in pl_module.named_modules() if isinstance(module, PRepBN)]
     resumes = trainer.state.fn == "fit" and checkpoint.get("optimizer_states")
@@ -108,10 +108,10 @@ def refuse_other_checkpoint(trainer: "Trainer", pl_module: "LightningModule", ch
 
 
 def refuse_lost_conversion(trainer: "Trainer") -> None:
-    """Worker processes that the Trainer starts itself send tensors back by name, and no converted modules.
+    """Check that the conversion is not lost in a spawned process, which only sends tensors back.
 
     Raises:
-        StabNormError: this is such a process.
+        StabNormError: the Trainer's strategy spawns its processes.
     """
     launcher = trainer.strategy.launcher
     if any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(launcher).__mro__):
@@ -124,7 +124,7 @@ def refuse_lost_conversion(trainer: "Trainer") -> None:
 
 
 def averages(trainer: "Trainer") -> list[nn.Module]:
-    """The averages of models that callbacks hold (WeightAveraging, EMAWeightAveraging)."""
+    """Return the averaged models that callbacks hold (WeightAveraging, EMAWeightAveraging)."""
     return [
         value.module
         for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -134,14 +134,14 @@ def averages(trainer: "Trainer") -> list[nn.Module]:
 
 
 def refuse_untrained(trainer: "Trainer", pl_module: "LightningModule", norms: Iterable[tuple[str, nn.Module]]) -> None:
-    """Every trainable parameter of the converted norms is in an optimizer.
+    """Check that every trainable parameter of the converted norms is in an optimizer.
 
     Raises:
-        StabNormError: one is not.
+        StabNormError: a parameter is in none.
     """
     optimized = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in optimized for p in pl_module.parameters()):
-        return  # the strategy has put parameters of its own in their place
+        return  # the strategy has replaced the parameters by its own
     missing = [
         f"{name}.{part}"
         for name, norm in norms
@@ -158,7 +158,7 @@ def refuse_untrained(trainer: "Trainer", pl_module: "LightningModule", norms: It
 
 
 def warn_of_early_judges(trainer: "Trainer", end: int) -> None:
-    """ModelCheckpoint and EarlyStopping compare models from before the end of the switch with those after it."""
+    """Warn of ModelCheckpoint and EarlyStopping, which compare models before the end of the switch with later ones."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         names = {cls.__name__ for cls in type(callback).__mro__}
         monitor = getattr(callback, "monitor", None)

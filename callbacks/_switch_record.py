@@ -1,4 +1,4 @@
-"""What a switch leaves in the record: lam and the branch gap of every layer at every step, and the gate's decisions."""
+"""Write a switch into the record: lam and branch gap of every layer at every step, and the gate's decisions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +14,13 @@ FLUSH_EVERY = 50  # steps
 
 
 class SwitchRecord:
-    """Write blocks of steps to record writers, and the mean lam to loggers.
+    """Writes blocks of steps to record writers, and the mean lam to loggers.
 
     Args:
-        writers: of the run's record; whoever made them closes them.
-        loggers: the Trainer's.
-        layers: the layers of the record, in its order.
-        switched: the layers that have a lam.
+        writers: the writers of the run's record; this class does not close them.
+        loggers: the Trainer's loggers.
+        layers: names of the layers in the record, in order.
+        switched: names of the layers that have a lam.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class SwitchRecord:
         self._first, self._lam, self._gaps = 0, list[list[float]](), list[tuple[int, AsyncCopy]]()
 
     def add(self, row: int, lam: list[float], gap: Tensor | None) -> None:
-        """Take in a step that is over."""
+        """Add a finished step."""
         if not self._lam:
             self._first = row
         self._lam.append(lam)

@@ -1,4 +1,4 @@
-"""What several callbacks need of a Trainer and Lightning, 2.2 to 2.6, has no public name for; how they are pickled."""
+"""Access to attributes of a Trainer that have no public name in Lightning 2.2 to 2.6; and how callbacks are pickled."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,18 @@ if TYPE_CHECKING:
 
 
 def logged_steps(trainer: "Trainer") -> int:
-    """Steps done as the loggers' x axis counts them; final once the first batch begins.
+    """Return the number of steps as on the loggers' x axis; it is correct once the first batch begins.
 
-    ``trainer.global_step`` counts the steps of all optimizers. Lightning's own callbacks read this attribute, too.
+    ``trainer.global_step`` counts the steps of all optimizers instead. Lightning's own callbacks also read this
+    attribute.
     """
     return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
 
 
 def loss_scale(trainer: "Trainer") -> Tensor | float | None:
-    """What the loss is multiplied by; None without a loss scaler.
+    """Return the factor by which the loss is scaled; None without a loss scaler.
 
-    It is the scaler's own tensor once there is one, for `get_scale()` would wait for the device.
+    It is the scaler's own tensor if it has one, because `get_scale()` would wait for the device.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None:
@@ -36,9 +37,10 @@ def synchronises_norms(trainer: "Trainer") -> bool:
 
 
 def state_to_pickle(callback: Callback, **replaced: Any) -> dict[str, Any]:
-    """A callback's attributes, with these in the place of what belongs to one run.
+    """Return a callback's attributes for pickle, with replacements for those that belong to one run.
 
-    The Trainer sets bound methods of the module on every callback, and pickling them would pickle the model.
+    The Trainer sets bound methods of the module on every callback. They are left out, because they would pickle the
+    model.
     """
     state = callback.__dict__ | replaced
     return {name: value for name, value in state.items() if name not in ("log", "log_dict")}

@@ -1,4 +1,4 @@
-"""`ProgressiveNormCallback`: from LayerNorm to RepBN while the model trains, on a Lightning Trainer."""
+"""`ProgressiveNormCallback`: switch from LayerNorm to RepBN while the model trains, with a Lightning Trainer."""
 
 import contextlib
 import functools
@@ -38,46 +38,47 @@ logger = logging.getLogger("stabnorm")
 
 
 class ProgressiveNormCallback(Callback):
-    r"""Trains a model with LayerNorm or RMSNorm into one whose norms are affine in eval; needs no argument.
+    r"""Switches a model from LayerNorm or RMSNorm to norms that are affine in eval; it needs no argument.
 
     .. math:: y = \lambda\, \mathrm{norm}(x) + (1 - \lambda)\, \mathrm{RepBN}(x),\qquad \lambda: 1 \to 0
 
-    The norms are converted by `convert_norms` before optimizer, checkpoint loading and strategy see the model, also of
-    models built in ``setup`` or ``configure_model``: nothing else in the code changes. Build the optimizer from the
-    model's parameters in ``configure_optimizers``, as ever.
+    `convert_norms` converts the norms before optimizer, checkpoint loading and strategy see the model, also if the
+    model is built in ``setup`` or ``configure_model``. Nothing else in your code changes. Build the optimizer from the
+    model's parameters in ``configure_optimizers`` as usual.
 
-    Lam follows ``trainer.global_step``: it changes between optimizer steps only, whatever is accumulated. With several
-    optimizers (manual optimization) ``global_step`` counts the steps of all of them, and so does `total_steps`, which
-    is to be given there unless ``max_steps`` is. A run that is resumed goes on as it was planned, also if it now lasts
-    longer. Evaluation before the end sees the blend at that time's lam.
+    Lam follows ``trainer.global_step``, so it only changes between optimizer steps, also with gradient accumulation.
+    With several optimizers (manual optimization), ``global_step`` counts the steps of all of them, and so does
+    `total_steps`, which you must give there unless you give ``max_steps``. A resumed run continues as planned, even if
+    it now lasts longer. An evaluation before the end uses the blend at the current lam.
 
-    With a `StabilityCallback`, before or after this one, both share one monitor and one record. Without, lam, the gap
-    between the branches (every 4th step) and the gate's decisions make a record of their own, as TensorBoard tensors or
-    files. A callback that copies the model in ``setup`` (WeightAveraging, StochasticWeightAveraging) has to stand after
-    this one. At the end a table says which layers kept their norm and why.
+    With a `StabilityCallback`, before or after this one, both share one monitor and one record. Without it, lam, the
+    gap between the branches (at every 4th step) and the gate's decisions go into a record of their own, as TensorBoard
+    tensors or files. A callback that copies the model in ``setup`` (WeightAveraging, StochasticWeightAveraging) must
+    come after this one. At the end a table says which layers kept their norm, and why.
 
     Args:
-        to: "prepbn"; or "repbn", "unified", "power": these have no lam, the norms are replaced at once and this
-            callback keeps their step counters and loss scale. Default: "prepbn".
-        schedule: "adaptive" (a layer is switched when its norm has become nearly affine, and keeps it else, see
+        to: "prepbn", "repbn", "unified" or "power". The last three have no lam: the norms are replaced at once, and
+            this callback updates their step counters and loss scale. Default: "prepbn".
+        schedule: "adaptive" (a layer is switched when its norm has become nearly affine, else it keeps the norm, see
             `stabnorm.switch.AffineGate`), "linear", "cosine", "constant" (no transition), or a function of the step
-            that gives lam. Default: "adaptive".
+            that returns lam. Default: "adaptive".
         start: the optimizer step at which the switch begins. Default: 0.
-        fraction: how long it takes, as a share of the training. Default: 0.8.
+        fraction: the length of the switch as a share of the training. Default: 0.8.
         order: "together", or one layer after the other, "shallow_first" or "deep_first". Default: "together".
         include: a regular expression, or a list of them, for the names of the norms to convert. Default: all.
         exclude: the same for norms to leave alone. Default: none.
-        mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple), or
-            a function of the batch; bool tensor, True = valid. A function may return several, one for each length.
-        total_steps: optimizer steps of the training. Default: what the Trainer knows.
+        mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple) or a
+            function of the batch, with a bool tensor, True = valid. A function may return several masks, one for each
+            length. Default: every token is valid.
+        total_steps: optimizer steps of the training. Default: the Trainer's number.
         norm_options: further arguments of `convert_norms`. Default: none.
 
     Raises:
-        ValueError: an argument is out of range; at the start of `fit`: the schedule is longer than the training, or
-            nobody knows how long that is.
+        ValueError: an argument is out of range; or, at the start of `fit`, the schedule is longer than the training, or
+            the length of the training is not known.
         StabNormError: at the start of `fit`: there is no norm to convert, a converted parameter is in no optimizer, a
-            callback has copied the model before, the strategy trains in processes of its own and their conversion would
-            be lost (ddp_spawn, ddp_notebook), or the checkpoint is of a run without this callback.
+            callback has copied the model before, the strategy spawns processes whose conversion would be lost
+            (ddp_spawn, ddp_notebook), or the checkpoint is of a run without this callback.
 
     Source: arXiv:2405.11582 (SLAB).
 

@@ -1,4 +1,4 @@
-"""`StabilityCallback`: see what every normalization layer sees, on a Lightning Trainer."""
+"""`StabilityCallback`: measure the input of every normalization layer, with a Lightning Trainer."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -44,31 +44,34 @@ logger = logging.getLogger("stabnorm")
 
 
 class StabilityCallback(Callback):
-    """Watches every normalization layer of a run at every optimizer step; needs no argument.
+    """Watches every normalization layer of a run at every optimizer step; it needs no argument.
 
-    Writes the full record where the logger is TensorBoard (as files beside the logger's own elsewhere), a dozen scalars
-    every ``flush_every`` steps to every logger, alerts as warnings when a layer leaves its own past, and at the end
-    heat maps of layer by step and a table of the layers worth a look. It changes no bit of the training.
+    It writes the full record to TensorBoard, or with another logger to files beside the logger's. Every ``flush_every``
+    steps it writes a dozen scalars to every logger. It warns when a layer's statistics leave the range of their own
+    past. At the end of the training it writes heat maps of layer by step, and a table of the layers that you should
+    look at. It changes no bit of the training.
 
-    Hooks are put on at the start of `fit`, after checkpoint loading and wrapping; errors that can be known are raised
-    then, before the first batch. They come off at its end, and on an exception. Validation, sanity check and
-    learning-rate searches do not count. With several ranks, what they see is merged: figures are those of the whole
-    batch, the same on all, and rank 0 writes them.
+    The hooks are registered at the start of `fit`, after checkpoint loading and wrapping, and errors are raised then,
+    before the first batch. The hooks are removed at the end of `fit` and on an exception. Validation, sanity check and
+    learning-rate searches do not count. With several ranks the measurements are merged: all ranks have the statistics
+    of the whole batch, and rank 0 writes them.
 
     Args:
         preset: "economy", "standard", "full", or a list of statistics: names, or `Statistic` objects of your own.
             Default: "standard".
-        flush_every: optimizer steps between two flushes; every step in between is kept. Default: 50.
+        flush_every: number of optimizer steps between two flushes; the record has every step. Default: 50.
         include: a regular expression, or a list of them, for the names of the layers to watch. Default: all.
         exclude: the same for layers to leave out. Default: none.
         gradients: False leaves out the gradient statistics. Default: True.
-        mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple), or
-            a function of the batch; bool tensor, True = valid. A function may return several, one for each length.
+        mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple) or a
+            function of the batch, with a bool tensor, True = valid. A function may return several masks, one for each
+            length. Default: every token is valid.
         companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output", "switch")
             or as objects of `stabnorm.companions`. Default: nothing.
-        fused: run torch's LayerNorm and RMSNorm in one pass with what watches them, where there is a kernel for both,
-            see `StabilityMonitor`; that changes their last bits. Default: False.
-        detector: makes what raises the alerts, see `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
+        fused: compute torch's LayerNorm and RMSNorm and their statistics in one pass, if there is a kernel for both,
+            see `StabilityMonitor`; this changes their last bits. Default: False.
+        detector: class or function that makes the detectors, which raise the alerts, see
+            `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
 
     Raises:
         ValueError: an unknown preset, statistic or companion, a flush interval below 1; at the start of `fit`: no norm
@@ -110,14 +113,14 @@ class StabilityCallback(Callback):
 
     @staticmethod
     def of(trainer: "Trainer") -> "StabilityCallback | None":
-        """The Trainer's own, wherever it stands in the list: other callbacks of ours share its monitor."""
+        """Return the Trainer's `StabilityCallback`, if it has one; our other callbacks share its monitor."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set in the Trainer's constructor
         return next((callback for callback in callbacks if isinstance(callback, StabilityCallback)), None)
 
-    # -- life: on from the start of fit to its end, off on an exception ------------------------------------------------
+    # -- start and end of a fit ----------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Find the norms and put the hooks on: layers, checkpoint and devices are final by now."""
+        """Find the norms and register the hooks; layers, checkpoint and devices are final now."""
         monitor = StabilityMonitor(
             pl_module,
             self.preset,
@@ -129,7 +132,7 @@ class StabilityCallback(Callback):
             fused=self.fused,
             detector=self.detector,
         )
-        # From a checkpoint, or a second fit of the same Trainer; a callback used for another run starts afresh.
+        # After a checkpoint, or in a second fit of the same Trainer; in a new run the callback starts again.
         if self._saved is not None and (self._loaded or trainer.global_step > 0):
             monitor.load_state_dict(self._saved)
         self.monitor, self._step, self._loaded = monitor, _OpenStep(), False
@@ -148,7 +151,7 @@ class StabilityCallback(Callback):
         self._fitting, self._counted = True, False
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Hooks off, then the pictures and the closing table, while the loggers are still open."""
+        """Remove the hooks, and write pictures and closing table while the loggers are still open."""
         self._release()
         if self.monitor is not None and self._fitting:
             self._fitting = False
@@ -158,8 +161,8 @@ class StabilityCallback(Callback):
                 self._close(trainer)
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """Hooks off; what was seen until then is kept and shown, and never hides the exception itself."""
-        self._release()  # first of all: Lightning calls no teardown after an exception
+        """Remove the hooks and write the closing report; an error in the report does not hide the exception."""
+        self._release()  # first, because Lightning does not call `teardown` after an exception
         try:
             self.on_train_end(trainer, pl_module)
         except Exception:
@@ -167,7 +170,7 @@ class StabilityCallback(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Hooks off, record closed, whatever happened."""
+        """Remove the hooks and close the record, in any case."""
         self._release()
         if self.monitor is not None:
             for record in self.monitor.records:
@@ -188,19 +191,19 @@ class StabilityCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Open a step, or go on with an accumulated one, and say which tokens count."""
+        """Open a step unless gradients accumulate, and set the mask of valid tokens."""
         assert self.monitor is not None
         if not self._counted:
             self.monitor.steps_done, self._counted = logged_steps(trainer), True
         if not self._step.open:
-            self.monitor.discard()  # what a learning-rate search or the like ran through the hooks
+            self.monitor.discard()  # forwards of a learning-rate search, for example
             self._step = _OpenStep(open=True)
         self._batch_mask.enter(batch)
 
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
     ) -> None:
-        """Note what will have changed by the end of the batch: learning rate and loss scale."""
+        """Remember learning rate and loss scale, which change before the end of the batch."""
         if not self._step.stepped:
             self._step.learning_rate = optimizer.param_groups[0]["lr"]
         scale = loss_scale(trainer)
@@ -220,7 +223,7 @@ class StabilityCallback(Callback):
         step = self._step
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            # Automatic optimization has divided it by the number of accumulated batches already.
+            # Automatic optimization has already divided the loss by the number of accumulated batches.
             loss = loss.detach().reshape(())
             step.loss = loss if step.loss is None or not pl_module.automatic_optimization else step.loss + loss
         if step.stepped and self.monitor is not None:
@@ -243,7 +246,7 @@ class StabilityCallback(Callback):
         history = {name: values.numpy() for name, values in monitor.history().items()}
         telling = dict(history)
         for name in {"mean_discrepancy", "var_discrepancy"} & set(history):
-            # Only a layer with running statistics has a discrepancy, and these take 5 / momentum steps to settle.
+            # Only layers with running statistics have a discrepancy, and it needs 5 / momentum steps to settle.
             telling[name] = np.where(monitor.has_running_statistics & (len(steps) >= 50), history[name], np.nan)
         alerts = [alert.as_dict() for alert in monitor.alerts]
         rows = layers_worth_a_look(monitor.layers, telling, alerts, steps=steps, **_bounds(monitor.statistics))
@@ -267,12 +270,12 @@ class StabilityCallback(Callback):
     # -- checkpoints and copies ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Baselines and step counter, as tensors and plain containers: Lightning loads weights only."""
+        """Return baselines and step counter as tensors and plain containers, because Lightning loads weights only."""
         saved = self.monitor.state_dict() if self.monitor is not None else self._saved
         return {} if saved is None else {"version": 1, "monitor": saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what was saved until the layers exist."""
+        """Keep the state until the layers exist."""
         self._saved, self._loaded = state_dict.get("monitor"), True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -281,7 +284,7 @@ class StabilityCallback(Callback):
 
 
 def _bounds(statistics: Sequence[Statistic]) -> dict[str, dict[str, tuple[float, str]]]:
-    """What the closing table has to know of statistics: their bounds, and what to do beyond them."""
+    """Return the bounds of statistics with their advice, for the closing table."""
     return {
         "thresholds": {s.name: (s.threshold, s.advice) for s in statistics if s.threshold is not None},
         "least": {s.name: (s.least, s.advice) for s in statistics if s.least is not None},
@@ -289,7 +292,7 @@ def _bounds(statistics: Sequence[Statistic]) -> dict[str, dict[str, tuple[float,
 
 
 class _OpenStep:
-    """What is known of the optimizer step under way."""
+    """The data of the current optimizer step."""
 
     def __init__(self, *, open: bool = False) -> None:
         self.open, self.stepped = open, False

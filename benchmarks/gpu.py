@@ -45,8 +45,8 @@ def _run(command: Sequence[str], limit: float) -> str:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return f"`{' '.join(command[:4])} ...` did not end within {limit:.0f} s"
-    said = "\n".join((ran.stdout + ran.stderr).strip().splitlines()[-12:])
-    return f"exit code {ran.returncode}\n\n```\n{said}\n```"
+    tail = "\n".join((ran.stdout + ran.stderr).strip().splitlines()[-12:])
+    return f"exit code {ran.returncode}\n\n```\n{tail}\n```"
 
 
 def tests(options: Options) -> str:
@@ -69,10 +69,10 @@ def memcheck(options: Options) -> str:
 
 def kernel_table(options: Options) -> str:
     """See `benchmarks.gpu_kernels`."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         gpu_kernels.main(["--rounds", str(options.rounds)])
-    return said.getvalue()
+    return printed.getvalue()
 
 
 # --- training ---
@@ -149,7 +149,7 @@ def training_table(options: Options) -> str:
             variants[label] = Training(copied, setting, monitored, example, fused="fused" in label)
         memory = _rounds(variants, options.rounds, device)
         base = variants["LayerNorm"].seconds
-        lines = [f"**{name}**, bfloat16 by autocast", "", "| | ms a step | x LayerNorm (middle half) | peak MB |"]
+        lines = [f"**{name}**, bfloat16 by autocast", "", "| | ms per step | x LayerNorm (quartiles) | peak MB |"]
         lines.append("|---|---:|---:|---:|")
         for label, variant in variants.items():
             ratios = [a / b for a, b in zip(variant.seconds, base, strict=True)]
@@ -236,8 +236,8 @@ def inference_table(options: Options) -> str:
                     ready = {label: torch.compile(m, fullgraph=True, dynamic=False) for label, m in cast.items()}
                 elif mode == "CUDA graph":
                     ready = {label: graphed(m, inputs[0]) for label, m in cast.items()}
-                found = inference.time_table(ready, inputs, options.rounds)
-                sections.append(f"**{name}**, {str(dtype)[6:]}, batch {batch}, {mode}\n\n{found}")
+                times = inference.time_table(ready, inputs, options.rounds)
+                sections.append(f"**{name}**, {str(dtype)[6:]}, batch {batch}, {mode}\n\n{times}")
                 if mode == "eager" and device.type == "cuda":
                     used = ", ".join(f"{label} {_memory(m, inputs[0]):.1f}" for label, m in ready.items())
                     sections.append(f"Peak MB of activations: {used}")
@@ -270,11 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stage in options.stages:
         start = time.perf_counter()
         try:
-            found = STAGES[stage](options)
-            failed += found.startswith(("exit code", "`")) and not found.startswith("exit code 0")
+            report = STAGES[stage](options)
+            failed += report.startswith(("exit code", "`")) and not report.startswith("exit code 0")
         except Exception:  # the next stage may well run
-            found, failed = f"failed:\n\n```\n{traceback.format_exc()[-2000:]}\n```", failed + 1
-        text += f"\n## {stage} ({time.perf_counter() - start:.0f} s)\n\n{found}\n"
+            report, failed = f"failed:\n\n```\n{traceback.format_exc()[-2000:]}\n```", failed + 1
+        text += f"\n## {stage} ({time.perf_counter() - start:.0f} s)\n\n{report}\n"
         options.out.write_text(text, encoding="utf-8")
         print(text.rpartition("\n## ")[2], flush=True)
         if torch.cuda.is_available():

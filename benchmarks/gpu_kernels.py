@@ -96,7 +96,7 @@ class ObservedNorm(nn.LayerNorm):
 
 
 def contenders(channels: int, device: torch.device, dtype: torch.dtype) -> Iterator[Contender]:
-    """Every op with everybody who does it."""
+    """Measure every op with everything that computes it."""
     compiled = device.type == "cuda"
     accumulators = {}
     for setting in ("triton", "reference"):
@@ -197,7 +197,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def measure(rows: int, channels: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[Contender]:
     """Take the rounds; without a GPU run everything once."""
     torch.manual_seed(0)
-    everybody = list(contenders(channels, device, dtype))
+    contestants = list(contenders(channels, device, dtype))
     bytes_of_one = rows * channels * dtype.itemsize
     sets = 1 if device.type != "cuda" else max(2, min(64, -(-CACHE // (2 * bytes_of_one))))
     inputs = [
@@ -208,14 +208,14 @@ def measure(rows: int, channels: int, dtype: torch.dtype, device: torch.device, 
         for _ in range(sets)
     ]
     if device.type != "cuda":
-        for contender in everybody:
+        for contender in contestants:
             contender.call(*inputs[0])
-        return everybody
+        return contestants
     ready: list[tuple[Contender, Callable[[], None]]] = []
-    for contender in everybody:
+    for contender in contestants:
         try:
             ready.append((contender, _captured(contender.call, inputs)))
-        except Exception as error:  # somebody else's library: said in the table, and the others go on
+        except Exception as error:  # an error in another library is shown in the table, and the others go on
             contender.trouble = f"{type(error).__name__}: {error}".splitlines()[0][:60]
             torch.cuda.synchronize()
     for number in range(WARM_UP + rounds):
@@ -224,17 +224,17 @@ def measure(rows: int, channels: int, dtype: torch.dtype, device: torch.device, 
             took = _timed(run) / sets
             if number >= WARM_UP:
                 contender.seconds.append(took)
-    return everybody
+    return contestants
 
 
-def table(everybody: Sequence[Contender], size: int, bandwidth: float | None) -> str:
+def table(contestants: Sequence[Contender], size: int, bandwidth: float | None) -> str:
     """The figures as Markdown; size: bytes of one tensor."""
-    norms = {c.op: c.seconds for c in everybody if c.op.startswith("LayerNorm") and c.name == "torch"}
+    norms = {c.op: c.seconds for c in contestants if c.op.startswith("LayerNorm") and c.name == "torch"}
     lines = [
-        "| op | who | us (middle half) | % of copy bandwidth by the floor | x torch's LayerNorm |",
+        "| op | who | us (interquartile range) | % of copy bandwidth by the floor | x torch's LayerNorm |",
         "|---|---|---:|---:|---:|",
     ]
-    for who in everybody:
+    for who in contestants:
         if not who.seconds:
             lines.append(f"| {who.op} | {who.name} | {who.trouble or 'not timed'} | | |")
             continue
@@ -274,10 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind in options.dtype:
             dtype = getattr(torch, kind)
             torch.compiler.reset()
-            found = measure(rows, channels, dtype, device, options.rounds)
+            measured = measure(rows, channels, dtype, device, options.rounds)
             size = rows * channels * dtype.itemsize
             print(
-                f"\n**{rows} x {channels}, {kind}** ({size / 1e6:.1f} MB)\n\n{table(found, size, bandwidth)}",
+                f"\n**{rows} x {channels}, {kind}** ({size / 1e6:.1f} MB)\n\n{table(measured, size, bandwidth)}",
                 flush=True,
             )
 

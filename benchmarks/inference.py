@@ -3,7 +3,7 @@
 Four copies of one network with the shapes of ViT-Tiny and GPT-2 small and random weights: `layer norm`; `switched`,
 every norm a RepBN in eval; `folded` by `fold_norms`; and the `floor`, the same network with its norms deleted. Each
 round runs every variant once, in an order that turns, so that whatever else the machine does hits all of them alike.
-Figures are ratios within a round to layer norm: the median, and the middle half of the rounds.
+Figures are ratios within a round to layer norm: the median, and the interquartile range of the rounds.
 
 The first table counts operations of the exported graphs: what is folded has those of the floor and no more.
 
@@ -137,7 +137,7 @@ def time_table(four: Mapping[str, Callable[[Tensor], Tensor]], inputs: Sequence[
             if number >= WARM_UP:
                 seconds[name].append(took)
     base = seconds[names[0]]
-    lines = ["| | ms | x layer norm (middle half) |", "|---|---:|---:|"]
+    lines = ["| | ms | x layer norm (interquartile range) |", "|---|---:|---:|"]
     for name, these in seconds.items():
         low, middle, high = statistics.quantiles([a / b for a, b in zip(these, base, strict=True)], n=4)
         ratio = "1" if name == names[0] else f"{middle:.3f} ({low:.3f} to {high:.3f})"

@@ -57,7 +57,7 @@ def contenders(channels: int, dtype: torch.dtype, device: torch.device, compiled
     def naive(x: Tensor, dy: Tensor) -> object:
         return torch.var_mean(x.float(), 0)
 
-    ours: list[tuple[str, Op[..., Any], int, Run]] = [
+    own_ops: list[tuple[str, Op[..., Any], int, Run]] = [
         ("column moments", moments_of_rows, 1, lambda x, dy: moments_of_rows(x, None, center=True)),
         (
             "monitor, all moments",
@@ -74,25 +74,25 @@ def contenders(channels: int, dtype: torch.dtype, device: torch.device, compiled
             lambda x, dy: gradient_of_rows(dy, x, mean, None, scale, slope, offset),
         ),
     ]
-    found = [Contender("copy", "torch", 2, copy), Contender("column moments", "torch.var_mean", 1, naive)]
+    entries = [Contender("copy", "torch", 2, copy), Contender("column moments", "torch.var_mean", 1, naive)]
     if compiled:
         fused = torch.compile(lambda x: functional.batch_moments(x.float(), None, center=True), dynamic=False)
-        found.append(Contender("column moments", "torch.compile of the formula", 1, lambda x, dy: fused(x)))
-    for label, op, passes, run in ours:
-        found += [Contender(label, name, passes, run, setting) for name, setting in settings_of(op, device).items()]
+        entries.append(Contender("column moments", "torch.compile of the formula", 1, lambda x, dy: fused(x)))
+    for label, op, passes, run in own_ops:
+        entries += [Contender(label, name, passes, run, setting) for name, setting in settings_of(op, device).items()]
     for name, module in layer_norms(channels, dtype, device).items():
-        found.append(Contender("LayerNorm, there and back", name, 5, _there_and_back(module)))
-    return found
+        entries.append(Contender("LayerNorm, there and back", name, 5, _there_and_back(module)))
+    return entries
 
 
 def layer_norms(channels: int, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
     """torch's, and the fused ones that are installed."""
-    found: dict[str, nn.Module] = {"torch": nn.LayerNorm(channels)}
+    norms: dict[str, nn.Module] = {"torch": nn.LayerNorm(channels)}
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        found["Liger-Kernel"] = importlib.import_module("liger_kernel.transformers").LigerLayerNorm(channels)
+        norms["Liger-Kernel"] = importlib.import_module("liger_kernel.transformers").LigerLayerNorm(channels)
     if device.type == "cuda" and importlib.util.find_spec("apex"):
-        found["apex"] = importlib.import_module("apex.normalization").FusedLayerNorm(channels)
-    return {name: module.to(device, dtype) for name, module in found.items()}
+        norms["apex"] = importlib.import_module("apex.normalization").FusedLayerNorm(channels)
+    return {name: module.to(device, dtype) for name, module in norms.items()}
 
 
 def _there_and_back(module: nn.Module) -> Run:
@@ -130,7 +130,7 @@ def measure(rows: int, channels: int, dtype: torch.dtype, options: argparse.Name
 
 def table(everything: Sequence[Contender], size: int) -> str:
     """The figures as Markdown; `size` is that of all rows in bytes."""
-    lines = ["| op | backend | us (middle half) | GB/s | of the copy |", "|---|---|---:|---:|---:|"]
+    lines = ["| op | backend | us (interquartile range) | GB/s | of the copy |", "|---|---|---:|---:|---:|"]
     per_byte = [seconds / (2 * size) for seconds in everything[0].seconds]
     for contender in everything:
         low, middle, high = (1e6 * t for t in statistics.quantiles(contender.seconds, n=4))

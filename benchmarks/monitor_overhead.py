@@ -3,12 +3,13 @@
 One model, one process. Each round takes one step bare and one step with each preset at every step, in an order that
 turns from round to round, so that whatever else the machine does hits all of them alike. Two figures per preset:
 
-* inside: time in hooks, `step()` and flush, measured around them, as a share of the bare step. Where the norms run with
-  what watches them, "fused", less what the norms' own forwards take, measured in a step of their own;
-* A/B: the difference to the bare step of the same round (median, and the middle half of the rounds).
+* own time: the time in hooks, `step()` and flush, measured around them, as a share of the bare step. For "fused", where
+  the norms and their statistics are computed together, the time of the norms' own forwards is subtracted; it is
+  measured in a step of its own;
+* difference: to the bare step of the same round (median, and the interquartile range of the rounds).
 
-A companion is measured on top of the economy preset: its own time inside, and the difference to economy's step. With
---peers the same is measured of what people use today, see `benchmarks.peers`.
+A companion is measured in addition to the economy preset: its own time, and the difference to a step with economy. With
+--peers other tools are measured, too, see `benchmarks.peers`.
 
 Args: --model vit-tiny|vit-small, --rounds N, --batch N, --threads N, --dtype float32|bfloat16, --device cpu|cuda,
 --peers.
@@ -217,13 +218,13 @@ def table(variants: Sequence[Variant]) -> str:
     norms = next((_usual(variant) for variant in variants if variant.name == NORMS), 0.0)
     usual = statistics.median(bare)
     lines = [
-        f"bare step: {1e3 * usual:.0f} ms (middle half {1e3 * _quarter(bare, 1):.0f} to {1e3 * _quarter(bare, 3):.0f})",
+        f"bare step: {1e3 * usual:.0f} ms (quartiles {1e3 * _quarter(bare, 1):.0f} to {1e3 * _quarter(bare, 3):.0f})",
         "",
-        "| preset, every step | inside, ms | inside, % of the bare step | A/B difference, % (middle half) |",
+        "| preset, at every step | own time, ms | own time, % of the bare step | difference, % (quartiles) |",
         "|---|---:|---:|---:|",
         *_rows(presets[1:], usual, bare, norms),
         "",
-        "| companion, every step | inside, ms | inside, % of the bare step | A/B to economy, % (middle half) |",
+        "| companion, at every step | own time, ms | own time, % of the bare step | difference to economy, % |",
         "|---|---:|---:|---:|",
         *_rows([v for v in variants if v.companion], usual, variants[1].seconds),
     ]
@@ -261,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peers", action="store_true", help="what people use today, too")
+    parser.add_argument("--peers", action="store_true", help="measure other tools, too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(

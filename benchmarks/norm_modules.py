@@ -2,7 +2,7 @@
 
 One module, one process, training mode, past any warm-up. Each round runs every module once, forward and backward, in an
 order that turns from round to round, so that whatever else the machine does hits all of them alike. The figures are
-ratios within a round: the median, and the middle half of the rounds. PRepBN stands at lam = 0.5. Input is
+ratios within a round: the median, and the interquartile range of the rounds. PRepBN stands at lam = 0.5. Input is
 ``[rows, channels]``, for the published modules (those of `stabnorm.nn.official`) ``[64, rows / 64, channels]``.
 
 On a CPU, glibc's default asks the system for every fresh output; `MALLOC_MMAP_THRESHOLD_=2000000000
@@ -46,17 +46,17 @@ class Variant:
 
 def variants(channels: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> list[Variant]:
     """Every module there is, nn.LayerNorm first."""
-    found: list[Variant] = []
+    chosen: list[Variant] = []
 
     def add(name: str, module: nn.Module, published: str | None = None) -> None:
         module.to(device, dtype)
-        found.append(Variant(name, module, published, batched=name.startswith("published")))
+        chosen.append(Variant(name, module, published, batched=name.startswith("published")))
 
     def add_ours(label: str, name: str, **options: object) -> nn.Module | None:
-        ours = getattr(importlib.import_module("stabnorm.nn"), name, None)
-        if ours is None:
+        cls = getattr(importlib.import_module("stabnorm.nn"), name, None)
+        if cls is None:
             return None
-        module: nn.Module = ours(channels, **options)
+        module: nn.Module = cls(channels, **options)
         add(label, module, f"published {name}")
         return module
 
@@ -69,7 +69,7 @@ def variants(channels: int, dtype: torch.dtype, device: torch.device, compiled: 
         if module is not None:
             module.get_buffer("lam").fill_(0.5)
             if label.endswith("compiled"):
-                found[-1].module = torch.compile(module, fullgraph=True, dynamic=False)
+                chosen[-1].module = torch.compile(module, fullgraph=True, dynamic=False)
     add_ours("PowerNorm", "PowerNorm", groups=max(1, channels // HEAD), warmup_steps=0)
     add_ours("PowerNorm, no groups", "PowerNorm", warmup_steps=0)
     add("published RepBN", OfficialRepBN(channels))
@@ -78,7 +78,7 @@ def variants(channels: int, dtype: torch.dtype, device: torch.device, compiled: 
     halfway.iter //= 2
     add("published PRepBN", halfway)
     add("published PowerNorm", OfficialPowerNorm(channels, max(1, channels // HEAD), warmup_steps=0))
-    return found
+    return chosen
 
 
 def measure(rows: int, channels: int, dtype: torch.dtype, options: argparse.Namespace) -> list[Variant]:
@@ -135,7 +135,7 @@ def table(everything: Sequence[Variant]) -> str:
 
 
 def _ratio(these: Sequence[float], those: Sequence[float]) -> str:
-    """Median ratio within a round, and the middle half of the rounds."""
+    """Return the median ratio within a round, and the interquartile range of the rounds."""
     ratios = [a / b for a, b in zip(these, those, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"

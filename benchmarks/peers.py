@@ -31,7 +31,7 @@ class Peer:
         self.model = model
         self.norms: Norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
         self.seconds = 0.0
-        self.found: list[Any] = []  # of the step, for whoever logs it
+        self.results: list[Any] = []  # of the current step
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -45,7 +45,7 @@ class Peer:
 
     def step(self, *, loss: Tensor | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
         """End the step."""
-        self.found.clear()
+        self.results.clear()
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -60,7 +60,7 @@ class Peer:
         @torch.no_grad()
         def hook(*arguments: Any) -> None:
             start = time.perf_counter()
-            self.found.append(look(*arguments))
+            self.results.append(look(*arguments))
             self.seconds += time.perf_counter() - start
 
         return hook

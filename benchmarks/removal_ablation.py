@@ -89,36 +89,36 @@ def runs(job: tuple[str, int, int, int]) -> list[Run]:
     model, train, batch = fresh()
     trained = fit(model, train, steps)
     original = cast(nn.Module, copy.deepcopy(model).eval())
-    found = [_run(name, METHODS[0], seed, original, batch, trained)]
+    finished = [_run(name, METHODS[0], seed, original, batch, trained)]
     inputs = Inputs(train, cast(Callable[[Tensor], Tensor], change))
     for method, more in ((METHODS[1], 0), (METHODS[2], repair)):
         torch.manual_seed(seed)
         start = time.perf_counter()
         result = remove_norms(original, inputs, steps=more, recipe=Recipe(lr=1e-3, forcing=0.5, seed=seed))
-        found.append(_run(name, method, seed, result.model, batch, trained + time.perf_counter() - start))
+        finished.append(_run(name, method, seed, result.model, batch, trained + time.perf_counter() - start))
     model, train, batch = fresh()
     switch = ProgressiveNormCallback()
     taken = fit(model, train, steps, [cast(Callback, switch)])
     start = time.perf_counter()
     folded = fold_norms(cast(nn.Module, model.eval()), batch[0][:2] if task.judged_by == "error" else batch[0][:2, :-1])
-    found.append(_run(name, METHODS[3], seed, folded.model, batch, taken + time.perf_counter() - start))
-    return found
+    finished.append(_run(name, METHODS[3], seed, folded.model, batch, taken + time.perf_counter() - start))
+    return finished
 
 
 def _run(task: str, method: str, seed: int, model: nn.Module, batch: Sequence[Tensor], seconds: float) -> Run:
     return Run(task, method, seed, *judge(model, batch), seconds, len(find_norms(model)))
 
 
-def table(found: Sequence[Run], name: str) -> Iterator[str]:
+def table(finished: Sequence[Run], name: str) -> Iterator[str]:
     """Markdown, for one task."""
     judged = tasks(None)[name].judged_by
     unit, digits = ("%", 1) if judged == "error" else ("nats", 3)
-    base = {run.seed: getattr(run, judged) for run in found if run.method == METHODS[0]}
+    base = {run.seed: getattr(run, judged) for run in finished if run.method == METHODS[0]}
     yield f"\n**{name}** ({judged} in {unit}; lower is better)\n"
     yield "| method | runs | mean | minus LayerNorm, 95 % | seconds | norms left |"
     yield "|---|---:|---:|---:|---:|---:|"
     for method in METHODS:
-        these = [run for run in found if run.method == method]
+        these = [run for run in finished if run.method == method]
         values = [getattr(run, judged) for run in these]
         differences = [value - base[run.seed] for value, run in zip(values, these, strict=True)]
         seconds, norms = (statistics.mean(getattr(run, key) for run in these) for key in ("seconds", "norms"))
@@ -140,13 +140,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     jobs = [(task, seed, options.steps, options.repair) for task, seed in itertools.product(options.tasks, seeds)]
     if options.jobs == 1:
-        found = [run for job in jobs for run in runs(job)]
+        finished = [run for job in jobs for run in runs(job)]
     else:
         with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(jobs))) as pool:
-            found = [run for batch in pool.imap(runs, jobs) for run in batch]
+            finished = [run for batch in pool.imap(runs, jobs) for run in batch]
     for name in options.tasks:
-        print("\n".join(table([run for run in found if run.task == name], name)))
-    return found
+        print("\n".join(table([run for run in finished if run.task == name], name)))
+    return finished
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Point]:
         start = time.perf_counter()
         model = convert(original, texts, tokenizer, at if curve == "steps" else 0, False, keep=keep).model
         minutes = (time.perf_counter() - start) / 60
-        found = {kind: agreement(embeddings(model, text, tokenizer), wanted[kind]) for kind, text in judged.items()}
-        points.append(Point(curve, at, found["seen"], found["unseen"], minutes))
+        agreed = {kind: agreement(embeddings(model, text, tokenizer), wanted[kind]) for kind, text in judged.items()}
+        points.append(Point(curve, at, agreed["seen"], agreed["unseen"], minutes))
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(points[-1])) + "\n")
     for point in sorted(points, key=lambda point: (point.curve, point.at)):

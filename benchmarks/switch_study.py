@@ -112,17 +112,17 @@ class Outcome:
 
 
 def tasks(data: Path | None) -> dict[str, Task]:
-    """The tasks there is data for."""
-    found = {
+    """Return the tasks whose data are there, by name."""
+    by_name = {
         "digits": Task(DigitsViT, digits_loaders, 32, 3e-3, "error"),
         "wide digits": Task(functools.partial(DigitsViT, dim=96), digits_loaders, 64, 3e-3, "error"),
         "characters": Task(CharacterTransformer, text_loaders, 12, 3e-3, "loss"),
     }
     if data is not None:
         text, images = data / "text" / "tinyshakespeare.txt", data / "cifar10_jpeg.npz"
-        found["shakespeare"] = Task(CharacterTransformer, lambda batch: text_loaders(batch, text), 12, 3e-3, "loss")
-        found["cifar"] = Task(CifarViT, lambda batch: cifar_loaders(images, batch), 64, 2e-3, "error")
-    return found
+        by_name["shakespeare"] = Task(CharacterTransformer, lambda batch: text_loaders(batch, text), 12, 3e-3, "loss")
+        by_name["cifar"] = Task(CifarViT, lambda batch: cifar_loaders(images, batch), 64, 2e-3, "error")
+    return by_name
 
 
 class ChannelsLastBatchNorm(nn.BatchNorm1d):
@@ -229,14 +229,14 @@ def judge(model: nn.Module, batch: Sequence[Tensor]) -> tuple[float, float]:
 
 def read(path: Path) -> dict[tuple[str, str, str, int, int], Outcome]:
     """The runs there are; a line that was cut off by a kill does not count."""
-    found = {}
+    outcomes = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             outcome = Outcome(**json.loads(line))
         except ValueError:
             continue
-        found[outcome.key] = outcome
-    return found
+        outcomes[outcome.key] = outcome
+    return outcomes
 
 
 def tables(outcomes: Sequence[Outcome], known: Mapping[str, Task]) -> Iterator[str]:

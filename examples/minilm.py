@@ -90,7 +90,7 @@ class SentenceEncoder(nn.Module):
         return y
 
 
-_NAMES = (  # the checkpoint's, and ours
+_NAMES = (  # names in the checkpoint, and in this model
     (r"^embeddings\.word_embeddings", "words"),
     (r"^embeddings\.position_embeddings", "positions"),
     (r"^embeddings\.token_type_embeddings", "segments"),
@@ -105,15 +105,15 @@ _NAMES = (  # the checkpoint's, and ours
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """BERT's published parameter names as ours, without the pooler and the position numbers, which we do not need."""
-    found = {}
+    """Rename BERT's published parameters to those of this model; leave out the pooler and the position numbers."""
+    weights = {}
     for name, tensor in weights.items():
         if name.startswith("pooler.") or name.endswith("position_ids"):
             continue
-        for theirs, ours in _NAMES:
-            name = re.sub(theirs, ours, name)
-        found[name] = tensor
-    return found
+        for published, own in _NAMES:
+            name = re.sub(published, own, name)
+        weights[name] = tensor
+    return weights
 
 
 def package_folder() -> Path | None:

@@ -64,14 +64,14 @@ def judged_texts(data: str | None, seen: str | None, unseen: str | None) -> dict
 
 def pieces(texts: Sequence[str], generator: np.random.Generator) -> list[str]:
     """Texts cut into parts of many lengths."""
-    found = []
+    paragraphs = []
     for text in texts:
         words = text.split()
         while len(words) > 5:
             length = int(generator.choice(LENGTHS))
-            found.append(" ".join(words[:length]))
+            paragraphs.append(" ".join(words[:length]))
             words = words[length:]
-    return found
+    return paragraphs
 
 
 class Batches:
@@ -123,15 +123,15 @@ class Agreement:
 @torch.no_grad()
 def embeddings(model: nn.Module, texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
     """Of length 1, in the texts' order."""
-    found = [model(**tokenizer(texts[start : start + 32])) for start in range(0, len(texts), 32)]
-    return F.normalize(torch.cat(found), dim=1)
+    parts = [model(**tokenizer(texts[start : start + 32])) for start in range(0, len(texts), 32)]
+    return F.normalize(torch.cat(parts), dim=1)
 
 
-def agreement(found: Tensor, wanted: Tensor) -> Agreement:
+def agreement(embedded: Tensor, wanted: Tensor) -> Agreement:
     """Compare embeddings of the same texts."""
-    cosine = (found * wanted).sum(1)
-    rows, columns = torch.triu_indices(len(found), len(found), 1)
-    similarities = [(e @ e.T)[rows, columns].numpy() for e in (found, wanted)]
+    cosine = (embedded * wanted).sum(1)
+    rows, columns = torch.triu_indices(len(embedded), len(embedded), 1)
+    similarities = [(e @ e.T)[rows, columns].numpy() for e in (embedded, wanted)]
     return Agreement(float(cosine.mean()), float(cosine.min()), float(spearmanr(*similarities).statistic))
 
 
@@ -150,11 +150,11 @@ def export(model: nn.Module, batch: Batch, path: Path) -> tuple[list[str], float
     program.save(str(path))
     names = [node.op_type for node in program.model_proto.graph.node]
     session = onnxruntime.InferenceSession(str(path))
-    (found,) = session.run(None, {name: value.numpy() for name, value in batch.items()})
+    (output,) = session.run(None, {name: value.numpy() for name, value in batch.items()})
     with torch.no_grad():
         wanted = model(**batch).numpy()
     return [name for name in names if "Normalization" in name], float(
-        np.abs(found - wanted).max() / np.abs(wanted).max()
+        np.abs(output - wanted).max() / np.abs(wanted).max()
     )
 
 

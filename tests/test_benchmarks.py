@@ -106,10 +106,10 @@ def test_a_peer_looks_at_every_norm_and_leaves_nothing_behind() -> None:
         model(torch.randn(5, 3)).sum().backward()
         spent = peer.seconds
         assert spent > 0
-        assert len(peer.found) >= 2
+        assert len(peer.results) >= 2
         peer.step()
         peer.detach()
         model(torch.randn(5, 3)).sum().backward()
         assert peer.seconds == spent
-        assert peer.found == []
+        assert peer.results == []
         peer.close()

@@ -71,3 +71,21 @@ def test_folded_in_float32_and_then_cast_to_bfloat16_it_is_no_worse_than_the_unf
             ratios.append(found / own)
     assert math.prod(ratios) ** (1 / len(ratios)) < 1
     assert max(ratios) < 1.6
+
+
+@pytest.mark.parametrize(
+    ("gain", "weight", "reading"), [(300.0, 500.0, 1e-2), (1e-4, 1e-3, 1e4)], ids=["overflow", "underflow"]
+)
+def test_a_weight_that_float16_cannot_hold_is_not_folded_though_float64_could(
+    gain: float, weight: float, reading: float
+) -> None:
+    norm, linear = RepBN(6, init="norm"), nn.Linear(6, 5, bias=False)
+    nn.init.constant_(norm.weight, gain)
+    nn.init.uniform_(linear.weight, 0.8 * weight, 1.2 * weight)
+    model = nn.Sequential(norm, linear).eval()
+    x = reading * torch.randn(3, 4, 6)
+    (wide,) = fold_norms(copy.deepcopy(model), x, check=x.flip(0)).norms
+    assert wide.status == "forward"
+    (narrow,) = fold_norms(model.half(), x.half(), check=x.half().flip(0)).norms
+    assert narrow.status == "affine"
+    assert "rolled back: the output would be off by" in narrow.reason

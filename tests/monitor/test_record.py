@@ -91,6 +91,23 @@ def test_of_a_step_written_twice_the_last_counts(recorder: Recorder) -> None:
     )
 
 
+def test_a_resumed_run_with_fewer_layers_leaves_nothing_of_the_first_in_its_steps(recorder: Recorder) -> None:
+    first, second = block(0, 10, seed=0), block(6, 8, LAYERS[:1], k=1, seed=1)
+    for part in first, second:
+        writer = recorder.open()
+        writer.write_block(part)
+        writer.close()
+
+    read = read_record(recorder.directory)
+
+    amax, ids = read.series["amax"], read.series["top_channel_ids"]
+    np.testing.assert_array_equal(amax[:6], first.series["amax"][:6])
+    np.testing.assert_array_equal(amax[6:, :1], second.series["amax"])
+    np.testing.assert_array_equal(ids[6:, :1, :1], second.series["top_channel_ids"])
+    assert np.isnan(amax[6:, 1:]).all()
+    assert np.isnan(ids[6:, 0, 1]).all()
+
+
 def test_steps_that_nobody_wrote_are_left_out(recorder: Recorder) -> None:
     writer = recorder.open()
     writer.write_block(block(0, 2))

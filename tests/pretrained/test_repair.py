@@ -1,6 +1,7 @@
 """The repair: what it minimises, that it helps on data it did not see, and that it resumes to the same bits."""
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -106,6 +107,25 @@ def test_accumulated_batches_are_one_larger_batch() -> None:
     assert one == pytest.approx(two)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_with_several_processes_the_step_takes_the_mean_of_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, model = fitted()
+    repair = Repair(model, original, 4, Recipe(clip=1e9))
+    repair.begin()
+    repair.loss(batches()[0]).backward()
+    own = [parameter.grad.clone() for parameter in repair.parameters if parameter.grad is not None]
+    taken: list[Tensor] = []
+    repair.optimizer.register_step_pre_hook(
+        lambda *_: taken.extend(p.grad.clone() for p in repair.parameters if p.grad is not None)
+    )
+    module = sys.modules[Repair.__module__]
+    monkeypatch.setattr(module, "ranks", lambda: 2)
+    monkeypatch.setattr(module, "gather_over_ranks", lambda gradient: torch.stack([gradient, 5 * gradient]))
+    repair.step()
+    assert len(taken) == len(own) > 0
+    for mean, gradient in zip(taken, own, strict=True):
+        torch.testing.assert_close(mean, 3 * gradient)
 
 
 def test_lam_goes_from_one_to_zero_with_a_homotopy_and_is_zero_without() -> None:

@@ -44,7 +44,7 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
         self.asked = self.taken = False
 
     def __enter__(self) -> "valid_tokens":
-        _masks.extend(self._pushed)
+        _masks.extend(reversed(self._pushed))  # the last one here is tried first
         _contexts.append(self)
         return self
 

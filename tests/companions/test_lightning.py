@@ -1,16 +1,18 @@
 """Companions on a Trainer: pictures, alerts in the closing table, resume, and nothing changed."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from stabnorm.callbacks import StabilityCallback
+from stabnorm.callbacks._outputs import HeadlineScalars
 from stabnorm.companions.embedding import EmbeddingCompanion
-from stabnorm.monitor.record import read_record
+from stabnorm.monitor.record import Block, read_record
 from tests.companions.nets import DIM, Fused
 from tests.lightning_padded import BATCHES, fit, hooks, module
 from tests.lightning_small import trainer
@@ -37,6 +39,20 @@ def attending() -> Any:
     torch.manual_seed(1)
     made.net = nn.Sequential(nn.Linear(8, 8), Attending())
     return made
+
+
+def test_headline_scalars_are_of_the_norms_blocks_alone() -> None:
+    class Logger:
+        logged: ClassVar[list[int]] = []
+
+        def log_metrics(self, scalars: dict[str, float], step: int) -> None:
+            self.logged.append(step)
+
+    logger = Logger()
+    scalars = HeadlineScalars([logger], ["amax"], lambda: 0, lambda: 0.0)
+    scalars.write_block(Block(0, ("norm",), {"amax": np.ones((5, 1))}))
+    scalars.write_block(Block(5, ("0.weight",), {"update_ratio": np.ones((5, 1))}, companion="weights"))
+    assert logger.logged == [4]
 
 
 def test_a_trainer_watches_companions_and_changes_no_bit(tmp_path: Path) -> None:

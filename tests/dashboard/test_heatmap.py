@@ -106,6 +106,16 @@ def test_marks_are_drawn_where_they_point() -> None:
     assert abs(x - left - 50.5 * WIDTH / 100) < 60  # names stand to the left of the map
 
 
+def test_the_first_and_the_last_step_can_be_marked() -> None:
+    values, names = np.full((100, 12), 1.0), layer_names(12)
+    columns = []
+    for step in 1000, 1099:
+        marked = has(heatmap(values, 1000, names, "amax", marks=[(step, 6)]), MARK)
+        assert marked.any()
+        columns.append(float(np.argwhere(marked)[:, 1].mean()))
+    assert columns[1] - columns[0] == pytest.approx(0.99 * WIDTH, abs=2)
+
+
 def test_colours_are_logarithmic_when_values_span_decades() -> None:
     values = np.tile(10.0 ** np.linspace(-4, 4, 12), (30, 1))
     shown = cells(heatmap(values, 0, layer_names(12), "amax"), 12)[:, 0]

@@ -42,6 +42,14 @@ def test_layers_whose_scale_moved_are_told_the_furthest_first_and_are_no_fault()
     assert rows[0].value == pytest.approx(131, rel=0.2)
 
 
+def test_the_first_tenth_is_no_part_of_what_a_scale_is_compared_with() -> None:
+    scale = np.repeat([1.0, 1.0, 4.0], [2, 4, 14])[:, None]  # a median of 2.5 from the tenth to the half, of 1 to it
+    assert layers_worth_a_look(LAYERS[:1], {"amax": scale}, []) == []
+    scale[10:] = 8.0
+    (row,) = layers_worth_a_look(LAYERS[:1], {"amax": scale}, [])
+    assert "grew 3.2 times" in row.reason
+
+
 def test_a_layer_that_stays_under_what_it_should_have_is_named() -> None:
     series = healthy() | {"headroom": np.full((200, 12), 9.0)}
     series["headroom"][150:, 4] = 0.5

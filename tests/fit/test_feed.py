@@ -107,6 +107,20 @@ def test_the_joint_fit_is_a_ridge_regression_in_one_go() -> None:
     assert fit.residual < alone.affine().residual
 
 
+def test_padding_has_no_part_in_the_joint_fit() -> None:
+    u, x, y = torch.randn(300, 4), torch.randn(300, 3), torch.randn(300, 3)
+    valid = torch.rand(300) < 0.5
+    padded, packed, alone = JointSums(4, 3), JointSums(4, 3), ChannelSums(3)
+    padded.add(torch.where(valid[:, None], u, 1e6), Seen(x, y, valid), y)
+    packed.add(u[valid], Seen(x[valid], y[valid], None), y[valid])
+    alone.add(Seen(x, y, valid), y)
+    solved, expected = padded.solve(alone.affine()), packed.solve(alone.affine())
+    assert solved is not None
+    assert expected is not None
+    assert torch.equal(solved[1], expected[1])
+    assert torch.equal(solved[0].scale, expected[0].scale)
+
+
 def test_too_few_tokens_leave_the_layer_as_it_is() -> None:
     sums, alone = JointSums(6, 3), ChannelSums(3)
     x = torch.randn(20, 3)

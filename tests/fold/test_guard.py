@@ -56,6 +56,15 @@ def test_inputs_by_keyword_are_watched_and_an_empty_one_is_nothing_to_report() -
             model(9 * draw(3, 4))
 
 
+def test_the_margin_itself_is_not_beyond_the_margin() -> None:
+    model = fold_norms(nn.Sequential(RepBN(4), nn.Linear(4, 2)).eval(), draw(8, 4).float()).model
+    with guard_folds(model, [torch.ones(8, 4)], "raise", margin=4) as guard:
+        model(torch.full((1, 4), -4.0))
+        with pytest.raises(StabNormError, match=r"read 4\.01, and its bound is 1"):
+            model(torch.full((1, 4), -4.01))
+        assert guard.bounds == {"0": 1.0}
+
+
 def test_only_the_forward_it_happens_in_is_reported() -> None:
     model = folded()
     (x,), _ = FAMILY.example(8)

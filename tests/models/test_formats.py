@@ -97,6 +97,9 @@ def test_a_forward_says_what_else_the_model_takes(read: Callable[..., Any]) -> N
     torch.testing.assert_close(found, expected)
     found = read([{"x": inputs(0), "scale": SCALE}, {"x": inputs(1), "scale": SCALE}])
     torch.testing.assert_close(found, expected)
+    named = [Pair(inputs(0), SCALE), Pair(inputs(1), SCALE)]
+    found = read(named, lambda model, batch: model(batch.inputs, batch.targets))
+    torch.testing.assert_close(found, expected)
 
 
 # --- examples ---

@@ -19,6 +19,7 @@ from stabnorm._models.devices import device_of, floating_tensor_of
 from stabnorm._models.hooks import Hook, has_forward_hooks, hooked
 from stabnorm._models.names import NameFilter
 from stabnorm._models.tables import aligned
+from stabnorm._models.tree import replace_module
 from stabnorm._models.wrappers import is_compiled, parallel_wrapper, plain_name, unwrapped
 from stabnorm.switch.progressive import ProgressiveSwitch
 
@@ -145,6 +146,18 @@ def test_a_filter_names_the_argument_that_is_no_regular_expression() -> None:
     with pytest.raises(ValueError, match=r"exclude='\[' is not a valid regular expression"):
         NameFilter("norm", ["head", "["])
     assert not NameFilter(include=[])("norm")
+
+
+# --- one module in another's place ---
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_takes_a_modules_place_takes_its_mode_and_all_its_places(training: bool) -> None:
+    old, new = nn.Linear(2, 2), nn.Dropout(1.0).train(not training)
+    model = nn.Sequential(old, nn.Sequential(nn.ReLU(), old)).train(training)
+    replace_module(model, "0", new)
+    assert model[0] is model[1][1] is new
+    assert [module.training for module in model.modules()] == [training] * 4
 
 
 # --- devices and tables ---

@@ -53,6 +53,23 @@ def test_the_mask_that_fits_is_taken_of_several() -> None:
     assert monitor.history()["tokens"].tolist() == [[10]]
 
 
+def test_of_masks_that_fit_alike_the_innermost_context_counts_and_in_it_the_first() -> None:
+    model = nn.Sequential(nn.LayerNorm(8))
+    one, two, three = (torch.arange(4).expand(2, 4) < length for length in (1, 2, 3))
+    with StabilityMonitor(model, ["amax"]) as monitor:
+        for masks in ((one, two), (two, one)):
+            with valid_tokens(three), valid_tokens(*masks):
+                model(torch.randn(2, 4, 8))
+            monitor.step()
+        with valid_tokens(three):
+            with valid_tokens(one):
+                pass
+            model(torch.randn(2, 4, 8))
+        monitor.step()
+        seen = monitor.history()["tokens"].flatten().tolist()
+    assert seen == [2, 4, 6]
+
+
 def test_a_mask_that_is_not_bool_is_refused() -> None:
     with pytest.raises(TypeError, match=r"is a bool tensor, True = valid; got torch\.int64\. Use mask\.bool"):
         valid_tokens(torch.ones(2, 3, dtype=torch.int64))

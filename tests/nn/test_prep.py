@@ -233,6 +233,19 @@ def test_a_norm_that_was_left_out_is_back_when_a_state_is_loaded() -> None:
     assert torch.equal(norm(x), nn.functional.layer_norm(x, (8,)))
 
 
+def test_reset_it_is_its_norm_again_and_rep_follows_the_norm() -> None:
+    norm = PRepBN(8)
+    norm.lam.zero_()
+    norm.leave_out_norm = norm.fitted = True
+    norm.reset_parameters()
+    x = torch.randn(4, 8)
+    assert norm.lam == 1
+    assert torch.equal(norm(x), nn.functional.layer_norm(x, (8,)))
+    nn.init.constant_(norm.get_parameter("weight"), 3.0)
+    norm.start_from_norm()
+    assert torch.equal(norm.rep.weight, torch.full((8,), 3.0))
+
+
 def test_rep_starts_with_the_norms_gain_and_bias_and_no_skip_path() -> None:
     norm = nn.LayerNorm(8)
     for parameter in norm.parameters():

@@ -162,6 +162,33 @@ def test_every_family_comes_out_without_norms(family: Family) -> None:
     assert not [layer for layer in find_norms(result.model) if layer.kind in ("layer", "rms")]
 
 
+class Branching(nn.Module):
+    """The second norm reads batches of three rows alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.late, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        y: Tensor = self.head(self.late(h * h) if len(x) == 3 else h)
+        return y
+
+
+def test_a_norm_that_only_the_repair_has_run_stays_and_is_what_the_repair_made_of_it() -> None:
+    model = Branching().eval()
+    before = copy.deepcopy(model.state_dict())
+    seen = [torch.randn(64, 4) for _ in range(4)] + [torch.randn(3, 4) for _ in range(4)]
+    result = remove_norms(model, seen, steps=8, fit_batches=4, recipe=Recipe(lr=1e-2))
+    assert [(norm.name, norm.kept) for norm in result.norms] == [("norm", False), ("late", True)]
+    assert result.norms[1].reason == "it did not run on these batches"
+    late: Any = result.model.get_submodule("late")
+    assert type(late) is nn.LayerNorm
+    assert not late.training
+    assert (late.weight - before["late.weight"]).abs().min() > 1e-4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_module_list_a_tuple_batch_and_a_tensor_batch() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)).eval()

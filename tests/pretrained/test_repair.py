@@ -109,6 +109,20 @@ def test_accumulated_batches_are_one_larger_batch() -> None:
         torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_takes_no_gradient_larger_than_the_recipe_allows() -> None:
+    original, model = fitted()
+    repair = Repair(model, original, 4, Recipe(clip=1e-3))
+    sizes: list[float] = []
+
+    def note(*_: Any) -> None:
+        gradients = [p.grad.flatten() for p in repair.parameters if p.grad is not None]
+        sizes.append(float(torch.cat(gradients).norm()))
+
+    repair.optimizer.register_step_pre_hook(note)
+    repair_norms(repair, batches())
+    assert sizes == pytest.approx([1e-3] * 4, rel=1e-2)
+
+
 def test_with_several_processes_the_step_takes_the_mean_of_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     original, model = fitted()
     repair = Repair(model, original, 4, Recipe(clip=1e9))

@@ -250,6 +250,18 @@ def test_norms_without_lam_are_told_their_steps() -> None:
     train(model, switch, range(7), accumulate=3)
     assert model[0].step == 7
     assert switch.lam == []
+    model(torch.randn(4, 16))
+    assert model[0].step == 7
+
+
+def test_after_the_switch_the_norms_count_their_own_forwards_again() -> None:
+    model = nn.Sequential(UnifiedNorm(16, warmup_steps=5))
+    switch = ProgressiveSwitch(model, 10, "linear")
+    train(model, switch, range(7), accumulate=3)
+    switch.close()
+    for _ in range(2):
+        model(torch.randn(4, 16))
+    assert model[0].step == 9
 
 
 def test_what_does_not_fit_is_refused() -> None:

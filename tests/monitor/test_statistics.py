@@ -203,6 +203,25 @@ def test_a_step_that_is_not_finite_has_no_affine_residual(bad: float) -> None:
     assert monitor.history()["affine_residual"][:, 0].isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("spoilt", [float("inf"), float("nan")])
+def test_a_gradient_that_overflows_is_no_part_of_what_later_ones_are_compared_with(spoilt: float) -> None:
+    rows = []
+    for middle in (spoilt, None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LayerNorm(8))
+        with StabilityMonitor(model, ["grad_fluctuation", "mean_fluctuation"]) as monitor:
+            for factor in (1.0, middle, 1.0, 1.0):
+                y = model(torch.randn(6, 8))
+                if factor is not None:
+                    y.backward(factor * torch.linspace(-1, 1, 48).view(6, 8))
+                monitor.step()
+                model.zero_grad()
+        rows.append({name: values[2:] for name, values in monitor.history().items()})
+    for name, found in rows[0].items():
+        assert bool(found.isfinite().all()), name
+        torch.testing.assert_close(found, rows[1][name])
+
+
 def test_the_catalogue_is_whole() -> None:
     families = {"F": 6, "S": 3, "O": 7, "P": 5}
     numbers = ["A", "A1", "N2", *(f"{name}{i + 1}" for name, last in families.items() for i in range(last))]

@@ -115,6 +115,15 @@ def test_an_epoch_that_is_left_early_leaves_no_mask_behind(tmp_path: Path, made:
     assert (masks._masks, masks._contexts) == ([], [])
 
 
+@pytest.mark.parametrize("made", [ProgressiveNormCallback, StabilityCallback])
+def test_validation_runs_without_the_mask_of_the_batch_that_was_trained_last(tmp_path: Path, made: Any) -> None:
+    model, open_masks = module(clean=False), []
+    model.on_validation_batch_start = lambda *_: open_masks.append(len(masks._masks))
+    fit(trainer(tmp_path, made(mask="mask"), val_check_interval=4), model)
+    assert len(open_masks) >= 3 * BATCHES
+    assert set(open_masks) == {0}
+
+
 @needs_weight_averaging
 def test_averaged_weights_are_judged_and_saved_at_the_lam_of_the_step(tmp_path: Path) -> None:
     from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint

@@ -50,8 +50,8 @@ def test_headline_scalars_are_of_the_norms_blocks_alone() -> None:
 
     logger = Logger()
     scalars = HeadlineScalars([logger], ["amax"], lambda: 0, lambda: 0.0)
-    scalars.write_block(Block(0, ("norm",), {"amax": np.ones((5, 1))}))
-    scalars.write_block(Block(5, ("0.weight",), {"update_ratio": np.ones((5, 1))}, companion="weights"))
+    scalars.write_block(Block(0, ("norm",), {"amax": np.ones((5, 1), np.float32)}))
+    scalars.write_block(Block(5, ("0.weight",), {"update_ratio": np.ones((5, 1), np.float32)}, companion="weights"))
     assert logger.logged == [4]
 
 

@@ -154,9 +154,10 @@ def test_a_filter_names_the_argument_that_is_no_regular_expression() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_what_takes_a_modules_place_takes_its_mode_and_all_its_places(training: bool) -> None:
     old, new = nn.Linear(2, 2), nn.Dropout(1.0).train(not training)
-    model = nn.Sequential(old, nn.Sequential(nn.ReLU(), old)).train(training)
+    inner = nn.Sequential(nn.ReLU(), old)
+    model = nn.Sequential(old, inner).train(training)
     replace_module(model, "0", new)
-    assert model[0] is model[1][1] is new
+    assert model[0] is inner[1] is new
     assert [module.training for module in model.modules()] == [training] * 4
 
 

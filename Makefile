@@ -1,5 +1,7 @@
 # make demo           a healthy and an unstable run of a small ViT, watched, and one that is switched and folded
-# make test           lint, types, tests and doctests
+# make quick          lint, types, and the tests and doctests that are not slow
+# make test           lint, types, and all tests and doctests
+# make docs           the guide, and the reference from the docstrings, in build/docs/index.html
 # make bench          the figures of the README, measured on this machine
 # make gpu            on a machine with a GPU: its tests, and everything there is to measure, as gpu.md
 # make test-oldest    the tests with the oldest versions that pyproject.toml allows
@@ -8,7 +10,7 @@
 # make lock           constraints.txt made again from pyproject.toml; LOCK=--upgrade takes the newest versions
 #
 # PYTHON=python3.13 takes another Python; VENV=.venv-3.13 keeps its environment beside the first one.
-.PHONY: demo test lint tests bench gpu test-oldest test-newest check-install lock clean
+.PHONY: demo quick test lint tests docs bench gpu test-oldest test-newest check-install lock clean
 PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -22,6 +24,9 @@ STAMP   = $(VENV)/installed-$(VERSION)
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
+quick: lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
 test: lint tests
 
 lint: $(STAMP)
@@ -30,6 +35,11 @@ lint: $(STAMP)
 
 tests: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+# A warning, such as a link that leads nowhere, is an error. -E: a page is never left as an older build made it.
+docs: $(STAMP)
+	$(BIN)/sphinx-build -q -E -W --keep-going -b html docs build/docs
+	@echo build/docs/index.html
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

@@ -79,7 +79,7 @@ class FoldPlan:
 
     @property
     def summary(self) -> str:
-        """One line: how many norms would get which status, and what share of a forward would be saved."""
+        """How many norms would get which status, and what share of a forward would be saved, in one line."""
         every = _total(norm.share for norm in self.norms)
         return (
             f"{len(self.norms)} norms, if switched to {self.to}: {counts_of(self.norms)}; norms take {every:.1%} of a "

@@ -58,7 +58,7 @@ class FoldResult:
 
     @property
     def summary(self) -> str:
-        """One line: how many norms went where, and how exact the result is."""
+        """How many norms went where, and how exact the result is, in one line."""
         went = counts_of(self.norms)
         text = f"{len(self.norms)} norms: {went}; largest relative error {self.max_rel_error:.1e} in {self.precision}"
         return f"{text}, on {self.checked_on}" + (

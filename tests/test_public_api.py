@@ -10,7 +10,9 @@ import pytest
 
 import stabnorm
 
-ROOMS = ("callbacks", "companions", "dashboard", "monitor", "ops", "switch")
+ROOMS = (
+    "callbacks", "companions", "dashboard", "fit", "fold", "monitor", "norms", "ops", "pretrained", "switch",
+)  # fmt: skip
 LAZY = ("stabnorm", *(f"stabnorm.{room}" for room in ROOMS))
 HEAVY = ("torch", "pytorch_lightning", "lightning", "triton", "tensorboard", "numpy")
 
@@ -49,6 +51,15 @@ def test_a_package_offers_what_its_type_checkers_see(package: str) -> None:
         assert name in dir(module)
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
         _ = module.nothing
+
+
+def test_every_package_offers_its_names_lazily_or_is_known_not_to() -> None:
+    """`functional` and `nn` import at once: the one is read at every call, the other hooks on to torch's modules."""
+    root = Path(stabnorm.__file__).parent
+    offering = {path.parent for path in root.glob("*/__init__.py") if "import" in path.read_text(encoding="utf-8")}
+    assert {path.name for path in offering} == {*ROOMS, "functional", "nn"}
+    nn = importlib.import_module("stabnorm.nn")
+    assert all(getattr(nn, name).__doc__ for name in nn.__all__)
 
 
 @pytest.mark.parametrize("name", stabnorm.__all__)

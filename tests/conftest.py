@@ -2,6 +2,9 @@
 
 import os
 
+# On the small tensors of the tests one thread is several times faster than two, most of all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+
 import pytest
 import torch
 

@@ -7,6 +7,8 @@ import pytest
 from examples import demo
 from stabnorm.nn import PRepBN
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning")
 def test_an_alert_comes_before_the_loss_has_doubled_and_none_on_the_healthy_run(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from examples.digits import BLANK, Batch, Destabilize, DigitsViT, augment, digits_loaders
 
+pytestmark = pytest.mark.slow
+
 
 class Losses(Callback):
     """Keeps the training loss of every step."""

@@ -12,6 +12,8 @@ from examples import fabric, plain_loop
 from examples.hugging_face import StabilityTrainerCallback
 from stabnorm.monitor.record import read_record
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_plain_loop_goes_on_from_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain_loop.main(["--root", str(tmp_path), "--steps", "28"])

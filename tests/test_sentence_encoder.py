@@ -16,6 +16,8 @@ from examples.minilm import Batch, SentenceEncoder, renamed
 from examples.sentence_encoder import Agreement, Batches, agreement, convert, embeddings, export, pieces, training_texts
 from stabnorm import find_norms
 
+pytestmark = pytest.mark.slow
+
 WORDS = 50
 
 

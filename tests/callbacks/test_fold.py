@@ -182,6 +182,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     torch.save((callback.directory, model.net.state_dict()), f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_of_two_processes_the_first_one_writes(tmp_path: Path) -> None:
     mp.spawn(one_rank, (free_port(), str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
     (first, state), (second, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))

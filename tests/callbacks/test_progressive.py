@@ -126,6 +126,7 @@ def test_several_optimizers_count_as_global_step_does(tmp_path: Path) -> None:
     assert model.lam() == [0.0, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "adaptive"])
 def test_resumed_at_an_epoch_boundary_lam_and_loss_are_identical(tmp_path: Path, schedule: str) -> None:
     from pytorch_lightning.callbacks import ModelCheckpoint
@@ -143,6 +144,7 @@ def test_resumed_at_an_epoch_boundary_lam_and_loss_are_identical(tmp_path: Path,
     assert resumed.lam() == ([0.0, 0.0] if schedule == "linear" else [0.0, 1.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "adaptive"])
 def test_resumed_within_an_epoch_lam_is_identical_at_each_optimizer_step(tmp_path: Path, schedule: str) -> None:
     from pytorch_lightning.callbacks import ModelCheckpoint

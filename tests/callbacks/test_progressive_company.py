@@ -41,6 +41,7 @@ def check_record(model: Any, record: Record) -> None:
     assert np.isnan(record.series["lam"][:, others]).all()
 
 
+@pytest.mark.slow
 def test_alone_or_beside_the_monitor_in_either_order_the_run_and_the_record_are_the_same(tmp_path: Path) -> None:
     found = []
     for order in ("alone", "first", "second"):
@@ -64,6 +65,7 @@ def test_alone_or_beside_the_monitor_in_either_order_the_run_and_the_record_are_
     assert model.lam() == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_norm_that_fades_raises_no_alert(tmp_path: Path) -> None:
     watch = StabilityCallback()
     options: dict[str, Any] = dict(max_steps=400, max_epochs=-1, val_check_interval=1.0)
@@ -72,6 +74,7 @@ def test_a_norm_that_fades_raises_no_alert(tmp_path: Path) -> None:
     assert [alert for alert in watch.monitor.alerts if alert.statistic.startswith("grad")] == []
 
 
+@pytest.mark.slow
 def test_there_is_one_monitor_where_one_will_do(tmp_path: Path) -> None:
     switch, watch = ProgressiveNormCallback(schedule="adaptive"), StabilityCallback()
     fit(trainer(tmp_path, switch, watch), module())
@@ -232,6 +235,7 @@ def test_up_to_the_start_the_run_is_the_layernorm_run_bit_for_bit(tmp_path: Path
     assert switched.losses[7] != plain.losses[7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callbacks", [[], [StabilityCallback()]], ids=["alone", "with the monitor"])
 def test_a_compiled_model_that_has_run_before_is_switched_and_measured(tmp_path: Path, callbacks: list[Any]) -> None:
     torch._dynamo.reset()

@@ -14,6 +14,8 @@ from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.switch.lam import progressive_norms
 from tests.lightning_small import BATCHES, fit, module, trainer
 
+pytestmark = pytest.mark.slow
+
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
 
 

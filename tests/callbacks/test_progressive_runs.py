@@ -65,6 +65,7 @@ def test_a_checkpoint_of_a_run_without_the_switch_is_refused_by_name(tmp_path: P
     assert model.losses == []
 
 
+@pytest.mark.slow
 def test_accumulation_that_changes_between_epochs_is_counted(tmp_path: Path) -> None:
     from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
@@ -146,6 +147,7 @@ def test_averaged_weights_are_judged_and_saved_at_the_lam_of_the_step(tmp_path: 
     progressive_norms(fresh)["net.1"].fold_affine()
 
 
+@pytest.mark.slow
 def test_the_record_counts_optimizer_steps_and_is_written_as_it_grows(tmp_path: Path) -> None:
     model, sizes = module(), []
 

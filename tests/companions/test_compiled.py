@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from stabnorm import StabilityMonitor
 from tests.companions.nets import Fused, MultiHead, Text, batch, loss
 
+pytestmark = pytest.mark.slow
+
 ALL = ("attention", "weights", "embedding", "output")
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -15,6 +16,8 @@ from stabnorm import StabilityMonitor
 from tests.companions.nets import Text, loss
 from tests.processes import leave
 from tests.versions import needs_fsdp_on_cpu
+
+pytestmark = pytest.mark.slow
 
 STEPS, SIZE = 4, 6
 COMPANIONS = ("attention", "weights", "embedding", "output")

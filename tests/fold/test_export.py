@@ -65,6 +65,7 @@ def without_norms(model: nn.Module) -> nn.Module:
     return bare
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 @pytest.mark.parametrize("name", ["deit, distilled", "llama", "bert", "mixer"])
 def test_onnx_has_the_operators_of_a_network_without_norms_and_its_runtime_agrees(name: str, tmp_path: Any) -> None:

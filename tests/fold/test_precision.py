@@ -60,6 +60,7 @@ def test_float32_is_no_further_off_than_the_unfolded_model_times_four(family: Fa
     assert distance(folded, truth, examples) < 4 * distance(model, truth, examples)
 
 
+@pytest.mark.slow
 def test_folded_in_float32_and_then_cast_to_bfloat16_it_is_no_worse_than_the_unfolded_model() -> None:
     ratios = []  # of two roundings of a small model: they scatter, so it is their mean that counts
     for family in FAMILIES.values():

@@ -218,6 +218,7 @@ def test_a_non_finite_step_spoils_only_itself() -> None:
     assert spoilt["nonfinite_count"][12, 0] == 32
 
 
+@pytest.mark.slow
 def test_a_healthy_training_raises_no_alert() -> None:
     torch.manual_seed(0)
     model = DigitsViT(dim=24, depth=2)

@@ -39,6 +39,7 @@ def run(values: Tensor, nonfinite: Tensor | None = None, chunk: int = 50, fading
     return alerts
 
 
+@pytest.mark.slow
 def test_calm_runs_raise_nothing() -> None:
     assert sum(len(run(calm(2000, seed))) for seed in range(5)) == 0
 
@@ -189,6 +190,7 @@ def test_a_state_of_other_layers_is_refused() -> None:
         RobustDetector(STATISTICS, LAYERS).load_state_dict(other.state_dict())
 
 
+@pytest.mark.slow
 def test_family_wise_false_alarms_on_heavy_tails_stay_below_one_in_ten_thousand_steps() -> None:
     generator = torch.Generator().manual_seed(3)
     steps = 10_000

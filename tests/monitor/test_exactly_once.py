@@ -40,6 +40,7 @@ def test_accumulation_and_a_loss_scale(recompute: str, plain: dict[bool, History
     assert_same(train(Net(recompute), parts=4, scale=1024.0), plain[True])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["off", "non-reentrant"])
 def test_compiled_whole(recompute: str, plain: dict[bool, History], counter: Any) -> None:
     net = Net(recompute, bare=False)
@@ -47,6 +48,7 @@ def test_compiled_whole(recompute: str, plain: dict[bool, History], counter: Any
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own look at it
 @pytest.mark.parametrize("recompute", ["off", *RECOMPUTE])
 def test_compiled_blocks_inside_of_checkpoints(recompute: str, plain: dict[bool, History], counter: Any) -> None:

@@ -21,6 +21,8 @@ from tests.monitor.one_history import STEPS, History, Net, assert_same, train
 from tests.processes import leave
 from tests.versions import needs_fsdp_on_cpu
 
+pytestmark = pytest.mark.slow
+
 # -- in two processes --------------------------------------------------------------------------------------------------
 
 

@@ -121,6 +121,7 @@ def test_gone_back_in_the_same_monitor_its_history_has_each_step_once(tmp_path: 
     assert record.series["loss"].tolist() == list(range(40))
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_nothing_that_was_flushed_is_lost(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", killed_run.__name__, str(tmp_path), "20"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)

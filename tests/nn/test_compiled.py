@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from stabnorm.nn import PRepBN
 from tests.nn_modules import MODULES, built, compile_one_graph, run, state
 
+pytestmark = pytest.mark.slow
+
 
 class Counter:
     """A backend that counts the graphs it is given."""

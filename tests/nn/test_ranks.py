@@ -14,6 +14,8 @@ from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from tests.nn_modules import run, state
 from tests.processes import leave
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 

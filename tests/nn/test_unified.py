@@ -124,6 +124,7 @@ def stream(channels: int, tokens: int, steps: int, seed: int) -> tuple[Tensor, T
     return x, scales
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "at_most"), [(8, 0.02), (64, 0.01), (768, 0.01)])
 def test_t4_false_positives_on_stationary_streams(channels: int, at_most: float) -> None:
     rates = []
@@ -136,6 +137,7 @@ def test_t4_false_positives_on_stationary_streams(channels: int, at_most: float)
     assert sum(rates) / len(rates) < at_most, rates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [8, 64, 768])
 def test_t4_bursts_of_three_are_found(channels: int) -> None:
     found = bursts = 0
@@ -151,6 +153,7 @@ def test_t4_bursts_of_three_are_found(channels: int) -> None:
     assert found > 0.99 * bursts, (found, bursts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [4, (1, 4), (8, 2)], ids=str)
 def test_batches_that_hardly_differ_are_no_bursts(window: int | tuple[int, int]) -> None:
     # The variance of the window then is 0, or there is none in a window of one, and rounding would decide.

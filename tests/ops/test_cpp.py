@@ -22,6 +22,15 @@ from stabnorm.ops.one_pass import affine_with_square
 from stabnorm.ops.rows import moments_of_rows, sums_of_rows
 
 
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """The kernels share their rows out; the other tests run on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """As in a new process with an empty cache."""

@@ -25,7 +25,7 @@ class ChannelNorm(EvalAffineNorm):
     With ``variant="..."`` the constructor builds the subclass whose class statement has the same argument.
 
     Args:
-        num_features: C.
+        num_features: C, the number of channels.
         eps: added to the variance.
         channel_dim: the axis of the input that holds the channels.
         sync: merge the statistics over the ranks of `torch.distributed`.

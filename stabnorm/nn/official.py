@@ -96,7 +96,7 @@ class OfficialUnifiedNorm(nn.Module):
     """The published UN (UN1d).
 
     Args:
-        num_features: C.
+        num_features: C, the number of channels.
         window: batches in the moving averages; a pair for (forward, backward).
         warmup_steps: forwards that use the batch's own statistics.
         filtration: whether outlier batches are normalised without the moving averages.
@@ -200,7 +200,7 @@ class OfficialPowerNorm(nn.Module):
     """The published PowerNorm (MaskPowerNorm).
 
     Args:
-        num_features: C.
+        num_features: C, the number of channels.
         groups: number of groups of channels, a divisor of C; each token is first divided by the rms of its own group.
         warmup_steps: forwards that use the batch's own statistics.
         alpha_fwd: share of the old value in the running quadratic mean.
@@ -282,7 +282,7 @@ class OfficialRepBN(nn.Module):
     """The published RepBN: BN(x) + eta x, with eta called `alpha`.
 
     Args:
-        num_features: C.
+        num_features: C, the number of channels.
         eps: BatchNorm's.
         momentum: BatchNorm's, the weight of the new value.
 
@@ -313,7 +313,7 @@ class OfficialPRepBN(nn.Module):
     """The published PRepBN (LinearNorm): lam LN(x) + (1 - lam) RepBN(x), and RepBN alone in eval (P7).
 
     Args:
-        num_features: C.
+        num_features: C, the number of channels.
         total_steps: training forwards in which lam falls from 1 to 0.
         warmup_steps: training forwards before that which run LayerNorm only.
         eps: of both norms.

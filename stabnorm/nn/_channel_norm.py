@@ -249,7 +249,7 @@ def running_values(moments: BatchMoments) -> Tensor:
 
     All values are NaN if the batch is empty or has a value that is not finite.
     """
-    count, mean, square = moments
+    count, mean, square = moments.rows, moments.mean, moments.square
     values = square[None] if mean is None else torch.stack([mean, square * (count / (count - 1).clamp(min=1))])
     return torch.where(torch.isfinite(values).all() & (count > 0), values, torch.nan)
 

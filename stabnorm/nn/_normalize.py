@@ -13,7 +13,7 @@ from torch import Tensor
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments, channel_affine
-from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, sums_of_rows
+from stabnorm.ops.rows import affine_of_rows, gradient_through_moments, sums_of_rows
 from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
 
 
@@ -78,12 +78,12 @@ def normalize(
         bias: ``[C]`` or None.
         eta: ``[1]`` or None.
         moments: moments of the batch. If `mean` is None, x is not centred. `rows` is the count for means in the
-            backward.
+            backward; `ops.rows.gradient_through_moments` says how the gradient depends on the rest.
         rstd: ``[C]``, the factor for x.
         sync: add up the sums of the backward over ranks.
         psi: what the backward uses for mean(dz z). Default: the exact gradient.
     """
-    arguments = (rows, weight, bias, eta, moments.mean, rstd, moments.rows, valid, sync, *psi)
+    arguments = (rows, weight, bias, eta, rstd, valid, sync, *psi, *moments)
     return _Normalize.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -103,9 +103,7 @@ class _Normalize(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eta: Tensor | None,
-        mean: Tensor | None,
         rstd: Tensor,
-        count: Tensor,
         valid: Tensor | None,
         sync: bool,
         rule: str,
@@ -116,9 +114,10 @@ class _Normalize(torch.autograd.Function):
         window: Tensor | None,
         filled: Tensor | None,
         power: Tensor | None,
+        *moments: Tensor | None,
     ) -> Tensor:
-        scale, shift = channel_affine(weight, bias, eta, mean, rstd)
-        ctx.save_for_backward(rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power)
+        scale, shift = channel_affine(weight, bias, eta, BatchMoments(*moments).mean, rstd)
+        ctx.save_for_backward(rows, weight, bias, eta, rstd, valid, scale, gate, power, *moments)
         ctx.loss_scale = loss_scale
         ctx.sync, ctx.rule, ctx.decay = sync, rule, decay
         ctx.average, ctx.window, ctx.filled = average, window, filled  # other batches change them: not saved
@@ -127,12 +126,14 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        rows, weight, bias, eta, mean, rstd, count, valid, scale, gate, power = ctx.saved_tensors
+        rows, weight, bias, eta, rstd, valid, scale, gate, power, *saved = ctx.saved_tensors
+        moments = BatchMoments(*saved)
+        mean = moments.mean
         plain, weighted, plain_valid, weighted_valid = sums_of_rows(grad_y, rows, mean, valid)
         if ctx.sync:
             sums = gather_over_ranks(torch.cat([plain_valid, weighted_valid])).sum(0)
             plain_valid, weighted_valid = sums.chunk(2)
-        size = count.clamp(min=1)
+        size = moments.rows.clamp(min=1)
         gain = weight.to(scale.dtype)
         psi = gain * weighted_valid * rstd / size
         if ctx.rule == "smooth":
@@ -141,11 +142,11 @@ class _Normalize(torch.autograd.Function):
         elif ctx.rule == "quadratic":
             psi = quadratic_gradient_(psi / ctx.loss_scale, power, gate, ctx.average, ctx.decay) * ctx.loss_scale
         offset = None if mean is None else gain * plain_valid * rstd / size
-        dx = gradient_of_rows(grad_y, rows, mean, valid, scale, psi * rstd * rstd, offset)
+        dx = gradient_through_moments(grad_y, rows, moments, valid, scale, psi * rstd * rstd, offset)
         d_weight = (weighted * rstd).to(weight.dtype)
         d_bias = None if bias is None else plain.to(bias.dtype)
         d_eta = None
         if eta is not None:
             through = weighted if mean is None else weighted + mean * plain
             d_eta = through.sum().reshape(eta.shape).to(eta.dtype)
-        return dx, d_weight, d_bias, d_eta, *[None] * 13
+        return dx, d_weight, d_bias, d_eta, *[None] * (11 + len(moments))

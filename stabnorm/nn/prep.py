@@ -239,7 +239,7 @@ class PRepBN(EvalAffineNorm):
     def __at_once(self) -> bool:
         """Whether both norms can be computed together: only in training, with torch's own LayerNorm over one axis."""
         own_forward = norm_class(self).forward is nn.LayerNorm.forward
-        return own_forward and self.feature_dims == 1 and self.training and self.rep.training
+        return own_forward and self.feature_dims == 1 and self.training and self.rep.fits_blended_kernels
 
     def __rep_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
         return self.rep.weight, self.rep.bias, self.rep.eta

@@ -116,6 +116,11 @@ class RepBN(ChannelNorm):
         y = normalize(rows, valid, weight, bias, eta, moments, rstd, self.sync)
         return self.like_input(y, x)
 
+    @property
+    def fits_blended_kernels(self) -> bool:
+        """Whether `stabnorm.ops.blended` computes what this module does, so that a `PRepBN` may call it."""
+        return self.training and type(self).apply_with is RepBN.apply_with
+
     @torch.no_grad()
     def gather(self, rows: Tensor, valid: Tensor | None) -> tuple[BatchMoments, Tensor]:
         """Return the batch's moments and 1 / sigma ``[C]``, and update the running statistics."""

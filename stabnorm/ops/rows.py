@@ -56,3 +56,16 @@ def gradient_of_rows(
     wide = widened(rows)
     deviations = wide if mean is None else wide - mean
     return functional.input_gradient(widened(dy), deviations, valid, scale, slope, offset).to(rows.dtype)
+
+
+def gradient_through_moments(
+    dy: Tensor,
+    rows: Tensor,
+    moments: BatchMoments,
+    valid: Tensor | None,
+    scale: Tensor,
+    slope: Tensor,
+    offset: Tensor | None,
+) -> Tensor:
+    """`gradient_of_rows` for a scale and a shift that come from the batch's moments."""
+    return gradient_of_rows(dy, rows, moments.mean, valid, scale, slope, offset)

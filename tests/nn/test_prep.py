@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -279,3 +280,16 @@ def test_a_mask_from_outside_keeps_padding_out_on_every_backend(setting: str) ->
     torch.testing.assert_close(rep, 0.1 * x[mask].mean(0), rtol=1e-5, atol=1e-6)
     with use_kernels("reference"):
         torch.testing.assert_close(y[mask], norm(x, mask)[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_a_rep_with_a_forward_of_its_own_is_called() -> None:
+    class Doubled(RepBN):
+        def apply_with(self, *args: Any) -> Tensor:
+            return 2 * super().apply_with(*args)
+
+    norm, plain = PRepBN(8), PRepBN(8)
+    norm.adopt(Doubled(8, init="norm"))
+    norm.lam.zero_()
+    plain.lam.zero_()
+    x = torch.randn(64, 8)
+    torch.testing.assert_close(norm(x), 2 * plain(x))

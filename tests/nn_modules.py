@@ -23,6 +23,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "rep": lambda c, **o: RepBN(c, **o),
     "rep, scale only": lambda c, **o: RepBN(c, center=False, **o),
     "rep, filtered": lambda c, **o: RepBN(c, filtration="calibrated", **o),
+    "rep, l1": lambda c, **o: RepBN(c, statistic="l1", **o),
     "prep": half_way,
     "power, warming up": lambda c, **o: PowerNorm(c, **o),
     "power": lambda c, **o: PowerNorm(c, warmup_steps=3, **o),

@@ -3,12 +3,15 @@
 Shape legend as in `stabnorm.functional.moments`: R rows (tokens), C channels.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stabnorm.functional.moments import normalize_tokens, token_mean_var
+
+ABSOLUTE_TO_STD = math.sqrt(math.pi / 2)  # what a Gaussian's mean absolute deviation is multiplied with
 
 
 class BatchMoments(NamedTuple):
@@ -18,11 +21,13 @@ class BatchMoments(NamedTuple):
         rows: number of valid rows, scalar, in the moments' dtype.
         mean: ``[C]``; None where the norm does not centre.
         square: ``[C]``, mean square of the deviation from `mean`, or of x where there is none; biased.
+        signs: ``[C]``, mean sign of the deviation, where `square` comes from `absolute_moments`; else None.
     """
 
     rows: Tensor
     mean: Tensor | None
     square: Tensor
+    signs: Tensor | None = None
 
 
 def batch_moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
@@ -40,6 +45,35 @@ def batch_moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchM
         mean = rows.sum(0) / size
         rows = rows - mean if valid is None else torch.where(valid[:, None], rows - mean, 0)
     return BatchMoments(count, mean, (rows * rows).sum(0) / size)
+
+
+def absolute_sums(deviations: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums over the valid rows of ``|deviations|`` and of their signs, each ``[C]``.
+
+    >>> absolute_sums(torch.tensor([[-1.0], [2.0], [3.0]]), None)
+    (tensor([6.]), tensor([1.]))
+    """
+    if valid is not None:
+        deviations = torch.where(valid[:, None], deviations, 0)
+    return deviations.abs().sum(0), deviations.sign().sum(0)
+
+
+def absolute_moments(moments: BatchMoments, absolute: Tensor, signs: Tensor) -> BatchMoments:
+    r"""Moments with the mean absolute deviation d in place of the standard deviation (L1 batch norm, arXiv:1802.09769).
+
+    .. math:: \sigma = c\, d,\quad d = \frac1n \sum_i |x_i - \mu|,\quad c = \sqrt{\pi / 2},\qquad
+              \frac{\partial \sigma^2}{\partial x_i} = \frac2n\, c\, \sigma (s_i - \bar s),\quad
+              s_i = \mathrm{sign}(x_i - \mu)
+
+    c makes sigma the standard deviation of Gaussian data. Without a mean d is of x itself, and s has no mean taken off.
+
+    Args:
+        moments: the batch's.
+        absolute: ``[C]``, see `absolute_sums`, of the deviations from the batch's mean.
+        signs: ``[C]``, the same.
+    """
+    size = moments.rows.clamp(min=1)
+    return moments._replace(square=(ABSOLUTE_TO_STD * absolute / size).square(), signs=signs / size)
 
 
 def merge_batches(counts: Tensor, means: Tensor | None, squares: Tensor) -> BatchMoments:

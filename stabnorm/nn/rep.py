@@ -5,15 +5,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.functional import BatchMoments, channel_affine
+from stabnorm.functional.norms import absolute_moments
 from stabnorm.nn._base import TARGETS
 from stabnorm.nn._channel_norm import ChannelNorm
 from stabnorm.nn._normalize import normalize
 from stabnorm.norms import NormLayer, register_norm
-from stabnorm.ops.rows import affine_of_rows
+from stabnorm.ops.rows import absolute_of_rows, affine_of_rows
 from stabnorm.ops.running import track_batch_
 
 Init = Literal["vision", "language", "norm"]
+Deviation = Literal["l2", "l1"]
 WINDOW = 4  # batches in the window of the outlier filter, as in Unified Normalization
 
 
@@ -26,6 +29,13 @@ class RepBN(ChannelNorm):
     norm is y = a x + b with a = gamma / sqrt(running_var + eps) + eta. A batch with a value that is not finite, without
     a valid token, or with only one token, which has no variance, does not change the running statistics.
 
+    With ``statistic="l1"`` sigma comes from the mean absolute deviation (arXiv:2411.10948, arXiv:1802.09769), in
+    which an outlier weighs less:
+
+    .. math:: \sigma = \sqrt{\pi / 2}\; \overline{|x - \mu|}
+
+    which is the standard deviation where x is Gaussian. eps enters as above, and `running_var` is this sigma squared.
+
     Args:
         num_features: number of channels, C.
         eps: added to the variance. Default: 1e-5.
@@ -37,6 +47,7 @@ class RepBN(ChannelNorm):
         init: "vision" starts with gamma = eta = 1, which is best for a training from the first step. "language" starts
             with both 0, so that RepBN adds nothing beside another norm at first. "norm" starts with gamma = 1 and eta =
             0, a plain batch norm, and in a `PRepBN` with the gain and bias of its norm. Default: "vision".
+        statistic: "l2" takes the standard deviation for sigma, "l1" the mean absolute deviation. Default: "l2".
         channel_dim: axis of the input that holds the channels. Default: -1.
         sync: merge statistics over ranks. Default: False.
 
@@ -68,14 +79,18 @@ class RepBN(ChannelNorm):
         center: bool = True,
         filtration: str | None = None,
         init: Init = "vision",
+        statistic: Deviation = "l2",
         channel_dim: int = -1,
         sync: bool = False,
     ) -> None:
         super().__init__(num_features, eps, channel_dim, sync)
         if init not in get_args(Init):
             raise ValueError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, get_args(Init)))}")
+        if statistic not in get_args(Deviation):
+            raise ValueError(f"statistic={statistic!r} is unknown. Choose 'l2' or 'l1'")
         check_filtration(filtration)
         self.momentum, self.center, self.filtration, self.init = momentum, center, filtration, init
+        self.statistic = statistic
         self.weight = nn.Parameter(torch.empty(num_features))
         self.bias = nn.Parameter(torch.empty(num_features)) if center else None
         self.eta = nn.Parameter(torch.empty(1))  # one axis, so that it counts as a vector and gets no weight decay
@@ -119,7 +134,16 @@ class RepBN(ChannelNorm):
     @property
     def fits_blended_kernels(self) -> bool:
         """Whether `stabnorm.ops.blended` computes what this module does, so that a `PRepBN` may call it."""
-        return self.training and type(self).apply_with is RepBN.apply_with
+        return self.training and self.statistic == "l2" and type(self).apply_with is RepBN.apply_with
+
+    @torch.no_grad()
+    def moments(self, rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
+        """The batch's moments; with `statistic` "l1" see `functional.norms.absolute_moments`, around all ranks' mean."""
+        moments = super().moments(rows, valid, center=center)
+        if self.statistic == "l2":
+            return moments
+        sums = torch.stack(absolute_of_rows(rows, moments.mean, valid))
+        return absolute_moments(moments, *(gather_over_ranks(sums).sum(0) if self.sync else sums))
 
     @torch.no_grad()
     def gather(self, rows: Tensor, valid: Tensor | None) -> tuple[BatchMoments, Tensor]:
@@ -159,6 +183,7 @@ class RepBN(ChannelNorm):
         options = "" if self.center else ", center=False"
         options += f", filtration={self.filtration!r}" if self.filtration else ""
         options += f", init={self.init!r}" if self.init != "vision" else ""
+        options += f", statistic={self.statistic!r}" if self.statistic != "l2" else ""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{options}{self._common_repr()}"
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from stabnorm import functional
 from stabnorm.functional import BatchMoments
+from stabnorm.functional.norms import ABSOLUTE_TO_STD, absolute_sums
 from stabnorm.ops.dispatch import op
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -19,6 +20,13 @@ def widened(rows: Tensor) -> Tensor:
 def moments_of_rows(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
     """`functional.batch_moments` of ``[R, C]`` in any floating dtype."""
     return functional.batch_moments(widened(rows), valid, center=center)
+
+
+@op("rows")
+def absolute_of_rows(rows: Tensor, mean: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`functional.norms.absolute_sums` of the rows' deviations from `mean`, or of the rows where there is none."""
+    wide = widened(rows)
+    return absolute_sums(wide if mean is None else wide - mean, valid)
 
 
 @op("rows")
@@ -58,6 +66,22 @@ def gradient_of_rows(
     return functional.input_gradient(widened(dy), deviations, valid, scale, slope, offset).to(rows.dtype)
 
 
+@op("rows")
+def gradient_of_signs(
+    dy: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
+    valid: Tensor | None,
+    scale: Tensor,
+    slope: Tensor,
+    offset: Tensor | None,
+) -> Tensor:
+    """`gradient_of_rows` along the deviations' signs: ``scale dy - [valid] (slope sign(x - mean) + offset)``."""
+    wide = widened(rows)
+    signs = (wide if mean is None else wide - mean).sign()
+    return functional.input_gradient(widened(dy), signs, valid, scale, slope, offset).to(rows.dtype)
+
+
 def gradient_through_moments(
     dy: Tensor,
     rows: Tensor,
@@ -67,5 +91,9 @@ def gradient_through_moments(
     slope: Tensor,
     offset: Tensor | None,
 ) -> Tensor:
-    """`gradient_of_rows` for a scale and a shift that come from the batch's moments."""
-    return gradient_of_rows(dy, rows, moments.mean, valid, scale, slope, offset)
+    """`gradient_of_rows` for a scale and a shift that come from the batch's moments, see `absolute_moments`, too."""
+    if moments.signs is None:
+        return gradient_of_rows(dy, rows, moments.mean, valid, scale, slope, offset)
+    slope = slope * moments.square.sqrt() * ABSOLUTE_TO_STD
+    offset = None if offset is None else offset - slope * moments.signs
+    return gradient_of_signs(dy, rows, moments.mean, valid, scale, slope, offset)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from stabnorm.functional import BatchMoments
-from stabnorm.ops.rows import LOW_PRECISION, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
+from stabnorm.ops.rows import (
+    LOW_PRECISION,
+    absolute_of_rows,
+    affine_of_rows,
+    gradient_of_rows,
+    gradient_of_signs,
+    moments_of_rows,
+    sums_of_rows,
+)
 
 BLOCK = 2**19  # numbers; two megabytes in float32
 WIDTH = 1024  # numbers that are added to as many others at a time; many more no longer fit the innermost cache
@@ -82,6 +90,23 @@ def moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments
     return BatchMoments(count, origin + rest, (square / count - rest * rest).clamp(min=0))
 
 
+@absolute_of_rows.backend("aten", masks=False)
+def absolute(rows: Tensor, mean: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `functional.norms.absolute_sums`; a deviation times its sign is its magnitude, and NaN where it is NaN."""
+    work, memory = scratch(rows), scratch(rows)
+    total, balance, zero = memory.new_zeros(3, rows.shape[1])
+    for (block,) in blocks(rows):
+        deviations = work[: len(block)].copy_(block) if mean is None else _deviations(block, mean, work)
+        sums = _column_sums(torch.sign(deviations, out=memory[: len(block)]), deviations, zero)
+        balance += sums[0]
+        total += sums[1]
+    return total, balance
+
+
+def _deviations(block: Tensor, mean: Tensor, memory: Tensor) -> Tensor:
+    return torch.sub(block, mean, out=memory[: len(block)])
+
+
 @affine_of_rows.backend("aten")
 def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """``rows scale + shift``; in float32 the formula is as fast."""
@@ -131,6 +156,30 @@ def input_gradient(
     """See `functional.input_gradient`."""
     shift = torch.zeros_like(slope) if mean is None else slope * mean
     return gradient(dy, rows, scale, -slope, shift if offset is None else shift - offset)
+
+
+@gradient_of_signs.backend("aten", masks=False)
+def sign_gradient(
+    dy: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
+    valid: Tensor | None,
+    scale: Tensor,
+    slope: Tensor,
+    offset: Tensor | None,
+) -> Tensor:
+    """See `functional.input_gradient`."""
+    dx, work, wide = torch.empty_like(rows), scratch(rows), scratch(rows)
+    shift = torch.zeros_like(slope) if offset is None else -offset
+    for upstream, block, out in blocks(dy, rows, dx):
+        signs = (work[: len(block)].copy_(block) if mean is None else _deviations(block, mean, work)).sign_()
+        torch.addcmul(shift, signs, slope, value=-1, out=signs)
+        up = upstream if upstream.dtype == torch.float32 else wide[: len(block)].copy_(upstream)
+        if out.dtype == torch.float32:
+            torch.addcmul(signs, up, scale, out=out)
+        else:
+            out.copy_(signs.addcmul_(up, scale))
+    return dx
 
 
 def gradient(dy: Tensor, rows: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> Tensor:

@@ -1,6 +1,13 @@
 """The comparisons of `stabnorm.ops.rows`."""
 
-from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
+from stabnorm.ops.rows import (
+    absolute_of_rows,
+    affine_of_rows,
+    gradient_of_rows,
+    gradient_of_signs,
+    moments_of_rows,
+    sums_of_rows,
+)
 from stabnorm.ops.selftest import Case, Results, kept
 
 
@@ -14,6 +21,17 @@ def batch_moments(case: Case) -> Results:
         results[f"square, {center}"] = (square, square.amax(), False)
         if mean is not None:
             results["mean"] = (mean, square.sqrt() + mean.abs() / 10, False)
+    return results
+
+
+@absolute_of_rows.check
+def absolute_deviations(case: Case) -> Results:
+    """Around a mean and around 0."""
+    results: Results = {}
+    for mean in (case.vectors[0], None):
+        absolute, signs = absolute_of_rows(case.x, mean, case.valid)
+        results[f"absolute, {mean is not None}"] = (absolute, 0.0, False)
+        results[f"signs, {mean is not None}"] = (signs, 0.0, False)
     return results
 
 
@@ -45,12 +63,15 @@ def upstream_sums(case: Case) -> Results:
 
 
 @gradient_of_rows.check
+@gradient_of_signs.check
 def input_gradient(case: Case) -> Results:
     """Centred and not; padding's own gradient is compared where it counts, see `functional.input_gradient`."""
     mean, scale, _, slope, offset, _ = case.vectors.unbind()
     results: Results = {}
     for name, m, o in (("centred", mean, offset), ("not centred", None, None)):
         dx = kept(case, gradient_of_rows(case.dy, case.x, m, case.valid, scale, slope, o))
+        by_signs = kept(case, gradient_of_signs(case.dy, case.x, m, case.valid, scale, slope, o))
+        results[f"{name}, signs"] = (by_signs, (case.dy * scale).abs() + slope.abs() + offset.abs(), True)
         natural = (case.dy * scale).abs() + (case.x.nan_to_num(0) * slope).abs() + (mean * slope).abs() + offset.abs()
         results[name] = (dx, natural, True)
     return results

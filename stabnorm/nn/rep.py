@@ -138,7 +138,7 @@ class RepBN(ChannelNorm):
 
     @torch.no_grad()
     def moments(self, rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
-        """The batch's moments; with `statistic` "l1" see `functional.norms.absolute_moments`, around all ranks' mean."""
+        """The batch's moments; with `statistic` "l1" those of `absolute_moments`, around the mean of all ranks."""
         moments = super().moments(rows, valid, center=center)
         if self.statistic == "l2":
             return moments

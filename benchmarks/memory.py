@@ -10,6 +10,7 @@ Args: --shape ROWSxCHANNELS, --dtype float32|bfloat16, --batch N, --device cpu|c
 import argparse
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,10 @@ def live_bytes() -> int:
     gc.collect()
     held = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta]
     tensors = [t for t in held if t.layout == torch.strided]  # others have no storage of their own
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = {}
+    for tensor in tensors:
+        with suppress(NotImplementedError):  # torch 2.6 keeps tensors in Python that are not defined
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 
 

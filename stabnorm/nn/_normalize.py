@@ -114,7 +114,7 @@ class _Normalize(torch.autograd.Function):
         window: Tensor | None,
         filled: Tensor | None,
         power: Tensor | None,
-        *moments: Tensor | None,
+        *moments: Any,
     ) -> Tensor:
         scale, shift = channel_affine(weight, bias, eta, BatchMoments(*moments).mean, rstd)
         ctx.save_for_backward(rows, weight, bias, eta, rstd, valid, scale, gate, power, *moments)

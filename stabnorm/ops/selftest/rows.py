@@ -16,8 +16,9 @@ def batch_moments(case: Case) -> Results:
     """Centred and not."""
     results: Results = {}
     for center in (True, False):
-        rows, mean, square = moments_of_rows(case.x, case.valid, center=center)
-        results[f"rows, {center}"] = (rows, 0.0, False)
+        moments = moments_of_rows(case.x, case.valid, center=center)
+        mean, square = moments.mean, moments.square
+        results[f"rows, {center}"] = (moments.rows, 0.0, False)
         results[f"square, {center}"] = (square, square.amax(), False)
         if mean is not None:
             results["mean"] = (mean, square.sqrt() + mean.abs() / 10, False)

@@ -5,9 +5,11 @@ import pydoc
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import unescape
 
 from docutils import nodes
-from latex2mathml.converter import convert
+from latex2mathml.converter import convert_to_element
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -44,8 +46,13 @@ napoleon_use_rtype = False
 
 
 def as_mathml(node: nodes.math | nodes.math_block, display: str) -> str:
-    r"""Return a formula as MathML: browsers draw it without a script, and so without a network."""
-    return convert(node.astext().replace("\n", " "), display=display)
+    """Return a formula as MathML: browsers draw it without a script, and so without a network."""
+    formula = convert_to_element(node.astext().replace("\n", " "), display=display)
+    for over in formula.iter("mover"):
+        if over[1].text == "&#x02015;":  # a bar: only with some fonts would it grow as wide as what it is over
+            over.remove(over[1])
+            over.tag, over.attrib["style"] = "mrow", "border-top: 0.06em solid; padding-top: 0.1em"
+    return unescape(ElementTree.tostring(formula, encoding="unicode"))  # its characters are entities
 
 
 def visit_math(writer: HTML5Translator, node: nodes.math) -> None:

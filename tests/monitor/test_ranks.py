@@ -115,7 +115,7 @@ def one_rank(rank: int, folder: str) -> None:
     found["now and then"] = now_and_then(rank, 2)
     alone = StabilityMonitor(net := Net(), ["amax"], sync=False)
     found["alone"] = train(net, rank=rank, ranks=2, monitor=alone)
-    pairs = [dist.new_group([member]) for member in range(2)]
+    pairs: list[Any] = [dist.new_group([member]) for member in range(2)]
     of_one = StabilityMonitor(net := Net(), ["amax"], sync=pairs[rank])
     found["group of one"] = train(net, rank=rank, ranks=2, monitor=of_one)
     if HAS_SHARDING:

@@ -48,7 +48,8 @@ class Reference:
             out["absmax_fluctuation"] = np.abs(log_abs - self.before["log_abs"]).mean()
             out["scale_jump"] = abs(log_scale - self.before["log_scale"])
             out["grad_fluctuation"] = np.sqrt(((g - old["g"]) ** 2).sum() / old["power"])
-            average = {k: 0.9 * old[k] + 0.1 * v for k, v in dict(mu=mu, var=var, g=g, power=(g**2).sum()).items()}
+            now: dict[str, Any] = dict(mu=mu, var=var, g=g, power=(g**2).sum())
+            average = {k: 0.9 * old[k] + 0.1 * v for k, v in now.items()}
             self.average = {**average, "spread": spread}
         else:
             self.average = dict(mu=mu, var=var, spread=0 * mu, g=g, power=(g**2).sum())

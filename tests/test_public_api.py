@@ -87,3 +87,7 @@ def test_the_documentation_shows_the_catalogue_as_it_is() -> None:
 
     page = (Path(__file__).parents[1] / "docs" / "monitoring.md").read_text(encoding="utf-8")
     assert catalogue_table() in page
+
+
+def test_a_documented_import_of_the_first_version_still_works() -> None:
+    assert importlib.import_module("stabnorm.progressive").ProgressiveSwitch is stabnorm.ProgressiveSwitch

@@ -42,13 +42,13 @@ def scratch(rows: Tensor) -> Tensor:
     return rows.new_empty(size, rows.shape[1], dtype=torch.float32)
 
 
-def _column_sums(a: Tensor, b: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+def _column_sums(a: Tensor, b: Tensor, origin: Tensor, width: int = WIDTH) -> tuple[Tensor, Tensor]:
     """Sums over rows of ``a`` and of ``a (b - origin)``: bias and weight gradient of a batch norm with rstd 1.
 
     The primitive adds up in float32, row after row. So that no sum is longer than some hundred terms, and keeps its six
     digits, narrow rows that follow each other lie side by side as one.
     """
-    folds = max(1, min(WIDTH // a.shape[1], len(a)))
+    folds = max(1, min(width // a.shape[1], len(a)))
     whole = len(a) // folds * folds
     wide = folds * a.shape[1]
     origin_of_all = origin.repeat(folds)
@@ -59,7 +59,7 @@ def _column_sums(a: Tensor, b: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     plain, weighted = totals.view(folds, -1).sum(0), products.view(folds, -1).sum(0)
     if whole < len(a):
-        rest = _column_sums(a[whole:], b[whole:], origin)
+        rest = _column_sums(a[whole:], b[whole:], origin, width)
         return plain + rest[0], weighted + rest[1]
     return plain, weighted
 
@@ -95,15 +95,13 @@ def absolute(rows: Tensor, mean: Tensor | None, valid: Tensor | None) -> tuple[T
     """See `functional.norms.absolute_sums`; a deviation times its sign is its magnitude, and NaN where it is NaN."""
     work, memory = scratch(rows), scratch(rows)
     total, balance, zero = memory.new_zeros(3, rows.shape[1])
-    short = 128 * max(1, WIDTH // rows.shape[1])
     for (block,) in blocks(rows):
         deviations = work[: len(block)].copy_(block) if mean is None else _deviations(block, mean, work)
         signs = torch.sign(deviations, out=memory[: len(block)])
-        # Short sums: the low bits of the mean are in all magnitudes, so that rounding goes one way.
-        for parts in zip(signs.split(short), deviations.split(short), strict=True):
-            sums = _column_sums(*parts, zero)
-            balance += sums[0]
-            total += sums[1]
+        # Shorter sums than elsewhere: all magnitudes share the low bits of the mean, so rounding goes one way.
+        sums = _column_sums(signs, deviations, zero, 4 * WIDTH)
+        balance += sums[0]
+        total += sums[1]
     return total, balance
 
 

@@ -216,6 +216,11 @@ def _asks_for_fit(to: Target, loader: Iterable[Any] | None, options: dict[str, A
         raise ValueError(f"init='fit' is for to='prepbn', not {to!r}: what it fits to is the norm beside RepBN")
     if fit and loader is None:
         raise ValueError("init='fit' needs batches to fit to. Pass loader=, a DataLoader or a list of batches")
+    if fit and options.get("statistic", "l2") != "l2":
+        raise ValueError(
+            f"init='fit' fits the standard deviation, and statistic={options['statistic']!r} divides by another, "
+            "so that the fit would drift in training. Leave statistic out, or take another init"
+        )
     if loader is not None and not fit:
         raise ValueError("loader= is what init='fit' fits to, and init is something else. Leave one of them out")
     return fit

@@ -226,3 +226,10 @@ def test_two_processes_equal_one_with_the_joined_batch(masked: bool, tmp_path: P
         for rank in ranks:
             for key, value in state(norm).items():
                 torch.testing.assert_close(rank[index][2][key], value, rtol=1e-6, atol=1e-6, msg=key)
+
+
+def test_a_fit_to_the_standard_deviation_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+    with pytest.raises(ValueError, match="statistic='l1' divides by another"):
+        convert_norms(model, init="fit", statistic="l1", loader=[torch.randn(5, 4)])
+    assert type(model[1]) is nn.LayerNorm

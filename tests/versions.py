@@ -1,12 +1,30 @@
-"""What the oldest promised versions of torch and Lightning lack, as reasons to skip a test."""
+"""What a machine or the oldest promised versions of torch and Lightning lack, as reasons to skip a test."""
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
+
+def _why_no_inductor() -> str:
+    """Why Inductor cannot build its C++ code here; "" where it can."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "Inductor needs a C++ compiler"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Inductor needs the headers of Python (python3-dev on Debian)"
+    if any(" " in path for path in (torch.__file__, os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()))):
+        return "Inductor does not quote a path with a blank in the call of its linker"
+    return ""
+
+
+needs_inductor = pytest.mark.skipif(bool(_why_no_inductor()), reason=_why_no_inductor())
 needs_fsdp_on_cpu = pytest.mark.skipif(TORCH < (2, 7), reason="FSDP2 of torch before 2.7 does not run on a CPU")
 needs_quantiles_on_the_device = pytest.mark.skipif(
     TORCH < (2, 7), reason="nanquantile of torch before 2.7 reads a value from the device"

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stabnorm.nn import PRepBN
 from tests.nn_modules import MODULES, built, compile_one_graph, run, state
+from tests.versions import needs_inductor
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +95,7 @@ def test_a_loaded_state_and_eval_need_no_other_code(name: str) -> None:
     torch.testing.assert_close(compiled(x), norm(x))
 
 
+@needs_inductor
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 @pytest.mark.parametrize("name", ["unified", "rep", "power"])
 def test_inductor_computes_the_same(name: str) -> None:

@@ -15,6 +15,7 @@ from stabnorm.nn import PRepBN, RepBN
 from stabnorm.nn.prep import prep_class
 from stabnorm.ops import use_kernels
 from tests.nn_modules import compile_one_graph, run
+from tests.versions import needs_inductor
 
 
 def bits(t: Tensor | None) -> Tensor:
@@ -32,7 +33,7 @@ def inputs(finite: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_inductor)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_at_lam_one_it_is_bit_for_bit_the_norm_while_rep_learns(kind: str, finite: bool, compiled: bool) -> None:

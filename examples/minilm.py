@@ -106,14 +106,14 @@ _NAMES = (  # names in the checkpoint, and in this model
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename BERT's published parameters to those of this model; leave out the pooler and the position numbers."""
-    weights = {}
+    own_weights = {}
     for name, tensor in weights.items():
         if name.startswith("pooler.") or name.endswith("position_ids"):
             continue
         for published, own in _NAMES:
             name = re.sub(published, own, name)
-        weights[name] = tensor
-    return weights
+        own_weights[name] = tensor
+    return own_weights
 
 
 def package_folder() -> Path | None:

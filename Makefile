@@ -18,7 +18,7 @@ LOCK        ?=
 
 BIN     = $(VENV)/bin
 VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
-# The stamp names the Python, and is older than a changed list of dependencies: both make the environment anew.
+# The environment is made again when the Python differs, whose version the stamp names, or when a dependency list changed.
 STAMP   = $(VENV)/installed-$(VERSION)
 
 demo: $(STAMP)

@@ -1,7 +1,9 @@
-"""Which folder of this machine an address means, and which names its files may have."""
+"""Which folder of this machine an address means, which names its files may have, and how a file is written whole."""
 
+import contextlib
 import os
 import re
+import secrets
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -35,3 +37,60 @@ def file_name(text: str) -> str:
     'stability_a_b_'
     """
     return _REFUSED.sub("_", text)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole: whatever happens, the file has its old content or all of the new one."""
+    draft = _draft(path, content)
+    os.replace(draft, path)
+    _keep_names(path.parent)
+
+
+def create_file(path: Path, content: bytes) -> None:
+    """Write a new file whole: it appears when it is complete and on the disk.
+
+    Raises:
+        FileExistsError: there is a file of this name, which another process may have written a moment ago.
+    """
+    draft = _draft(path, content)
+    try:
+        os.link(draft, path)  # fails where the name is taken, unlike a renaming
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:  # the file system has no links: take the name first
+        path.open("xb").close()
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _keep_names(path.parent)
+
+
+def remove_drafts(folder: Path, pattern: str) -> None:
+    """Remove what killed processes have left of the files of these names."""
+    for draft in folder.glob(f"{pattern}.tmp"):
+        with contextlib.suppress(OSError):  # somebody else has removed it
+            draft.unlink()
+
+
+def _draft(path: Path, content: bytes) -> Path:
+    draft = path.with_name(f"{path.stem}-{secrets.token_hex(4)}.tmp")
+    try:
+        with draft.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure may leave the name without the content
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    return draft
+
+
+def _keep_names(folder: Path) -> None:
+    """Write the names in a folder to the disk, where the system can do that."""
+    with contextlib.suppress(OSError):  # Windows opens no folders
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

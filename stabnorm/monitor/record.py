@@ -5,12 +5,12 @@ Shapes are [step], [step, layer] or [step, layer, rank], the last one for the k 
 float32.
 """
 
-import io
+import functools
 import itertools
 import json
+import logging
 import os
 import warnings
-import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,20 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stabnorm.monitor._folders import local_folder
+from stabnorm.monitor._folders import create_file, local_folder, remove_drafts, replace_file
+from stabnorm.monitor._record_files import (
+    block_number,
+    header_fault,
+    pack_arrays,
+    pack_line,
+    remove_half_line,
+    unpack_arrays,
+    unpack_line,
+    whole_lines,
+)
 from stabnorm.monitor._record_format import PLUGIN_NAME as PLUGIN_NAME
 from stabnorm.monitor._record_format import VERSION as VERSION
-from stabnorm.monitor._record_format import check_version, dumps, tensor_summary, tensors
+from stabnorm.monitor._record_format import dumps, tensor_summary, tensors
 
 AXES = ("step", "layer", "rank")
 
@@ -43,6 +53,8 @@ EVENT_KINDS: Mapping[str, str] = {
 }
 
 Array = npt.NDArray[np.float32]
+
+logger = logging.getLogger("stabnorm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +79,10 @@ class Block:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "series", {name: np.asarray(a, np.float32) for name, a in self.series.items()})
-        shape = (self.num_steps, len(self.layers))
         for name, values in self.series.items():
-            if not 1 <= values.ndim <= len(AXES) or values.shape[:2] != shape[: values.ndim]:
-                raise ValueError(
-                    f"series {name!r} has shape {values.shape} in a block of {shape[0]} steps and {shape[1]} layers; "
-                    "give it as [steps], [steps, layers] or [steps, layers, k]"
-                )
+            check_shape(name, values, self.num_steps, len(self.layers))
 
-    @property
+    @functools.cached_property
     def num_steps(self) -> int:
         """The number of steps in the block."""
         return max((len(values) for values in self.series.values() if values.ndim), default=0)
@@ -84,6 +91,19 @@ class Block:
     def last_step(self) -> int:
         """The step of the last row."""
         return self.first_step + self.num_steps - 1
+
+
+def check_shape(name: str, values: npt.NDArray[Any], num_steps: int, num_layers: int) -> None:
+    """Check the shape of a series.
+
+    Raises:
+        ValueError: the series is none of so many steps and layers.
+    """
+    if not 1 <= values.ndim <= len(AXES) or values.shape[:2] != (num_steps, num_layers)[: values.ndim]:
+        raise ValueError(
+            f"series {name!r} has shape {values.shape} in a block of {num_steps} steps and {num_layers} layers; "
+            "give it as [steps], [steps, layers] or [steps, layers, k]"
+        )
 
 
 class Event(NamedTuple):
@@ -138,7 +158,7 @@ class TensorBoardRecord:
 
     def __init__(self, summary_writer: Any) -> None:
         self._writer = summary_writer
-        self._described: set[str] = set()
+        self._values: dict[str, int] = {}  # of each tag, in the current event file
         # The description of a tag cannot change, so a new list of layers needs new tags. This also holds after a resume
         # into the same directory, so the existing tags are read.
         self._suffixes: dict[str, dict[tuple[str, ...], str]] = {}
@@ -171,60 +191,77 @@ class TensorBoardRecord:
         self._writer.flush()
 
     def _write(self, step: int, name: str, tensor: Any, content: Mapping[str, Any]) -> None:
-        summary = tensor_summary(f"{PLUGIN_NAME}/{name}", tensor, None if name in self._described else content)
-        self._described.add(name)
+        # The description of a tag is repeated at its 2nd, 4th, 8th, ... value: the first one may be damaged.
+        values = self._values[name] = self._values.get(name, 0) + 1
+        described = content if values & (values - 1) == 0 else None
+        summary = tensor_summary(f"{PLUGIN_NAME}/{name}", tensor, described)
         self._writer._get_file_writer().add_summary(summary, step)  # torch has no public way to write a tensor
 
 
 class FileRecord:
     """Writes a directory of its own: `record.json`, numbered `block-*.npz`, and `events.jsonl`.
 
-    A run that is killed leaves no half block, and a resumed run goes on in the same directory.
+    A run that is killed leaves no half block, and a resumed run goes on in the same directory. Blocks and events carry
+    checksums, so that a reader notices what a disk has damaged. If two runs write into one directory at a time, each
+    keeps its blocks, and both say so.
 
     Args:
-        directory: made if it does not exist.
+        directory: made if it does not exist, and made again if somebody removes it while the run goes on.
 
     Raises:
-        ValueError: the directory holds a record of a newer version, or is not on this machine (``s3://``).
+        ValueError: the directory holds a record of a newer version or of another tool, or is not on this machine
+            (``s3://``).
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = local_folder(directory)
+        self._header, self._events = self._directory / "record.json", self._directory / "events.jsonl"
+        self._alone = True
         self._directory.mkdir(parents=True, exist_ok=True)
-        header = self._directory / "record.json"
-        if header.exists():
-            check_version(json.loads(header.read_text(encoding="utf-8")), header)
-        written = [int(path.stem.rpartition("-")[2]) for path in self._directory.glob("block-*.npz")]
+        if self._header.exists() and (fault := header_fault(self._header)):
+            logger.warning("stabnorm: %s %s, and is written anew", self._header, fault)
+            self._header.unlink()
+        remove_drafts(self._directory, "block-*")
+        written = [block_number(path) or 0 for path in self._directory.glob("block-*.npz")]
         self._numbers = itertools.count(max(written, default=0) + 1)
-        events = self._directory / "events.jsonl"
-        events.touch()
-        os.truncate(events, events.read_bytes().rfind(b"\n") + 1)  # remove half a line that a killed run left
-        self._events = events.open("a", encoding="utf-8")
-        self._write(header, json.dumps({"version": VERSION}).encode())
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what every write needs: somebody may have swept the directory away."""
+        if not self._header.exists():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            replace_file(self._header, json.dumps({"version": VERSION}).encode())
+        remove_half_line(self._events)
 
     def write_block(self, block: Block) -> None:
-        """Write one file, which appears only when it is complete."""
-        members: dict[str, Any] = {"@steps": np.array([block.first_step, block.num_steps]), **block.series}
-        members["@layers"] = np.array(block.layers, str)
+        """Write one file, which appears only when it is complete and on the disk."""
+        self._prepare()
+        arrays: dict[str, Any] = {"@steps": np.array([block.first_step, block.num_steps]), **block.series}
+        arrays["@layers"] = np.array(block.layers, str)
         if block.companion:
-            members["@companion"] = np.array(block.companion)
-        np.savez(file := io.BytesIO(), **members)
-        self._write(self._directory / f"block-{next(self._numbers):08d}.npz", file.getvalue())
+            arrays["@companion"] = np.array(block.companion)
+        content = pack_arrays(arrays)
+        while True:
+            path = self._directory / f"block-{next(self._numbers):08d}.npz"
+            try:
+                return create_file(path, content)
+            except FileExistsError:
+                if self._alone:
+                    self._alone = False
+                    logger.warning(
+                        "stabnorm: another run writes its record into %s, too. Both are kept, but they are read as one "
+                        "run: give each run a directory of its own",
+                        self._directory,
+                    )
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
         """Append one line and flush it."""
-        self._events.write(dumps({"kind": kind, "step": step, "data": data}) + "\n")
-        self._events.flush()
+        self._prepare()
+        with self._events.open("ab") as file:
+            file.write(pack_line({"kind": kind, "step": step, "data": data}))
 
     def close(self) -> None:
-        """Close the events; the blocks are on disk already."""
-        self._events.close()
-
-    @staticmethod
-    def _write(path: Path, content: bytes) -> None:
-        half = path.with_suffix(".tmp")
-        half.write_bytes(content)
-        os.replace(half, path)
+        """Do nothing, because everything is on disk already."""
 
 
 def read_record(path: str | os.PathLike[str], series: Collection[str] | None = None, companion: str = "") -> Record:
@@ -243,7 +280,8 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
     directory = local_folder(path)
     if (directory / PLUGIN_NAME / "record.json").exists():
         directory = directory / PLUGIN_NAME
-    read = _read_files if (directory / "record.json").exists() else _read_tensorboard
+    of_files = (directory / "record.json").exists() or any(directory.glob("block-*.npz"))
+    read = _read_files if of_files else _read_tensorboard
     parts, events = read(directory, series)
     parts = [part for part in parts if part.companion == companion]
     layers = tuple(dict.fromkeys(itertools.chain.from_iterable(part.layers for part in parts)))
@@ -267,35 +305,70 @@ class _Part(NamedTuple):
 
 def _read_files(directory: Path, wanted: Collection[str] | None) -> tuple[list[_Part], list[Event]]:
     header = directory / "record.json"
-    check_version(json.loads(header.read_text(encoding="utf-8")), header)
-    parts = []
+    if fault := header_fault(header):
+        warnings.warn(f"{header} {fault}; the rest of the record is read", stacklevel=3)
+    parts, events = [], []
     for path in sorted(directory.glob("block-*.npz")):
+        if block_number(path) is None:
+            warnings.warn(f"{path} has not the name of a block; it is left out", stacklevel=3)
+            continue
         try:
-            with path.open("rb") as file, np.load(file) as block:  # loads a member only when it is accessed
-                names = [name for name in block.files if name[0] != "@" and (wanted is None or name in wanted)]
-                first_step, num_steps = block["@steps"].tolist()
-                series = {name: block[name] for name in names}
-                companion = str(block["@companion"]) if "@companion" in block.files else ""
-                parts.append(_Part(first_step, num_steps, tuple(map(str, block["@layers"])), series, companion))
-        except (zipfile.BadZipFile, EOFError):  # after a power failure the file may have a name but no data
-            warnings.warn(f"{path} is damaged; its steps are left out", stacklevel=3)
-    lines = (directory / "events.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    return parts, [Event(**json.loads(line)) for line in lines if line.endswith("\n")]  # the last may be half a line
+            parts.append(_unpack(path.read_bytes(), wanted))
+        except Exception as error:  # a damaged file of a zip archive can raise almost anything
+            warnings.warn(f"{path} is damaged; its steps are left out: {error}", stacklevel=3)
+    broken = 0
+    for line in whole_lines(directory / "events.jsonl"):
+        try:
+            events.append(_event(**unpack_line(line)))
+        except (TypeError, ValueError):  # no JSON, or other keys
+            broken += 1
+    if broken:
+        lines = f"{broken} broken line{'s'[: broken > 1]}"
+        warnings.warn(f"{directory / 'events.jsonl'} has {lines}; they are left out", stacklevel=3)
+    return parts, events
+
+
+def _unpack(content: bytes, wanted: Collection[str] | None) -> _Part:
+    with unpack_arrays(content) as block:  # loads an array only when it is accessed
+        names = [name for name in block.files if name[0] != "@" and (wanted is None or name in wanted)]
+        first_step, num_steps = block["@steps"].tolist()
+        series = {name: block[name] for name in names}
+        companion = str(block["@companion"]) if "@companion" in block.files else ""
+        return _checked(_Part(first_step, num_steps, tuple(map(str, block["@layers"])), series, companion))
+
+
+def _checked(part: _Part) -> _Part:
+    for name, values in part.series.items():
+        check_shape(name, values, part.num_steps, len(part.layers))
+    return part
+
+
+def _event(kind: str, step: int, data: Mapping[str, Any]) -> Event:
+    if not isinstance(kind, str) or not isinstance(step, int) or not isinstance(data, Mapping):
+        raise TypeError(f"an event has a kind, a step and data, got {kind!r}, {step!r} and {data!r}")
+    return Event(kind, step, data)
 
 
 def _read_tensorboard(directory: Path, wanted: Collection[str] | None) -> tuple[list[_Part], list[Event]]:
     from tensorboard.util.tensor_util import make_ndarray
 
-    parts, events = [], []
+    parts, events, strange = [], [], set()
     for step, value, content in tensors(directory):
-        if "event" in content:
-            events.append(Event(content["event"], step, json.loads(make_ndarray(value.tensor).item())))
-            continue
-        name = content["series"]
-        num_steps = value.tensor.tensor_shape.dim[0].size
-        series = {name: make_ndarray(value.tensor)} if wanted is None or name in wanted else {}
-        companion = content.get("companion", "")
-        parts.append(_Part(step - num_steps + 1, num_steps, tuple(content["layers"]), series, companion))
+        try:
+            if "event" in content:
+                events.append(_event(content["event"], step, json.loads(make_ndarray(value.tensor).item())))
+                continue
+            name = content["series"]
+            num_steps = value.tensor.tensor_shape.dim[0].size
+            series = {name: make_ndarray(value.tensor)} if wanted is None or name in wanted else {}
+            companion = content.get("companion", "")
+            part = _Part(step - num_steps + 1, num_steps, tuple(content["layers"]), series, companion)
+            parts.append(_checked(part))
+        except (IndexError, TypeError, ValueError):
+            strange.add(value.tag)
+    if strange:
+        names = ", ".join(sorted(strange))
+        warnings.warn(f"{directory}: values of {names} are not as their tags describe them; left out", stacklevel=3)
     if not parts and not events:
         raise FileNotFoundError(
             f"no record in {directory}: neither record.json nor event files (*tfevents*) with tags {PLUGIN_NAME}/*; "
@@ -307,6 +380,8 @@ def _read_tensorboard(directory: Path, wanted: Collection[str] | None) -> tuple[
 def _stitch(name: str, parts: Iterable[_Part], steps: npt.NDArray[np.int64], layers: Sequence[str]) -> Array:
     """Combine the parts of one series; later parts overwrite earlier ones."""
     parts = [part for part in parts if name in part.series]
+    axes = parts[-1].series[name].ndim  # a series may have got another meaning; only the last one can be told
+    parts = [part for part in parts if part.series[name].ndim == axes]
     shapes = [part.series[name].shape for part in parts]
     # The layers and k may change on a resume; a value that one of the runs does not have is NaN.
     column = {layer: i for i, layer in enumerate(layers)}

@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
 quick: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m "not slow"
 
 test: lint tests
 
@@ -34,7 +34,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 tests: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 # A warning, such as a link that leads nowhere, is an error. -E: a page is never left as an older build made it.
 docs: $(STAMP)

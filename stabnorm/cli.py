@@ -1,6 +1,7 @@
 """The command `stabnorm`. It imports nothing heavy before a subcommand runs."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="stabnorm", description="See, switch and ship normalization layers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_plan(commands)
+    _add_view(commands)
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], str] = options.run
     try:
@@ -129,6 +131,45 @@ def _model_and_example(made: Any, called: str) -> tuple[Any, Any]:
             what = f"tuple ({', '.join(type(part).__name__ for part in made)})"
         raise _Failure(f"{called} returned a {what}. Return (model, example), the model an nn.Module")
     return made
+
+
+# --- stabnorm view ---
+
+_VIEW = """\
+Show the runs below a folder in the browser: verdicts, alerts, and a map of layers by steps. It reads what
+StabilityCallback wrote, with any logger, follows runs that still train, and needs neither TensorBoard nor torch."""
+
+
+def _add_view(commands: Any) -> None:
+    parser = commands.add_parser(
+        "view", help="show runs in the browser, live", description=_VIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folder", help="the folder of a run, or one above several")
+    parser.add_argument("--port", type=int, default=6007, help="0 takes a free one (default: 6007)")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine only)")
+    parser.set_defaults(run=_view)
+
+
+def _view(options: argparse.Namespace) -> str:
+    from stabnorm.dashboard.view import serve
+
+    if not os.path.isdir(options.folder):
+        raise _Failure(f"there is no folder {options.folder!r}")
+    try:
+        server = serve(options.folder, options.host, options.port)
+    except OSError as error:
+        raise _Failure(
+            f"{options.host}:{options.port} cannot be used ({error}); give another --port, 0 for a free one"
+        ) from error
+    with server:
+        print(
+            f"stabnorm shows {options.folder} at http://{options.host}:{server.server_port}/  (Ctrl-C ends it)",
+            flush=True,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
+    return "ended"
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def heatmap(
         layers: names, drawn from the top.
         title: drawn above.
         unit: said after the numbers of the colour bar. Default: none.
-        marks: (step, layer) of what to point at, the layer by name or index; what lies outside is left out.
+        marks: (step, layer) of the cells that get a frame, the layer by name or index; what lies outside is left out.
         log: logarithmic colours. Default: if no value is negative, and the positive ones span over two decades.
 
     Returns:
@@ -232,9 +232,10 @@ def _draw_legend(
 
 
 def _draw_mark(draw: ImageDraw.ImageDraw, x: float, top: int, row: int) -> None:
-    """Point at a cell from above."""
-    tip = top + min(row // 8, 3)
-    draw.polygon([(x - 5, tip - 9), (x + 5, tip - 9), (x, tip)], MARK, PAPER)
+    """Draw a frame around a cell, inside its row, so that it cannot be read as a mark of the row above."""
+    box = x - 6, top, x + 6, top + row - 1
+    draw.rectangle(box, outline=PAPER)
+    draw.rectangle((box[0] + 1, box[1], box[2] - 1, box[3]), outline=MARK, width=2 if row > 6 else 1)
 
 
 def _x(steps: npt.NDArray[Any], step: float) -> float:

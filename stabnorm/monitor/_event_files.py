@@ -105,19 +105,28 @@ def events_of(content: bytes) -> Iterator[bytes | None]:
     >>> list(events_of(b"no event file at all" + whole))
     [None, b'one', b'two', b'three']
     """
+    return (event for _, _, event in placed_events(content))
+
+
+def placed_events(content: bytes | memoryview) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yield as `events_of`, with the place of each event: its first byte, and where the next length begins.
+
+    >>> [(start, end) for start, end, _ in placed_events(framed(b"one") + framed(b"three"))]
+    [(12, 19), (31, 40)]
+    """
     view, start = memoryview(content), 0
     while start + 12 <= len(view):
         length, checksum = struct.unpack("<QI", view[start : start + 12])
         if checksum != _masked(crc32c(view[start : start + 8])):
-            yield None
-            start = _next_event(view, start + 1)
+            damaged, start = start, _next_event(view, start + 1)
+            yield damaged, start, None
             continue
         end = start + 12 + length
         if end + 4 > len(view):
             return
         event = view[start + 12 : end]
         (checksum,) = struct.unpack("<I", view[end : end + 4])
-        yield bytes(event) if checksum == _masked(crc32c(event)) else None
+        yield start + 12, end + 4, bytes(event) if checksum == _masked(crc32c(event)) else None
         start = end + 4
 
 

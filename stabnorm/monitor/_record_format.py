@@ -85,7 +85,7 @@ def tensors(directory: Path) -> Iterator[tuple[int, Any, dict[str, Any]]]:
 
     contents: dict[str, dict[str, Any]] = {}
     undescribed: dict[str, list[tuple[int, Any]]] = {}  # values whose tag's description has not been read yet
-    for path in _event_files(directory):
+    for path in event_files(directory):
         damaged = 0
         try:
             file = path.read_bytes()
@@ -102,7 +102,7 @@ def tensors(directory: Path) -> Iterator[tuple[int, Any, dict[str, Any]]]:
                 continue
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == PLUGIN_NAME:
-                    content = _description(value.metadata.plugin_data.content, directory)
+                    content = description_of(value.metadata.plugin_data.content, directory)
                     if content is None:
                         damaged += 1
                     else:
@@ -121,14 +121,14 @@ def tensors(directory: Path) -> Iterator[tuple[int, Any, dict[str, Any]]]:
         warnings.warn(f"{directory}: the descriptions of {names} are lost, so these are left out", stacklevel=2)
 
 
-def _event_files(directory: Path) -> list[Path]:
+def event_files(directory: Path) -> list[Path]:
     """Return the event files of a run, in the order in which they were begun."""
     # A name holds the time in seconds, and a counter for the files of one second: as numbers, 9 before 10.
     files = (path for path in directory.glob("*tfevents*") if path.is_file())
     return sorted(files, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 
 
-def _description(content: bytes, directory: Path) -> dict[str, Any] | None:
+def description_of(content: bytes, directory: Path) -> dict[str, Any] | None:
     """Read how a tag describes itself; None if it is no description of ours.
 
     Raises:

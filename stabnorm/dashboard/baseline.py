@@ -1,0 +1,110 @@
+"""What is usual for each layer: the detector's own baseline, computed again from a record, with numpy alone.
+
+`stabnorm.monitor.detect.RobustDetector` compares the logarithm of a value with the median of the last 128 steps, in
+units of a robust scale. A page shows the same numbers for every step and layer. No alarm is raised here: alerts are
+read from the record. A test compares both computations.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
+Steps = npt.NDArray[np.integer[Any]]
+
+PAST = 128  # steps in the window
+REFRESH = 16  # steps between two looks at median and scale
+LEARNT = 48  # steps before they are looked at first
+ARMED = 256  # steps before a score may raise an alert
+BOUND = 6.0  # robust standard deviations
+CLIP = 4.0
+DEFAULT_FLOOR = 0.05  # of a statistic that the detector does not watch
+
+
+class Baseline:
+    """Follows one statistic of all layers, and keeps what was usual at every step.
+
+    Args:
+        layers: number of layers.
+        floor: smallest scale of the score, in log units. Default: 0.05.
+
+    Example:
+        >>> baseline = Baseline(1)
+        >>> baseline.extend(np.r_[np.ones(300), 2.0][:, None])
+        >>> float(baseline.usual(np.array([300]))[0, 0]), baseline.steps
+        (1.0, 301)
+    """
+
+    def __init__(self, layers: int, floor: float | None = None) -> None:
+        self.steps = 0
+        self._floor = DEFAULT_FLOOR if floor is None else floor
+        self._past = np.full((PAST, layers), np.nan, np.float32)
+        self._seen = np.zeros(layers, np.int64)
+        self._center, self._scale = np.full(layers, np.nan, np.float32), np.full(layers, np.nan, np.float32)
+        self._centers, self._scales = [self._center], [self._scale]  # of each stretch between two refreshes
+        self._learnt_at, self._armed_at = np.full((2, layers), np.iinfo(np.int64).max)
+
+    def extend(self, values: Floats) -> None:
+        """Take in the next steps, ``[steps, layers]``."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.log(values.astype(np.float32))
+        known = np.isfinite(logs)
+        begin = 0
+        while begin < len(logs):
+            if self.steps >= LEARNT and (self.steps - LEARNT) % REFRESH == 0:
+                self._refresh()
+            ahead = LEARNT - self.steps if self.steps < LEARNT else REFRESH - (self.steps - LEARNT) % REFRESH
+            end = min(len(logs), begin + ahead)
+            self._add(logs[begin:end], known[begin:end])
+            begin = end
+
+    def _add(self, logs: Floats, known: npt.NDArray[np.bool_]) -> None:
+        """Take in steps of one stretch, whose median and scale are the same."""
+        seen = self._seen + np.cumsum(known, axis=0) - known
+        with np.errstate(invalid="ignore"):
+            clipped = np.clip(logs, self._center - CLIP * self._scale, self._center + CLIP * self._scale)
+        kept = np.where((seen < LEARNT) | np.isnan(clipped), logs, clipped)
+        self._past[(self.steps + np.arange(len(logs))) % PAST] = np.where(known, kept, np.nan)
+        for at, enough in ((self._learnt_at, seen >= LEARNT), (self._armed_at, seen >= ARMED)):
+            first = self.steps + enough.argmax(0)
+            at[...] = np.where(enough.any(0), np.minimum(at, first), at)
+        self._seen = seen[-1] + known[-1]
+        self.steps += len(logs)
+
+    def _refresh(self) -> None:
+        self._center = _median(self._past)
+        spread = np.float32(1.4826) * _median(np.abs(self._past - self._center))
+        self._scale = np.maximum(spread, np.float32(self._floor))
+        self._centers.append(self._center)
+        self._scales.append(self._scale)
+
+    def usual(self, at: Steps) -> Floats:
+        """Return the usual value at some steps, counted from the first one: ``[len(at), layers]``, NaN if unknown."""
+        return np.exp(self._known(self._centers, at))
+
+    def scale(self, at: Steps) -> Floats:
+        """Return the robust standard deviation of the logarithm at some steps, ``[len(at), layers]``."""
+        return self._known(self._scales, at)
+
+    def scores(self, values: Floats, at: Steps) -> Floats:
+        """Return how many robust standard deviations the values of some steps are off; NaN while it learns."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (np.log(values.astype(np.float32)) - self._known(self._centers, at)) / self.scale(at)
+
+    def armed_at(self) -> Steps:
+        """Return for each layer the first step at which a score may raise an alert, or a number beyond all steps."""
+        return self._armed_at.copy()
+
+    def _known(self, of_stretches: list[Floats], at: Steps) -> Floats:
+        stretch = np.where(at < LEARNT, 0, (at - LEARNT) // REFRESH + 1)
+        known: Floats = np.where(at[:, None] < self._learnt_at, np.nan, np.asarray(of_stretches)[stretch])
+        return known
+
+
+def _median(values: Floats) -> Floats:
+    """Return the lower median over the first axis without NaN, as torch's `nanmedian`; NaN where there is no value."""
+    ordered = np.sort(np.ascontiguousarray(values.T), axis=1)  # NaN last
+    count = (~np.isnan(ordered)).sum(1)
+    middle: Floats = ordered[np.arange(len(ordered)), np.maximum(count - 1, 0) // 2]
+    return middle

@@ -1,0 +1,118 @@
+"""A verdict says what happened, where and when, in sentences that somebody else's run makes true as well."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stabnorm.dashboard.runs import Run
+from stabnorm.dashboard.verdict import Verdict, verdict
+from tests.dashboard.records import LAYERS, alert, calm, file_record, growing
+
+
+def judged(folder: Path) -> Verdict:
+    run = Run("run", folder)
+    run.refresh()
+    return verdict(run)
+
+
+def test_a_calm_run_is_healthy_and_says_from_where_it_was_compared(tmp_path: Path) -> None:
+    found = judged(file_record(tmp_path, calm(400)))
+    assert (found.state, found.severity, found.onsets) == ("healthy", 0, ())
+    assert "400 steps" in found.lines[0]
+    assert "step 256" in found.lines[0]
+
+
+@pytest.mark.parametrize("steps", [1, 12, 120, 255])
+def test_a_run_that_still_learns_is_not_called_healthy(steps: int, tmp_path: Path) -> None:
+    found = judged(file_record(tmp_path, calm(steps)))
+    assert found.state == "learning"
+    assert f"{steps} of 256 steps" in found.lines[0]
+
+
+def test_an_empty_record_is_not_called_healthy(tmp_path: Path) -> None:
+    assert judged(file_record(tmp_path, calm(0))).state == "learning"
+
+
+def test_all_layers_at_once_mean_a_global_cause(tmp_path: Path) -> None:
+    found = judged(file_record(tmp_path, growing(), events=[alert(315, LAYERS[1], value=1.6)]))
+    (onset,) = found.onsets
+    assert found.state == "unstable"
+    assert found.title == "all 9 layers left their own past at step 315"
+    assert onset.moved == LAYERS
+    assert "global" in onset.advice
+    assert "learning rate" in onset.remedy
+
+
+def test_calm_layers_before_the_first_one_place_the_cause(tmp_path: Path) -> None:
+    folder = file_record(tmp_path, growing(first_layer=5), events=[alert(315, LAYERS[5])])
+    (onset,) = judged(folder).onsets
+    assert onset.moved == LAYERS[5:]
+    assert f"between {LAYERS[4]} and {LAYERS[5]}" in onset.advice
+    assert "4 of 9 layers" in onset.sentence
+
+
+def test_one_layer_alone_is_named(tmp_path: Path) -> None:
+    scale = calm()
+    scale[310:, 3] *= 2
+    found = judged(file_record(tmp_path, scale, events=[alert(311, LAYERS[3], value=float(scale[311, 3]))]))
+    assert found.title == f"{LAYERS[3]} left its own past at step 311"
+    assert f"Only {LAYERS[3]} moved" in found.onsets[0].advice
+    assert "×2" in found.onsets[0].sentence
+
+
+def test_alerts_close_to_each_other_are_one_onset(tmp_path: Path) -> None:
+    events = [alert(300, "norm"), alert(360, LAYERS[0], "amax"), alert(455, "norm"), alert(700, "norm")]
+    found = judged(file_record(tmp_path, calm(900), events=events))
+    assert [(onset.step, onset.last_step, len(onset.alerts)) for onset in found.onsets] == [
+        (300, 455, 3),
+        (700, 700, 1),
+    ]
+    assert "2 onsets in all." in found.lines
+
+
+@pytest.mark.parametrize(("doubles_at", "said"), [(350, "doubled 40 steps later"), (None, "did not double")])
+def test_the_lead_on_the_loss_is_counted(doubles_at: int | None, said: str, tmp_path: Path) -> None:
+    loss = np.ones(400)
+    if doubles_at is not None:
+        loss[doubles_at:] = 20.0  # the mean of five steps doubles with the first of them
+    (onset,) = judged(file_record(tmp_path, growing(), loss=loss, events=[alert(310, "norm")])).onsets
+    assert said in onset.sentence
+    assert onset.lead == (None if doubles_at is None else 40)
+
+
+def test_what_is_not_finite_is_said_first(tmp_path: Path) -> None:
+    scale, loss = calm(), np.ones(400)
+    scale[350:], loss[350:] = np.nan, np.nan
+    events = [alert(349, "norm"), alert(350, LAYERS[0], "nonfinite", float("nan"))]
+    found = judged(file_record(tmp_path, scale, loss=loss, events=events))
+    assert (found.state, found.severity) == ("not finite", 3)
+    assert found.title.startswith(f"NaN or infinity at {LAYERS[0]}")
+    assert "The loss is not finite from step 350 on." in found.lines
+    assert [onset.step for onset in found.onsets] == [349, 350]
+    assert found.lines[1].startswith("It began at step 349")
+    assert "batch" in found.onsets[1].advice
+
+
+def test_a_loss_that_is_not_finite_needs_no_alert(tmp_path: Path) -> None:
+    loss = np.ones(400)
+    loss[380] = np.inf
+    assert judged(file_record(tmp_path, calm(), loss=loss)).state == "not finite"
+
+
+def test_a_switched_run_counts_its_norms_and_folds(tmp_path: Path) -> None:
+    lam = np.repeat(np.clip(np.linspace(1.5, -1, 400), 0, 1)[:, None], len(LAYERS), 1)
+    lam[:, 0] = 1.0
+    norms = [{"name": name, "status": "forward", "into": "x", "reason": ""} for name in LAYERS[1:]]
+    norms.append({"name": LAYERS[0], "status": "kept", "into": "", "reason": "it was held"})
+    events = [("fold_report", 399, {"norms": norms})]
+    found = judged(file_record(tmp_path, calm(), more={"lam": lam}, events=events))
+    assert found.state == "switched"
+    assert "8 of 9 norms are switched" in found.title
+    assert any("8 of 9 norms are folded" in line for line in found.lines)
+
+
+def test_an_alert_about_a_layer_that_the_record_lacks_is_still_told(tmp_path: Path) -> None:
+    found = judged(file_record(tmp_path, calm(), events=[alert(300, "gone.norm")]))
+    assert found.state == "unstable"
+    assert "gone.norm" in found.title

@@ -1,7 +1,7 @@
 """Entropy and largest logit of each attention head: the formula, and the op that adds one call to a module's heads.
 
-As in `stabnorm.ops.moments` the op is opaque to the compiler, so that its body runs at run time, where the recompute of
-activation checkpointing can be recognised: a recomputed call adds nothing.
+As in `stabnorm.ops.moments`, the op is opaque to the compiler. So its code runs at run time, where a recompute of
+activation checkpointing can be recognised. A recomputed call adds nothing.
 """
 
 import math
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from stabnorm.companions.companion import merged, sampled, wide
+from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
+from stabnorm.ops.registration import returns_nothing
 
 HIDDEN = -5e3  # a key counts as hidden if a mask lowers its logit by more; masks use -1e4, -1e9, -inf, ...
 
@@ -121,15 +123,7 @@ def sums_of_call(
     return sums_of_logits(logits, biased, visible, None if valid is None else valid[..., positions])
 
 
-_library = torch.library.Library("stabnorm", "FRAGMENT")
-_SUMS = "Tensor(a!) queries, Tensor(b!) entropy, Tensor(c!) entropy_share, Tensor(d!) logit"
-_library.define(
-    "accumulate_attention_(Tensor query, Tensor key, Tensor? mask, Tensor? valid, float? scale, bool causal, "
-    f"bool grouped, int? at_most, {_SUMS}) -> ()"
-)
-_library.define(f"accumulate_attention_logits_(Tensor logits, Tensor? valid, int? at_most, {_SUMS}) -> ()")
-
-
+@op(mutates=("sums",), fake=returns_nothing)
 def accumulate_attention_(
     query: Tensor,
     key: Tensor,
@@ -139,26 +133,22 @@ def accumulate_attention_(
     causal: bool,
     grouped: bool,
     at_most: int | None,
-    *sums: Tensor,
+    sums: AttentionSums,
 ) -> None:
     """Add a call to the sums, in place, see `sums_of_call`."""
     if is_recompute() or query.numel() == 0 or key.numel() == 0:
         return
     with torch.autocast(query.device.type, enabled=False):
-        AttentionSums(*sums).add_(sums_of_call(query, key, mask, valid, scale, causal, grouped, at_most))
+        sums.add_(sums_of_call(query, key, mask, valid, scale, causal, grouped, at_most))
 
 
-def accumulate_attention_logits_(logits: Tensor, valid: Tensor | None, at_most: int | None, *sums: Tensor) -> None:
+@op(mutates=("sums",), fake=returns_nothing)
+def accumulate_attention_logits_(
+    logits: Tensor, valid: Tensor | None, at_most: int | None, sums: AttentionSums
+) -> None:
     """Add the input of a softmax, ``[batch..., heads, queries, keys]``; masks have been added to it already."""
     if is_recompute() or logits.numel() == 0:
         return
     positions = sampled(logits.shape[-2], at_most)
     rows = logits[..., positions, :].float()
-    AttentionSums(*sums).add_(
-        sums_of_logits(rows, rows, rows > HIDDEN, None if valid is None else valid[..., positions])
-    )
-
-
-for _body in (accumulate_attention_, accumulate_attention_logits_):
-    _library.impl(_body.__name__, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"stabnorm::{_body.__name__}", lambda *_: None)
+    sums.add_(sums_of_logits(rows, rows, rows > HIDDEN, None if valid is None else valid[..., positions]))

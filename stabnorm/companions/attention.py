@@ -218,10 +218,10 @@ class _Attention(Place[AttentionSums]):
             self.move(x.device)
         with torch.no_grad():
             if torch.compiler.is_compiling():
-                getattr(torch.ops.stabnorm, op.__name__).default(*args, self.watch.queries, *self.into)
+                op(*args, self.watch.queries, self.into)
                 return
             start = time.perf_counter()
-            op(*args, self.watch.queries, *self.into)
+            op(*args, self.watch.queries, self.into)
             self.watch.seconds += time.perf_counter() - start
 
     def _valid(self, x: Tensor) -> Tensor | None:

@@ -13,15 +13,10 @@ from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
 from stabnorm._models.watched import unwatch_class, watch_class
 from stabnorm._models.wrappers import plain_name, unwrapped
-from stabnorm.companions.companion import (
-    Companion,
-    HookedWatch,
-    Place,
-    merged,
-    sampled,
-    wide,
-)
+from stabnorm.companions.companion import Companion, HookedWatch, Place, merged, sampled, wide
+from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
+from stabnorm.ops.registration import returns_nothing
 from stabnorm.statistic import Statistic
 
 logger = logging.getLogger("stabnorm")
@@ -75,26 +70,16 @@ def sums_of_logits(logits: Tensor, valid: Tensor | None = None, at_most: int | N
     return OutputSums(counted, total(logits.mean(-1)), total(log_z), total(log_z.square()), magnitude.amax().to(dtype))
 
 
-_library = torch.library.Library("stabnorm", "FRAGMENT")
-_library.define(
-    "accumulate_output_(Tensor logits, Tensor? valid, int? at_most, Tensor(a!) tokens, Tensor(b!) mean, "
-    "Tensor(c!) log_z, Tensor(d!) square, Tensor(e!) magnitude) -> ()"
-)
-
-
-def accumulate_output_(logits: Tensor, valid: Tensor | None, at_most: int | None, *sums: Tensor) -> None:
+@op(mutates=("sums",), fake=returns_nothing)
+def accumulate_output_(logits: Tensor, valid: Tensor | None, at_most: int | None, sums: OutputSums) -> None:
     """Add logits to the sums, in place; a recomputed forward adds nothing."""
     if is_recompute() or logits.numel() == 0:
         return
-    before = OutputSums(*sums)
     with torch.autocast(logits.device.type, enabled=False):
-        after = before.merge(sums_of_logits(logits, valid, at_most))
-    for part, new in zip(before, after, strict=True):
+        after = sums.merge(sums_of_logits(logits, valid, at_most))
+    for part, new in zip(sums, after, strict=True):
         part.copy_(new)
 
-
-_library.impl("accumulate_output_", accumulate_output_, "CompositeExplicitAutograd")
-torch.library.register_fake("stabnorm::accumulate_output_", lambda *_: None)
 
 _LOG_Z = "z-loss of PaLM, arXiv 2204.02311; arXiv 2309.14322"
 
@@ -235,9 +220,9 @@ class _OutputHook(Hook):
             self.place.move(output.device)
         valid = mask_for(output.shape[:-1], self.name)
         with torch.no_grad():
-            arguments = (output.detach(), valid, self.watch.tokens, *self.place.into)
+            arguments = (output.detach(), valid, self.watch.tokens, self.place.into)
             if torch.compiler.is_compiling():
-                torch.ops.stabnorm.accumulate_output_.default(*arguments)
+                accumulate_output_(*arguments)
                 return
             start = time.perf_counter()
             accumulate_output_(*arguments)

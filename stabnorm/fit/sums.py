@@ -8,21 +8,8 @@ from torch import Tensor
 
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
-from stabnorm.functional import (
-    CHANNEL_ROWS,
-    COV_XN,
-    REST_N,
-    REST_X,
-    SHIFT_N,
-    SHIFT_X,
-    TOKEN_ROWS,
-    VAR_N,
-    VAR_X,
-    RawMoments,
-    channel_moments,
-    explained_share,
-    merge_moments_,
-)
+from stabnorm.functional import RawMoments, channel_moments, explained_share, merge_moments_
+from stabnorm.functional.moments import CHANNEL_ROWS, COV_XN, REST_N, REST_X, SHIFT_N, SHIFT_X, TOKEN_ROWS, VAR_N, VAR_X
 
 ROUNDING = 8.0  # units in the last place: a channel that varies by less counts as constant
 

@@ -1,24 +1,5 @@
 """The formulas, once: pure functions of tensors. Every faster backend must equal what stands here."""
 
-from stabnorm.functional.moments import CHANNEL_ROWS as CHANNEL_ROWS
-from stabnorm.functional.moments import COV_XN as COV_XN
-from stabnorm.functional.moments import EPS_SHARE as EPS_SHARE
-from stabnorm.functional.moments import MAX as MAX
-from stabnorm.functional.moments import MEAN_MAX as MEAN_MAX
-from stabnorm.functional.moments import MEAN_MEAN as MEAN_MEAN
-from stabnorm.functional.moments import MEAN_MIN as MEAN_MIN
-from stabnorm.functional.moments import MIN as MIN
-from stabnorm.functional.moments import RAW as RAW
-from stabnorm.functional.moments import REST_N as REST_N
-from stabnorm.functional.moments import REST_X as REST_X
-from stabnorm.functional.moments import SHIFT_N as SHIFT_N
-from stabnorm.functional.moments import SHIFT_X as SHIFT_X
-from stabnorm.functional.moments import STD_MAX as STD_MAX
-from stabnorm.functional.moments import STD_MEAN as STD_MEAN
-from stabnorm.functional.moments import STD_MIN as STD_MIN
-from stabnorm.functional.moments import TOKEN_ROWS as TOKEN_ROWS
-from stabnorm.functional.moments import VAR_N as VAR_N
-from stabnorm.functional.moments import VAR_X as VAR_X
 from stabnorm.functional.moments import Kind as Kind
 from stabnorm.functional.moments import RawMoments as RawMoments
 from stabnorm.functional.moments import channel_moments as channel_moments

@@ -20,9 +20,9 @@ class RawMoments(NamedTuple):
 
     Attributes:
         seen: number of valid tokens, int64 scalar.
-        channel: per channel, ``[9, C]``, see `RAW`; x is the norm's input, n what it normalises it to. Variances and
+        channel: per channel, ``[rows, C]``, see `RAW`; x is the norm's input, n what it normalises it to. Variances and
             the covariance are divided by the count.
-        token: over tokens, ``[7]``: means, least and largest of the tokens' standard deviations and means, and the
+        token: over tokens, ``[rows]``: means, least and largest of the tokens' standard deviations and means, and the
             share of the variances the norm divides by that lie below 10 eps.
     """
 
@@ -98,7 +98,7 @@ def channel_moments(rows: Tensor, normalized: Tensor | None, valid: Tensor | Non
         valid: ``[R]`` bool; None: all are.
 
     Returns:
-        ``count`` (int64 scalar) and ``channel [9, C]``, see `RawMoments`.
+        ``count`` (int64 scalar) and ``channel [rows, C]``, see `RawMoments`.
     """
     keep = rows.new_ones(rows.shape[0], dtype=torch.bool) if valid is None else valid
     count = keep.sum()
@@ -122,7 +122,7 @@ def channel_moments(rows: Tensor, normalized: Tensor | None, valid: Tensor | Non
 
 
 def token_summary(mean: Tensor, std: Tensor, eps_share: Tensor, valid: Tensor | None) -> Tensor:
-    """The row ``[7]`` of `RawMoments.token` from per-token mean and standard deviation ``[R]``."""
+    """`RawMoments.token` from per-token mean and standard deviation ``[R]``."""
     if valid is None:
         least = [std.amin(), mean.amin()]
         most = [std.amax(), mean.amax()]

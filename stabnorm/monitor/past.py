@@ -11,20 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stabnorm.functional import (
-    COV_XN,
-    MAX,
-    MIN,
-    REST_N,
-    REST_X,
-    SHIFT_N,
-    SHIFT_X,
-    STD_MEAN,
-    VAR_N,
-    VAR_X,
-    RawMoments,
-    explained_share,
-)
+from stabnorm.functional import RawMoments, explained_share
+from stabnorm.functional.moments import COV_XN, MAX, MIN, REST_N, REST_X, SHIFT_N, SHIFT_X, STD_MEAN, VAR_N, VAR_X
 
 MOMENTUM = 0.1  # PyTorch's: the weight of the new value
 WINDOW = 4  # Unified Normalization's M
@@ -50,34 +38,48 @@ class Moments:
 
     layout: Layout
     count: Tensor
-    mean: Tensor
-    var: Tensor
-    absmax: Tensor
-    mean_n: Tensor
-    var_n: Tensor
-    cov_xn: Tensor
-    token: Tensor  # [L, 7], see functional.RawMoments
+    channel: Tensor  # [L, rows, C], see functional.RawMoments
+    token: Tensor  # [L, rows], the same
     gradient: Tensor  # [L, 2, C]: sums over tokens of g * xhat and of g, with g the gradient at the normalised input
     between: Tensor  # variance of the ranks' means; NaN where there is one process
 
     @staticmethod
     def of(raw: RawMoments, gradient: Tensor, layout: Layout, between: Tensor | None = None) -> "Moments":
-        """From the slab's raw moments, the gradient sums, and the variance between ranks, if there are several."""
+        """Create them from raw moments, sums of gradients, and the variance between ranks if there are several."""
         dtype = layout.eps.dtype
         channel = raw.channel.to(dtype)
-        return Moments(
-            layout,
-            raw.seen,
-            mean=channel[:, SHIFT_X] + channel[:, REST_X],
-            var=channel[:, VAR_X],
-            absmax=torch.maximum(channel[:, MAX], -channel[:, MIN]),
-            mean_n=channel[:, SHIFT_N] + channel[:, REST_N],
-            var_n=channel[:, VAR_N],
-            cov_xn=channel[:, COV_XN],
-            token=raw.token.to(dtype),
-            gradient=gradient.to(dtype),
-            between=torch.full_like(channel[:, VAR_X], torch.nan) if between is None else between.to(dtype),
-        )
+        between = torch.full_like(channel[:, VAR_X], torch.nan) if between is None else between.to(dtype)
+        return Moments(layout, raw.seen, channel, raw.token.to(dtype), gradient.to(dtype), between)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean of the input per channel."""
+        return self.channel[:, SHIFT_X] + self.channel[:, REST_X]
+
+    @property
+    def var(self) -> Tensor:
+        """Variance of the input per channel."""
+        return self.channel[:, VAR_X]
+
+    @property
+    def mean_n(self) -> Tensor:
+        """Mean of the normalised input per channel."""
+        return self.channel[:, SHIFT_N] + self.channel[:, REST_N]
+
+    @property
+    def var_n(self) -> Tensor:
+        """Variance of the normalised input per channel."""
+        return self.channel[:, VAR_N]
+
+    @property
+    def cov_xn(self) -> Tensor:
+        """Covariance of the input and the normalised input per channel."""
+        return self.channel[:, COV_XN]
+
+    @cached_property
+    def absmax(self) -> Tensor:
+        """Largest magnitude of the input per channel."""
+        return torch.maximum(self.channel[:, MAX], -self.channel[:, MIN])
 
     def mean_over_channels(self, values: Tensor) -> Tensor:
         """``[L, C] -> [L]``, over the channels that exist."""

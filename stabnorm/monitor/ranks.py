@@ -2,8 +2,8 @@
 
 One collective a step, whatever is gathered: the slabs travel as bytes in one flat buffer. Every rank then merges the
 same bytes in the same order, so that all hold the same numbers bit for bit, and the catalogue, the alerts and the
-record are those of the whole batch. A rank sends 44 bytes for each channel of each layer (212 kB for 25 layers of 192),
-and holds as many times that as there are ranks until the step is over.
+record are those of the whole batch. A rank sends 4 bytes for each moment and each gradient of a channel (212 kB for 25
+layers of 192), and holds as many times that as there are ranks until the step is over.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stabnorm._models.ranks import gather_in_group, ranks
 from stabnorm.errors import StabNormError
-from stabnorm.functional import REST_X, SHIFT_X, RawMoments, merge_moments_
+from stabnorm.functional import RawMoments, merge_moments_
 from stabnorm.functional.detail import DetailMoments, merge_detail_
+from stabnorm.functional.moments import REST_X, SHIFT_X
 
 Slab = TypeVar("Slab", bound=tuple[Tensor, ...])
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stabnorm.functional import MAX, MIN, VAR_N, VAR_X
+from stabnorm.functional.moments import MAX, MIN, VAR_N, VAR_X
 from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.buffers import DeviceState
 from stabnorm.monitor.details import Details

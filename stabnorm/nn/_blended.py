@@ -10,7 +10,8 @@ from stabnorm.functional import channel_affine
 from stabnorm.nn._normalize import refuse_second_derivative
 from stabnorm.nn.rep import RepBN
 from stabnorm.ops.blend import blend, join_gradients
-from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
+from stabnorm.ops.blended import LayerNormArgs, TokenMoments, blended_gradient, blended_norm, blended_sums
+from stabnorm.ops.rows import BatchMap
 
 
 def blended(
@@ -68,27 +69,27 @@ class _Blended(torch.autograd.Function):
     ) -> Tensor:
         lam = lam.clone()  # the buffer may change between forward and backward
         scale, shift = channel_affine(gain, offset, eta, mean, rstd)
-        y, token_mean, token_rstd = blended_norm.on(backend)(lam, rows, weight, bias, eps, scale, shift)
+        y, token_mean, token_rstd = blended_norm.on(backend)(lam, rows, LayerNormArgs(weight, bias, eps), scale, shift)
         ctx.save_for_backward(
             lam, rows, weight, bias, gain, offset, eta, mean, rstd, count, valid, scale, token_mean, token_rstd
         )
-        ctx.backend, ctx.sync = backend, sync
+        ctx.backend, ctx.eps, ctx.sync = backend, eps, sync
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        lam, rows, weight, bias, gain, offset, eta, mean, rstd, count, valid, scale, *tokens = ctx.saved_tensors
-        sums = blended_sums.on(ctx.backend)(lam, dy, rows, mean, valid, *tokens)
+        lam, rows, weight, bias, gain, offset, eta, mean, rstd, count, valid, scale, *rest = ctx.saved_tensors
+        tokens = TokenMoments(*rest)
+        sums = blended_sums.on(ctx.backend)(lam, dy, rows, mean, valid, tokens)
         plain_valid, weighted_valid = sums.plain_valid, sums.weighted_valid
         if ctx.sync:
             plain_valid, weighted_valid = gather_over_ranks(torch.cat([plain_valid, weighted_valid])).sum(0).chunk(2)
         size, wide_gain = count.clamp(min=1), gain.to(scale.dtype)
         slope = wide_gain * weighted_valid * rstd / size * rstd * rstd
         constant = None if mean is None else wide_gain * plain_valid * rstd / size
-        dx, of_weight, of_bias = blended_gradient.on(ctx.backend)(
-            lam, dy, rows, weight, bias, scale, mean, valid, slope, constant, tokens[0], tokens[1], sums
-        )
+        own, of_rep = LayerNormArgs(weight, bias, ctx.eps), BatchMap(scale, slope, constant, mean)
+        dx, of_weight, of_bias = blended_gradient.on(ctx.backend)(lam, dy, rows, valid, own, of_rep, tokens, sums)
         rep = 1 - lam
 
         def of(sum_: Tensor, parameter: Tensor) -> Tensor:

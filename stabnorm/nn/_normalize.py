@@ -13,7 +13,7 @@ from torch import Tensor
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments, channel_affine
-from stabnorm.ops.rows import affine_of_rows, gradient_through_moments, sums_of_rows
+from stabnorm.ops.rows import BatchMap, affine_of_rows, gradient_through_moments, sums_of_rows
 from stabnorm.ops.running import quadratic_gradient_, smooth_gradient_
 
 
@@ -142,7 +142,7 @@ class _Normalize(torch.autograd.Function):
         elif ctx.rule == "quadratic":
             psi = quadratic_gradient_(psi / ctx.loss_scale, power, gate, ctx.average, ctx.decay) * ctx.loss_scale
         offset = None if mean is None else gain * plain_valid * rstd / size
-        dx = gradient_through_moments(grad_y, rows, moments, valid, scale, psi * rstd * rstd, offset)
+        dx = gradient_through_moments(grad_y, rows, valid, BatchMap(scale, psi * rstd * rstd, offset, mean), moments)
         d_weight = (weighted * rstd).to(weight.dtype)
         d_bias = None if bias is None else plain.to(bias.dtype)
         d_eta = None

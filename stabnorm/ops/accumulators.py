@@ -23,8 +23,8 @@ def empty_accumulators(layers: int, channels: int, device: torch.device, splits:
         device: where.
         splits: how many another kernel fills; 0: there is no other.
 
-    >>> empty_accumulators(2, 3, torch.device("cpu")).channel.shape
-    torch.Size([2, 9, 3])
+    >>> empty_accumulators(2, 3, torch.device("cpu")).seen.shape
+    torch.Size([2])
     """
     if add_moments_.chosen(torch.empty(1, device=device)) != "triton":
         return empty_moments(layers, channels, device)
@@ -41,5 +41,5 @@ def merge_accumulators(accumulators: RawMoments) -> RawMoments:
 
 @op("channel")
 def merge_splits(seen: Tensor, channel: Tensor, token: Tensor) -> RawMoments:
-    """`functional.merge_splits` of ``seen [L, S]``, ``channel [L, S, 9, C]`` and ``token [L, S, 7]``."""
+    """`functional.merge_splits` of ``seen [L, S]``, ``channel [L, S, rows, C]`` and ``token [L, S, rows]``."""
     return functional.merge_splits(RawMoments(seen, channel, token))

@@ -12,7 +12,26 @@ from torch import Tensor
 
 from stabnorm import functional
 from stabnorm.ops.dispatch import op
-from stabnorm.ops.rows import gradient_of_rows, sums_of_rows, widened
+from stabnorm.ops.rows import BatchMap, gradient_of_rows, sums_of_rows, widened
+
+
+class LayerNormArgs(NamedTuple):
+    """Gain and bias of the LayerNorm, ``[C]`` each, and its eps."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class TokenMoments(NamedTuple):
+    """Mean and 1 / std of each token, ``[R]`` each in float32, from the forward."""
+
+    mean: Tensor
+    rstd: Tensor
+
+    def normalize(self, rows: Tensor) -> Tensor:
+        """Return LayerNorm's normalised input."""
+        return (widened(rows) - self.mean[:, None]) * self.rstd[:, None]
 
 
 class BlendedSums(NamedTuple):
@@ -27,33 +46,20 @@ class BlendedSums(NamedTuple):
 
 @op("rows")
 def blended_norm(
-    lam: Tensor,
-    rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    shift: Tensor | None,
+    lam: Tensor, rows: Tensor, own: LayerNormArgs, scale: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`functional.blended_norm` in the dtype of the rows; means and 1 / std of the tokens are float32."""
-    y, mean, rstd = functional.blended_norm(lam, widened(rows), weight, bias, eps, scale, shift)
+    y, mean, rstd = functional.blended_norm(lam, widened(rows), *own, scale, shift)
     return y.to(rows.dtype), mean, rstd
 
 
 @op("rows")
 def blended_sums(
-    lam: Tensor,
-    dy: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    valid: Tensor | None,
-    token_mean: Tensor,
-    token_rstd: Tensor,
+    lam: Tensor, dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None, tokens: TokenMoments
 ) -> BlendedSums:
     """Return the column sums that the gradients need; at lam = 1, unused sums may be 0."""
-    sums = sums_of_rows(dy, rows, mean, valid)
-    normalized = (widened(rows) - token_mean[:, None]) * token_rstd[:, None]
-    return BlendedSums(*sums, functional.upstream_sums(widened(dy), normalized, valid)[1])
+    through = functional.upstream_sums(widened(dy), tokens.normalize(rows), valid)[1]
+    return BlendedSums(*sums_of_rows(dy, rows, mean, valid), through)
 
 
 @op("rows")
@@ -61,15 +67,10 @@ def blended_gradient(
     lam: Tensor,
     dy: Tensor,
     rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor,
-    mean: Tensor | None,
     valid: Tensor | None,
-    slope: Tensor,
-    offset: Tensor | None,
-    token_mean: Tensor,
-    token_rstd: Tensor,
+    own: LayerNormArgs,
+    of: BatchMap,
+    tokens: TokenMoments,
     sums: BlendedSums,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the rows, and of LayerNorm's gain and bias.
@@ -78,18 +79,12 @@ def blended_gradient(
         lam: as in the forward.
         dy: upstream gradient.
         rows: the input.
-        weight: LayerNorm's gain.
-        bias: LayerNorm's bias.
-        scale: scale of the affine map.
-        mean: mean of the affine map's input, see `functional.input_gradient`.
         valid: which rows are valid.
-        slope: how the affine map depends on the batch, see `functional.input_gradient`.
-        offset: see `functional.input_gradient`.
-        token_mean: mean of each token, from the forward.
-        token_rstd: 1 / std of each token, from the forward.
+        own: arguments of the LayerNorm.
+        of: the affine map.
+        tokens: from the forward.
         sums: from `blended_sums`.
     """
-    of_rep = widened(gradient_of_rows(widened(dy), widened(rows), mean, valid, scale, slope, offset))
-    normalized = (widened(rows) - token_mean[:, None]) * token_rstd[:, None]
-    dx = functional.blended_gradient(lam, widened(dy), normalized, token_rstd, weight, of_rep)
+    of_rep = gradient_of_rows(widened(dy), widened(rows), valid, of)
+    dx = functional.blended_gradient(lam, widened(dy), tokens.normalize(rows), tokens.rstd, own.weight, of_rep)
     return dx.to(rows.dtype), lam * sums.through, lam * sums.plain

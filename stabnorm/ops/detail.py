@@ -4,6 +4,7 @@ As in `stabnorm.ops.moments`, the outer ops are registered with the dispatcher, 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,16 @@ from stabnorm.norms.rows import as_rows
 from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
 from stabnorm.ops.registration import returns_nothing
+
+
+class DetailRequest(NamedTuple):
+    """What is gathered of one input: arguments of `functional.detail_moments`."""
+
+    batch: int
+    eps: float
+    tokens: bool
+    values: bool
+    sequences: bool
 
 
 @op(mutates=("seen", "counts", "outputs", "range_bits", "means", "sequences"), fake=returns_nothing)
@@ -59,24 +70,14 @@ def accumulate_detail_(
     batch = 1 if no_batch else x.shape[0]
     keep = None if valid is None else valid.reshape(-1)
     into = DetailMoments(seen, counts, outputs, range_bits, means, sequences)
-    add_detail_(rows, keep, into, batch, eps, token_means, value_counts, sequence_means)
+    add_detail_(rows, keep, into, DetailRequest(batch, eps, token_means, value_counts, sequence_means))
     range_bits.clamp_(max=math.log2(torch.finfo(x.dtype).max))
 
 
 @op("rows")
-def add_detail_(
-    rows: Tensor,
-    valid: Tensor | None,
-    into: DetailMoments,
-    batch: int,
-    eps: float,
-    tokens: bool,
-    values: bool,
-    sequences: bool,
-) -> None:
-    """`functional.detail_moments` of float32 ``rows [R, C]`` added to ``into``; see there for the arguments."""
-    new = detail_moments(rows, batch, eps, valid=valid, tokens=tokens, values=values, sequences=sequences)
-    merge_detail_(into, new)
+def add_detail_(rows: Tensor, valid: Tensor | None, into: DetailMoments, request: DetailRequest) -> None:
+    """`functional.detail_moments` of float32 ``rows [R, C]`` added to ``into``."""
+    merge_detail_(into, detail_moments(rows, valid=valid, **request._asdict()))
 
 
 @op(mutates=("counts", "outputs"), fake=returns_nothing)

@@ -6,7 +6,7 @@ forward be recognised: `torch._C._current_graph_task_id` cannot be traced, and a
 `checkpoint(compiled_block)` twice.
 """
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,28 @@ from stabnorm.functional import Kind, RawMoments, merge_moments_, normalize_grou
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops.dispatch import op
 from stabnorm.ops.registration import returns_nothing
+
+
+class Request(NamedTuple):
+    """What is gathered of one input.
+
+    Attributes:
+        kind: what the layer is.
+        eps: the layer's epsilon.
+        by_groups: ``[R, C]``, the rows normalised by a "group" or "instance" norm.
+        variances: the variances that such a norm divides by.
+        tokens: False leaves out the per-token statistics.
+        normalized: False leaves out the moments of the normalised input.
+        fresh: the accumulator is known to be empty, so a CPU backend need not merge.
+    """
+
+    kind: Kind
+    eps: float
+    by_groups: Tensor | None = None
+    variances: Tensor | None = None
+    tokens: bool = True
+    normalized: bool = True
+    fresh: bool = False
 
 
 def is_recompute() -> bool:
@@ -44,16 +66,16 @@ def accumulate_moments_(
         x: a norm's input, any layout and floating dtype; computed in float32.
         valid: bool, x's shape without the channel axis, True = valid token; None means that all are valid.
         seen: int64 scalar, see `functional.RawMoments`; or ``[S]``, see `accumulators.empty_accumulators`.
-        channel: ``[9, C]`` float32, or ``[S, 9, C]``.
-        token: ``[7]`` float32, or ``[S, 7]``.
+        channel: ``[rows, C]`` float32, or ``[S, rows, C]``.
+        token: ``[rows]`` float32, or ``[S, rows]``.
         kind: what the layer is, see `functional.Kind`.
         channel_dim: the axis of x that holds the channels.
         feature_dims: how many trailing axes the layer normalises together.
         groups: number of groups of a group or instance norm.
         eps: the layer's epsilon.
-        tokens: False leaves out the per-token statistics.
+        tokens: see `Request`, as are the next two.
         normalized: False leaves out the moments of the normalised input.
-        fresh: the accumulator is known to be empty, so a CPU backend need not merge.
+        fresh: the accumulator is known to be empty.
     """
     if is_recompute() or x.numel() == 0:
         return
@@ -69,35 +91,20 @@ def accumulate_moments_(
     into = RawMoments(seen, channel, token)
     if seen.ndim == 1 and add_moments_.chosen(rows, keep) != "triton":
         into = RawMoments(seen[0], channel[0], token[0])  # the backend uses only the first split
-    add_moments_(rows, keep, into, cast(Kind, kind), eps, by_groups, variances, tokens, normalized, fresh)
+    request = Request(cast(Kind, kind), eps, by_groups, variances, tokens, normalized, fresh)
+    add_moments_(rows, keep, into, request)
 
 
 @op("rows")
-def add_moments_(
-    rows: Tensor,
-    valid: Tensor | None,
-    into: RawMoments,
-    kind: Kind,
-    eps: float,
-    by_groups: Tensor | None,
-    variances: Tensor | None,
-    tokens: bool,
-    normalized: bool,
-    fresh: bool,
-) -> None:
+def add_moments_(rows: Tensor, valid: Tensor | None, into: RawMoments, request: Request) -> None:
     """`functional.raw_moments` of ``rows [R, C]`` in any floating dtype but float64, added to ``into``.
 
     Args:
         rows: the norm's input.
         valid: ``[R]`` bool; None means that all are valid.
         into: one layer's accumulator.
-        kind: what the layer is.
-        eps: the layer's epsilon.
-        by_groups: ``[R, C]``, the rows normalised by a "group" or "instance" norm.
-        variances: the variances that such a norm divides by.
-        tokens: see `accumulate_moments_`, as are the next two.
-        normalized: False leaves out the moments of the normalised input.
-        fresh: the accumulator is known to be empty.
+        request: what is gathered; the formula gathers all.
     """
-    new = raw_moments(rows.float(), kind, eps, normalized=by_groups, divided_by=variances, valid=valid)
+    n, divided_by = request.by_groups, request.variances
+    new = raw_moments(rows.float(), request.kind, request.eps, normalized=n, divided_by=divided_by, valid=valid)
     merge_moments_(into, new)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stabnorm.functional import BatchMoments
 from stabnorm.ops.dispatch import REFERENCE, op
-from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
+from stabnorm.ops.rows import BatchMap, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 
 
 @op("rows")
@@ -37,7 +37,7 @@ def gradient_with_sums(
     dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor, guess: bool = True
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`rows.gradient_of_rows` and `rows.sums_of_rows` of rows that are not centred; for `guess` see above."""
-    dx = gradient_of_rows(dy, rows, None, valid, scale, slope, None) if guess else torch.empty_like(rows)
+    dx = gradient_of_rows(dy, rows, valid, BatchMap(scale, slope, None, None)) if guess else torch.empty_like(rows)
     return dx, sums_of_rows(dy, rows, None, valid)
 
 
@@ -46,7 +46,7 @@ def redo_gradient_(
     dx: Tensor, right: Tensor, dy: Tensor, rows: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor
 ) -> None:
     """Write `rows.gradient_of_rows` into ``dx`` unless the bool scalar ``right`` is set."""
-    dx.copy_(gradient_of_rows(dy, rows, None, valid, scale, slope, None))
+    dx.copy_(gradient_of_rows(dy, rows, valid, BatchMap(scale, slope, None, None)))
 
 
 def saves_a_read(rows: Tensor, valid: Tensor | None) -> bool:

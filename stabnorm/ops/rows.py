@@ -1,5 +1,7 @@
 """The passes of a norm over its rows: batch moments, affine map, sums for the backward, and input gradient."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,26 @@ from stabnorm.functional.norms import ABSOLUTE_TO_STD, absolute_sums
 from stabnorm.ops.dispatch import op
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class BatchMap(NamedTuple):
+    """An affine map ``scale x + shift`` that depends on the batch, as its gradient needs it.
+
+    Attributes:
+        scale: ``[C]``, as are all.
+        slope: see `functional.input_gradient`.
+        offset: the same; None counts as 0.
+        mean: what is subtracted from x before it is multiplied with `slope`; None counts as 0.
+    """
+
+    scale: Tensor
+    slope: Tensor
+    offset: Tensor | None
+    mean: Tensor | None
+
+    def deviations(self, rows: Tensor) -> Tensor:
+        """Return the deviations of the rows from `mean`, in the precision of the statistics."""
+        return widened(rows) if self.mean is None else widened(rows) - self.mean
 
 
 def widened(rows: Tensor) -> Tensor:
@@ -51,49 +73,25 @@ def sums_of_rows(
 
 
 @op("rows")
-def gradient_of_rows(
-    dy: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    valid: Tensor | None,
-    scale: Tensor,
-    slope: Tensor,
-    offset: Tensor | None,
-) -> Tensor:
+def gradient_of_rows(dy: Tensor, rows: Tensor, valid: Tensor | None, of: BatchMap) -> Tensor:
     """`functional.input_gradient` in the dtype of the rows."""
-    wide = widened(rows)
-    deviations = wide if mean is None else wide - mean
-    return functional.input_gradient(widened(dy), deviations, valid, scale, slope, offset).to(rows.dtype)
+    dx = functional.input_gradient(widened(dy), of.deviations(rows), valid, of.scale, of.slope, of.offset)
+    return dx.to(rows.dtype)
 
 
 @op("rows")
-def gradient_of_signs(
-    dy: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    valid: Tensor | None,
-    scale: Tensor,
-    slope: Tensor,
-    offset: Tensor | None,
-) -> Tensor:
+def gradient_of_signs(dy: Tensor, rows: Tensor, valid: Tensor | None, of: BatchMap) -> Tensor:
     """`gradient_of_rows` along the deviations' signs: ``scale dy - [valid] (slope sign(x - mean) + offset)``."""
-    wide = widened(rows)
-    signs = (wide if mean is None else wide - mean).sign()
-    return functional.input_gradient(widened(dy), signs, valid, scale, slope, offset).to(rows.dtype)
+    dx = functional.input_gradient(widened(dy), of.deviations(rows).sign(), valid, of.scale, of.slope, of.offset)
+    return dx.to(rows.dtype)
 
 
 def gradient_through_moments(
-    dy: Tensor,
-    rows: Tensor,
-    moments: BatchMoments,
-    valid: Tensor | None,
-    scale: Tensor,
-    slope: Tensor,
-    offset: Tensor | None,
+    dy: Tensor, rows: Tensor, valid: Tensor | None, of: BatchMap, moments: BatchMoments
 ) -> Tensor:
-    """`gradient_of_rows` for a scale and a shift that come from the batch's moments, see `absolute_moments`, too."""
+    """`gradient_of_rows` of a map that depends on these moments, which may be those of `absolute_moments`."""
     if moments.signs is None:
-        return gradient_of_rows(dy, rows, moments.mean, valid, scale, slope, offset)
-    slope = slope * moments.square.sqrt() * ABSOLUTE_TO_STD
-    offset = None if offset is None else offset - slope * moments.signs
-    return gradient_of_signs(dy, rows, moments.mean, valid, scale, slope, offset)
+        return gradient_of_rows(dy, rows, valid, of)
+    slope = of.slope * moments.square.sqrt() * ABSOLUTE_TO_STD
+    offset = None if of.offset is None else of.offset - slope * moments.signs
+    return gradient_of_signs(dy, rows, valid, of._replace(slope=slope, offset=offset))

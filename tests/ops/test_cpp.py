@@ -280,7 +280,7 @@ def test_the_ops_of_both_norms_at_once_tell_the_truth_about_themselves() -> None
         (ops.cpp_blended_sums, (lam, dy, rows, None, None, token, token)),
         (
             ops.cpp_blended_gradient,
-            (lam, dy, rows, vector, None, vector, None, None, vector, None, token, token, vector, vector),
+            (lam, dy, rows, None, vector, None, 1e-5, vector, vector, None, None, token, token, *[vector] * 5),
         ),
         (ops.cpp_scale_groups, (rows, 2, 1e-5)),
         (ops.cpp_gradient_of_groups, (dy, rows, torch.rand(6, 2), False)),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stabnorm import functional
-from stabnorm.functional import RAW, RawMoments
+from stabnorm.functional import RawMoments, moments
+from stabnorm.functional.moments import RAW
 from stabnorm.ops import use_kernels
 from stabnorm.ops.cpp import library
 from stabnorm.ops.cpp.moments import KINDS
@@ -27,16 +27,15 @@ def enums(text: str) -> list[list[str]]:
 def test_every_row_is_where_its_name_says() -> None:
     assert tuple(RAW.fields) == RawMoments._fields
     for names in (CHANNEL, TOKEN):
-        assert [getattr(functional, name) for name in names] == list(range(len(names)))
+        assert [getattr(moments, name) for name in names] == list(range(len(names)))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernels_have_the_same_layout() -> None:
-    from stabnorm.ops.triton import accumulators
+    from stabnorm.ops.triton import accumulating
 
-    sizes = {"CHANNEL_ROWS": functional.CHANNEL_ROWS, "TOKEN_ROWS": functional.TOKEN_ROWS}
-    for name, row in {**{name: getattr(functional, name) for name in (*CHANNEL, *TOKEN)}, **sizes}.items():
-        assert getattr(accumulators, name).value == row, name
+    for name in (*CHANNEL, *TOKEN, "CHANNEL_ROWS", "TOKEN_ROWS"):
+        assert getattr(accumulating, name).value == getattr(moments, name), name
 
 
 def test_the_sources_in_cpp_have_the_same_layout() -> None:
@@ -49,9 +48,9 @@ def test_the_sources_in_cpp_have_the_same_layout() -> None:
     assert {names[name]: number for number, name in enumerate(types)} == library.TYPES
 
 
-@pytest.mark.parametrize("change", ["WHAT_IS_NEW, MAX", "MIN, MAX"])
+@pytest.mark.parametrize("change", [f"WHAT_IS_NEW, {CHANNEL[-1]}", f"{CHANNEL[-1]}, {CHANNEL[-2]}"])
 def test_a_row_that_is_added_or_moved_on_one_side_only_is_noticed(change: str) -> None:
-    changed = MOMENTS_CPP.replace("MAX, MIN, CHANNEL_ROWS", f"{change}, CHANNEL_ROWS")
+    changed = re.sub(r"\w+, \w+, CHANNEL_ROWS", f"{change}, CHANNEL_ROWS", MOMENTS_CPP)
     assert changed != MOMENTS_CPP
     assert [*CHANNEL, "CHANNEL_ROWS"] not in enums(changed)
 

@@ -7,24 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stabnorm.functional import (
-    COV_XN,
-    EPS_SHARE,
-    MAX,
-    MIN,
-    REST_N,
-    REST_X,
-    SHIFT_N,
-    SHIFT_X,
-    VAR_N,
-    VAR_X,
-    Kind,
-    RawMoments,
-    empty_moments,
-    merge_moments_,
-    normalize_groups,
-    raw_moments,
-)
+from stabnorm.functional import Kind, RawMoments, empty_moments, merge_moments_, normalize_groups, raw_moments
+from stabnorm.functional.moments import COV_XN, EPS_SHARE, MAX, MIN, REST_N, REST_X, SHIFT_N, SHIFT_X, VAR_N, VAR_X
 from stabnorm.norms.rows import as_rows, from_rows
 from stabnorm.ops.moments import accumulate_moments_
 

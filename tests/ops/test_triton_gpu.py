@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor, functional
-from stabnorm.functional import MAX, REST_X, SHIFT_X, VAR_N, VAR_X, RawMoments
+from stabnorm.functional import RawMoments
+from stabnorm.functional.moments import MAX, REST_X, SHIFT_X, VAR_N, VAR_X
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from stabnorm.ops import dispatch, use_kernels
 from stabnorm.ops.accumulators import empty_accumulators, merge_accumulators
 from stabnorm.ops.dispatch import all_ops
 from stabnorm.ops.moments import accumulate_moments_
 from stabnorm.ops.observed import NormKind, Spec, backend_for, observed_norm, splits_for
-from stabnorm.ops.rows import gradient_of_rows, moments_of_rows, sums_of_rows
+from stabnorm.ops.rows import BatchMap, gradient_of_rows, moments_of_rows, sums_of_rows
 from stabnorm.ops.selftest.__main__ import main
 from tests.triton_kernels import DTYPES, assert_close
 
@@ -63,7 +64,7 @@ def test_full_size_equals_float64_and_is_the_same_every_time(size: tuple[int, in
     with use_kernels("triton"):
         once, again = (moments_of_rows(x, valid, center=True) for _ in range(2))
         sums, repeated = (sums_of_rows(dy, x, once.mean, valid) for _ in range(2))
-        dx = gradient_of_rows(dy, x, once.mean, valid, scale, slope, offset)
+        dx = gradient_of_rows(dy, x, valid, BatchMap(scale, slope, offset, once.mean))
         accumulators = empty_accumulators(1, size[1], x.device)
         seen, accumulator, token = (part[0] for part in accumulators)
         accumulate_moments_(x, valid, seen, accumulator, token, "layer", -1)
@@ -213,7 +214,7 @@ def test_the_ops_tell_the_truth_about_themselves() -> None:
         (ops.triton_moments_of_rows, (x, valid, True)),
         (ops.triton_sums_of_rows, (x, x, vector, valid)),
         (ops.triton_affine_of_rows, (x, vector, None)),
-        (ops.triton_gradient_of_rows, (x, x, vector, valid, vector, vector, None)),
+        (ops.triton_gradient_of_rows, (x, x, valid, vector, vector, None, vector)),
         (ops.triton_blended_norm, (lam, x, vector, None, 1e-5, vector, vector)),
         (ops.triton_scale_groups, (x, 7, 1e-5)),
         (ops.triton_norm_gradient, (x, x, vector, x[:, 0].contiguous(), x[:, 1].contiguous(), False)),

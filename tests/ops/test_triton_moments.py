@@ -5,23 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor, functional
-from stabnorm.functional import (
-    COV_XN,
-    EPS_SHARE,
-    MAX,
-    MIN,
-    REST_N,
-    REST_X,
-    SHIFT_N,
-    SHIFT_X,
-    VAR_N,
-    VAR_X,
-    Kind,
-    RawMoments,
-    empty_moments,
-    normalize_groups,
-    raw_moments,
-)
+from stabnorm.functional import Kind, RawMoments, empty_moments, normalize_groups, raw_moments
+from stabnorm.functional.moments import COV_XN, EPS_SHARE, MAX, MIN, REST_N, REST_X, SHIFT_N, SHIFT_X, VAR_N, VAR_X
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops import use_kernels
 from stabnorm.ops.accumulators import empty_accumulators, merge_accumulators

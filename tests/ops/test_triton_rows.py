@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stabnorm import functional
 from stabnorm.ops import use_kernels
-from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
+from stabnorm.ops.rows import BatchMap, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 from tests.triton_kernels import DEVICE, DTYPES, MARKS, assert_close, nan_in_new_memory, random_rows
 
 pytestmark = MARKS
@@ -68,7 +68,7 @@ def test_the_maps(shape: tuple[int, int], dtype: torch.dtype, masked: bool) -> N
             want = x.double() * scale if added is None else x.double() * scale + added
             assert_close(y, want, (x.double() * scale).abs() + shift.abs(), of_rows=True)
         for m, o in ((mean, offset), (None, None)):
-            dx = gradient_of_rows(with_padding(dy, valid), x, m, valid, scale, slope, o)
+            dx = gradient_of_rows(with_padding(dy, valid), x, valid, BatchMap(scale, slope, o, m))
             deviations = x.double() if m is None else x.double() - m
             want = functional.input_gradient(dy.double(), deviations, valid, scale, slope, o)
             keep = slice(None) if valid is None else valid

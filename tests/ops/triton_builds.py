@@ -17,8 +17,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from stabnorm.functional import empty_moments
-from stabnorm.ops.blended import BlendedSums
+from stabnorm.ops.blended import BlendedSums, LayerNormArgs, TokenMoments
+from stabnorm.ops.moments import Request
 from stabnorm.ops.observed import Spec
+from stabnorm.ops.rows import BatchMap
 from stabnorm.ops.selftest.observed import KINDS
 from stabnorm.ops.triton import accumulators, blend, blended, groups, moments, observed, one_pass, rows, running, shared
 
@@ -65,6 +67,7 @@ def passes(x: Tensor, w: Tensor, valid: Tensor, token: Tensor, lam: Tensor) -> l
     assert mean is not None
     out, _ = one_pass.affine(x, valid, w, w)
     dx, _ = one_pass.gradient(x, x, valid, w, w)
+    own, of, tokens = LayerNormArgs(w, w, 1e-5), BatchMap(w, w, w, w), TokenMoments(token, token)
     right, sums = lam == 0.5, BlendedSums(w, w, w, w, w)
     one_pass.redo_map_(out, right, x, w, w)
     one_pass.redo_input_gradient_(dx, right, x, x, valid, w, w)
@@ -74,10 +77,10 @@ def passes(x: Tensor, w: Tensor, valid: Tensor, token: Tensor, lam: Tensor) -> l
         mean,
         rows.sums(x, x, w, valid)[0],
         rows.affine(x, w, w),
-        rows.gradient(x, x, w, valid, w, w, w),
-        blended.norm(lam, x, w, w, 1e-5, w, w)[0],
-        blended.sums(lam, x, x, w, valid, token, token)[0],
-        blended.gradient(lam, x, x, w, w, w, w, valid, w, w, token, token, sums)[0],
+        rows.gradient(x, x, valid, of),
+        blended.norm(lam, x, own, w, w)[0],
+        blended.sums(lam, x, x, w, valid, tokens)[0],
+        blended.gradient(lam, x, x, valid, own, of, tokens, sums)[0],
         blend.blend_elements(lam, x, x),
         groups.gradient(x, y, r, True),
         observed.gradient(x, x, w, token, token, "layer")[0],
@@ -101,9 +104,8 @@ def main(capability: int) -> None:
         setattr(module, "traceable", compile_only)  # noqa: B010
         for name in [name for name, value in vars(module).items() if isinstance(value, CustomOpDef)]:
             setattr(module, name, getattr(module, name)._init_fn)
-    for name in ("_tokens", "_add"):
-        setattr(moments, name, compile_only(getattr(moments, name)))
-    for module, name in ((accumulators, "_merge"), (observed, "_observed")):
+    launched = [(moments, "_tokens"), (moments, "add_rows"), (accumulators, "merge_layers"), (observed, "norm_rows")]
+    for module, name in launched:
         setattr(module, name, compile_only(getattr(module, name)))
     setattr(running, "_track", compile_only(running._track))  # noqa: B010
     for length, channels in ((64, 770), (1, 7)):  # a size of 1 is a constant to the compiler
@@ -111,7 +113,7 @@ def main(capability: int) -> None:
         valid = torch.ones(length, dtype=torch.bool)
         passes(x, vector, valid, torch.randn(length), torch.tensor(0.5))
         into = empty_moments(shared.columns(channels, x.device).splits, channels)
-        moments.add_moments_of_rows_(x, valid, into, "layer", 1e-5, None, None, True, True, False)
+        moments.add_moments_of_rows_(x, valid, into, Request("layer", 1e-5))
         step, skips, progress = torch.zeros(3, 3, dtype=torch.int64).unbind()
         running.track(vector, vector, vector[0], vector, vector, None, step, skips, progress, 8, 0.1, 1e-5, True)
         for kind in KINDS:

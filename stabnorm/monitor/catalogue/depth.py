@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stabnorm.functional import STD_MEAN
+from stabnorm.functional.moments import STD_MEAN
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.statistic import TOKENS, Statistic, per_step
 

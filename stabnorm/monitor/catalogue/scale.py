@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stabnorm.functional import EPS_SHARE, MEAN_MAX, MEAN_MEAN, MEAN_MIN, STD_MAX, STD_MEAN, STD_MIN
 from stabnorm.functional.detail import NONFINITE, ZEROS
+from stabnorm.functional.moments import EPS_SHARE, MEAN_MAX, MEAN_MEAN, MEAN_MIN, STD_MAX, STD_MEAN, STD_MIN
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.statistic import TOKENS, Statistic

@@ -18,14 +18,19 @@ def blend_by_bits(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
     """See `functional.blend`."""
     of_norm = torch.where(lam == 0, -0.0, lam)
     of_rep = torch.where(lam == 1, -0.0, 1 - lam)
-    return (_unless(lam == 0, norm) * of_norm).addcmul_(_unless(lam == 1, rep), of_rep.to(norm.dtype))
+    return _weighted_sum(lam, norm, rep, of_norm, of_rep.to(norm.dtype))
 
 
 @join_gradients.backend("aten")
 def join_by_bits(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
     """See `functional.join_gradients`."""
-    sign = torch.where(lam == 1, -0.0, torch.ones_like(lam)).to(of_norm.dtype)
-    return torch.addcmul(_unless(lam == 0, of_norm), _unless(lam == 1, of_rep), sign)
+    both = torch.ones_like(lam)
+    weights = (torch.where(lam == end, -0.0, both).to(of_norm.dtype) for end in (0, 1))
+    return _weighted_sum(lam, of_norm, of_rep, *weights)
+
+
+def _weighted_sum(lam: Tensor, norm: Tensor, rep: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
+    return (_unless(lam == 0, norm) * of_norm).addcmul_(_unless(lam == 1, rep), of_rep)
 
 
 def _unless(silent: Tensor, t: Tensor) -> Tensor:

@@ -4,45 +4,36 @@ import torch
 from torch import Tensor
 
 from stabnorm.ops.aten import rows as rows_
-from stabnorm.ops.blended import BlendedSums, blended_gradient, blended_norm, blended_sums
-from stabnorm.ops.rows import affine_of_rows
+from stabnorm.ops.blended import (
+    BlendedSums,
+    LayerNormArgs,
+    TokenMoments,
+    blended_gradient,
+    blended_norm,
+    blended_sums,
+)
+from stabnorm.ops.rows import BatchMap, affine_of_rows
 
 
 @blended_norm.backend("aten", masks=False)
 def norm(
-    lam: Tensor,
-    rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    shift: Tensor | None,
+    lam: Tensor, rows: Tensor, own: LayerNormArgs, scale: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `functional.blended_norm`. LayerNorm with the weighted gain and with all constants as its bias, plus a x."""
     share = float(lam)
     if share == 1:
-        return own_norm(rows, weight, bias, eps)
+        return own_norm(rows, own)
     if share == 0:
         token = rows.new_empty(len(rows), dtype=torch.float32)
         return affine_of_rows(rows, scale, shift), token, token
-    gain = torch.ones_like(scale) if weight is None else weight.float()
-    constant = torch.zeros_like(scale) if shift is None else (1 - share) * shift
-    if bias is not None:
-        constant = constant.add(bias.float(), alpha=share)
-    y, *tokens = own_norm(rows, share * gain, constant, eps)
+    y, *tokens = own_norm(rows, weighted(own, share, shift, scale))
     _add_products_(y, [(rows, (1 - share) * scale)])
     return y, tokens[0], tokens[1]
 
 
 @blended_sums.backend("aten", masks=False)
 def sums(
-    lam: Tensor,
-    dy: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    valid: Tensor | None,
-    token_mean: Tensor,
-    token_rstd: Tensor,
+    lam: Tensor, dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None, tokens: TokenMoments
 ) -> BlendedSums:
     """Column sums of dy and of dy (rows - mean); at lam = 1 nobody asks for them.
 
@@ -60,48 +51,48 @@ def gradient(
     lam: Tensor,
     dy: Tensor,
     rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor,
-    mean: Tensor | None,
     valid: Tensor | None,
-    slope: Tensor,
-    offset: Tensor | None,
-    token_mean: Tensor,
-    token_rstd: Tensor,
+    own: LayerNormArgs,
+    of: BatchMap,
+    tokens: TokenMoments,
     sums: BlendedSums,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.blended.blended_gradient`."""
     share = float(lam)
     if share == 1:
-        return own_gradient(dy, rows, weight, bias, token_mean, token_rstd)
-    constant = torch.zeros_like(slope) if mean is None else slope * mean
-    if offset is not None:
-        constant = constant - offset
+        return own_gradient(dy, rows, own, tokens)
+    constant = rows_.constant_of(of)
     if share == 0:
-        nothing = torch.zeros_like(scale)
-        return rows_.gradient(dy, rows, scale, -slope, constant), nothing, nothing
-    gain = share * (torch.ones_like(scale) if weight is None else weight.float())
-    dx, of_weight, _ = own_gradient(dy, rows, gain, None, token_mean, token_rstd)
-    _add_products_(dx, [(dy, (1 - share) * scale), (rows, (share - 1) * slope)], (1 - share) * constant)
+        nothing = torch.zeros_like(of.scale)
+        return rows_.gradient(dy, rows, of.scale, -of.slope, constant), nothing, nothing
+    dx, of_weight, _ = own_gradient(dy, rows, weighted(own, share, None, of.scale), tokens)
+    _add_products_(dx, [(dy, (1 - share) * of.scale), (rows, (share - 1) * of.slope)], (1 - share) * constant)
     return dx, share * of_weight, share * sums.plain
 
 
-def own_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def weighted(own: LayerNormArgs, share: float, shift: Tensor | None, like: Tensor) -> LayerNormArgs:
+    """Return the arguments of ``share LayerNorm(x) + (1 - share) shift``, in float32."""
+    gain = torch.ones_like(like) if own.weight is None else own.weight.float()
+    constant = torch.zeros_like(like) if shift is None else (1 - share) * shift
+    if own.bias is not None:
+        constant = constant.add(own.bias.float(), alpha=share)
+    return LayerNormArgs(share * gain, constant, own.eps)
+
+
+def own_norm(rows: Tensor, own: LayerNormArgs) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm's own output, bit for bit, and its statistics of the tokens, ``[R]`` in float32."""
-    y, mean, rstd = torch.native_layer_norm(rows, [rows.shape[1]], weight, bias, eps)
+    y, mean, rstd = torch.native_layer_norm(rows, [rows.shape[1]], *own)
     return y, mean.flatten().float(), rstd.flatten().float()
 
 
-def own_gradient(
-    dy: Tensor, rows: Tensor, weight: Tensor | None, bias: Tensor | None, token_mean: Tensor, token_rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def own_gradient(dy: Tensor, rows: Tensor, own: LayerNormArgs, tokens: TokenMoments) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm's own gradients, bit for bit."""
+    weight, bias, _ = own
     kept_in = rows.dtype if weight is None else weight.dtype  # what its forward rounded the tokens' statistics to
     weight = torch.ones(rows.shape[1], dtype=kept_in) if weight is None else weight
     bias = torch.zeros_like(weight) if bias is None else bias  # its values do not matter
     dx, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
-        dy, rows, [rows.shape[1]], token_mean.to(kept_in)[:, None], token_rstd.to(kept_in)[:, None], weight, bias,
+        dy, rows, [rows.shape[1]], tokens.mean.to(kept_in)[:, None], tokens.rstd.to(kept_in)[:, None], weight, bias,
         [True, True, True],
     )  # fmt: skip
     return dx, of_weight, of_bias

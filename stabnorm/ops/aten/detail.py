@@ -25,26 +25,17 @@ from stabnorm.functional.detail import (
     smallest,
 )
 from stabnorm.ops.aten.moments import BLOCK_ELEMENTS, BLOCK_ROWS, scratch
-from stabnorm.ops.detail import add_detail_, outliers_of_rows
+from stabnorm.ops.detail import DetailRequest, add_detail_, outliers_of_rows
 
 
 @add_detail_.backend("aten", in_graphs=True)
-def add_detail_of_rows_(
-    rows: Tensor,
-    valid: Tensor | None,
-    into: DetailMoments,
-    batch: int,
-    eps: float,
-    tokens: bool,
-    values: bool,
-    sequences: bool,
-) -> None:
+def add_detail_of_rows_(rows: Tensor, valid: Tensor | None, into: DetailMoments, request: DetailRequest) -> None:
     """See `ops.detail.add_detail_`."""
     channels = rows.shape[1]
     alone = int(into.seen.numpy()) == 0  # the host's own memory: no operation, and no wait
     new = into if alone else DETAIL.one(channels, rows.device)
-    if sequences:
-        new.counts[SEQUENCES], new.counts[SQUARES], moments = sequence_moments(rows, batch, valid)
+    if request.sequences:
+        new.counts[SEQUENCES], new.counts[SQUARES], moments = sequence_moments(rows, request.batch, valid)
         new.sequences.copy_(moments)
     if valid is not None:  # on a CPU selecting reads nothing back
         rows = rows[valid]
@@ -53,12 +44,12 @@ def add_detail_of_rows_(
     for start in range(0, len(rows), step):
         block = rows[start : start + step].contiguous()
         work = scratch(block)
-        if values:  # sums of ones are exact: a block has fewer elements than float32 counts
+        if request.values:  # sums of ones are exact: a block has fewer elements than float32 counts
             finite = torch.mul(block, 0, out=work).eq_(0).sum()  # 0 times what is not finite is NaN
             new.counts[NONFINITE] += block.numel() - finite.long()
             new.counts[ZEROS] += torch.eq(block, 0, out=work).sum().long()
-        if tokens:
-            new.means.add_(_token_shape(block, work, eps), alpha=len(block) / len(rows))
+        if request.tokens:
+            new.means.add_(_token_shape(block, work, request.eps), alpha=len(block) / len(rows))
     if not alone:
         merge_detail_(into, new)
 

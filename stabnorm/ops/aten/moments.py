@@ -13,7 +13,8 @@ import threading
 import torch
 from torch import Tensor
 
-from stabnorm.functional import (
+from stabnorm.functional import RawMoments, merge_moments_, share_below
+from stabnorm.functional.moments import (
     COV_XN,
     EPS_SHARE,
     MAX,
@@ -32,12 +33,8 @@ from stabnorm.functional import (
     TOKEN_ROWS,
     VAR_N,
     VAR_X,
-    Kind,
-    RawMoments,
-    merge_moments_,
-    share_below,
 )
-from stabnorm.ops.moments import add_moments_
+from stabnorm.ops.moments import Request, add_moments_
 
 BLOCK_ELEMENTS = 1 << 20
 BLOCK_ROWS = 8192
@@ -45,35 +42,24 @@ _kept = threading.local()
 
 
 @add_moments_.backend("aten", in_graphs=True)
-def add_moments_of_rows_(
-    rows: Tensor,
-    valid: Tensor | None,
-    into: RawMoments,
-    kind: Kind,
-    eps: float,
-    by_groups: Tensor | None,
-    variances: Tensor | None,
-    tokens: bool,
-    normalized: bool,
-    fresh: bool,
-) -> None:
+def add_moments_of_rows_(rows: Tensor, valid: Tensor | None, into: RawMoments, request: Request) -> None:
     """See `ops.moments.add_moments_`."""
-    rows = rows.float()
+    rows, by_groups, variances = rows.float(), request.by_groups, request.variances
     if valid is not None:  # on a CPU selecting reads nothing back, and is cheaper than masking every pass
         rows = rows[valid]
         by_groups = None if by_groups is None else by_groups[valid]
     length, channels = rows.shape
     if length == 0:
         return
-    share = None if variances is None else share_below(variances.flatten(), 10 * eps, None)
+    share = None if variances is None else share_below(variances.flatten(), 10 * request.eps, None)
     step = min(BLOCK_ROWS, max(1, BLOCK_ELEMENTS // channels))
     for start in range(0, length, step):
         block = rows[start : start + step].contiguous()
         block_n = None if by_groups is None else by_groups[start : start + step].contiguous()
-        alone = fresh and length <= step
+        alone = request.fresh and length <= step
         new = into if alone else _scratch_moments(channels)
         new.seen.fill_(len(block))
-        _fill(new, block, block_n, kind, eps, share, tokens, normalized)
+        _fill(new, block, block_n, request, share)
         if not alone:
             merge_moments_(into, new)
 
@@ -92,26 +78,21 @@ def scratch(like: Tensor) -> Tensor:
     return flat[: like.numel()].view_as(like)
 
 
-def _fill(
-    out: RawMoments,
-    x: Tensor,
-    n: Tensor | None,
-    kind: Kind,
-    eps: float,
-    share: Tensor | None,
-    tokens: bool,
-    normalized: bool,
-) -> None:
-    """One block's moments into ``out``. Every pass counts here, and every op: between two layers' calls all is cold."""
+def _fill(out: RawMoments, x: Tensor, n: Tensor | None, request: Request, share: Tensor | None) -> None:
+    """Write one block's moments into ``out``.
+
+    Every pass and every operation costs time here, because the caches are cold between the calls of two layers.
+    """
+    normalized = request.normalized
     channel = out.channel.unbind()
     torch.amax(x, 0, out=channel[MAX])
     torch.amin(x, 0, out=channel[MIN])
     shift = torch.mean(x, 0, out=channel[SHIFT_X])  # of some rows it would be cheaper, and cost the sums a digit
     work = torch.sub(x, shift, out=scratch(x))
     _column_mean_var(work, out=(channel[REST_X], channel[VAR_X]))
-    by_token = normalized and kind in ("layer", "rms")
-    if tokens or by_token:
-        _fill_tokens(out, work, shift, kind, eps, share, by_token)
+    by_token = normalized and request.kind in ("layer", "rms")
+    if request.tokens or by_token:
+        _fill_tokens(out, work, shift, request, share, by_token)
     if by_token:
         n = work
     elif n is not None and normalized:
@@ -123,10 +104,11 @@ def _fill(
 
 
 def _fill_tokens(
-    out: RawMoments, work: Tensor, shift: Tensor, kind: Kind, eps: float, share: Tensor | None, by_token: bool
+    out: RawMoments, work: Tensor, shift: Tensor, request: Request, share: Tensor | None, by_token: bool
 ) -> None:
-    """Per-token statistics, from ``work = x - shift``; with ``by_token`` leaves the normalised input in ``work``."""
-    token, summary = out.token, work.new_empty(2, len(work))  # standard deviation and mean of every token
+    """Write the per-token statistics from ``work = x - shift``; with `by_token` leave the normalised input in work."""
+    kind, eps, token = request.kind, request.eps, out.token
+    summary = work.new_empty(2, len(work))  # standard deviation and mean of every token
     std, mean = summary
     # Means around a common origin: one of 1e4 in float32 would be off by as much as a token's channels differ.
     origin = shift.mean()

@@ -15,6 +15,7 @@ from torch import Tensor
 from stabnorm.functional import BatchMoments
 from stabnorm.ops.rows import (
     LOW_PRECISION,
+    BatchMap,
     absolute_of_rows,
     affine_of_rows,
     gradient_of_rows,
@@ -146,42 +147,32 @@ def sums(dy: Tensor, rows: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 @gradient_of_rows.backend("aten", masks=False)
-def input_gradient(
-    dy: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    valid: Tensor | None,
-    scale: Tensor,
-    slope: Tensor,
-    offset: Tensor | None,
-) -> Tensor:
+def input_gradient(dy: Tensor, rows: Tensor, valid: Tensor | None, of: BatchMap) -> Tensor:
     """See `functional.input_gradient`."""
-    shift = torch.zeros_like(slope) if mean is None else slope * mean
-    return gradient(dy, rows, scale, -slope, shift if offset is None else shift - offset)
+    return gradient(dy, rows, of.scale, -of.slope, constant_of(of))
 
 
 @gradient_of_signs.backend("aten", masks=False)
-def sign_gradient(
-    dy: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    valid: Tensor | None,
-    scale: Tensor,
-    slope: Tensor,
-    offset: Tensor | None,
-) -> Tensor:
+def sign_gradient(dy: Tensor, rows: Tensor, valid: Tensor | None, of: BatchMap) -> Tensor:
     """See `functional.input_gradient`."""
     dx, work, wide = torch.empty_like(rows), scratch(rows), scratch(rows)
-    shift = torch.zeros_like(slope) if offset is None else -offset
+    mean, slope = of.mean, of.slope
+    shift = torch.zeros_like(slope) if of.offset is None else -of.offset
     for upstream, block, out in blocks(dy, rows, dx):
         signs = (work[: len(block)].copy_(block) if mean is None else _deviations(block, mean, work)).sign_()
         torch.addcmul(shift, signs, slope, value=-1, out=signs)
         up = upstream if upstream.dtype == torch.float32 else wide[: len(block)].copy_(upstream)
         if out.dtype == torch.float32:
-            torch.addcmul(signs, up, scale, out=out)
+            torch.addcmul(signs, up, of.scale, out=out)
         else:
-            out.copy_(signs.addcmul_(up, scale))
+            out.copy_(signs.addcmul_(up, of.scale))
     return dx
+
+
+def constant_of(of: BatchMap) -> Tensor:
+    """What the gradient of a map adds to every row."""
+    constant = torch.zeros_like(of.slope) if of.mean is None else of.slope * of.mean
+    return constant if of.offset is None else constant - of.offset
 
 
 def gradient(dy: Tensor, rows: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> Tensor:

@@ -3,36 +3,26 @@
 import torch
 from torch import Tensor
 
-from stabnorm.functional import RAW, Kind, RawMoments, merge_moments_
+from stabnorm.functional import Kind, RawMoments, merge_moments_
+from stabnorm.functional.moments import RAW
 from stabnorm.ops.aten import moments as aten
 from stabnorm.ops.cpp.library import call, maybe_whole, shape_of
-from stabnorm.ops.moments import add_moments_
+from stabnorm.ops.moments import Request, add_moments_
 
 KINDS: dict[Kind, int] = {"batch": 0, "layer": 1, "rms": 2}  # those that the C++ knows
 
 
 @add_moments_.backend("cpp", in_graphs=True)
-def add_moments_of_rows_(
-    rows: Tensor,
-    valid: Tensor | None,
-    into: RawMoments,
-    kind: Kind,
-    eps: float,
-    by_groups: Tensor | None,
-    variances: Tensor | None,
-    tokens: bool,
-    normalized: bool,
-    fresh: bool,
-) -> None:
+def add_moments_of_rows_(rows: Tensor, valid: Tensor | None, into: RawMoments, request: Request) -> None:
     """See `ops.moments.add_moments_`."""
-    if kind not in KINDS:
-        aten.add_moments_of_rows_(rows, valid, into, kind, eps, by_groups, variances, tokens, normalized, fresh)
+    if request.kind not in KINDS:
+        aten.add_moments_of_rows_(rows, valid, into, request)
         return
     rows = rows.contiguous()
-    new = into if fresh else empty_moment(rows.shape[1])
+    new = into if request.fresh else empty_moment(rows.shape[1])
     seen = call(
-        "moments", rows, *shape_of(rows), maybe_whole(valid), KINDS[kind], tokens, normalized, eps,
-        torch.get_num_threads(), new.channel, new.channel.stride(0), new.token,
+        "moments", rows, *shape_of(rows), maybe_whole(valid), KINDS[request.kind], request.tokens, request.normalized,
+        request.eps, torch.get_num_threads(), new.channel, new.channel.stride(0), new.token,
     )  # fmt: skip
     take_in_(into, new, seen)
 

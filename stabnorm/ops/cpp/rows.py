@@ -6,7 +6,7 @@ from torch import Tensor
 from stabnorm.functional import BatchMoments
 from stabnorm.ops.cpp.library import call, empty_like, like, maybe_vector, maybe_whole, shape_of, vector
 from stabnorm.ops.registration import registered
-from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
+from stabnorm.ops.rows import BatchMap, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 
 
 @moments_of_rows.backend("cpp", in_graphs=True)
@@ -55,19 +55,11 @@ def cpp_sums(dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None
 
 @gradient_of_rows.backend("cpp", in_graphs=True)
 @registered(lambda dy, rows, *_: empty_like(rows))
-def cpp_gradient(
-    dy: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    valid: Tensor | None,
-    scale: Tensor,
-    slope: Tensor,
-    offset: Tensor | None,
-) -> Tensor:
+def cpp_gradient(dy: Tensor, rows: Tensor, valid: Tensor | None, of: BatchMap) -> Tensor:
     """See `functional.input_gradient`."""
     rows = rows.contiguous()
     dx, zero = empty_like(rows), rows.new_zeros(rows.shape[1], dtype=torch.float32)
-    vectors = [zero if t is None else vector(t) for t in (mean, scale, slope, offset)]
+    vectors = [zero if t is None else vector(t) for t in (of.mean, of.scale, of.slope, of.offset)]
     threads = torch.get_num_threads()
     call("gradient", like(rows, dy), rows, *shape_of(rows), maybe_whole(valid), *vectors, threads, dx)
     return dx

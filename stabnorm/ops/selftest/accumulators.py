@@ -3,7 +3,8 @@
 import torch
 
 from stabnorm import functional
-from stabnorm.functional import REST_X, SHIFT_X, VAR_N, VAR_X, RawMoments
+from stabnorm.functional import RawMoments
+from stabnorm.functional.moments import REST_X, SHIFT_X, VAR_N, VAR_X
 from stabnorm.ops.accumulators import merge_accumulators, merge_splits
 from stabnorm.ops.selftest import Case, Results
 

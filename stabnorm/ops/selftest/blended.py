@@ -4,7 +4,8 @@ import functools
 
 import torch
 
-from stabnorm.ops.blended import blended_gradient, blended_norm, blended_sums
+from stabnorm.ops.blended import LayerNormArgs, TokenMoments, blended_gradient, blended_norm, blended_sums
+from stabnorm.ops.rows import BatchMap
 from stabnorm.ops.selftest import Case, Results, kept
 
 
@@ -14,11 +15,11 @@ def forward_and_backward(case: Case, lam_: float) -> Results:
     scale = scale / 4
     lam, natural = torch.tensor(lam_, device=case.x.device), case.x.double().nan_to_num(0)
     backend = blended_norm.chosen(case.x, case.valid)
-    y, *tokens = blended_norm.on(backend)(lam, case.x, weight, bias, 1e-5, scale, shift)
-    sums = blended_sums.on(backend)(lam, case.dy, case.x, mean, case.valid, *tokens)
-    dx, of_weight, of_bias = blended_gradient.on(backend)(
-        lam, case.dy, case.x, weight, bias, scale, mean, case.valid, slope, shift, tokens[0], tokens[1], sums
-    )
+    own, of = LayerNormArgs(weight, bias, 1e-5), BatchMap(scale, slope, shift, mean)
+    y, *of_tokens = blended_norm.on(backend)(lam, case.x, own, scale, shift)
+    tokens = TokenMoments(*of_tokens)
+    sums = blended_sums.on(backend)(lam, case.dy, case.x, mean, case.valid, tokens)
+    dx, of_weight, of_bias = blended_gradient.on(backend)(lam, case.dy, case.x, case.valid, own, of, tokens, sums)
     y, dx = kept(case, y), kept(case, dx)
     dy, width = case.dy.double(), case.x.shape[1] ** 0.5
     # What ATen's LayerNorm, which runs in some backends, loses where a token's mean is far above its spread.

@@ -5,7 +5,20 @@ import functools
 import torch
 
 from stabnorm import functional
-from stabnorm.functional import COV_XN, MAX, MIN, RAW, REST_N, REST_X, SHIFT_N, SHIFT_X, VAR_N, VAR_X, Kind, RawMoments
+from stabnorm.functional import Kind, RawMoments
+from stabnorm.functional.moments import (
+    CHANNEL_ROWS,
+    COV_XN,
+    MAX,
+    MIN,
+    RAW,
+    REST_N,
+    REST_X,
+    SHIFT_N,
+    SHIFT_X,
+    VAR_N,
+    VAR_X,
+)
 from stabnorm.ops.moments import accumulate_moments_, add_moments_
 from stabnorm.ops.selftest import Case, Results, halves
 
@@ -27,6 +40,7 @@ def of_accumulator(case: Case, moments: RawMoments) -> Results:
     channel, token = moments.channel.double(), moments.token.double()
     largest = case.x.double().nan_to_num(0).abs().amax().clamp(min=1)
     spread = channel[VAR_X].amax().sqrt().clamp(min=1)
+    named = (SHIFT_X, REST_X, SHIFT_N, REST_N, VAR_X, COV_XN, VAR_N, MAX, MIN)
     return {
         "seen": (moments.seen.double(), 0.0, False),
         "mean of x": (channel[SHIFT_X] + channel[REST_X], spread, False),
@@ -35,6 +49,7 @@ def of_accumulator(case: Case, moments: RawMoments) -> Results:
         "covariance": (channel[COV_XN], spread, False),
         "variance of n": (channel[VAR_N], 1.0, False),
         "extremes": (channel[[MAX, MIN]], 0.0, False),
+        "others": (channel[[row for row in range(CHANNEL_ROWS) if row not in named]], 1.0, False),
         "tokens": (token, spread if largest < 1e3 else spread * 1e2, False),
     }
 

@@ -1,6 +1,7 @@
 """The comparisons of `stabnorm.ops.rows`."""
 
 from stabnorm.ops.rows import (
+    BatchMap,
     absolute_of_rows,
     affine_of_rows,
     gradient_of_rows,
@@ -70,8 +71,9 @@ def input_gradient(case: Case) -> Results:
     mean, scale, _, slope, offset, _ = case.vectors.unbind()
     results: Results = {}
     for name, m, o in (("centred", mean, offset), ("not centred", None, None)):
-        dx = kept(case, gradient_of_rows(case.dy, case.x, m, case.valid, scale, slope, o))
-        by_signs = kept(case, gradient_of_signs(case.dy, case.x, m, case.valid, scale, slope, o))
+        of = BatchMap(scale, slope, o, m)
+        dx = kept(case, gradient_of_rows(case.dy, case.x, case.valid, of))
+        by_signs = kept(case, gradient_of_signs(case.dy, case.x, case.valid, of))
         results[f"{name}, signs"] = (by_signs, (case.dy * scale).abs() + slope.abs() + offset.abs(), True)
         natural = (case.dy * scale).abs() + (case.x.nan_to_num(0) * slope).abs() + (mean * slope).abs() + offset.abs()
         results[name] = (dx, natural, True)

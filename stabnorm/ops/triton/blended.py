@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from stabnorm.ops.blended import BlendedSums, blended_gradient, blended_norm, blended_sums
+from stabnorm.ops.blended import BlendedSums, LayerNormArgs, TokenMoments, blended_gradient, blended_norm, blended_sums
+from stabnorm.ops.rows import BatchMap
 from stabnorm.ops.triton.rows import sums_op
 from stabnorm.ops.triton.shared import (
     as_bytes,
@@ -113,30 +114,18 @@ def _norm_op(
 # `same_bits` is False because lam is only known on the device: at lam = 1 torch's LayerNorm cannot be called instead.
 @blended_norm.backend("triton", in_graphs=True, same_bits=False)
 def norm(
-    lam: Tensor,
-    rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor,
-    shift: Tensor | None,
+    lam: Tensor, rows: Tensor, own: LayerNormArgs, scale: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `functional.blended_norm`."""
-    return _norm_op(lam, laid_out(rows), weight, bias, eps, scale.contiguous(), side_by_side(shift))
+    return _norm_op(lam, laid_out(rows), *own, scale.contiguous(), side_by_side(shift))
 
 
 @blended_sums.backend("triton", in_graphs=True, same_bits=False)
 def sums(
-    lam: Tensor,
-    dy: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    valid: Tensor | None,
-    token_mean: Tensor,
-    token_rstd: Tensor,
+    lam: Tensor, dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None, tokens: TokenMoments
 ) -> BlendedSums:
     """The four sums of `functional.upstream_sums`, plus the sum of dy n over all rows."""
-    sums = sums_op(laid_out(dy), laid_out(rows), side_by_side(mean), valid, token_mean, token_rstd).unbind()
+    sums = sums_op(laid_out(dy), laid_out(rows), side_by_side(mean), valid, *tokens).unbind()
     return BlendedSums(*(sums if valid is not None else (sums[0], sums[1], sums[0], sums[1], sums[2])))
 
 
@@ -146,11 +135,11 @@ def _gradient_op(
     dy: Tensor,
     rows: Tensor,
     weight: Tensor | None,
-    scale: Tensor,
-    mean: Tensor | None,
     valid: Tensor | None,
+    scale: Tensor,
     slope: Tensor,
     offset: Tensor | None,
+    mean: Tensor | None,
     token_mean: Tensor,
     token_rstd: Tensor,
 ) -> Tensor:
@@ -171,19 +160,13 @@ def gradient(
     lam: Tensor,
     dy: Tensor,
     rows: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor,
-    mean: Tensor | None,
     valid: Tensor | None,
-    slope: Tensor,
-    offset: Tensor | None,
-    token_mean: Tensor,
-    token_rstd: Tensor,
+    own: LayerNormArgs,
+    of: BatchMap,
+    tokens: TokenMoments,
     sums: BlendedSums,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.blended.blended_gradient`."""
-    vectors = scale.contiguous(), side_by_side(mean), valid, slope.contiguous(), side_by_side(offset)
-    dx = _gradient_op(lam, laid_out(dy), laid_out(rows), weight, *vectors, token_mean, token_rstd)
+    dx = _gradient_op(lam, laid_out(dy), laid_out(rows), own.weight, valid, *map(side_by_side, of), *tokens)
     of_weight, of_bias = (torch.where(lam == 0, 0, lam * sum_) for sum_ in (sums.through, sums.plain))
     return dx, of_weight, of_bias

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from stabnorm.functional import BatchMoments
-from stabnorm.ops.rows import affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
+from stabnorm.ops.rows import BatchMap, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 from stabnorm.ops.triton.shared import (
     Columns,
     as_bytes,
@@ -293,11 +293,11 @@ def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 def _gradient_op(
     dy: Tensor,
     rows: Tensor,
-    mean: Tensor | None,
     valid: Tensor | None,
     scale: Tensor,
     slope: Tensor,
     offset: Tensor | None,
+    mean: Tensor | None,
 ) -> Tensor:
     length, channels = rows.shape
     dx = torch.empty((length, channels), dtype=rows.dtype, device=rows.device)
@@ -312,15 +312,6 @@ def _gradient_op(
 
 
 @gradient_of_rows.backend("triton", in_graphs=True)
-def gradient(
-    dy: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    valid: Tensor | None,
-    scale: Tensor,
-    slope: Tensor,
-    offset: Tensor | None,
-) -> Tensor:
+def gradient(dy: Tensor, rows: Tensor, valid: Tensor | None, of: BatchMap) -> Tensor:
     """See `functional.input_gradient`."""
-    vectors = scale.contiguous(), slope.contiguous(), side_by_side(offset)
-    return _gradient_op(laid_out(dy), laid_out(rows), side_by_side(mean), valid, *vectors)
+    return _gradient_op(laid_out(dy), laid_out(rows), valid, *map(side_by_side, of))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stabnorm._models.masks import MaskOfBatch, masks_of, valid_tokens
+from stabnorm._models.masks import MaskOfBatch, check_mask, masks_of, valid_tokens
 
 __all__ = ["BatchMask", "MaskOfBatch"]
 
@@ -15,6 +15,7 @@ class BatchMask:
     """
 
     def __init__(self, mask: MaskOfBatch) -> None:
+        check_mask(mask)
         self.mask = mask
         self._open: valid_tokens | None = None
 

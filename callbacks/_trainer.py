@@ -1,13 +1,32 @@
 """Access to attributes of a Trainer that have no public name in Lightning 2.2 to 2.6; and how callbacks are pickled."""
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from stabnorm._checks import shown
 from stabnorm.callbacks._lightning import Callback
+from stabnorm.callbacks._loss_scale import scale_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
+
+
+def described(callback: Callback, **arguments: Any) -> str:
+    """Return the call that builds a callback, with the arguments that are not at their default.
+
+    Args:
+        callback: the callback; its attributes are arguments by name.
+        **arguments: those that it keeps under another name.
+    """
+    values = vars(callback) | arguments
+    arguments = {
+        name: values[name]
+        for name, parameter in inspect.signature(type(callback)).parameters.items()
+        if name in values and repr(values[name]) != repr(parameter.default)
+    }
+    return f"{type(callback).__name__}({', '.join(f'{name}={shown(value)}' for name, value in arguments.items())})"
 
 
 def logged_steps(trainer: "Trainer") -> int:
@@ -20,15 +39,8 @@ def logged_steps(trainer: "Trainer") -> int:
 
 
 def loss_scale(trainer: "Trainer") -> Tensor | float | None:
-    """Return the factor by which the loss is scaled; None without a loss scaler.
-
-    It is the scaler's own tensor if it has one, because `get_scale()` would wait for the device.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        return None
-    scale = getattr(scaler, "_scale", None)
-    return scale if isinstance(scale, Tensor) else float(scaler.get_scale())
+    """Return the factor by which the loss is scaled; None without a loss scaler."""
+    return scale_of(getattr(trainer.precision_plugin, "scaler", None))
 
 
 def synchronises_norms(trainer: "Trainer") -> bool:

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from stabnorm._checks import check_instance, check_names, nearest
 from stabnorm._models.batches import arguments_of
 from stabnorm._models.copies import copied
 from stabnorm._models.examples import Example, first_rows, read_examples
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._outputs import log_text, output_directory
-from stabnorm.callbacks._trainer import state_to_pickle
+from stabnorm.callbacks._trainer import described, state_to_pickle
 from stabnorm.errors import StabNormError
 from stabnorm.fold import FoldResult, fold_norms
+from stabnorm.fold.fold import check_options as check_fold_options
 from stabnorm.norms import find_norms
 from stabnorm.norms.affine import affine_in_eval
 
@@ -73,7 +75,7 @@ class FoldCallback(Callback):
     >>> FoldCallback(options={"stricht": True})
     Traceback (most recent call last):
     ...
-    TypeError: fold_norms has no option 'stricht'. It takes check, outputs, residual, strict, tied
+    TypeError: fold_norms has no option 'stricht'. It takes check, outputs, residual, strict, tied; did you mean...
     """
 
     def __init__(
@@ -84,9 +86,10 @@ class FoldCallback(Callback):
     ) -> None:
         super().__init__()
         known = sorted(set(inspect.signature(fold_norms).parameters) - {"model", "example", "inplace"})
-        for name in options or {}:
-            if name not in known:
-                raise TypeError(f"fold_norms has no option {name!r}. It takes {', '.join(known)}")
+        check_instance("module", module, str, "the name of a part, or leave it out")
+        if options is not None:
+            check_names("fold_norms", options, known)
+            check_fold_options(**options)
         self.module, self.options = module, dict(options or {})
         self._of_batch: Callable[[Any], Any] = example if callable(example) else arguments_of
         self._given = None if example is None or callable(example) else read_examples("example", example)
@@ -94,6 +97,10 @@ class FoldCallback(Callback):
         self._fitting = False
         self.result: FoldResult | None = None
         self.directory: Path | None = None
+
+    def __repr__(self) -> str:
+        example = None if self._of_batch is arguments_of else self._of_batch
+        return described(self, example=example if self._given is None else self._given, options=self.options or None)
 
     # -- before the training: say what cannot work ---------------------------------------------------------------------
 
@@ -134,7 +141,8 @@ class FoldCallback(Callback):
             return pl_module.get_submodule(self.module)
         except AttributeError as error:
             parts = ", ".join(name for name, _ in pl_module.named_children())
-            raise ValueError(f"{type(pl_module).__name__} has no part {self.module!r}. It has {parts}") from error
+            hint = nearest(self.module, (name for name, _ in pl_module.named_modules()))
+            raise ValueError(f"{type(pl_module).__name__} has no part {self.module!r}. It has {parts}{hint}") from error
 
     def _take(self, trainer: "Trainer", pl_module: "LightningModule", batch: Any) -> None:
         if not self._fitting or self._examples is not None or not trainer.is_global_zero:

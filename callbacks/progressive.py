@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from stabnorm._checks import check_count, check_state
+from stabnorm._models.names import NameFilter
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask, MaskOfBatch
 from stabnorm.callbacks._outputs import HeadlineScalars, log_text, output_directory, record_writers
@@ -22,14 +24,14 @@ from stabnorm.callbacks._run_facts import (
     warn_of_early_judges,
 )
 from stabnorm.callbacks._switch_record import SwitchRecord
-from stabnorm.callbacks._trainer import logged_steps, loss_scale, state_to_pickle, synchronises_norms
+from stabnorm.callbacks._trainer import described, logged_steps, loss_scale, state_to_pickle, synchronises_norms
 from stabnorm.callbacks.stability import StabilityCallback
-from stabnorm.convert import ConversionReport, Target, check_target, convert_norms
+from stabnorm.convert import ConversionReport, Target, check_norm_options, check_target, convert_norms
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.record import RecordWriter
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam
 from stabnorm.switch.progressive import ProgressiveSwitch
-from stabnorm.switch.schedules import Order, check_order, check_schedule, check_span, make_schedule, schedule_end
+from stabnorm.switch.schedules import Order, check_plan, check_span, make_schedule, schedule_end
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -74,6 +76,7 @@ class ProgressiveNormCallback(Callback):
         norm_options: further arguments of `convert_norms`. Default: none.
 
     Raises:
+        TypeError: an argument has another type, or `norm_options` has an option that there is not.
         ValueError: an argument is out of range; or, at the start of `fit`, the schedule is longer than the training, or
             the length of the training is not known.
         StabNormError: at the start of `fit`: there is no norm to convert, a converted parameter is in no optimizer, a
@@ -86,7 +89,7 @@ class ProgressiveNormCallback(Callback):
     >>> ProgressiveNormCallback(fraction=1.5)
     Traceback (most recent call last):
     ...
-    ValueError: fraction=1.5 is no share of the training. Give a number above 0, and 1 at most: 0.8 leaves the last...
+    ValueError: fraction=1.5 is out of range. Give a number above 0, and 1 at most: 0.8 leaves the last fifth to the...
     """
 
     def __init__(
@@ -103,14 +106,17 @@ class ProgressiveNormCallback(Callback):
         norm_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_schedule(schedule)
-        check_order(order)
+        check_plan(schedule, order)
         check_span(start, fraction)
         check_target(to)
-        if to != "prepbn" and schedule != "adaptive":
-            raise ValueError(f"schedule={schedule!r} moves lam, and to={to!r} has none. Leave the schedule out")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps={total_steps} is no training. Give a number of optimizer steps, or leave it")
+        if to != "prepbn" and (schedule, start, fraction, order) != ("adaptive", 0, 0.8, "together"):
+            given = f"schedule={schedule!r}, start={start}, fraction={fraction}, order={order!r}"
+            raise ValueError(f"{given} say how lam moves, and to={to!r} has none. Leave them out")
+        if total_steps is not None:
+            check_count("total_steps", total_steps, hint=": optimizer steps")
+        NameFilter(include, exclude)  # complain now
+        if norm_options is not None:
+            check_norm_options(to, norm_options)
         self.to, self.schedule, self.start, self.fraction, self.order = to, schedule, start, fraction, order
         self.include, self.exclude, self.total_steps = include, exclude, total_steps
         self.norm_options = norm_options or {}
@@ -122,6 +128,9 @@ class ProgressiveNormCallback(Callback):
         self._total = 0
         self._saved: dict[str, Any] | None = None
         self._loaded = self._counted = False
+
+    def __repr__(self) -> str:
+        return described(self, mask=self._batch_mask.mask, norm_options=self.norm_options or None)
 
     # -- before the training: convert, and say what cannot work --------------------------------------------------------
 
@@ -315,6 +324,7 @@ class ProgressiveNormCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what was saved until the training starts."""
+        check_state(state_dict, "ProgressiveNormCallback", ["layers", "gate", "total_steps"] if state_dict else [])
         self._saved, self._loaded, self.switch = state_dict or None, bool(state_dict), None
 
     def __getstate__(self) -> dict[str, Any]:

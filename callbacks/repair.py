@@ -6,6 +6,7 @@ from typing import Any, cast
 from pytorch_lightning import LightningModule
 from torch import Tensor
 
+from stabnorm._checks import check_instance, wrong_type
 from stabnorm._models.devices import device_of
 from stabnorm.pretrained.repair import Repair
 
@@ -39,6 +40,9 @@ def repair_module(repair: Repair, base: type[Any] = LightningModule) -> Lightnin
         >>> module.repair.steps_done
         4
     """
+    check_instance("repair", repair, Repair, "a Repair")
+    if not (isinstance(base, type) and hasattr(base, "configure_gradient_clipping")):
+        raise wrong_type("base", base, "the LightningModule class of the Trainer's package")
     return cast(LightningModule, _over(base)(repair))  # type: ignore[arg-type]
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stabnorm._checks import check_state
+from stabnorm._models.names import NameFilter
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask
 from stabnorm.callbacks._outputs import (
@@ -19,13 +21,13 @@ from stabnorm.callbacks._outputs import (
     output_directory,
     record_writers,
 )
-from stabnorm.callbacks._trainer import logged_steps, loss_scale, state_to_pickle
+from stabnorm.callbacks._trainer import described, logged_steps, loss_scale, state_to_pickle
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.table import format_table, layers_worth_a_look, markdown_table
 from stabnorm.monitor.detect import MakeDetector
-from stabnorm.monitor.monitor import StabilityMonitor
+from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.statistics import Statistic, resolve
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class StabilityCallback(Callback):
             `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: an unknown preset, statistic or companion, a flush interval below 1; at the start of `fit`: no norm
             to watch, or nothing for a companion; at the first forward: a mask that does not fit a layer.
 
@@ -100,8 +103,8 @@ class StabilityCallback(Callback):
         resolve(preset)
         self.companions = resolve_companions(companions)
         self.fused, self.detector = fused, detector
-        if flush_every < 1:
-            raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
+        check_options(flush_every=flush_every, gradients=gradients, fused=fused, detector=detector)
+        NameFilter(include, exclude)  # complain now
         self.preset, self.flush_every, self.gradients, self.mask = preset, flush_every, gradients, mask
         self.include, self.exclude = include, exclude
         self.monitor: StabilityMonitor | None = None
@@ -116,6 +119,9 @@ class StabilityCallback(Callback):
         """Return the Trainer's `StabilityCallback`, if it has one; our other callbacks share its monitor."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set in the Trainer's constructor
         return next((callback for callback in callbacks if isinstance(callback, StabilityCallback)), None)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     # -- start and end of a fit ----------------------------------------------------------------------------------------
 
@@ -276,6 +282,7 @@ class StabilityCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the layers exist."""
+        check_state(state_dict, "StabilityCallback", ["monitor"] if state_dict else [])
         self._saved, self._loaded = state_dict.get("monitor"), True
 
     def __getstate__(self) -> dict[str, Any]:

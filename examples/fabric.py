@@ -1,7 +1,7 @@
 """Lightning Fabric, watched: `python -m examples.fabric`, or with `--devices 2` in two processes.
 
-Fabric wraps model, optimizer and data; the loop stays yours. The monitor takes the model itself and is stepped after
-the optimizer. On every rank: what they see is merged, and only the first writes.
+Fabric wraps model, optimizer and data; the loop stays yours. Every process has a monitor, which is stepped after the
+optimizer. What they measure is merged, and the first process writes it.
 """
 
 import argparse
@@ -14,11 +14,10 @@ from lightning.fabric import Fabric
 from torch.nn import functional as F
 
 from examples.digits import DigitsViT, augment, digits_loaders
-from stabnorm import StabilityMonitor
-from stabnorm.monitor.record import FileRecord
+from stabnorm.callbacks.fabric import FabricMonitor
 
 
-def main(arguments: Sequence[str] | None = None) -> StabilityMonitor:
+def main(arguments: Sequence[str] | None = None) -> FabricMonitor:
     """Train, and say what was seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/fabric"), help="where the record goes")
@@ -32,10 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> StabilityMonitor:
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     model, optimizer = fabric.setup(net, optimizer)
     loader = fabric.setup_dataloaders(digits_loaders(batch_size=64 // options.devices)[0])
-    monitor = StabilityMonitor(net, flush_every=10)
-    if fabric.is_global_zero:
-        monitor.records.append(FileRecord(options.root))
-    with monitor:
+    with FabricMonitor(fabric, model, directory=options.root, flush_every=10) as monitor:
         for _ in range(options.epochs):
             for images, digits in loader:
                 loss = F.cross_entropy(model(augment(images)), digits)
@@ -43,8 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> StabilityMonitor:
                 fabric.backward(loss)
                 optimizer.step()
                 monitor.step(loss=loss)
-    for record in monitor.records:
-        record.close()
     fabric.print(f"{monitor.steps_done} steps, {len(monitor.alerts)} alerts; the record is in {options.root}")
     return monitor
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import stabnorm
 from stabnorm.errors import StabNormError
 
 
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     1
     """
     parser = argparse.ArgumentParser(prog="stabnorm", description="See, switch and ship normalization layers.")
+    parser.add_argument("--version", action="version", version=f"stabnorm {stabnorm.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_plan(commands)
     _add_view(commands)

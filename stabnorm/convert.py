@@ -4,13 +4,14 @@ The whole conversion is planned first, and everything that can fail fails in the
 the model is converted as the report says or, after an error, unchanged.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
+from stabnorm._checks import check_choice, check_has_numbers, check_loader, check_model, check_names
+from stabnorm._models.names import compiled
 from stabnorm._models.tables import aligned
 from stabnorm._models.tree import Tree
 from stabnorm._models.wrappers import is_scripted, parallel_wrapper
@@ -129,7 +130,7 @@ def convert_norms(
     Raises:
         ValueError: `to` is unknown, `include` or `exclude` is invalid or matches no norm, an option is out of range, or
             only one of ``init="fit"`` and `loader` is given, or they are given for another `to` than "prepbn".
-        TypeError: the target has no such option.
+        TypeError: the target has no such option, or an argument has another type.
         StabNormError: there is no norm to convert, or the model is wrapped in DDP or FSDP already; or the loader is
             empty, or the model does not run on its batches.
 
@@ -154,6 +155,9 @@ def convert_norms(
     if fit:
         norm_options["init"] = "norm"
     check_conversion(model, to, norm_options)
+    if loader is not None:
+        check_loader("loader", loader)
+        check_has_numbers(model, "to fit to")
     every = NormSearch(model)
     search = every if include is None and exclude is None else NormSearch(model, include, exclude)
     check_patterns(model, every, include=include, exclude=exclude)
@@ -231,14 +235,12 @@ def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> N
 
     Raises:
         ValueError: `to` is unknown.
-        TypeError: the target has no such option.
+        TypeError: `model` is no module, or the target has no such option.
         StabNormError: the model is wrapped in DDP or FSDP already.
     """
+    check_model("model", model)
     check_target(to)
-    known = TARGETS[to].conversion_options()
-    for name in options:
-        if name not in known:
-            raise TypeError(f"to={to!r} has no option {name!r}. It takes {', '.join(sorted(known))}")
+    check_names(f"to={to!r}", options, TARGETS[to].conversion_options())
     for name, module in model.named_modules():
         wrapper = parallel_wrapper(module)
         if wrapper:
@@ -248,19 +250,31 @@ def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> N
             )
 
 
+def check_norm_options(to: Target, options: dict[str, Any]) -> None:
+    """Check the further arguments of `convert_norms` before there is a model.
+
+    Raises:
+        TypeError: the target has no such option, or one has another type.
+        ValueError: one is out of range.
+    """
+    check_names("norm_options", options, {*TARGETS[to].conversion_options(), "loader"})
+    values = {name: value for name, value in options.items() if name != "loader"}
+    if _asks_for_fit(to, options.get("loader"), values):
+        values["init"] = "norm"
+    TARGETS[to].check_options(**values)
+
+
 def check_target(to: Target) -> None:
     """Raise ValueError unless `to` is what a norm can be converted to."""
-    if to not in TARGETS:
-        raise ValueError(f"to={to!r} is unknown. Choose one of {', '.join(map(repr, sorted(TARGETS)))}")
+    check_choice("to", to, sorted(TARGETS))
 
 
 def check_patterns(model: nn.Module, every: NormSearch, **filters: str | Sequence[str] | None) -> None:
     """Raise ValueError for a pattern that matches no norm, because it is a slip."""
     norms = [name for name, _ in every.unknown + every.lazy] + [layer.name for layer in every.found]
     for argument, patterns in filters.items():
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-            if norms and not any(re.search(pattern, name) for name in norms):
+        for pattern in [] if patterns is None else compiled(argument, patterns):
+            if norms and not any(map(pattern.search, norms)):
                 some = ", ".join(map(repr, norms[:8])) + (", ..." if norms[8:] else "")
-                raise ValueError(
-                    f"{argument}={pattern!r} matches none of the {len(norms)} norms of {type(model).__name__}: {some}"
-                )
+                slip = f"{argument}={pattern.pattern!r}"
+                raise ValueError(f"{slip} matches none of the {len(norms)} norms of {type(model).__name__}: {some}")

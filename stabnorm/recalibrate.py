@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stabnorm._checks import check_count, check_function, check_has_numbers, check_loader, check_model
 from stabnorm._models.batches import Forward, moved, run_batch
 from stabnorm._models.calls import input_name, mask_of, tensor_input_of
 from stabnorm._models.devices import device_of
@@ -85,6 +86,7 @@ def recalibrate_norms(
         What was measured, and whether it stays.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: `n_batches` is below 1, or the model has no norm with running statistics.
         StabNormError: the loader is empty, or no such norm ran.
 
@@ -94,8 +96,14 @@ def recalibrate_norms(
     >>> report.norms, report.batches, report.kept
     (('1',), 20, True)
     """
-    if n_batches < 1:
-        raise ValueError(f"n_batches={n_batches} measures nothing. Use 1 or more; 50 are plenty")
+    check_model("model", model)
+    check_loader("loader", loader)
+    check_count("n_batches", n_batches, hint=": 50 are plenty")
+    if metric is not None:
+        check_function("metric", metric, "the model")
+    if forward is not None:
+        check_function("forward", forward, "(model, batch)")
+    check_has_numbers(model, "to recalibrate")
     targets, left = _running_norms(model)
     if not targets:
         raise ValueError(

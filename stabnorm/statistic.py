@@ -3,12 +3,13 @@
 The rows are norms in the monitor, and heads, matrices or other things in its companions.
 """
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+from stabnorm._checks import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,12 +151,6 @@ def by_name(asked: Any, known: Mapping[str, Item], kind: type[Any], word: str) -
     if asked not in known:
         raise ValueError(f"unknown {word} {asked!r}{nearest(asked, known)}; known: {', '.join(known)}")
     return known[asked]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name, which suggests the nearest known name if there is one."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

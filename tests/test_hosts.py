@@ -1,4 +1,4 @@
-"""The monitor in other hosts, as the examples show it: a plain loop, Lightning Fabric, Hugging Face's Trainer."""
+"""The monitor in other hosts: a plain loop, Lightning Fabric, Hugging Face's Trainer."""
 
 import types
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from examples import fabric, plain_loop
-from examples.hugging_face import StabilityTrainerCallback
+from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
 from stabnorm.monitor.record import read_record
 
 pytestmark = pytest.mark.slow

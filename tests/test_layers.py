@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up: a room may import those before it, and no other.
 ROOMS = (
-    "errors", "_lazy", "functional", "statistic", "_models", "norms", "ops", "nn", "companions", "monitor",
+    "errors", "_checks", "_lazy", "functional", "statistic", "_models", "norms", "ops", "nn", "companions", "monitor",
     "recalibrate", "_surgery", "fit", "convert", "switch", "progressive", "fold", "pretrained",
-    "dashboard", "cli", "callbacks",
+    "dashboard", "cli", "__main__", "callbacks",
 )  # fmt: skip
 
 FILES = {

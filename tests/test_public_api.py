@@ -44,7 +44,8 @@ def test_a_package_offers_what_its_type_checkers_see(package: str) -> None:
     assert module.__file__ is not None
     source = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(source) if isinstance(node, ast.ImportFrom)]
-    seen = {alias.asname: node.module for node in imports for alias in node.names if alias.asname is not None}
+    own = [node for node in imports if node.module != "stabnorm"]  # the others are the parts of the package itself
+    seen = {alias.asname: node.module for node in own for alias in node.names if alias.asname is not None}
     assert sorted(seen) == module.__all__
     for name, home in seen.items():
         assert getattr(module, name) is getattr(importlib.import_module(str(home)), name)
@@ -67,6 +68,30 @@ def test_every_promised_name_is_there_and_documented(name: str) -> None:
     thing = getattr(stabnorm, name)
     assert thing.__doc__
     assert name in dir(stabnorm)
+
+
+@pytest.mark.parametrize("part", [*ROOMS, "functional", "nn"])
+def test_a_part_of_the_package_is_an_attribute_of_it(part: str) -> None:
+    assert getattr(stabnorm, part) is importlib.import_module(f"stabnorm.{part}")
+    assert loaded_by("import stabnorm; dir(stabnorm); stabnorm.monitor; stabnorm.callbacks") == set()
+    code = f"import stabnorm; print(stabnorm.{part}.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == f"stabnorm.{part}\n"
+
+
+@pytest.mark.parametrize("package", [*LAZY, "stabnorm.nn"])
+def test_dir_lists_what_a_package_offers_and_nothing_else(package: str) -> None:
+    module = importlib.import_module(package)
+    public = {name for name in dir(module) if not name.startswith("__")}
+    parts = {*ROOMS, "functional", "nn"} if package == "stabnorm" else set()
+    assert public == {*module.__all__} | parts
+
+
+def test_what_is_used_most_is_at_hand() -> None:
+    from stabnorm import FileRecord, ProgressiveSwitch, Recipe, Statistic, read_record
+    from stabnorm.monitor import FileRecord as there
+
+    assert FileRecord is there
+    assert {ProgressiveSwitch, Recipe, Statistic, read_record} <= {getattr(stabnorm, name) for name in stabnorm.__all__}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

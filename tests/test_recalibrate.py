@@ -321,7 +321,7 @@ def test_what_is_left_alone_is_named() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="n_batches=0 measures nothing"):
+    with pytest.raises(ValueError, match="n_batches=0 is out of range"):
         recalibrate_norms(chain(), batches(), 0)
     with pytest.raises(ValueError, match="Sequential has no norm with running statistics"):
         recalibrate_norms(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), batches(), 1)

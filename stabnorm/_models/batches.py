@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabnorm._checks import wrong_item
 from stabnorm.errors import StabNormError
 
 Forward = Callable[[nn.Module, Any], Any]  # how a model is run on a batch
@@ -37,7 +38,13 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Run the model on a batch; the format is described in the module's docstring."""
+    """Run the model on a batch; the format is described in the module's docstring.
+
+    Raises:
+        TypeError: the batch is a number, or None.
+    """
+    if batch is None or isinstance(batch, int | float):
+        raise wrong_item("loader", batch, "tensors, tuples (inputs, targets), or dicts of arguments")
     args, kwargs = arguments_of(batch)
     return model(*args, **kwargs)
 

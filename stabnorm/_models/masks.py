@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabnorm._checks import is_whole, nearest, wrong_type
+
 MaskOfBatch = Callable[[Any], Tensor | Sequence[Tensor]] | int | str | None
 
 _masks: list[Tensor] = []  # a plain list, which Dynamo can follow, as it cannot follow a context variable
@@ -26,6 +28,7 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
 
     Raises:
         TypeError: a mask is not a bool tensor.
+        ValueError: a mask is a single value.
         ValueError: in a layer's forward, when its tokens have a mask's axes and batch but not its length, or are
             transposed.
 
@@ -39,6 +42,8 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"a mask of valid tokens is a bool tensor, True = valid; got {given}. Use mask.bool()")
+            if not mask.ndim:
+                raise ValueError(f"a mask has one entry for each token, got the single value {bool(mask)}")
         # Hugging Face's [batch, 1, 1, length] masks say the same as [batch, length].
         self._pushed = [mask.reshape([mask.shape[0], *(n for n in mask.shape[1:] if n != 1)]) for mask in masks]
         self.asked = self.taken = False
@@ -111,6 +116,16 @@ def _fit(mask: Tensor, tokens: torch.Size) -> Tensor | None:
     return None
 
 
+def check_mask(mask: Any) -> None:
+    """Check an argument ``mask=``.
+
+    Raises:
+        TypeError: it is neither a key, an index nor a function.
+    """
+    if mask is not None and not isinstance(mask, str) and not is_whole(mask) and not callable(mask):
+        raise wrong_type("mask", mask, "a key of the batch, an index, or a function of the batch")
+
+
 def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
     """Give a batch's masks as the argument ``mask=`` names them.
 
@@ -129,10 +144,11 @@ def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
         try:
             masks = batch[mask]
         except (KeyError, IndexError, TypeError) as error:
+            hint = nearest(mask, filter(_is_name, batch)) if isinstance(batch, Mapping) else ""
             has = f"keys {list(batch)}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
             raise ValueError(
-                f"mask={mask!r} is no key of the batch, which has {has}; name the entry that says which tokens are "
-                "valid, or give a function of the batch"
+                f"mask={mask!r} is no key of the batch, which has {has}{hint}; name the entry that says which tokens "
+                "are valid, or give a function of the batch"
             ) from error
     if masks is None:
         raise ValueError("the mask function returned None; it returns a bool tensor, True = valid token")
@@ -140,3 +156,7 @@ def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
         return masks
     # A key names what the tokenizer made, often 0 and 1. A function's answer is used as it is.
     return (masks if callable(mask) else masks.bool(),)
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str)

@@ -1,7 +1,9 @@
 """Which modules a user means: regular expressions that are searched for in names."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from stabnorm._checks import wrong_type
 
 Patterns = str | Sequence[str] | None
 
@@ -14,6 +16,7 @@ class NameFilter:
         exclude: the same for names to leave out; it wins over `include`. None: no name.
 
     Raises:
+        TypeError: a pattern is no string.
         ValueError: a pattern is no regular expression.
 
     >>> wanted = NameFilter(include="norm", exclude=[r"^head"])
@@ -22,17 +25,28 @@ class NameFilter:
     """
 
     def __init__(self, include: Patterns = None, exclude: Patterns = None) -> None:
-        self._include = None if include is None else _compiled("include", include)
-        self._exclude = [] if exclude is None else _compiled("exclude", exclude)
+        self._include = None if include is None else compiled("include", include)
+        self._exclude = [] if exclude is None else compiled("exclude", exclude)
 
     def __call__(self, name: str) -> bool:
         included = self._include is None or any(pattern.search(name) for pattern in self._include)
         return included and not any(pattern.search(name) for pattern in self._exclude)
 
 
-def _compiled(argument: str, given: str | Sequence[str]) -> list[re.Pattern[str]]:
+def compiled(argument: str, given: str | Sequence[str]) -> list[re.Pattern[str]]:
+    """Compile what was given for an argument, one regular expression or several.
+
+    Raises:
+        TypeError: one is no string.
+        ValueError: one is no regular expression.
+    """
+    wanted = "a regular expression as a string, or a list of them"
+    if not isinstance(given, Collection) or isinstance(given, bytes):
+        raise wrong_type(argument, given, wanted)
     patterns = []
     for pattern in [given] if isinstance(given, str) else given:
+        if not isinstance(pattern, str):
+            raise wrong_type(argument, given, wanted)
         try:
             patterns.append(re.compile(pattern))
         except re.error as error:

@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_count, check_model
 from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
+from stabnorm._models.names import NameFilter
 from stabnorm._models.wrappers import plain_name, unwrapped
 from stabnorm.companions import _attention_calls as calls
 from stabnorm.companions._attention_sums import (
@@ -99,13 +101,14 @@ class AttentionCompanion(Companion):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        NameFilter(self.include, self.exclude)  # complain now
         for name in ("queries", "heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is a number of {name}, got {value}; use 1 or more, or None")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), hint=", or None")
 
     def watch(self, model: nn.Module) -> "AttentionWatch":
         """Find the attention modules."""
+        check_model("model", model)
         model = unwrapped(model)
         attentions = [(plain_name(name), module) for name, module in _attentions(model)]
         wanted = selected([name for name, _ in attentions], self.include, self.exclude)

@@ -8,6 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_model
+from stabnorm._models.names import NameFilter
 from stabnorm._models.wrappers import plain_name
 from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
 from stabnorm.companions.companion import Companion, Watch, selected, wide
@@ -83,8 +85,12 @@ class EmbeddingCompanion(Companion):
         ),
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        NameFilter(self.include, self.exclude)  # complain now
+
     def watch(self, model: nn.Module) -> "EmbeddingWatch":
         """Find the embeddings."""
+        check_model("model", model)
         of_tokens = {
             id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         }

@@ -1,7 +1,8 @@
 """The companions by name, and a table of what they measure."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from stabnorm._checks import wrong_type
 from stabnorm.companions.attention import AttentionCompanion
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.embedding import EmbeddingCompanion
@@ -29,6 +30,8 @@ def resolve_companions(companions: Sequence[str | Companion]) -> tuple[Companion
     """
     if isinstance(companions, str):
         companions = [companions]
+    if not isinstance(companions, Collection):
+        raise wrong_type("companions", companions, "a list of names, or of objects of stabnorm.companions")
     known = {name: kind() for name, kind in known_companions().items()}
     chosen = tuple(by_name(asked, known, Companion, "companion") for asked in companions)
     names = [companion.name for companion in chosen]

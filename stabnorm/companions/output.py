@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_all, check_count, check_model, nearest
 from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
 from stabnorm._models.watched import unwatch_class, watch_class
@@ -136,18 +137,27 @@ class OutputCompanion(Companion):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"tokens is a number of tokens, got {self.tokens}; use 1 or more, or None for all")
+        if self.tokens is not None:
+            check_count("tokens", self.tokens, hint=", or None for all")
+        if self.layer is not None and not isinstance(self.layer, str):
+            check_all("layer", self.layer, str, "a layer's name, or a list of names")
+            if not self.layer:
+                raise ValueError("layer=[] names no layer. Give at least one name, or leave it out")
 
     def watch(self, model: nn.Module) -> "OutputWatch":
         """Find the output layer."""
+        check_model("model", model)
         model = unwrapped(model)
         modules = {plain_name(name): module for name, module in model.named_modules()}
         if self.layer is not None:
             names = [self.layer] if isinstance(self.layer, str) else list(self.layer)
             for name in names:
                 if name not in modules:
-                    raise ValueError(f"no module {name!r} in {type(model).__name__}: give a name as in named_modules()")
+                    hint = nearest(name, modules)
+                    raise ValueError(
+                        f"layer={name!r}: there is no such module in {type(model).__name__}. Give a name as in "
+                        f"named_modules(){hint}"
+                    )
         else:
             names = _last(model, modules)
         if not names:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stabnorm._checks import check_model, list_of
 from stabnorm._models.calls import input_of, mask_of
 from stabnorm._models.hooks import Hook, take_off
+from stabnorm._models.names import NameFilter
 from stabnorm.companions._optimizer_steps import Indices
 from stabnorm.companions.companion import Companion, NormMoments, Watch
 from stabnorm.companions.readiness import HOLD_ABOVE, MEASURE_EVERY, MOMENTUM, RUN_BELOW
@@ -86,8 +88,12 @@ class SwitchCompanion(Companion):
         ),
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        NameFilter(self.include, self.exclude)  # complain now
+
     def watch(self, model: nn.Module) -> "SwitchWatch":
         """Find the norms."""
+        check_model("model", model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the monitor has said which other layers look like norms
             norms = find_norms(model, include=self.include, exclude=self.exclude)
@@ -186,7 +192,7 @@ class BranchGap:
     def __init__(self, norms: Iterable[PRepBN]) -> None:
         self.armed = False
         self.seconds = 0.0  # in hooks, on the host
-        self._norms = list(norms)
+        self._norms = list_of("norms", norms, PRepBN)
         self._squares: dict[int, Tensor] = {}  # of the difference and of the norm, [2]
         self._handles: list[RemovableHandle] = []
 

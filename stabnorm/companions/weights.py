@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_model
+from stabnorm._models.names import NameFilter
 from stabnorm._models.wrappers import plain_name
 from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
 from stabnorm.companions.companion import Companion, Watch, selected, wide
@@ -124,8 +126,12 @@ class WeightCompanion(Companion):
         ),
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        NameFilter(self.include, self.exclude)  # complain now
+
     def watch(self, model: nn.Module) -> "WeightWatch":
         """Find the matrices."""
+        check_model("model", model)
         matrices = [(plain_name(name), p) for name, p in model.named_parameters() if _is_matrix(p)]
         wanted = selected([name for name, _ in matrices], self.include, self.exclude)
         chosen = [pair for pair, yes in zip(matrices, wanted, strict=True) if yes]

@@ -17,6 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabnorm._checks import (
+    check_all,
+    check_has_numbers,
+    check_instance,
+    check_loader,
+    check_model,
+    nearest,
+    wrong_type,
+)
 from stabnorm._models.batches import batches_of
 from stabnorm._models.devices import device_of
 from stabnorm.errors import StabNormError
@@ -127,8 +136,21 @@ def fit_norms(
     Returns:
         The fit of each norm, or the reason, as a string, why it has none. In that case its lam does not change.
     """
+    check_model("model", model)
+    check_model("original", original)
+    for part in (model, original):
+        check_has_numbers(part, "to fit")
+    check_loader("loader", loader)
+    check_instance("run", run, Runner, "a Runner")
+    if not isinstance(levels, Sequence) or isinstance(levels, str):
+        raise wrong_type("levels", levels, "a list of lists of names")
+    for level in levels:
+        check_all("levels", level, str, "a list of lists of names")
     originals = {layer.name: layer for layer in NormSearch(original).found}
     converted = {layer.name: layer for layer in NormSearch(model).found}
+    for name in (name for level in levels for name in level):
+        if name not in converted or name not in originals:
+            raise ValueError(f"levels: there is no norm {name!r} in both models{nearest(name, converted)}")
     fits: dict[str, Affine | str] = {}
     for level in levels:
         enough = sum(calls[name] for name in level) if calls and all(name in calls for name in level) else None

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from stabnorm._checks import check_all, check_has_numbers, check_instance, check_loader, check_model
 from stabnorm._models.batches import batches_of
 from stabnorm._models.devices import device_of
 from stabnorm.errors import StabNormError
@@ -52,6 +53,11 @@ def measure_norms(model: nn.Module, layers: Sequence[NormLayer], loader: Iterabl
     Raises:
         StabNormError: the loader is empty, or the model does not run on the first batch.
     """
+    check_model("model", model)
+    check_has_numbers(model, "to measure")
+    check_all("layers", layers, NormLayer, "a list of norms, from find_norms")
+    check_loader("loader", loader)
+    check_instance("run", run, Runner, "a Runner")
     sums = {layer.name: ChannelSums(layer.num_features, device_of(layer.module)) for layer in layers}
     calls: dict[str, set[int]] = {layer.name: set() for layer in layers}
     order = Order([], {})

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_function
 from stabnorm._models.batches import Forward, moved, run_batch
 from stabnorm._models.devices import device_of
 from stabnorm._models.fast_path import without_fused_layers
 from stabnorm._models.hooks import hooked
-from stabnorm._models.masks import MaskOfBatch, masks_of, valid_tokens
+from stabnorm._models.masks import MaskOfBatch, check_mask, masks_of, valid_tokens
 from stabnorm.errors import StabNormError
 from stabnorm.fit.sums import Seen
 from stabnorm.norms import NormLayer
@@ -35,6 +36,9 @@ class Runner:
     """
 
     def __init__(self, forward: Forward | None = None, mask: MaskOfBatch = None) -> None:
+        if forward is not None:
+            check_function("forward", forward, "(model, batch)")
+        check_mask(mask)
         self.forward, self.mask = forward or run_batch, mask
 
     @contextmanager

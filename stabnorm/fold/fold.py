@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
+from stabnorm import _checks
+from stabnorm._checks import check_choice, check_flag, check_function, check_has_numbers
 from stabnorm._models.copies import copied
 from stabnorm._models.devices import device_of, floating_tensor_of
 from stabnorm._models.examples import read_examples
@@ -88,8 +89,6 @@ def fold_norms(
     >>> result.max_rel_error < 1e-12, result.model[2]
     (True, FoldedNorm())
     """
-    if residual not in (True, False, "auto"):
-        raise ValueError(f"residual={residual!r} is unknown. Choose True, False or 'auto'")
     return _fold(find_sites, model, example, check, residual, tied, outputs, strict, inplace)
 
 
@@ -146,8 +145,8 @@ def _fold(
     strict: bool,
     inplace: bool,
 ) -> FoldResult:
-    if tied not in ("untie", "refuse"):
-        raise ValueError(f"tied={tied!r} is unknown. Choose 'untie' or 'refuse'")
+    check_options(residual=residual, tied=tied, outputs=outputs, strict=strict)
+    check_flag("inplace", inplace)
     check_model(model)
     examples = read_examples("example", example)
     others = None if check is None else read_examples("check", check)
@@ -198,18 +197,28 @@ def _warn(manifest: dict[str, Any], vacuous: bool) -> None:
 # --- what cannot be folded at all ---
 
 
+def check_options(
+    *, residual: Any = True, tied: Any = "untie", outputs: Any = None, strict: Any = False, check: Any = None
+) -> None:
+    """Check the options of `fold_norms` before there is a model.
+
+    Raises:
+        TypeError: an option has another type.
+        ValueError: an option is unknown.
+    """
+    check_choice("residual", residual, (True, False, "auto"))
+    check_choice("tied", tied, ("untie", "refuse"))
+    if outputs is not None:
+        check_function("outputs", outputs, "what the model returns")
+    check_flag("strict", strict)
+    if check is not None:
+        read_examples("check", check)
+
+
 def check_model(model: nn.Module, is_eval: bool = True) -> None:
     """Raise TypeError or StabNormError for a model that cannot be folded, whatever its norms are."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the model is a {type(model).__name__}. Pass an nn.Module")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise StabNormError(f"'{name}' does not know its size yet. Run one batch through the model first")
-        if tensor.is_meta:
-            raise StabNormError(
-                f"'{name}' is on the meta device, where there are no numbers to fold. Move the model with to_empty() "
-                "and load its weights first"
-            )
+    _checks.check_model("model", model)
+    check_has_numbers(model, "to fold")
     for name, module in model.named_modules():
         where = f"'{name}'" if name else "the model"
         if is_eval and module.training:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_axis, check_instance
 from stabnorm._models.calls import tensor_input_of
 from stabnorm.nn._base import Float32Buffers
 
@@ -53,7 +54,8 @@ class FrozenAffine(_Unfused, Float32Buffers):
         as the input; the axis `channel_dim` holds C.
 
     Raises:
-        TypeError: it is called without a tensor.
+        TypeError: scale or shift is no tensor, or it is called without one.
+        ValueError: scale and shift do not have one number for each channel.
 
     >>> affine = FrozenAffine(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
     >>> affine(torch.ones(1, 2))
@@ -65,6 +67,12 @@ class FrozenAffine(_Unfused, Float32Buffers):
 
     def __init__(self, scale: Tensor, shift: Tensor, channel_dim: int = -1) -> None:
         super().__init__()
+        check_instance("scale", scale, Tensor, "a tensor [C]")
+        check_instance("shift", shift, Tensor, "a tensor [C]")
+        if scale.ndim != 1 or scale.shape != shift.shape:
+            shapes = f"{tuple(scale.shape)} and {tuple(shift.shape)}"
+            raise ValueError(f"scale and shift have the shapes {shapes}. Give one number for each channel, [C]")
+        check_axis("channel_dim", channel_dim)
         self.channel_dim = channel_dim
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)

@@ -7,6 +7,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import (
+    check_choice,
+    check_function,
+    check_has_numbers,
+    check_loader,
+    check_model,
+    check_number,
+)
 from stabnorm._models.batches import Forward, moved, run_batch
 from stabnorm._models.calls import tensor_input_of
 from stabnorm._models.devices import device_of
@@ -27,10 +35,15 @@ class FoldGuard:
         margin: how many times a bound may be exceeded.
 
     Raises:
-        ValueError: the model has neither.
+        TypeError: an argument has another type.
+        ValueError: the model has neither, `guard` is unknown, or `margin` is not above 0.
     """
 
     def __init__(self, model: nn.Module, guard: Action, margin: float) -> None:
+        check_model("model", model)
+        check_has_numbers(model, "to guard")
+        check_choice("guard", guard, get_args(Action))
+        check_number("margin", margin, above=0)
         sites = {n: m for n, m in model.named_modules() if isinstance(m, FoldedNorm | FrozenAffine)}
         if not sites:
             raise ValueError("the model has no folded norm to guard. Pass fold_norms(...).model")
@@ -116,8 +129,8 @@ class FoldGuard:
         if unseen:
             self.remove()
             raise ValueError(
-                f"the calibration data give no finite bound for '{unseen[0]}' and {len(unseen) - 1} more. Pass inputs "
-                "that reach every folded norm, and no NaN"
+                f"the calibration data of the loader give no finite bound for '{unseen[0]}' and {len(unseen) - 1} "
+                "more. Pass inputs that reach every folded norm, and no NaN"
             )
 
 
@@ -150,7 +163,9 @@ def guard_folds(
         A handle with `bounds` and `remove()`. It is also a context manager.
 
     Raises:
-        ValueError: `guard` is unknown, the model has no folded norm, or the data give no finite bound for one.
+        TypeError: an argument has another type.
+        ValueError: `guard` is unknown, `margin` is not above 0, the model has no folded norm, or the data give no
+            finite bound for one.
         StabNormError: with guard="raise", in a forward, when a bound is exceeded.
 
     >>> from stabnorm import fold_norms
@@ -161,8 +176,9 @@ def guard_folds(
     Traceback (most recent call last):
     stabnorm.errors.StabNormError: 1 of 1 folded norms read values beyond 2 times those of the calibration data...
     """
-    if guard not in get_args(Action):
-        raise ValueError(f"guard={guard!r} is unknown. Choose one of {', '.join(map(repr, get_args(Action)))}")
+    check_loader("loader", loader)
+    if forward is not None:
+        check_function("forward", forward, "(model, batch)")
     handle = FoldGuard(model, guard, margin)
     try:
         with torch.inference_mode(False), torch.no_grad(), without_fused_layers():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabnorm._checks import check_model, wrong_type
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.tree import replace_module
 from stabnorm.fold._plan import Plan
@@ -42,7 +43,8 @@ def apply_manifest(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: the manifest has another format, or names what the model does not have.
+        TypeError: the manifest is no dict, or `model` no module.
+        ValueError: the manifest has another format, is not whole, or names what the model does not have.
 
     >>> from stabnorm import apply_manifest, fold_norms
     >>> from stabnorm.nn import RepBN
@@ -52,8 +54,14 @@ def apply_manifest(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
     >>> fresh.load_state_dict(result.model.state_dict(), strict=True)
     <All keys matched successfully>
     """
+    check_model("model", model)
+    if not isinstance(manifest, Mapping):
+        raise wrong_type("manifest", manifest, "a dict: fold_norms(...).manifest, or what json.loads returns of it")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"the manifest has format {manifest.get('format')!r}, not {FORMAT}. Fold the model again")
+    for part in ("folded", "affine", "biases", "untied"):
+        if part not in manifest:
+            raise ValueError(f"the manifest lacks {part!r}. Give it whole, as fold_norms(...).manifest has it")
     names = [*manifest["folded"], *manifest["affine"], *manifest.get("rms", {})]
     names += [name.rpartition(".")[0] for name in manifest["biases"]]
     missing = [name for name in names if name not in dict(model.named_modules(remove_duplicate=False))]

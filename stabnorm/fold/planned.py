@@ -25,7 +25,7 @@ from stabnorm._surgery import Target, plan_conversion
 from stabnorm.convert import check_conversion
 from stabnorm.errors import StabNormError
 from stabnorm.fold._lanes import run_checked
-from stabnorm.fold.fold import check_model, fold_norms
+from stabnorm.fold.fold import check_model, check_options, fold_norms
 from stabnorm.fold.result import FOLDED, FoldedSite, counts_of
 from stabnorm.monitor.catalogue.affinity import AFFINE_RESIDUAL
 from stabnorm.monitor.monitor import StabilityMonitor
@@ -163,6 +163,7 @@ def plan_fold(
     >>> 0 < plan.norms[0].affine_residual < 1, 0 < plan.share < 1, type(model[1]).__name__
     (True, True, 'LayerNorm')
     """
+    check_options(residual=residual, tied=tied, outputs=outputs)
     check_model(model, is_eval=False)
     check_conversion(model, to, norm_options)
     examples = read_examples("example", example)

@@ -8,6 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from stabnorm._checks import wrong_type
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least: ``C:`` is a drive; Lightning drops a slash
 _REFUSED = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # by the file systems of Windows
 
@@ -21,6 +23,8 @@ def local_folder(address: str | os.PathLike[str]) -> Path:
     >>> local_folder("file:///tmp/my%20runs").as_posix()
     '/tmp/my runs'
     """
+    if not isinstance(address, str | os.PathLike):
+        raise wrong_type("directory or path", address, "a folder, as a string or a Path")
     text = os.fspath(address)
     if not _SCHEME.match(text):
         return Path(text)

@@ -4,10 +4,12 @@ A monitor has a `Details` only when a chosen statistic names one of these in its
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from stabnorm._checks import shown
 from stabnorm.functional.detail import DetailMoments, clear_detail_, empty_detail, merge_detail_
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.parameter_values import Parameters, adam_figures
@@ -83,9 +85,7 @@ class Details:
         """Discard what was gathered since the last step."""
         self.slabs.clear()
 
-    def beside(
-        self, now: Moments, detail: DetailMoments, optimizer: Optimizer | Sequence[Optimizer]
-    ) -> DetailedMoments:
+    def beside(self, now: Moments, detail: DetailMoments, optimizers: Sequence[Optimizer]) -> DetailedMoments:
         """The step's moments, what `slabs` gave, and what parameters and optimizer say."""
         device, dtype, layers = now.mean.device, now.mean.dtype, len(self._layers)
         if "parameters" in self.needs:
@@ -94,9 +94,18 @@ class Details:
             if self._unknown is None or self._unknown.gain.device != device:
                 self._unknown = Parameters.unknown(layers, self._width, device, dtype)
             parameters = self._unknown
-        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-        for one in optimizers:
-            if not isinstance(one, Optimizer):
-                raise TypeError(f"optimizer is a torch.optim.Optimizer, or several of them, got {type(one).__name__}")
         adam = adam_figures(self._layers, optimizers if "optimizer" in self.needs else (), device)
         return DetailedMoments.beside(now, detail, parameters, adam)
+
+
+def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
+    """Return one optimizer or several as a tuple.
+
+    Raises:
+        TypeError: one of them is not an optimizer.
+    """
+    optimizers = tuple(given) if isinstance(given, Iterable) else (given,)
+    for one in optimizers:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"optimizer is a torch.optim.Optimizer, or several of them, got {shown(one)}")
+    return optimizers

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stabnorm._checks import check_all, check_state
 from stabnorm.statistic import Statistic
 
 _PAST = 128  # steps in the window
@@ -120,6 +121,8 @@ class RobustDetector:
     """
 
     def __init__(self, statistics: Sequence[Statistic], layers: Sequence[str], fading: Collection[str] = ()) -> None:
+        check_all("statistics", statistics, Statistic, "a list of Statistic objects")
+        check_all("layers", layers, str, "a list of names")
         self._statistics, self._layers = tuple(statistics), tuple(layers)
         self._alarmed = [i for i, s in enumerate(self._statistics) if s.alarm is not None]
         self._watched = [i for i, s in enumerate(self._statistics) if s.floor is not None]
@@ -249,6 +252,7 @@ class RobustDetector:
         Raises:
             ValueError: when it was saved for other layers or statistics; nothing is loaded then.
         """
+        check_state(state, "RobustDetector", ())
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"the saved state has {sorted(state)}, and is that of another detector")
         if state["past"].shape != self._past.shape:

@@ -4,13 +4,22 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stabnorm._checks import (
+    check_count,
+    check_flag,
+    check_function,
+    check_has_numbers,
+    check_model,
+    check_scalar,
+    check_state,
+)
 from stabnorm._models.wrappers import unwrapped
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
@@ -19,7 +28,7 @@ from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.buffers import DeviceState, running_buffers
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.detailed import DetailedPast
-from stabnorm.monitor.details import Details, is_detailed
+from stabnorm.monitor.details import Details, is_detailed, optimizers_of
 from stabnorm.monitor.detect import Alert, MakeDetector, RobustDetector
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
@@ -36,6 +45,20 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("stabnorm")
+
+
+def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any) -> None:
+    """Check what `StabilityMonitor` and `StabilityCallback` both take, before there is a model.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: `flush_every` is below 1.
+    """
+    check_count("flush_every", flush_every, hint=": the steps from flush to flush")
+    check_flag("gradients", gradients)
+    check_flag("fused", fused)
+    if detector is not None:
+        check_function("detector", detector, "(statistics, rows, fading), or a class")
 
 
 class StabilityMonitor:
@@ -71,7 +94,7 @@ class StabilityMonitor:
     Raises:
         ValueError: the model has no norm to watch, a statistic or preset is unknown, `flush_every` is below 1, a
             statistic of your own does not return one number per layer, or a companion finds nothing to watch.
-        TypeError: a statistic is neither a name nor a `Statistic`.
+        TypeError: a statistic is neither a name nor a `Statistic`, or an argument has another type.
 
     Shape: `history()` returns ``[steps, layers]`` for every statistic, in float32. `companions[name].history()` returns
     the same for the rows of the companion, such as heads or matrices.
@@ -104,8 +127,10 @@ class StabilityMonitor:
         fused: bool = False,
         detector: MakeDetector | None = None,
     ) -> None:
-        if flush_every < 1:
-            raise ValueError(f"flush_every counts the steps from flush to flush, got {flush_every}; use 1 or more")
+        check_model("model", model)
+        check_options(flush_every=flush_every, gradients=gradients, fused=fused, detector=detector)
+        if not hasattr(sync, "rank"):  # a process group has one
+            check_flag("sync", sync)
         chosen = [s for s in resolve(preset) if gradients or "gradients" not in s.needs_all]
         if not chosen:
             raise ValueError(f"preset {preset!r} holds gradient statistics only, and gradients=False leaves them out")
@@ -150,9 +175,17 @@ class StabilityMonitor:
         self._stopwatch = Stopwatch()
         self._nothing_ran = False
 
+    def __repr__(self) -> str:
+        state = "hooks on" if self._observer.attached else "hooks off"
+        beside = "".join(f", {name}: {len(track.rows)} rows" for name, track in self.companions.items())
+        return (
+            f"StabilityMonitor({len(self.layers)} layers, {len(self.statistics)} statistics{beside}, "
+            f"flush_every={self.flush_every}: {self.steps_done} steps done, {len(self.alerts)} alerts, {state})"
+        )
+
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> "StabilityMonitor":
+    def __enter__(self) -> Self:
         self.attach()
         return self
 
@@ -163,7 +196,13 @@ class StabilityMonitor:
         self.flush()
 
     def attach(self) -> None:
-        """Register the hooks; a second call changes nothing."""
+        """Register the hooks; a second call changes nothing.
+
+        Raises:
+            StabNormError: the model is on the meta device, or another rank watches other layers.
+        """
+        if self._observer.device.type == "meta":
+            check_has_numbers(self._accumulators.model, "to watch")
         self._agree()
         self._observer.detach()
         self._observer.attach()
@@ -203,13 +242,17 @@ class StabilityMonitor:
 
         Raises:
             StabNormError: the hooks are not registered, or another rank watches other layers.
-            ValueError: the loss is not a single number.
-            TypeError: `optimizer` is not an optimizer.
+            ValueError: loss or learning rate is not a single number, or `grad_scale` is not above 0.
+            TypeError: `optimizer` is not an optimizer, or another argument is no number.
         """
         if not self._observer.attached:
             raise StabNormError("step() on a monitor whose hooks are off; use `with monitor:` or call attach() first")
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"loss is one number, got a tensor of shape {tuple(loss.shape)}; use loss.mean()")
+        for name, value in (("loss", loss), ("learning_rate", learning_rate)):
+            if value is not None:
+                check_scalar(name, value)
+        if grad_scale is not None:
+            check_scalar("grad_scale", grad_scale, above=0)
+        optimizers = optimizers_of(optimizer)
         start = self._stopwatch.begin_step(self._hook_seconds)
         self._agree()
         state = self._on_device()
@@ -228,7 +271,7 @@ class StabilityMonitor:
             scalars[:1] = gathered.loss
         now = Moments.of(raw, gathered.gradient, state.layout, between)
         if self._details is not None and detail is not None:
-            now = self._details.beside(now, detail, optimizer)
+            now = self._details.beside(now, detail, optimizers)
         values = torch.stack([statistic.compute(now, past) for statistic in self.statistics], -1)
         row = self._track.layout.pack(torch.where(now.ran[:, None], values, torch.nan), beside_statistics(now))
         past.update(now, *gathered.running)
@@ -370,7 +413,12 @@ class StabilityMonitor:
         The step counter is always restored. Everything else is restored if layers and statistics are the same; if not,
         it starts again, with a warning. Steps that a killed run had written after the state was saved come to the
         record a second time; the last version counts.
+
+        Raises:
+            TypeError: the state is no dict.
+            ValueError: the state is not that of a monitor; nothing is loaded then.
         """
+        check_state(state, "StabilityMonitor", self.state_dict().keys() - {"companions"})
         self.flush()
         self.steps_done = int(state["steps_done"])
         self._track.restore(self.steps_done)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from stabnorm._checks import check_all, check_instance, wrong_type
 from stabnorm.monitor._folders import create_file, local_folder, remove_drafts, replace_file
 from stabnorm.monitor._record_files import (
     block_number,
@@ -157,6 +158,8 @@ class TensorBoardRecord:
     """
 
     def __init__(self, summary_writer: Any) -> None:
+        if not hasattr(summary_writer, "log_dir"):
+            raise wrong_type("summary_writer", summary_writer, "a torch.utils.tensorboard.SummaryWriter")
         self._writer = summary_writer
         self._values: dict[str, int] = {}  # of each tag, in the current event file
         # The description of a tag cannot change, so a new list of layers needs new tags. This also holds after a resume
@@ -277,6 +280,9 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
         FileNotFoundError: there is no record.
         ValueError: the record is of a newer version than this package reads, or is not on this machine (``s3://``).
     """
+    check_instance("companion", companion, str, "a companion's name, or leave it out")
+    if series is not None:
+        check_all("series", series, str, "a list of names")
     directory = local_folder(path)
     if (directory / PLUGIN_NAME / "record.json").exists():
         directory = directory / PLUGIN_NAME

@@ -8,8 +8,9 @@ Of the survey's list, N1 is not here: the gradient noise scale needs every examp
 is a backward hook with input and output gradient at each norm, which is neither cheap nor possible in a compiled graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from stabnorm._checks import check_all, check_flag, check_number, nearest, wrong_type
 from stabnorm.companions.names import known_companions
 from stabnorm.monitor.catalogue.affinity import AFFINITY
 from stabnorm.monitor.catalogue.depth import DEPTH
@@ -19,7 +20,7 @@ from stabnorm.monitor.catalogue.outliers import OUTLIERS
 from stabnorm.monitor.catalogue.parameter_health import PARAMETER_HEALTH
 from stabnorm.monitor.catalogue.scale import SCALE
 from stabnorm.monitor.record import SIDE_SERIES
-from stabnorm.statistic import NEEDS, by_name, markdown_table, nearest, undefined
+from stabnorm.statistic import NEEDS, by_name, markdown_table, undefined
 from stabnorm.statistic import Statistic as Statistic
 
 _FAMILIES = (FLUCTUATION, SCALE, DEPTH, OUTLIERS, AFFINITY, GRADIENTS, PARAMETER_HEALTH)
@@ -56,6 +57,8 @@ def resolve(preset: str | Sequence[str | Statistic]) -> tuple[Statistic, ...]:
             hint = single if preset in CATALOGUE else nearest(preset, PRESETS)
             raise ValueError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}{hint}")
         preset = PRESETS[preset]
+    if not isinstance(preset, Collection) or isinstance(preset, Mapping):
+        raise wrong_type("preset", preset, f"one of {', '.join(map(repr, PRESETS))}, or a list of statistics")
     chosen: dict[str, Statistic] = {}
     for asked in preset:
         if isinstance(asked, str) and asked in _of_companions():
@@ -66,7 +69,7 @@ def resolve(preset: str | Sequence[str | Statistic]) -> tuple[Statistic, ...]:
         if chosen.setdefault(statistic.name, statistic) is not statistic:
             raise ValueError(f"two different statistics are called {statistic.name!r}; give each a name of its own")
     if not chosen:
-        raise ValueError("the list of statistics is empty: name at least one, or a preset such as 'standard'")
+        raise ValueError("preset: the list of statistics is empty: name at least one, or a preset such as 'standard'")
     return tuple(chosen.values())
 
 
@@ -84,6 +87,13 @@ def _check_own(statistic: Statistic) -> None:
         raise TypeError(
             f"statistic {name!r} has no function: give compute=, a function (moments, past) -> one number per layer"
         )
+    for bound in ("threshold", "alarm", "least", "floor"):
+        value = getattr(statistic, bound)
+        if value is not None:
+            check_number(f"{bound} of statistic {name!r}", value, above=0 if bound == "floor" else None)
+    check_flag(f"remembers of statistic {name!r}", statistic.remembers)
+    needs = (statistic.needs,) if isinstance(statistic.needs, str) else statistic.needs or ()
+    check_all(f"needs of statistic {name!r}", needs, str, f"one or several of {', '.join(NEEDS)}")
     unknown = sorted(statistic.needs_all - set(NEEDS))
     if unknown:
         hint = nearest(unknown[0], NEEDS)

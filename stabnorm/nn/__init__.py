@@ -1,5 +1,6 @@
 """Norm modules that are affine in eval: Unified Normalization, RepBN, PRepBN and PowerNorm."""
 
+from stabnorm._lazy import public_names
 from stabnorm.nn import _fused_path, _official_variants  # noqa: F401  # a hook on torch's encoder layers; variants
 from stabnorm.nn.groups import no_decay_groups
 from stabnorm.nn.power import PowerNorm
@@ -8,3 +9,4 @@ from stabnorm.nn.rep import RepBN
 from stabnorm.nn.unified import UnifiedNorm
 
 __all__ = ["PRepBN", "PowerNorm", "RepBN", "UnifiedNorm", "no_decay_groups"]
+__dir__ = public_names(__name__, __all__)

@@ -89,6 +89,11 @@ class EvalAffineNorm(Float32Buffers):
         """Return the names of the arguments that do not follow from the norm."""
         return {*inspect.signature(cls.__init__).parameters} - _FROM_THE_NORM
 
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Raise the error of the constructor if an option is out of range."""
+        cls(1, **options)  # type: ignore[call-arg]
+
     # -- its statistics ------------------------------------------------------------------------------------------------
 
     def running_statistics(self) -> tuple[Tensor, ...]:

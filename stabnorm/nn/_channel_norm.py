@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_axis, check_choice, check_count, check_flag, check_number, shown
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.masks import mask_for
 from stabnorm._models.ranks import gather_over_ranks
@@ -31,7 +32,8 @@ class ChannelNorm(EvalAffineNorm):
         sync: merge the statistics over the ranks of `torch.distributed`.
 
     Raises:
-        ValueError: `num_features` < 1 or `channel_dim` is 0, the batch; the class has no such `variant`.
+        TypeError: an argument has another type.
+        ValueError: an argument is out of range, or the class has no such `variant`.
     """
 
     variant: ClassVar[str] = "corrected"
@@ -51,16 +53,16 @@ class ChannelNorm(EvalAffineNorm):
         """Create an instance of the class that `variant` names; None, as for a copy, means this class."""
         made = next((c for c in (cls, *cls.__subclasses__()) if variant in (None, c.variant)), None)
         if made is None:
-            check_variant(str(variant))
+            check_variant(variant)
             raise ValueError(f"{cls.__name__} has no variant={variant!r}. Leave it out")
         return super().__new__(made)
 
     def __init__(self, num_features: int, eps: float, channel_dim: int, sync: bool) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features={num_features} is no number of channels. Give the size of the channel axis")
-        if channel_dim == 0:
-            raise ValueError("channel_dim=0 is the batch. Give the axis that holds the channels, usually -1 or 1")
+        check_count("num_features", num_features, hint=", the size of the channel axis")
+        check_number("eps", eps, least=0)
+        check_axis("channel_dim", channel_dim)
+        check_flag("sync", sync)
         self.num_features, self.eps, self.channel_dim, self.sync = num_features, eps, channel_dim, sync
         self.counts_steps = True  # False: the training loop writes `step`
 
@@ -120,25 +122,28 @@ class ChannelNorm(EvalAffineNorm):
             ValueError: the input has another number of channels, or the mask another shape.
         """
         name = type(self).__name__
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} normalises a tensor x, got {shown(x)} of type {type(x).__name__}")
         if x.is_nested:
             raise TypeError(
                 f"{name} reads plain tensors, and this one is nested. nn.TransformerEncoder nests padded batches in "
                 "eval: set its use_nested_tensor = False, or build it with enable_nested_tensor=False"
             )
         if not x.is_floating_point():
-            raise TypeError(f"{name} normalises floating point input, and this is {x.dtype}. Use x.float()")
+            raise TypeError(f"{name} normalises floating point input, and x is {x.dtype}. Use x.float()")
         axis = self.channel_dim % x.ndim if -x.ndim <= self.channel_dim < x.ndim else None
         if axis is None or x.shape[axis] != self.num_features:
             raise ValueError(
-                f"{name} has num_features={self.num_features} on axis {self.channel_dim}, but its input has the shape "
-                f"{tuple(x.shape)}. Build it with the number of channels the input has, or set channel_dim="
+                f"{name} has num_features={self.num_features} on axis {self.channel_dim}, but its input x has the "
+                f"shape {tuple(x.shape)}. Build it with the number of channels the input has, or set channel_dim="
             )
         rows = as_rows(x, self.channel_dim)
         tokens = x.shape[:axis] + x.shape[axis + 1 :]
         if mask is None:
             mask = mask_for(tokens, name)
-        elif mask.dtype != torch.bool:
-            raise TypeError(f"the mask of {name} is bool, True = valid token; got {mask.dtype}. Use mask.bool()")
+        elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"the mask of {name} is a bool tensor, True = valid token; got {given}. Use mask.bool()")
         elif mask.shape != tokens:
             raise ValueError(
                 f"the mask has shape {tuple(mask.shape)}, but the input {tuple(x.shape)} of {name} has tokens of shape "
@@ -254,7 +259,6 @@ def running_values(moments: BatchMoments) -> Tensor:
     return torch.where(torch.isfinite(values).all() & (count > 0), values, torch.nan)
 
 
-def check_variant(variant: str) -> None:
+def check_variant(variant: Any) -> None:
     """Raise ValueError for an unknown `variant`."""
-    if variant not in ("corrected", "official"):
-        raise ValueError(f"variant={variant!r} is unknown. Choose 'corrected' or 'official'")
+    check_choice("variant", variant, ("corrected", "official"))

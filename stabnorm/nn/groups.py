@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stabnorm._checks import check_number
 from stabnorm.norms import find_norms
 
 
@@ -26,6 +27,7 @@ def no_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any
     >>> [(len(group["params"]), group["weight_decay"]) for group in groups]
     [(1, 0.05), (4, 0.0)]
     """
+    check_number("weight_decay", weight_decay, least=0)
     of_norms = {id(parameter) for norm in find_norms(model) for parameter in norm.module.parameters()}
     with_decay: list[Tensor] = []
     without: list[Tensor] = []

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_count, check_number
 from stabnorm.errors import StabNormError
 from stabnorm.functional import scale_groups
 from stabnorm.nn._base import TARGETS
@@ -81,8 +82,13 @@ class PowerNorm(ChannelNorm):
     ) -> None:
         del variant  # it has chosen the class
         super().__init__(num_features, eps, channel_dim, sync)
-        if groups is not None and (groups < 1 or num_features % groups):
+        if groups is not None:
+            check_count("groups", groups, hint=", or None")
+        if groups is not None and num_features % groups:
             raise ValueError(f"groups={groups} does not divide num_features={num_features}. Give a divisor, or None")
+        check_count("warmup_steps", warmup_steps, 0)
+        check_number("alpha_fwd", alpha_fwd, least=0, most=1)
+        check_number("alpha_bkw", alpha_bkw, least=0, most=1)
         self.groups, self.warmup_steps = groups, warmup_steps
         self.alpha_fwd, self.alpha_bkw = alpha_fwd, alpha_bkw
         self.weight = nn.Parameter(torch.empty(num_features))
@@ -153,6 +159,12 @@ class PowerNorm(ChannelNorm):
         if self.groups is not None:
             raise not_affine(self.groups)
         return super().fold_affine()
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Raise the error of the constructor if an option is out of range, whatever the number of channels."""
+        groups = options.get("groups")
+        cls(max(groups, 1) if isinstance(groups, int) else 1, **options)
 
     def extra_repr(self) -> str:
         """Return the arguments; some only if they differ from their default."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_choice, check_count, check_names, check_number
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.watched import own_class
 from stabnorm.errors import StabNormError
@@ -57,6 +58,7 @@ class PRepBN(EvalAffineNorm):
         ``[..., C]`` to the same shape, with C on the axis `channel_dim`. `mask` has the shape without that axis.
 
     Raises:
+        TypeError: an argument has another type, or there is no such option.
         ValueError: an argument is out of range.
 
     >>> norm, x = PRepBN(8), torch.randn(4, 6, 8)
@@ -83,8 +85,7 @@ class PRepBN(EvalAffineNorm):
         """Create an instance of the mixin over the class that `kind` names."""
         if cls is PRepBN:
             kind = kwargs.get("kind", "layer")
-            if kind not in _BASES:
-                raise ValueError(f"kind={kind!r} is unknown. Choose one of {', '.join(map(repr, _BASES))}")
+            check_choice("kind", kind, _BASES)
             cls = prep_class(_BASES[kind])
         return super().__new__(cls)
 
@@ -101,6 +102,9 @@ class PRepBN(EvalAffineNorm):
         **rep_options: Any,
     ) -> None:
         check_variant(variant)
+        shape = _shape(normalized_shape)
+        check_number("eps", eps, least=0)
+        check_names("PRepBN", rep_options, RepBN.conversion_options())
         super().__init__(normalized_shape, eps)  # by the MRO this is the norm's constructor
         if kind == "rms":
             rep_options.setdefault("center", False)
@@ -108,7 +112,6 @@ class PRepBN(EvalAffineNorm):
             eval_mode = "rep"
             rep_options.setdefault("init", "vision")
         rep_options.setdefault("init", "norm")
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         features = torch.Size(shape).numel()
         self.adopt(RepBN(features, eps, channel_dim=channel_dim, sync=sync, **rep_options), eval_mode, len(shape))
         self.norm_channel_dim = -1  # torch's norms take channels last
@@ -183,9 +186,7 @@ class PRepBN(EvalAffineNorm):
         Raises:
             ValueError: `eval_mode` is unknown, or several axes are normalised together and are not the last ones.
         """
-        if eval_mode not in get_args(EvalMode):
-            choices = ", ".join(map(repr, get_args(EvalMode)))
-            raise ValueError(f"eval_mode={eval_mode!r} is unknown. Choose one of {choices}")
+        check_choice("eval_mode", eval_mode, get_args(EvalMode))
         if feature_dims > 1 and rep.channel_dim != -1:
             raise ValueError(
                 f"channel_dim={rep.channel_dim} goes with one axis of channels, not {feature_dims}. Leave it at -1"
@@ -327,6 +328,16 @@ class PRepBN(EvalAffineNorm):
         if made_of is None:
             return super().__reduce_ex__(protocol)  # a subclass of the user's, which pickle finds by its name
         return _blank, made_of, self.__dict__
+
+
+def _shape(given: Any) -> tuple[int, ...]:
+    """Return `normalized_shape` as a tuple."""
+    sizes = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if not sizes:
+        raise ValueError(f"normalized_shape={given!r} has no axis. Give the size of the channel axis")
+    for size in sizes:
+        check_count("normalized_shape", size, hint=", the size of the channel axis, or several")
+    return sizes
 
 
 # Attributes of PRepBN that would hide attributes of a norm class.

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_choice, check_flag, check_number
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.functional import BatchMoments, channel_affine
 from stabnorm.functional.norms import absolute_moments
@@ -55,6 +56,7 @@ class RepBN(ChannelNorm):
         ``[..., C]`` to the same shape, with C on the axis `channel_dim`. `mask` has the shape without that axis.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: an argument is out of range.
 
     >>> norm = RepBN(8)
@@ -84,10 +86,11 @@ class RepBN(ChannelNorm):
         sync: bool = False,
     ) -> None:
         super().__init__(num_features, eps, channel_dim, sync)
-        if init not in get_args(Init):
-            raise ValueError(f"init={init!r} is unknown. Choose one of {', '.join(map(repr, get_args(Init)))}")
-        if statistic not in get_args(Deviation):
-            raise ValueError(f"statistic={statistic!r} is unknown. Choose 'l2' or 'l1'")
+        if momentum is not None:
+            check_number("momentum", momentum, least=0, most=1, hint=", or None for a plain average")
+        check_flag("center", center)
+        check_choice("init", init, get_args(Init))
+        check_choice("statistic", statistic, get_args(Deviation))
         check_filtration(filtration)
         self.momentum, self.center, self.filtration, self.init = momentum, center, filtration, init
         self.statistic = statistic
@@ -187,15 +190,15 @@ class RepBN(ChannelNorm):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{options}{self._common_repr()}"
 
 
-def check_filtration(filtration: str | None, known: tuple[str, ...] = ("calibrated",)) -> None:
+def check_filtration(filtration: Any, known: tuple[str, ...] = ("calibrated",)) -> None:
     """Raise ValueError for an unknown `filtration`."""
     if filtration == "official" and filtration not in known:
         raise ValueError(
             "filtration='official' belongs to UnifiedNorm(variant='official'); by itself it skips nearly every batch "
             "or none. Use filtration='calibrated', or that variant"
         )
-    if filtration is not None and filtration not in known:
-        raise ValueError(f"filtration={filtration!r} is unknown. Choose 'calibrated', or None for no filter")
+    if filtration is not None:
+        check_choice("filtration", filtration, known, ", or None for no filter")
 
 
 register_norm(RepBN, "batch", channel_dim="channel_dim")

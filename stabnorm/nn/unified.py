@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from stabnorm._checks import check_count, check_flag, check_number
 from stabnorm.nn._base import TARGETS
 from stabnorm.nn._channel_norm import ChannelNorm
 from stabnorm.nn._normalize import Psi, normalize
@@ -88,10 +89,15 @@ class UnifiedNorm(ChannelNorm):
         super().__init__(num_features, eps, channel_dim, sync)
         check_filtration(filtration, self.filtrations)
         windows = tuple(window) if isinstance(window, tuple | list) else (window, window)
-        if len(windows) != 2 or min(windows) < 1:
-            raise ValueError(f"window={window!r} holds no batch. Give a number of batches >= 1, or a pair of them")
-        if patience is not None and patience < 1:
-            raise ValueError(f"patience={patience} is too short. Give a number of batches >= 1, or None for 2 windows")
+        if len(windows) != 2:
+            raise ValueError(f"window={window!r} is no pair. Give a number of batches, or one for each direction")
+        for batches in windows:
+            check_count("window", batches, hint=": batches, or a pair of such numbers")
+        check_count("warmup_steps", warmup_steps, 0)
+        if patience is not None:
+            check_count("patience", patience, hint=": batches, or None for two windows")
+        check_number("momentum", momentum, least=0, most=1)
+        check_flag("bias", bias)
         self.windows, self.warmup_steps, self.filtration = windows, warmup_steps, filtration
         self.patience = 2 * windows[0] if patience is None else patience
         self.momentum = momentum

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_args
 
 from torch import nn
 
+from stabnorm._checks import check_axis, check_choice, check_count, check_number, wrong_type
 from stabnorm.functional import Kind
 from stabnorm.norms.layer import NormLayer, eps_of
 
@@ -37,8 +38,8 @@ def register_norm(
         gain_offset: What the class adds to its weight before multiplying; 1 for `1 + weight`. Default: 0.
 
     Raises:
-        TypeError: If `norm_class` is not an `nn.Module` class.
-        ValueError: If `kind` is unknown, or `channel_dim` is 0, the batch.
+        TypeError: If `norm_class` is not an `nn.Module` class, or an argument has another type.
+        ValueError: If `kind` is unknown, `channel_dim` is 0, the batch, or a number is out of range.
 
     Example:
         >>> import torch
@@ -53,10 +54,18 @@ def register_norm(
     """
     if not (isinstance(norm_class, type) and issubclass(norm_class, nn.Module)):
         raise TypeError(f"register_norm takes an nn.Module class, not {norm_class!r}. Pass the class, not an instance.")
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind={kind!r} is unknown. Choose one of {', '.join(map(repr, get_args(Kind)))}.")
-    if channel_dim == 0:
-        raise ValueError("channel_dim=0 is the batch. Give the axis that holds the channels, usually -1 or 1.")
+    check_choice("kind", kind, get_args(Kind))
+    attribute = ", or the name of the attribute that holds it"
+    if not isinstance(channel_dim, str):
+        check_axis("channel_dim", channel_dim)
+    if not isinstance(num_features, str):
+        check_count("num_features", num_features, hint=attribute)
+    if eps is not None and not isinstance(eps, str):
+        check_number("eps", eps, least=0, hint=attribute)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and not isinstance(value, str):
+            raise wrong_type(name, value, "the name of the attribute that holds it, or None")
+    check_number("gain_offset", gain_offset)
     _REGISTERED[norm_class] = _Registration(kind, channel_dim, num_features, eps, weight, bias, gain_offset)
 
 

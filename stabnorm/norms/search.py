@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from stabnorm._checks import check_model
 from stabnorm._models.names import NameFilter, Patterns
 from stabnorm._models.wrappers import is_scripted, plain_name
 from stabnorm.norms.layer import NormLayer
@@ -45,6 +46,7 @@ def find_norms(
         The layers; empty when the model has none.
 
     Raises:
+        TypeError: If `model` is no module, or a pattern no string.
         ValueError: If a regular expression is invalid, or an attribute given to `register_norm` is missing.
 
     Example:
@@ -73,6 +75,7 @@ class NormSearch:
     """
 
     def __init__(self, model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> None:
+        check_model("model", model)
         self._wanted = NameFilter(include, exclude)
         self.found: list[NormLayer] = []
         self.lazy: _Named = []

@@ -33,6 +33,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from stabnorm._checks import check_choice
 from stabnorm.ops import tested
 from stabnorm.ops.registration import define
 
@@ -49,8 +50,7 @@ _T = TypeVar("_T")
 
 
 def _checked(kernels: str, where: str) -> str:
-    if kernels not in KERNELS:
-        raise ValueError(f"{where}={kernels!r} is unknown. Choose one of {', '.join(map(repr, KERNELS))}")
+    check_choice(where, kernels, KERNELS)
     return kernels
 
 

@@ -18,16 +18,11 @@ from typing import Any
 
 import torch
 
+from stabnorm.ops.cache import cache_folder, is_private, made
+
 FOLDER = Path(__file__).parent
 SHIPPED = FOLDER / "tested_devices.json"
 on_change: list[Callable[[], None]] = []  # called after a record was written
-
-
-def cache_folder() -> Path:
-    """Return the folder for builds and records of this machine: $STABNORM_CACHE, else the user's cache folder."""
-    chosen = os.environ.get("STABNORM_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(home) / "stabnorm"
 
 
 @functools.cache
@@ -74,10 +69,9 @@ def why_untested(op: str, index: int | None) -> str | None:
 
 def record(index: int | None, ops: Iterable[str]) -> Path:
     """Record in the user's cache that the kernels of these ops passed on a device, and return the file."""
-    path = cache_folder() / SHIPPED.name
+    path = made(cache_folder()) / SHIPPED.name
     own = fingerprint(index)
     others = [entry for entry in _read(path) if any(entry.get(part) != own[part] for part in own)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     draft.write_text(json.dumps([*others, {**own, "passed": sorted(ops)}], indent=1) + "\n", encoding="utf-8")
     draft.replace(path)  # atomic, because two processes may test at the same time
@@ -91,9 +85,14 @@ def record(index: int | None, ops: Iterable[str]) -> Path:
 def _passed() -> dict[tuple[str, ...], frozenset[str]]:
     passed: dict[tuple[str, ...], frozenset[str]] = {}
     parts = ("device", "capability", "torch", "triton", "kernels")
-    for entry in (*_read(SHIPPED), *_read(cache_folder() / SHIPPED.name)):  # the user's record wins
+    for entry in (*_read(SHIPPED), *_of_user()):  # the user's record wins
         passed[tuple(str(entry.get(part)) for part in parts)] = frozenset(entry.get("passed", ()))
     return passed
+
+
+def _of_user() -> list[dict[str, Any]]:
+    path = cache_folder() / SHIPPED.name
+    return _read(path) if path.exists() and is_private(path.parent) and is_private(path) else []
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

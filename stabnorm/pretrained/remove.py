@@ -10,6 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from stabnorm._checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_function,
+    check_has_numbers,
+    check_instance,
+    check_loader,
+    check_number,
+)
 from stabnorm._models.batches import Forward, batches_of
 from stabnorm._models.copies import copied
 from stabnorm._models.devices import device_of
@@ -151,7 +161,7 @@ def remove_norms(
         The new model, and for each norm whether it was removed and what that cost; see `RemovalResult`.
 
     Raises:
-        TypeError: the model's norms cannot be converted with these arguments.
+        TypeError: an argument has another type.
         ValueError: an argument is out of range, `keep` matches no norm, or the loader gives its batches only once.
         StabNormError: there is no norm to remove, the loader is empty, the model does not run on its batches, is
             compiled, scripted or wrapped for several processes, or the loss of the repair is not finite.
@@ -168,11 +178,20 @@ def remove_norms(
     FoldedNorm()
     """
     _check(model, steps, tolerance, fit, fit_batches)
+    check_loader("loader", loader)
+    if held_out is not None:
+        check_loader("held_out", held_out)
+    if loss is not None:
+        check_function("loss", loss, "(output, original_output)")
+    if recipe is not None:
+        check_instance("recipe", recipe, Recipe, "a Recipe, such as Recipe(lr=1e-4)")
+    check_flag("progress", progress)
+    run = Runner(forward, mask)
     every = NormSearch(model)
     check_patterns(model, every, keep=keep)
     device = device_of(model)
     with random_state_kept(device):
-        run, distance = Runner(forward, mask), loss or relative_error
+        distance = loss or relative_error
         fitted = list(batches_of(loader, fit_batches))
         judged: list[Any] = []
         training: Iterable[Any] = loader
@@ -345,15 +364,14 @@ def describe(measure: Measure) -> str:
 
 
 def _check(model: nn.Module, steps: int, tolerance: float | None, fit: str | None, fit_batches: int) -> None:
-    if fit is not None and fit not in FITTED_FEEDERS:
-        raise ValueError(f"fit={fit!r} is unknown. Choose one of {', '.join(map(repr, FITTED_FEEDERS))}")
-    if steps < 0:
-        raise ValueError(f"steps={steps} is no number of steps. Use 0 for no repair")
-    if fit_batches < 1:
-        raise ValueError(f"fit_batches={fit_batches} is nothing to fit to. Use 1 or more")
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance} is no distance. Use 0 or more, or None to remove every norm")
+    if fit is not None:
+        check_choice("fit", fit, tuple(FITTED_FEEDERS))
+    check_count("steps", steps, 0, hint=": 0 is no repair")
+    check_count("fit_batches", fit_batches)
+    if tolerance is not None:
+        check_number("tolerance", tolerance, least=0, hint=", or None to remove every norm")
     check_conversion(model, "prepbn", {})
+    check_has_numbers(model, "to fit to")
     for name, module in model.named_modules():
         if is_scripted(module) or is_compiled(module):
             how = "scripted" if is_scripted(module) else "compiled"

@@ -22,6 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from stabnorm._checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_function,
+    check_has_numbers,
+    check_instance,
+    check_loader,
+    check_model,
+    check_number,
+    check_state,
+)
 from stabnorm._models.batches import batches_of
 from stabnorm._models.devices import device_of
 from stabnorm._models.masks import mask_for
@@ -32,7 +44,7 @@ from stabnorm.fit.sums import Seen
 from stabnorm.fit.watch import Runner, drawn_towards, watched
 from stabnorm.norms import NormSearch
 from stabnorm.switch.lam import progressive_norms, write_lam
-from stabnorm.switch.schedules import Order, make_schedule
+from stabnorm.switch.schedules import Order, check_order, make_schedule
 
 Weights = Literal["all", "affine"]
 Distance = Callable[[Any, Any], Tensor]
@@ -63,6 +75,7 @@ class Recipe:
         seed: seed of all random numbers, also of those of a loader that shuffles. Default: 0.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: an argument is out of range.
     """
 
@@ -79,16 +92,17 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.weights not in get_args(Weights):
-            raise ValueError(f"weights={self.weights!r} is unknown. Choose 'all' or 'affine'")
-        for name in ("lr", "affine_lr", "clip"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} has to be above 0")
+        check_choice("weights", self.weights, get_args(Weights))
+        check_number("lr", self.lr, above=0)
+        if self.affine_lr is not None:
+            check_number("affine_lr", self.affine_lr, above=0)
+        if self.clip is not math.inf:
+            check_number("clip", self.clip, above=0, hint=", or math.inf for no clipping")
         for name in ("warmup", "forcing", "homotopy"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is a share of the steps, from 0 to 1")
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate={self.accumulate} makes no step. Use 1 or more batches")
+            check_number(name, getattr(self, name), least=0, most=1, hint=", a share of the steps")
+        check_order(self.order)
+        check_count("accumulate", self.accumulate)
+        check_count("seed", self.seed, 0)
         if self.precision not in (None, torch.bfloat16):
             raise ValueError(f"precision={self.precision} is not torch.bfloat16, the only one that needs no loss scale")
 
@@ -102,13 +116,15 @@ def relative_error(output: Any, wanted: Any) -> Tensor:
     >>> relative_error(torch.tensor([1.0, 2.2]), torch.tensor([1.0, 2.0]))
     tensor(0.0080)
     """
-    pairs = [
-        (y, y_hat) for y, y_hat in zip(tensors_in(output), tensors_in(wanted), strict=True) if y_hat.is_floating_point()
-    ]
+    outputs, originals = tensors_in(output), tensors_in(wanted)
+    if [y.shape for y in outputs] != [y.shape for y in originals]:
+        shapes = [[tuple(y.shape) for y in tensors] for tensors in (outputs, originals)]
+        raise ValueError(f"output and wanted hold tensors of other shapes, {shapes[0]} and {shapes[1]}")
+    pairs = [(y, y_hat) for y, y_hat in zip(outputs, originals, strict=True) if y_hat.is_floating_point()]
     if not pairs:
         raise StabNormError(
-            f"the model returns a {type(wanted).__name__} without a floating tensor, so there is nothing to compare. "
-            "Pass loss=, a function of the output and the original's"
+            f"the model's output, wanted, is a {type(wanted).__name__} without a floating tensor, so there is nothing "
+            "to compare. Pass loss=, a function of the output and the original's"
         )
     return torch.stack([_relative(y, y_hat, _valid(y_hat)) for y, y_hat in pairs]).mean()
 
@@ -156,8 +172,17 @@ class Repair:
         loss: Distance | None = None,
         run: Runner | None = None,
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"steps={steps} repairs nothing. Use 1 or more")
+        check_model("model", model)
+        check_model("original", original)
+        for part in (model, original):
+            check_has_numbers(part, "to repair")
+        check_count("steps", steps)
+        if recipe is not None:
+            check_instance("recipe", recipe, Recipe, "a Recipe, such as Recipe(lr=1e-4)")
+        if loss is not None:
+            check_function("loss", loss, "(output, original_output)")
+        if run is not None:
+            check_instance("run", run, Runner, "a Runner, or leave it out")
         self.model, self.original, self.steps = model, original, steps
         self.recipe, self.distance, self.run = recipe or Recipe(), loss or relative_error, run or Runner()
         every = progressive_norms(model)
@@ -263,6 +288,7 @@ class Repair:
         Raises:
             StabNormError: the state is of a repair of other norms or of another length; nothing is loaded then.
         """
+        check_state(state, "Repair", self.state_dict())
         if state["norms"] != list(self.norms) or state["steps"] != self.steps:
             raise StabNormError(
                 f"the state is of a repair of {len(state['norms'])} norms in {state['steps']} steps, and this one is "
@@ -306,6 +332,11 @@ def repair_norms(
     """
     from tqdm.auto import tqdm
 
+    check_instance("repair", repair, Repair, "a Repair")
+    check_loader("loader", loader)
+    check_flag("progress", progress)
+    if until is not None:
+        check_count("until", until, 0)
     end = repair.steps if until is None else min(until, repair.steps)
     batches = _endless(loader, repair.recipe.seed, repair.steps_done * repair.recipe.accumulate)
     losses = []

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stabnorm._checks import check_all, check_count, check_number, check_state, wrong_type
 from stabnorm.companions.readiness import HOLD_ABOVE, MOMENTUM, RUN_BELOW
 from stabnorm.companions.readiness import MEASURE_EVERY as MEASURE_EVERY
 from stabnorm.errors import StabNormError
@@ -83,6 +84,10 @@ class AffineGate:
         last_start: float = 0.45,
         last_refusal: float = 0.65,
     ) -> None:
+        check_all("layers", layers, str, "the layers' names")
+        shares = {"on": on, "off": off, "warm": warm, "last_start": last_start, "last_refusal": last_refusal}
+        for name, share in shares.items():
+            check_number(name, share, least=0, most=1)
         if not 0 < on <= off <= 1:
             raise ValueError(f"on={on}, off={off}: a residual lies in [0, 1]. Give 0 < on <= off <= 1")
         if not 0 <= warm <= last_start <= last_refusal <= _TUNED_FRACTION:
@@ -137,7 +142,11 @@ class AffineGate:
         Raises:
             ValueError: their number is not the number of layers.
         """
-        new = np.asarray(residuals, np.float64)
+        check_count("step", step, 0)
+        try:
+            new = np.asarray(residuals, np.float64)
+        except (TypeError, ValueError) as error:
+            raise wrong_type("residuals", residuals, "one number for each layer") from error
         if new.shape != self._residual.shape:
             raise ValueError(f"step {step} brings residuals of shape {new.shape} for {len(self.layers)} layers")
         average = np.where(np.isnan(self._residual), new, (1 - MOMENTUM) * self._residual + MOMENTUM * new)
@@ -149,6 +158,7 @@ class AffineGate:
         Raises:
             ValueError: the gate is already past this step.
         """
+        check_count("step", step, 0)
         if step < self.step:
             raise ValueError(f"the gate is at step {self.step} and does not go back to {step}. Build a new one")
         for now in range(self.step, step):
@@ -212,6 +222,7 @@ class AffineGate:
         Raises:
             StabNormError: the state is that of a gate over other layers; nothing is loaded then.
         """
+        check_state(state, "AffineGate", self.state_dict())
         refuse_other_layers("the saved gate is one over", state["layers"], self.layers)
         self.step = int(state["step"])
         self._lam, self._residual = np.array(state["lam"], np.float64), np.array(state["residual"], np.float64)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from stabnorm._checks import check_count, check_flag, check_model, check_number, check_scalar, list_of, wrong_type
 from stabnorm._models.wrappers import plain_name
 from stabnorm.nn._channel_norm import ChannelNorm
 from stabnorm.nn.prep import PRepBN
@@ -19,11 +20,13 @@ def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
     >>> list(progressive_norms(nn.Sequential(nn.Linear(4, 8), PRepBN(8))))
     ['1']
     """
+    check_model("model", model)
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, PRepBN)}
 
 
 def running_norms(model: nn.Module) -> dict[str, ChannelNorm]:
     """Find this package's norms with running statistics, by name; also those inside progressive norms."""
+    check_model("model", model)
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
 
 
@@ -45,6 +48,14 @@ def write_lam(norms: Iterable[PRepBN], lam: Sequence[float], *, settled: bool = 
     >>> norm.lam, norm.leave_out_norm
     (tensor(0.2500), False)
     """
+    norms = list_of("norms", norms, PRepBN)
+    check_flag("settled", settled)
+    if not isinstance(lam, Sequence) or isinstance(lam, str):
+        raise wrong_type("lam", lam, "a list of numbers, one for each norm")
+    if len(lam) != len(norms):
+        raise ValueError(f"lam holds {len(lam)} numbers, and there are {len(norms)} norms. Give one for each norm")
+    for value in lam:
+        check_number("lam", value, least=0, most=1)
     # The flag changes in all layers at once: Dynamo compiles a function for eight sets of flags and then gives up.
     settled = settled or not any(lam)
     for norm, value in zip(norms, lam, strict=True):
@@ -65,7 +76,8 @@ def write_step(norms: Iterable[ChannelNorm], step: int) -> None:
     >>> norm.step
     tensor(100)
     """
-    for norm in norms:
+    check_count("step", step, 0)
+    for norm in list_of("norms", norms, ChannelNorm):
         norm.counts_steps = False
         if (counter := norm._buffers.get("step")) is not None:  # the published variants count for themselves
             counter.fill_(step)
@@ -78,7 +90,9 @@ def write_loss_scale(norms: Iterable[ChannelNorm], scale: Tensor | float) -> Non
         norms: what `running_norms` found.
         scale: ``scaler.get_scale()``, or the scaler's own tensor, which is copied on the device.
     """
-    buffers = [buffer for norm in norms if (buffer := norm._buffers.get("loss_scale")) is not None]
+    check_scalar("scale", scale, above=0)
+    listed = list_of("norms", norms, ChannelNorm)
+    buffers = [buffer for norm in listed if (buffer := norm._buffers.get("loss_scale")) is not None]
     for buffer in buffers:
         if isinstance(scale, Tensor):
             buffer.copy_(scale.reshape(()), non_blocking=True)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from stabnorm._checks import check_count, check_has_numbers, check_instance, check_model, check_scalar, check_state
 from stabnorm._models.tables import aligned
 from stabnorm.companions.switching import BranchGap
 from stabnorm.errors import StabNormError
@@ -16,7 +17,7 @@ from stabnorm.nn.prep import norm_class
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change, refuse_other_layers
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam, write_loss_scale, write_step
 from stabnorm.switch.residuals import ResidualFeed, watches
-from stabnorm.switch.schedules import Order, check_schedule, make_schedule
+from stabnorm.switch.schedules import Order, check_plan, make_schedule
 
 
 class SwitchRecorder(Protocol):
@@ -47,7 +48,8 @@ class ProgressiveSwitch:
             Default: "adaptive".
         start: the step at which the switch begins. Default: 0.
         fraction: how long it takes, as a share of `total_steps`. Default: 0.8.
-        order: "together", "shallow_first" or "deep_first", see `stabnorm.switch.schedules.linear`. Default: "together".
+        order: "together", "shallow_first" or "deep_first", see `stabnorm.switch.schedules.linear`; the last two need a
+            schedule by name, and not "adaptive". Default: "together".
         monitor: one that is attached to the model and stepped by the training. Default: none.
 
     Raises:
@@ -82,13 +84,19 @@ class ProgressiveSwitch:
         order: Order = "together",
         monitor: StabilityMonitor | None = None,
     ) -> None:
-        check_schedule(schedule)
+        check_model("model", model)
+        check_count("total_steps", total_steps)
+        check_plan(schedule, order)
+        if monitor is not None:
+            check_instance("monitor", monitor, StabilityMonitor, "a StabilityMonitor, or leave it out")
         self.norms, self._running = progressive_norms(model), running_norms(model)
         if not self._running:
             raise StabNormError(
                 f"{type(model).__name__} has no norm to switch. Convert it first, with stabnorm.convert_norms"
             )
-        self.layers, self.total_steps = tuple(self.norms), total_steps
+        for norm in self._running.values():
+            check_has_numbers(norm, "to switch")
+        self.layers, self.total_steps, self.schedule = tuple(self.norms), total_steps, schedule
         self.gate = None
         if schedule == "adaptive":
             self.gate = AffineGate(self.layers, total_steps, start=start, fraction=fraction)
@@ -111,6 +119,13 @@ class ProgressiveSwitch:
         self.lam: list[float] = []
         self.move_to(0)
 
+    def __repr__(self) -> str:
+        switched = sum(lam == 0 for lam in self.lam)
+        return (
+            f"ProgressiveSwitch({len(self.layers)} layers, schedule={self.schedule!r}: step {self.steps_done} of "
+            f"{self.total_steps}, {switched} switched)"
+        )
+
     @property
     def _measures(self) -> bool:
         return self.row % MEASURE_EVERY == 0
@@ -123,6 +138,7 @@ class ProgressiveSwitch:
                 Default: 1.
         """
         if loss_scale is not None:
+            check_scalar("loss_scale", loss_scale, above=0)
             write_loss_scale(self._running.values(), loss_scale)
         if self._open:
             return
@@ -138,6 +154,8 @@ class ProgressiveSwitch:
         Args:
             steps_done: how many there were. Default: one more than before.
         """
+        if steps_done is not None:
+            check_count("steps_done", steps_done, 0)
         gap = None
         if self._monitor is not None and self._measures and self._open:
             self._monitor.steps_done = self.row
@@ -227,8 +245,11 @@ class ProgressiveSwitch:
         """Continue from a state; the length of the training is the one given to the constructor.
 
         Raises:
+            TypeError: the state is no dict.
+            ValueError: it is not that of a switch; nothing is loaded then.
             StabNormError: other layers were switched, or by another kind of schedule; nothing is loaded then.
         """
+        check_state(state, "ProgressiveSwitch", self.state_dict())
         refuse_other_layers("the checkpoint switches", state["layers"], self.layers)
         if (state["gate"] is None) != (self.gate is None):
             adaptive = "the checkpoint's" if self.gate is None else "this run's"

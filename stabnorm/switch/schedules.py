@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+from stabnorm._checks import check_choice, check_count, check_number
+
 Order = Literal["together", "shallow_first", "deep_first"]
 STAGGER = 0.5  # share of the schedule that one layer takes when they go one after the other
 
@@ -27,6 +29,7 @@ def schedule_end(total: int, *, start: int = 0, fraction: float = 0.8) -> int:
     >>> schedule_end(1000), schedule_end(1000, start=500, fraction=0.5)
     (800, 1000)
     """
+    check_count("total", total)
     check_span(start, fraction)
     end = start + max(1, round(fraction * total))
     if end > total:
@@ -117,7 +120,10 @@ def _elapsed(step: int, total: int, layer: int, layers: int, start: int, fractio
     """The share of the layer's schedule that is over: below 0 before it begins, 1 or more after it has ended."""
     end = schedule_end(total, start=start, fraction=fraction)
     check_order(order)
-    if not 0 <= layer < layers:
+    check_count("step", step, 0)
+    check_count("layers", layers)
+    check_count("layer", layer, 0)
+    if layer >= layers:
         raise ValueError(f"layer={layer} is not one of {layers} layers. Count from 0")
     if step >= end:
         return 1.0  # whatever rounding says
@@ -130,27 +136,32 @@ def _elapsed(step: int, total: int, layer: int, layers: int, start: int, fractio
 
 
 def check_span(start: int, fraction: float) -> None:
-    """Raise ValueError unless `start` is a step and `fraction` a share."""
-    if not 0 < fraction <= 1:
-        raise ValueError(
-            f"fraction={fraction} is no share of the training. Give a number above 0, and 1 at most: 0.8 leaves the "
-            "last fifth to the finished model"
-        )
-    if start < 0:
-        raise ValueError(f"start={start} lies before the training. Give an optimizer step, 0 for its beginning")
+    """Raise an error unless `start` is a step and `fraction` a share."""
+    check_number("fraction", fraction, above=0, most=1, hint=": 0.8 leaves the last fifth to the finished model")
+    check_count("start", start, 0, hint=": an optimizer step")
 
 
 def check_order(order: str) -> None:
     """Raise ValueError unless `order` is one there is."""
-    if order not in get_args(Order):
-        raise ValueError(f"order={order!r} is unknown. Choose one of {', '.join(map(repr, get_args(Order)))}")
+    check_choice("order", order, get_args(Order))
 
 
 def check_schedule(schedule: str | Callable[[int], float]) -> None:
     """Raise ValueError unless `schedule` is a name there is, or a function."""
-    if not callable(schedule) and schedule not in SCHEDULES and schedule != "adaptive":
-        names = ", ".join(map(repr, (*SCHEDULES, "adaptive")))
-        raise ValueError(f"schedule={schedule!r} is unknown. Choose one of {names}, or give a function of the step")
+    if not callable(schedule):
+        check_choice("schedule", schedule, (*SCHEDULES, "adaptive"), ", or give a function of the step")
+
+
+def check_plan(schedule: str | Callable[[int], float], order: str) -> None:
+    """Raise ValueError unless schedule and order are known, and the schedule follows the order."""
+    check_schedule(schedule)
+    check_order(order)
+    if order != "together" and schedule not in SCHEDULES:
+        what = "a function of the step gives one lam for all layers"
+        if schedule == "adaptive":
+            what = "the adaptive schedule decides for each layer by its own affine residual"
+        names = ", ".join(map(repr, SCHEDULES))
+        raise ValueError(f"order={order!r} would not be followed: {what}. Leave it out, or take a schedule of {names}")
 
 
 def make_schedule(
@@ -182,7 +193,8 @@ def make_schedule(
     >>> make_schedule(lambda step: max(0.0, 1 - step / 5), 10, 2)(1)
     [0.8, 0.8]
     """
-    check_schedule(schedule)
+    check_plan(schedule, order)
+    check_count("layers", layers, 0)
     if not callable(schedule):
         formula = SCHEDULES[schedule]
         options: dict[str, Any] = {"start": start, "fraction": fraction, "order": order}
@@ -198,7 +210,13 @@ def make_schedule(
 
 
 def _lam_at(schedule: Callable[[int], float], step: int) -> float:
-    lam = float(schedule(step))
+    try:
+        lam = float(schedule(step))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"the schedule function failed at step {step}: {type(error).__name__}: {error}. It takes the step and "
+            "returns lam, a number from 0 to 1"
+        ) from error
     if not 0 <= lam <= 1:
         raise ValueError(f"the schedule function gives lam={lam:g} at step {step}. lam is a share, from 0 to 1")
     return lam

@@ -202,14 +202,14 @@ def test_used_for_another_run_it_starts_afresh_and_a_switched_model_stays_switch
 
 def test_arguments_out_of_range_are_refused_at_once() -> None:
     for options, said in (
-        ({"fraction": 0.0}, "fraction=0.0 is no share"),
-        ({"fraction": 1.2}, "fraction=1.2 is no share"),
-        ({"start": -1}, "start=-1 lies before"),
+        ({"fraction": 0.0}, "fraction=0.0 is out of range"),
+        ({"fraction": 1.2}, "fraction=1.2 is out of range"),
+        ({"start": -1}, "start=-1 is out of range"),
         ({"schedule": "linaer"}, "schedule='linaer' is unknown"),
         ({"order": "up"}, "order='up' is unknown"),
         ({"to": "batch"}, "to='batch' is unknown"),
-        ({"to": "unified", "schedule": "cosine"}, "schedule='cosine' moves lam, and to='unified' has none"),
-        ({"total_steps": 0}, "total_steps=0 is no training"),
+        ({"to": "unified", "schedule": "cosine"}, "say how lam moves, and to='unified' has none"),
+        ({"total_steps": 0}, "total_steps=0 is out of range"),
     ):
         with pytest.raises(ValueError, match=said):
             ProgressiveNormCallback(**options)

@@ -330,7 +330,7 @@ def test_what_is_wrong_is_said_before_training() -> None:
         "attentions.0.head1",
         "attentions.0.head2",
     )
-    with pytest.raises(ValueError, match="queries is a number of queries, got 0"):
+    with pytest.raises(ValueError, match=r"queries=0 is out of range. Give a whole number of 1 or more, or None"):
         AttentionCompanion(queries=0)
 
 

@@ -83,11 +83,11 @@ def test_the_output_layer_is_the_last_linear_one_the_models_own_or_named() -> No
     assert OutputCompanion(layer=["attentions.0.proj", "head"]).watch(model).rows == ("attentions.0.proj", "head")
     model.get_output_embeddings = lambda: model.attentions[0].qkv  # type: ignore[assignment]  # as in transformers
     assert OutputCompanion().watch(model).rows == ("attentions.0.qkv",)
-    with pytest.raises(ValueError, match="no module 'lm_head' in Text"):
+    with pytest.raises(ValueError, match="layer='lm_head': there is no such module in Text"):
         OutputCompanion(layer="lm_head").watch(model)
     with pytest.raises(ValueError, match="no output layer found in Sequential"):
         OutputCompanion().watch(nn.Sequential(nn.LayerNorm(3)))
-    with pytest.raises(ValueError, match="tokens is a number of tokens, got 0"):
+    with pytest.raises(ValueError, match=r"tokens=0 is out of range. Give a whole number of 1 or more"):
         OutputCompanion(tokens=0)
 
 

@@ -357,7 +357,7 @@ def refused(change: Callable[[nn.Module], Any], example: Any = None, **options: 
 
 def test_what_is_wrong_with_a_call_is_said_with_what_to_do() -> None:
     assert "no nn.Module" not in refused(lambda m: "a path")
-    assert "is a str. Pass an nn.Module" in refused(lambda m: "a path")
+    assert "is of type str. Give an nn.Module" in refused(lambda m: "a path")
     assert "on the meta device" in refused(lambda m: m.to("meta"), torch.empty(3, C, device="meta"))
     assert "Run one batch" in refused(lambda m: nn.Sequential(norm(), nn.LazyLinear(D)).eval())
     assert "outputs= fails on what the model returns, a Tensor" in refused(lambda m: None, outputs=lambda y: y.logits)

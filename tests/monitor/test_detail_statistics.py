@@ -271,7 +271,7 @@ def test_without_adam_its_figures_are_nan_and_with_it_they_need_the_gradients() 
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
-    match = r"optimizer is a torch.optim.Optimizer, or several of them, got dict"
+    match = r"optimizer is a torch.optim.Optimizer, or several of them, got {}"
     model = nn.Sequential(nn.LayerNorm(8))
     with StabilityMonitor(model, ["adam_staleness"]) as monitor, pytest.raises(TypeError, match=match):
         monitor.step(optimizer=[{}])  # type: ignore[list-item]

@@ -336,7 +336,7 @@ def test_clear_errors(name: str) -> None:
 def test_what_the_constructors_refuse() -> None:
     with pytest.raises(ValueError, match="window=0"):
         UnifiedNorm(8, window=0)
-    with pytest.raises(ValueError, match=r"window=\(4, 0\)"):
+    with pytest.raises(ValueError, match=r"window=0 .* or a pair of such numbers"):
         UnifiedNorm(8, window=(4, 0))
     with pytest.raises(ValueError, match="patience=0"):
         UnifiedNorm(8, patience=0)

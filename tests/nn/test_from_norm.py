@@ -162,7 +162,7 @@ def test_the_official_variant_is_a_class_of_its_own_that_copies_and_loads_as_its
     assert repr(norm).startswith(f"{make.__name__}(\n  6, ")
     with pytest.raises(StabNormError, match="keeps statistics of its own"):
         norm.running_statistics()
-    with pytest.raises(ValueError, match=r"variant='paper' is unknown\. Choose 'corrected' or 'official'"):
+    with pytest.raises(ValueError, match=r"variant='paper' is unknown\. Choose one of 'corrected', 'official'"):
         make(6, variant="paper")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="RepBN has no variant='official'"):
         RepBN(6, variant="official")  # type: ignore[call-arg]

@@ -140,7 +140,7 @@ def test_an_input_without_deviation_is_divided_by_eps_and_has_a_gradient() -> No
 
 
 def test_an_unknown_statistic_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"statistic='l3' is unknown\. Choose 'l2' or 'l1'"):
+    with pytest.raises(ValueError, match=r"statistic='l3' is unknown\. Choose one of 'l2', 'l1'"):
         RepBN(4, statistic="l3")  # type: ignore[arg-type]
 
 

@@ -182,7 +182,7 @@ def test_arguments_out_of_range_are_refused() -> None:
         AffineGate(["a"], 100, on=0.6)
     with pytest.raises(ValueError, match="are shares of the training"):
         AffineGate(["a"], 100, last_start=0.7)
-    with pytest.raises(ValueError, match=r"fraction=1\.5 is no share"):
+    with pytest.raises(ValueError, match=r"fraction=1\.5 is out of range"):
         AffineGate(["a"], 100, fraction=1.5)
     with pytest.raises(ValueError, match=r"step 0 brings residuals of shape \(1,\) for 2 layers"):
         AffineGate(["a", "b"], 100).observe(0, [0.1])

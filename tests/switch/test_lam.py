@@ -33,7 +33,7 @@ def test_each_layer_gets_its_lam_and_the_norms_are_left_out_when_all_are_0() -> 
 
 
 def test_a_lam_too_many_or_too_few_is_an_error() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="lam holds 1 numbers, and there are 2 norms"):
         write_lam(progressive_norms(model()).values(), [0.5])
 
 

@@ -82,7 +82,7 @@ def test_a_function_that_ends_above_0_or_leaves_the_shares_is_refused() -> None:
 
 @pytest.mark.parametrize("fraction", [0, -0.2, 1.01, math.nan, math.inf])
 def test_a_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
-    with pytest.raises(ValueError, match=rf"fraction={fraction} is no share of the training"):
+    with pytest.raises(ValueError, match=rf"fraction={fraction} is out of range. Give a number above 0, and 1 at most"):
         make_schedule("linear", 100, fraction=fraction)
 
 
@@ -96,7 +96,7 @@ def test_a_schedule_longer_than_the_training_is_refused_with_both_ends() -> None
     ("options", "said"),
     [
         ({"schedule": "linaer"}, r"schedule='linaer' is unknown. Choose one of 'linear', 'cosine', 'constant', 'adap"),
-        ({"start": -1}, r"start=-1 lies before the training"),
+        ({"start": -1}, r"start=-1 is out of range. Give a whole number of 0 or more"),
         ({"order": "deep"}, r"order='deep' is unknown. Choose one of 'together', 'shallow_first', 'deep_first'"),
     ],
 )

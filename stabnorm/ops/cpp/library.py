@@ -5,7 +5,8 @@ torch, of Python or of a build system has to match. Memory goes in as addresses.
 from its declaration in the sources, so that a call that does not fit is refused.
 
 A library is kept in the cache folder under a name that tells its sources, its compiler and the instructions that the
-machine has; another machine with the same home builds its own.
+machine has; another machine with the same home builds its own. One that is damaged, or that another user may have
+written, is built again, see `stabnorm.ops.cache`.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from stabnorm.ops.tested import cache_folder
+from stabnorm.ops.cache import cache_folder, is_kept, keep, made, remove_old_drafts
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-w")
@@ -167,17 +168,17 @@ def _built() -> Path:
     defined = _run(compiler, *machine, *ask)
     texts = [path.read_bytes() for path in (*_sources(), *sorted(FOLDER.glob("*.h")))]
     parts = [defined.encode(), " ".join((*FLAGS, *machine)).encode(), *texts]
-    path = cache_folder() / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
+    path = made(cache_folder()) / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    if not is_kept(path):
+        remove_old_drafts(path.parent, "cpu-*.draft-*")
+        draft = path.with_suffix(f".draft-{os.getpid()}")
         logger.info("building the C++ backend for CPUs in %s", path.parent)
         try:
             build = (*FLAGS, *machine, "-shared", *map(str, _sources()), "-o", str(draft))
             threads = _first(THREADS, lambda flags: _run(compiler, *flags, *build))
             if not threads:
                 logger.info("the C++ backend runs on one thread: %s has no OpenMP", compiler[0])
-            draft.replace(path)  # two processes that build at once leave one whole file
+            keep(draft, path)
         finally:
             draft.unlink(missing_ok=True)
     return path
@@ -187,7 +188,11 @@ def _compiler() -> list[str]:
     """The compiler's command: $CXX, a path or a command with arguments; else the first that is found."""
     chosen = os.environ.get("CXX")
     if chosen:
-        return [chosen] if shutil.which(chosen) else shlex.split(chosen)
+        words = chosen.split(" ")
+        for end in range(len(words), 0, -1):  # a path may have spaces, and arguments may follow it
+            if shutil.which(command := " ".join(words[:end])):
+                return [command, *shlex.split(" ".join(words[end:]))]
+        return shlex.split(chosen)
     for name in ("c++", "g++", "clang++"):
         path = shutil.which(name)
         if path is not None:

@@ -1,0 +1,150 @@
+"""`StabilityTrainerCallback`: watch the norms of a model that Hugging Face's Trainer trains."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stabnorm._checks import check_instance
+from stabnorm._models.hooks import take_off
+from stabnorm._models.masks import valid_tokens
+from stabnorm._models.names import NameFilter
+from stabnorm.companions.companion import Companion
+from stabnorm.companions.names import resolve_companions
+from stabnorm.monitor.detect import MakeDetector
+from stabnorm.monitor.monitor import StabilityMonitor, check_options
+from stabnorm.monitor.record import FileRecord
+from stabnorm.monitor.statistics import resolve
+from stabnorm.statistic import Statistic
+
+if TYPE_CHECKING:
+    TrainerCallback = object
+else:
+    try:
+        from transformers import TrainerCallback
+    except ImportError:  # then nobody calls it, but it can be read
+        TrainerCallback = object
+
+logger = logging.getLogger("stabnorm")
+
+
+class StabilityTrainerCallback(TrainerCallback):
+    """Watches the norms of the Trainer's model at every optimizer step; it needs no argument.
+
+    The record is in `stabnorm/` of the output directory. The monitor's state lies beside each checkpoint, so a resumed
+    run goes on from there. Gradients are those of the loss as it is in float32 and bf16; with fp16 they have its scale.
+
+    Args:
+        preset: as for `StabilityMonitor`. Default: "standard".
+        flush_every: number of optimizer steps between two flushes. Default: 50.
+        include: a regular expression, or a list of them, for the names of the layers to watch. Default: all.
+        exclude: the same for layers to leave out. Default: none.
+        gradients: False leaves out the gradient statistics. Default: True.
+        mask: the keyword argument of the model that says which tokens are valid, so that padding does not count: a
+            tensor [batch, length] of 0 and 1. It is ignored where the model does not get it, and where the Trainer
+            compiles the model. None: every token counts. Default: "attention_mask".
+        companions: what to watch beside the norms, as for `StabilityMonitor`. Default: nothing.
+        detector: as for `StabilityMonitor`. Default: `RobustDetector`.
+
+    Attributes:
+        monitor: the `StabilityMonitor` of the current training or the last one; None before.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: an unknown preset, statistic or companion; at the start of the training: no norm to watch.
+
+    >>> from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
+    >>> callback = StabilityTrainerCallback(flush_every=20)  # Trainer(..., callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        preset: str | list[str | Statistic] = "standard",
+        flush_every: int = 50,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+        gradients: bool = True,
+        mask: str | None = "attention_mask",
+        companions: Sequence[str | Companion] = (),
+        detector: MakeDetector | None = None,
+    ) -> None:
+        resolve(preset)
+        check_options(flush_every=flush_every, gradients=gradients, fused=False, detector=detector)
+        NameFilter(include, exclude)  # complain now
+        if mask is not None:
+            check_instance("mask", mask, str, "the name of the model's argument, or None")
+        self.options: dict[str, Any] = {
+            "preset": preset,
+            "flush_every": flush_every,
+            "include": include,
+            "exclude": exclude,
+            "gradients": gradients,
+            "companions": resolve_companions(companions),
+            "detector": detector,
+        }
+        self.mask = mask
+        self.monitor: StabilityMonitor | None = None
+        self.learning_rate: float | None = None
+        self._open: valid_tokens | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Register the hooks; a resumed run goes on from the state that lies beside the checkpoint."""
+        monitor = self.monitor = StabilityMonitor(model, **self.options)
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "stabnorm.pt"
+        if saved.exists():
+            monitor.load_state_dict(torch.load(saved, weights_only=True))
+        monitor.steps_done = state.global_step
+        if state.is_world_process_zero:
+            monitor.records.append(FileRecord(Path(args.output_dir) / "stabnorm"))
+        monitor.attach()
+        if self.mask is not None and not getattr(args, "torch_compile", False):
+            self._handles = [
+                model.register_forward_pre_hook(self._open_mask, with_kwargs=True),
+                model.register_forward_hook(self._close_mask, always_call=True),
+            ]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin a step, whose micro-batches count as one."""
+        assert self.monitor is not None
+        self.monitor.discard()
+        self.learning_rate = kwargs["lr_scheduler"].get_last_lr()[0]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End a step, because the optimizer has stepped."""
+        assert self.monitor is not None
+        self.monitor.step(learning_rate=self.learning_rate)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the monitor's state beside the model's."""
+        assert self.monitor is not None
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            torch.save(self.monitor.state_dict(), folder / "stabnorm.pt")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the hooks, and write what was measured."""
+        assert self.monitor is not None
+        take_off(self._handles)
+        self._close_mask()
+        self.monitor.detach()
+        self.monitor.flush()
+        for record in self.monitor.records:
+            record.close()
+        self.monitor.records = []
+
+    def _open_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._close_mask()
+        mask = kwargs.get(str(self.mask))
+        if module.training and isinstance(mask, Tensor) and mask.ndim == 2:
+            self._open = valid_tokens(mask.bool())
+            self._open.__enter__()
+
+    def _close_mask(self, *_: Any) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None

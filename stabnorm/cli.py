@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_plan(commands)
     _add_view(commands)
+    _add_report(commands)
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], str] = options.run
     try:
@@ -172,6 +173,34 @@ def _view(options: argparse.Namespace) -> str:
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
     return "ended"
+
+
+# --- stabnorm report ---
+
+_REPORT = """\
+Write a report on the runs below a folder: the page as one file that needs no server, or Markdown for a pull request. It
+works on a run that was killed, too."""
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report", help="write a report of runs as one file", description=_REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folder", help="the folder of a run, or one above several")
+    parser.add_argument("-o", "--output", help="the file (default: report.html or report.md in the folder)")
+    parser.add_argument("--format", choices=("html", "md"), help="default: what the output's name says, else html")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> str:
+    from stabnorm.dashboard.report import write_report
+
+    named = "md" if (options.output or "").endswith(".md") else "html"
+    try:
+        return f"the report is in {write_report(options.folder, options.output, options.format or named)}"
+    except OSError as error:
+        raise _Failure(str(error)) from error
 
 
 if __name__ == "__main__":

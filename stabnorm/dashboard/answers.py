@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from stabnorm.dashboard.baseline import ARMED, BOUND
 from stabnorm.dashboard.definitions import definition
-from stabnorm.dashboard.runs import Run, run_folders
+from stabnorm.dashboard.runs import Run, open_run, run_folders
 from stabnorm.dashboard.tiles import Columns, columns_of, extremes, tile_of
 from stabnorm.dashboard.verdict import verdict
 
@@ -43,6 +43,7 @@ class Answers:
     def __init__(self, roots: Mapping[str, Path]) -> None:
         self._roots = dict(roots)
         self._runs: dict[str, Run] = {}
+        self._folders: dict[str, Path] = {}
         self._verdicts: dict[str, tuple[int, Answer]] = {}
 
     def refresh(self) -> None:
@@ -50,8 +51,8 @@ class Answers:
         for prefix, root in self._roots.items():
             for name, folder in run_folders(root).items():
                 full = f"{prefix}/{name}" if prefix else name
-                if full not in self._runs or self._runs[full].directory != folder:
-                    self._runs[full] = Run(full, folder)
+                if self._folders.get(full) != folder:
+                    self._folders[full], self._runs[full] = folder, open_run(full, folder)
         for run in self._runs.values():
             run.refresh()
 

@@ -6,11 +6,9 @@ asked for. What cannot be read is left out, and said in `Run.notes`.
 
 import itertools
 import json
-import mmap
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,25 +17,14 @@ import numpy.typing as npt
 
 from stabnorm.dashboard.baseline import Baseline
 from stabnorm.dashboard.definitions import definition
-from stabnorm.monitor._event_files import placed_events
-from stabnorm.monitor._record_files import block_number, unpack_arrays, unpack_line, whole_lines
-from stabnorm.monitor._record_format import PLUGIN_NAME, description_of, event_files
+from stabnorm.dashboard.readers import EventReader, FileReader, Piece, Reader
+from stabnorm.monitor._record_format import PLUGIN_NAME
 from stabnorm.monitor.record import SIDE_SERIES, Event, check_shape
 
 Array = npt.NDArray[np.float32]
 
 CACHE_BYTES = 256 * 2**20  # of series in memory, for each run
-_VALIDATION = re.compile(r"val(id(ation)?)?[/_.]", re.IGNORECASE)  # scalars of a logger that the timeline shows
 _SKIPPED = re.compile(r"checkpoints|\.git|__pycache__|wandb-core")
-
-
-class Piece(NamedTuple):
-    """Some steps of one series, which `load` reads from the file."""
-
-    first_step: int
-    num_steps: int
-    layers: tuple[str, ...]
-    load: Callable[[], npt.NDArray[Any]]
 
 
 class Rows(NamedTuple):
@@ -57,21 +44,26 @@ class Run:
 
     Args:
         name: what the page calls it.
-        directory: the folder with TensorBoard's event files, or with the files of a `FileRecord`.
+        reader: where the record comes from.
 
     Attributes:
         events: alerts and others, in the order of their steps, each one once.
         version: a number that grows when `refresh` has found something new.
-        notes: sentences about what could not be read, or was read twice.
+
+    Example:
+        >>> from stabnorm.dashboard.readers import MemoryReader
+        >>> history = MemoryReader({"": (("norm",), np.arange(3), {"amax": np.ones((3, 1))})})
+        >>> run = Run("mine", history)
+        >>> run.refresh(), run.rows().layers, run.statistics()
+        (True, ('norm',), ['amax'])
     """
 
-    def __init__(self, name: str, directory: Path) -> None:
-        self.name, self.directory = name, directory
+    def __init__(self, name: str, reader: Reader) -> None:
+        self.name = name
         self.events: list[Event] = []
         self.version = 0
         self._pieces: dict[tuple[str, str], list[Piece]] = {}
-        of_files = (directory / "record.json").exists() or any(directory.glob("block-*.npz"))
-        self._reader = FileReader(directory) if of_files else EventReader(directory)
+        self._reader = reader
         self._rows: dict[str, Rows] = {}
         self._cache = OrderedDict[tuple[str, str], tuple[Array, Baseline]]()
         self._known_events: set[str] = set()
@@ -202,174 +194,10 @@ class Run:
         return np.full((len(rows.steps), len(rows.layers)), np.nan, np.float32) if out is None else out
 
 
-class EventReader:
-    """Reads the tensors of ours in a run's event files, each byte once."""
-
-    def __init__(self, directory: Path) -> None:
-        self.notes: list[str] = []
-        self.validation: dict[str, dict[int, float]] = {}
-        self._directory = directory
-        self._offsets: dict[Path, int] = {}
-        self._contents: dict[str, dict[str, Any]] = {}
-        self._undescribed: dict[str, list[_TensorAt]] = {}
-        self._events: list[Event] = []
-
-    def pieces(self) -> Iterator[tuple[str, str, Piece]]:
-        """Yield (companion, series, piece) of what was written since the last time."""
-        for path, offset, length, event in self._new_events():
-            for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name == PLUGIN_NAME:
-                    self._describe(path, value.tag, value.metadata.plugin_data.content)
-                place = _TensorAt(path, offset, length, event.step, value.tag)
-                if value.tag in self._contents:
-                    for earlier in [*self._undescribed.pop(value.tag, []), place]:
-                        yield from self._piece(earlier, value if earlier is place else earlier.value())
-                elif value.tag.startswith(f"{PLUGIN_NAME}/") and value.HasField("tensor"):
-                    self._undescribed.setdefault(value.tag, []).append(place)  # its description was damaged
-                elif _VALIDATION.match(value.tag) and value.WhichOneof("value") == "simple_value":
-                    self.validation.setdefault(value.tag, {})[event.step] = value.simple_value
-
-    def _piece(self, place: "_TensorAt", value: Any) -> Iterator[tuple[str, str, Piece]]:
-        from tensorboard.util.tensor_util import make_ndarray
-
-        content = self._contents[value.tag]
-        try:
-            if "event" in content:
-                data = json.loads(make_ndarray(value.tensor).item())
-                self._events.append(Event(content["event"], place.step, data))
-                return
-            num_steps = value.tensor.tensor_shape.dim[0].size
-        except (IndexError, TypeError, ValueError):
-            self._note(f"A value of {value.tag} is not as its tag describes it, and is left out.")
-            return
-        piece = Piece(place.step - num_steps + 1, num_steps, tuple(content["layers"]), place.array)
-        yield content.get("companion", ""), content["series"], piece
-
-    def _describe(self, path: Path, tag: str, content: bytes) -> None:
-        try:
-            described = description_of(content, self._directory)
-        except ValueError as error:
-            self._note(f"{error}.")
-            return
-        if described is None:
-            self._note(f"{path.name}: the description of {tag} is damaged.")
-        else:
-            self._contents.setdefault(tag, described)
-
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def _new_events(self) -> Iterator[tuple[Path, int, int, Any]]:
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-        from tensorboard.compat.proto.event_pb2 import Event as ProtoEvent
-
-        for path in event_files(self._directory):
-            begin = self._offsets.get(path, 0)
-            try:
-                if path.stat().st_size <= begin:
-                    continue
-                with path.open("rb") as file:
-                    content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[begin:]
-            except (OSError, ValueError) as error:
-                self._note(f"{path.name} cannot be read: {error}.")
-                continue
-            for start, end, body in placed_events(content):
-                try:
-                    event = None if body is None else ProtoEvent.FromString(body)
-                except DecodeError:
-                    event = None
-                if event is None or body is None:
-                    self._note(f"{path.name} is damaged near byte {begin + start:,}; what was there is left out.")
-                else:
-                    yield path, begin + start, len(body), event
-                self._offsets[path] = begin + end
-
-    def take_events(self) -> list[Event]:
-        """Return the events that `pieces` has met since the last time."""
-        events, self._events = self._events, []
-        return events
-
-
-class _TensorAt(NamedTuple):
-    """The place of one tensor in an event file, from where it is read again."""
-
-    path: Path
-    offset: int
-    length: int
-    step: int
-    tag: str
-
-    def value(self) -> Any:
-        """Read the value that holds the tensor."""
-        from tensorboard.compat.proto.event_pb2 import Event as ProtoEvent
-
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            event = ProtoEvent.FromString(file.read(self.length))
-        return next(value for value in event.summary.value if value.tag == self.tag)
-
-    def array(self) -> npt.NDArray[Any]:
-        """Read the array."""
-        from tensorboard.util.tensor_util import make_ndarray
-
-        array: npt.NDArray[Any] = make_ndarray(self.value().tensor)
-        return array
-
-
-class FileReader:
-    """Reads the files of a `FileRecord`, each one once."""
-
-    def __init__(self, directory: Path) -> None:
-        self.notes: list[str] = []
-        self.validation: dict[str, dict[int, float]] = {}
-        self._directory = directory
-        self._read: set[str] = set()
-        self._lines = 0
-
-    def pieces(self) -> Iterator[tuple[str, str, Piece]]:
-        """Yield (companion, series, piece) of the blocks that are new."""
-        for path in sorted(self._directory.glob("block-*.npz")):
-            if path.name in self._read or block_number(path) is None:
-                continue
-            self._read.add(path.name)
-            try:
-                with unpack_arrays(path.read_bytes()) as block:  # loads an array only when it is accessed
-                    first_step, num_steps = block["@steps"].tolist()
-                    layers = tuple(map(str, block["@layers"]))
-                    companion = str(block["@companion"]) if "@companion" in block.files else ""
-                    names = [name for name in block.files if name[0] != "@"]
-            except Exception:  # a damaged file of a zip archive can raise almost anything
-                self.notes.append(f"{path.name} is damaged; its steps are left out.")
-                continue
-            for name in names:
-                yield companion, name, Piece(first_step, num_steps, layers, _ArrayOf(path, name).array)
-
-    def take_events(self) -> list[Event]:
-        """Return the events that were written since the last time."""
-        lines = whole_lines(self._directory / "events.jsonl")
-        events = []
-        for line in lines[self._lines :]:
-            try:
-                event = unpack_line(line)
-                events.append(Event(event["kind"], int(event["step"]), event["data"]))
-            except (ValueError, KeyError, TypeError):
-                self.notes.append("A line of events.jsonl is damaged and left out.")
-        self._lines = len(lines)
-        return events
-
-
-class _ArrayOf(NamedTuple):
-    """One series of a block, which is read again from its file."""
-
-    path: Path
-    name: str
-
-    def array(self) -> npt.NDArray[Any]:
-        """Read the array."""
-        with unpack_arrays(self.path.read_bytes()) as block:
-            array: npt.NDArray[Any] = block[self.name]
-            return array
+def open_run(name: str, directory: Path) -> Run:
+    """Return the run whose record lies in a folder: TensorBoard's event files, or the files of a `FileRecord`."""
+    of_files = (directory / "record.json").exists() or any(directory.glob("block-*.npz"))
+    return Run(name, FileReader(directory) if of_files else EventReader(directory))
 
 
 def run_folders(root: Path) -> dict[str, Path]:
@@ -379,11 +207,19 @@ def run_folders(root: Path) -> dict[str, Path]:
         >>> run_folders(Path("no_such_folder"))
         {}
     """
-    folders = {}
+    folders: dict[str, Path] = {}
+    visited: set[str] = set()  # links may lead in a circle
     for directory, inner, names in os.walk(root, followlinks=True):
-        inner[:] = sorted(name for name in inner if not _SKIPPED.fullmatch(name))
         path = Path(directory)
-        if any(name == "record.json" or "tfevents" in name or name.startswith("block-") for name in names):
-            name = path.relative_to(root).as_posix().removesuffix(PLUGIN_NAME).rstrip("/")
-            folders[name if name not in ("", ".") else root.resolve().name] = path
+        real = os.path.realpath(path)
+        inner[:] = [] if real in visited else sorted(name for name in inner if not _SKIPPED.fullmatch(name))
+        if real not in visited and any(_of_a_record(name) for name in names):
+            run = path.parent if path.name == PLUGIN_NAME and path != root else path
+            name = run.relative_to(root).as_posix()
+            folders[root.resolve().name if name == "." else name] = path
+        visited.add(real)
     return folders
+
+
+def _of_a_record(name: str) -> bool:
+    return name == "record.json" or "tfevents" in name or name.startswith("block-")

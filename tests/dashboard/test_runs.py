@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stabnorm.dashboard.runs import Run, run_folders
+from stabnorm.dashboard.runs import Run, open_run, run_folders
 from stabnorm.monitor.record import FileRecord, read_record
 from tests.dashboard.records import LAYERS, alert, calm, event_record, file_record, write
 
@@ -14,7 +14,7 @@ WRITERS = [file_record, event_record]
 
 
 def read(folder: Path) -> Run:
-    run = Run("run", folder)
+    run = open_run("run", folder)
     run.refresh()
     return run
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stabnorm.dashboard.runs import Run
+from stabnorm.dashboard.runs import open_run
 from stabnorm.dashboard.verdict import Verdict, verdict
 from tests.dashboard.records import LAYERS, alert, calm, file_record, growing
 
 
 def judged(folder: Path) -> Verdict:
-    run = Run("run", folder)
+    run = open_run("run", folder)
     run.refresh()
     return verdict(run)
 

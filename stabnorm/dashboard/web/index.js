@@ -161,7 +161,8 @@ class Page {
       const plain = definition.plain[0].toUpperCase() + definition.plain.slice(1);
       const how = { times: 'times its own past', value: `value${definition.unit && definition.unit !== '1' ? `, in ${definition.unit}` : ''}`, sigmas: 'robust \u03c3 off its own past' };
       parts.heading.replaceChildren(`${plain} of each ${state.companion ? 'row' : 'norm'}, ${how[state.colour]} `, element('small', {}, statistic));
-      this.axis = drawTimeline(parts.timeline, parts.lineLegend, store, lines, plot);
+      const ends = { first: map.edges[0], end: map.edges[map.edges.length - 1] };
+      this.axis = drawTimeline(parts.timeline, parts.lineLegend, store, lines, { ...plot, ...ends });
       this.heat = new HeatMap(parts.map, store, map, range, plot);
       this.heat.legend(parts.mapLegend);
       drawSwitch(parts.switch, store, gate, plot);

@@ -51,13 +51,13 @@ export function drawLine(context, values, x, y) {
  * @param {HTMLElement} legend
  * @param {import('./state.js').Store} store
  * @param {Object} lines - the answer to `lines`.
- * @param {{left: number, width: number}} plot - where the map has its columns.
+ * @param {{left: number, width: number, first: number, end: number}} plot - where the map has its columns, and which.
  * @returns {Axis}
  */
-export function drawTimeline(canvas, legend, store, lines, { left, width }) {
+export function drawTimeline(canvas, legend, store, lines, { left, width, first, end }) {
   const context = sharp(canvas, left + width + RIGHT, HEIGHT);
   const colours = themeColours();
-  const axis = new Axis(left, width, lines.edges[0], lines.edges[lines.edges.length - 1]);
+  const axis = new Axis(left, width, first, end);
   const plotBottom = HEIGHT - BOTTOM;
   const x = (i) => axis.x((lines.edges[i] + lines.edges[i + 1]) / 2);
   const entries = [];

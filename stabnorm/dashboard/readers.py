@@ -1,0 +1,254 @@
+"""Readers of a record: TensorBoard's event files, files of our own, or what a monitor holds in memory.
+
+Each of them gives only what is new since the last time, so that a page can follow a run that still trains.
+"""
+
+import functools
+import itertools
+import json
+import mmap
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from stabnorm.monitor._event_files import placed_events
+from stabnorm.monitor._record_files import block_number, unpack_arrays, unpack_line, whole_lines
+from stabnorm.monitor._record_format import PLUGIN_NAME, description_of, event_files
+from stabnorm.monitor.record import Event
+
+_VALIDATION = re.compile(r"val(id(ation)?)?[/_.]", re.IGNORECASE)  # scalars of a logger that the timeline shows
+
+
+class Piece(NamedTuple):
+    """Some steps of one series, which `load` reads from the file."""
+
+    first_step: int
+    num_steps: int
+    layers: tuple[str, ...]
+    load: Callable[[], npt.NDArray[Any]]
+
+
+class Reader(Protocol):
+    """Where a run's record comes from.
+
+    Attributes:
+        notes: sentences about what could not be read.
+        validation: scalars of validation that lie beside the record: tag -> step -> value.
+    """
+
+    notes: list[str]
+    validation: dict[str, dict[int, float]]
+
+    def pieces(self) -> Iterator[tuple[str, str, Piece]]:
+        """Yield (companion, series, piece) of what was written since the last time."""
+
+    def take_events(self) -> list[Event]:
+        """Return the events that were written since the last time."""
+
+
+class EventReader:
+    """Reads the tensors of ours in a run's event files, each byte once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.notes: list[str] = []
+        self.validation: dict[str, dict[int, float]] = {}
+        self._directory = directory
+        self._offsets: dict[Path, int] = {}
+        self._contents: dict[str, dict[str, Any]] = {}
+        self._undescribed: dict[str, list[_TensorAt]] = {}
+        self._events: list[Event] = []
+
+    def pieces(self) -> Iterator[tuple[str, str, Piece]]:
+        """Yield (companion, series, piece) of what was written since the last time."""
+        for path, offset, length, event in self._new_events():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == PLUGIN_NAME:
+                    self._describe(path, value.tag, value.metadata.plugin_data.content)
+                place = _TensorAt(path, offset, length, event.step, value.tag)
+                if value.tag in self._contents:
+                    for earlier in [*self._undescribed.pop(value.tag, []), place]:
+                        yield from self._piece(earlier, value if earlier is place else earlier.value())
+                elif value.tag.startswith(f"{PLUGIN_NAME}/") and value.HasField("tensor"):
+                    self._undescribed.setdefault(value.tag, []).append(place)  # its description was damaged
+                elif _VALIDATION.match(value.tag) and value.WhichOneof("value") == "simple_value":
+                    self.validation.setdefault(value.tag, {})[event.step] = value.simple_value
+
+    def _piece(self, place: "_TensorAt", value: Any) -> Iterator[tuple[str, str, Piece]]:
+        from tensorboard.util.tensor_util import make_ndarray
+
+        content = self._contents[value.tag]
+        try:
+            if "event" in content:
+                data = json.loads(make_ndarray(value.tensor).item())
+                self._events.append(Event(content["event"], place.step, data))
+                return
+            num_steps = value.tensor.tensor_shape.dim[0].size
+        except (IndexError, TypeError, ValueError):
+            self._note(f"A value of {value.tag} is not as its tag describes it, and is left out.")
+            return
+        piece = Piece(place.step - num_steps + 1, num_steps, tuple(content["layers"]), place.array)
+        yield content.get("companion", ""), content["series"], piece
+
+    def _describe(self, path: Path, tag: str, content: bytes) -> None:
+        try:
+            described = description_of(content, self._directory)
+        except ValueError as error:
+            self._note(f"{error}.")
+            return
+        if described is None:
+            self._note(f"{path.name}: the description of {tag} is damaged.")
+        else:
+            self._contents.setdefault(tag, described)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _new_events(self) -> Iterator[tuple[Path, int, int, Any]]:
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.event_pb2 import Event as ProtoEvent
+
+        for path in event_files(self._directory):
+            begin = self._offsets.get(path, 0)
+            try:
+                if path.stat().st_size <= begin:
+                    continue
+                with path.open("rb") as file:
+                    content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[begin:]
+            except (OSError, ValueError) as error:
+                self._note(f"{path.name} cannot be read: {error}.")
+                continue
+            for start, end, body in placed_events(content):
+                try:
+                    event = None if body is None else ProtoEvent.FromString(body)
+                except DecodeError:
+                    event = None
+                if event is None or body is None:
+                    self._note(f"{path.name} is damaged near byte {begin + start:,}; what was there is left out.")
+                else:
+                    yield path, begin + start, len(body), event
+                self._offsets[path] = begin + end
+
+    def take_events(self) -> list[Event]:
+        """Return the events that `pieces` has met since the last time."""
+        events, self._events = self._events, []
+        return events
+
+
+class _TensorAt(NamedTuple):
+    """The place of one tensor in an event file, from where it is read again."""
+
+    path: Path
+    offset: int
+    length: int
+    step: int
+    tag: str
+
+    def value(self) -> Any:
+        """Read the value that holds the tensor."""
+        from tensorboard.compat.proto.event_pb2 import Event as ProtoEvent
+
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            event = ProtoEvent.FromString(file.read(self.length))
+        return next(value for value in event.summary.value if value.tag == self.tag)
+
+    def array(self) -> npt.NDArray[Any]:
+        """Read the array."""
+        from tensorboard.util.tensor_util import make_ndarray
+
+        array: npt.NDArray[Any] = make_ndarray(self.value().tensor)
+        return array
+
+
+class FileReader:
+    """Reads the files of a `FileRecord`, each one once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.notes: list[str] = []
+        self.validation: dict[str, dict[int, float]] = {}
+        self._directory = directory
+        self._read: set[str] = set()
+        self._lines = 0
+
+    def pieces(self) -> Iterator[tuple[str, str, Piece]]:
+        """Yield (companion, series, piece) of the blocks that are new."""
+        for path in sorted(self._directory.glob("block-*.npz")):
+            if path.name in self._read or block_number(path) is None:
+                continue
+            self._read.add(path.name)
+            try:
+                with unpack_arrays(path.read_bytes()) as block:  # loads an array only when it is accessed
+                    first_step, num_steps = block["@steps"].tolist()
+                    layers = tuple(map(str, block["@layers"]))
+                    companion = str(block["@companion"]) if "@companion" in block.files else ""
+                    names = [name for name in block.files if name[0] != "@"]
+            except Exception:  # a damaged file of a zip archive can raise almost anything
+                self.notes.append(f"{path.name} is damaged; its steps are left out.")
+                continue
+            for name in names:
+                yield companion, name, Piece(first_step, num_steps, layers, _ArrayOf(path, name).array)
+
+    def take_events(self) -> list[Event]:
+        """Return the events that were written since the last time."""
+        lines = whole_lines(self._directory / "events.jsonl")
+        events = []
+        for line in lines[self._lines :]:
+            try:
+                event = unpack_line(line)
+                events.append(Event(event["kind"], int(event["step"]), event["data"]))
+            except (ValueError, KeyError, TypeError):
+                self.notes.append("A line of events.jsonl is damaged and left out.")
+        self._lines = len(lines)
+        return events
+
+
+class _ArrayOf(NamedTuple):
+    """One series of a block, which is read again from its file."""
+
+    path: Path
+    name: str
+
+    def array(self) -> npt.NDArray[Any]:
+        """Read the array."""
+        with unpack_arrays(self.path.read_bytes()) as block:
+            array: npt.NDArray[Any] = block[self.name]
+            return array
+
+
+class MemoryReader:
+    """Gives what a monitor still holds in memory.
+
+    Args:
+        parts: companion ("" for the norms) -> layers, steps, and series by name.
+        events: alerts and others. Default: none.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, tuple[Sequence[str], npt.NDArray[Any], Mapping[str, npt.NDArray[Any]]]],
+        events: Iterable[Event] = (),
+    ) -> None:
+        self.notes: list[str] = []
+        self.validation: dict[str, dict[int, float]] = {}
+        self._parts, self._events = dict(parts), list(events)
+
+    def pieces(self) -> Iterator[tuple[str, str, Piece]]:
+        """Yield everything once, a piece for each stretch of steps without a gap."""
+        parts, self._parts = self._parts, {}
+        for companion, (layers, steps, series) in parts.items():
+            ends = [0, *(np.flatnonzero(np.diff(steps) != 1) + 1).tolist(), len(steps)]
+            for begin, end in itertools.pairwise(ends):
+                for name, values in series.items():
+                    load = functools.partial(np.asarray, values[begin:end])
+                    if end > begin:
+                        yield companion, name, Piece(int(steps[begin]), end - begin, tuple(layers), load)
+
+    def take_events(self) -> list[Event]:
+        """Return all events, once."""
+        events, self._events = self._events, []
+        return events

@@ -87,18 +87,18 @@ def heatmap(
 
     names = shorten(layers, 34)
     labels = {tick: f"{number(tick)} {unit}".strip() for tick in (scale.ticks() if scale else ())}
-    left, right = (math.ceil(max(map(_font(12).getlength, texts), default=0)) for texts in (names, labels.values()))
+    left, right = (math.ceil(max(map(font(12).getlength, texts), default=0)) for texts in (names, labels.values()))
     left, right, top, height = left + 18, right + 64, 66, len(cells)
     canvas = Image.new("RGB", (left + WIDTH + right, top + max(height, 120) + 52), PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((left, 12), title, INK, _font(19))
-    draw.text((left, 40), _summary(values, steps, layers), FAINT, _font(12))
+    draw.text((left, 12), title, INK, font(19))
+    draw.text((left, 40), _summary(values, steps, layers), FAINT, font(12))
     canvas.paste(Image.fromarray(cells), (left, top))
 
     every = math.ceil(14 / row)
     for i in range(0, len(names), every):
-        draw.text((left - 8, top + (i + 0.5) * row), names[i], INK, _font(12), anchor="rm")
-    _draw_steps(draw, steps, left, top + height)
+        draw.text((left - 8, top + (i + 0.5) * row), names[i], INK, font(12), anchor="rm")
+    draw_steps(draw, steps, left, top + height)
     if scale:
         _draw_bar(draw, scale, labels, (left + WIDTH + 22, top, left + WIDTH + 38, top + max(height, 120)))
     legend = [("no value", NO_VALUE, np.isnan(columns)), ("infinite", INFINITE, np.isinf(columns))]
@@ -108,7 +108,7 @@ def heatmap(
     for step, layer in marks:
         i = index.get(layer, -1) if isinstance(layer, str) else layer
         if 0 <= i < len(layers) and steps[0] <= step <= steps[-1]:
-            _draw_mark(draw, left + _x(steps, step), top + i * row, row)
+            draw_mark(draw, left + _x(steps, step), top + i * row, row)
     return np.asarray(canvas)
 
 
@@ -199,12 +199,13 @@ def _summary(values: Floats, steps: npt.NDArray[Any], layers: Sequence[str]) -> 
     return text if share == 1 else f"{text}; a column is the maximum of up to {share} steps"
 
 
-def _draw_steps(draw: ImageDraw.ImageDraw, steps: npt.NDArray[Any], left: int, bottom: int) -> None:
+def draw_steps(draw: ImageDraw.ImageDraw, steps: npt.NDArray[Any], left: int, bottom: int) -> None:
+    """Draw the ticks of the steps below a map."""
     for tick in _ticks(steps[0], steps[-1], 8, least=1):
         x = left + _x(steps, tick)
         draw.line((x, bottom, x, bottom + 4), FAINT)
-        draw.text((x, bottom + 7), f"{tick:,.0f}", INK, _font(12), anchor="mt")
-    draw.text((left + WIDTH, bottom + 24), "step", FAINT, _font(12), anchor="rt")
+        draw.text((x, bottom + 7), f"{tick:,.0f}", INK, font(12), anchor="mt")
+    draw.text((left + WIDTH, bottom + 24), "step", FAINT, font(12), anchor="rt")
 
 
 def _draw_bar(draw: ImageDraw.ImageDraw, scale: _Scale, labels: Mapping[float, str], box: Box) -> None:
@@ -219,7 +220,7 @@ def _draw_bar(draw: ImageDraw.ImageDraw, scale: _Scale, labels: Mapping[float, s
     for tick, label in labels.items():
         at = bottom - 1 - float(scale.position(np.array(tick))) * (bottom - top - 1)
         draw.line((right + 1, at, right + 4, at), FAINT)
-        draw.text((right + 8, at), label, INK, _font(12), anchor="lm")
+        draw.text((right + 8, at), label, INK, font(12), anchor="lm")
 
 
 def _draw_legend(
@@ -227,11 +228,11 @@ def _draw_legend(
 ) -> None:
     for text, colour in entries:
         draw.rectangle((x, y - 5, x + 10, y + 5), colour)
-        draw.text((x + 16, y), text, INK, _font(12), anchor="lm")
-        x += 34 + float(_font(12).getlength(text))
+        draw.text((x + 16, y), text, INK, font(12), anchor="lm")
+        x += 34 + float(font(12).getlength(text))
 
 
-def _draw_mark(draw: ImageDraw.ImageDraw, x: float, top: int, row: int) -> None:
+def draw_mark(draw: ImageDraw.ImageDraw, x: float, top: int, row: int) -> None:
     """Draw a frame around a cell, inside its row, so that it cannot be read as a mark of the row above."""
     box = x - 6, top, x + 6, top + row - 1
     draw.rectangle(box, outline=PAPER)
@@ -257,5 +258,6 @@ def _ticks(low: float, high: float, most: int, least: float = 0.0) -> list[float
 
 
 @functools.cache
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
+    """Return the font of all texts in a picture."""
     return ImageFont.load_default(size)

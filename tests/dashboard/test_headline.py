@@ -27,7 +27,8 @@ def test_the_keys_are_few_and_always_the_same() -> None:
     assert all(other == keys[0] for other in keys)
     assert "stability/token_std_mean_p50" in keys[0]
     assert all(
-        key.startswith("stability-") for key in headline(block(3), STATISTICS, alerts=0, overhead=0.0, separator="-")
+        key.startswith(("stability-", "stability_cost-"))
+        for key in headline(block(3), STATISTICS, alerts=0, overhead=0.0, separator="-")
     )
 
 
@@ -37,11 +38,23 @@ def test_what_it_says_is_right() -> None:
     assert said["stability/token_std_mean_p50"] == 3.0  # of 2, 6, 3
     assert said["stability/token_std_mean_p90"] == pytest.approx(np.percentile([2, 6, 3], 90))
     assert said["stability/token_std_mean_worst"] == 7.0
-    assert said["stability/token_std_mean_worst_layer"] == 1.0
     assert said["stability/alerts"] == 3.0
-    assert said["stability/overhead_percent"] == 1.5
+    assert said["stability_cost/percent_of_step"] == 1.5
     assert math.isnan(said["stability/amax_p50"])
     assert all(type(value) is float for value in said.values())
+
+
+def test_no_scalar_is_a_layers_number_and_the_cost_is_no_health() -> None:
+    """A chart smooths its scalars: between layers 2 and 4 it would name layer 3."""
+    keys = headline(block(12), STATISTICS, alerts=0, overhead=1.0)
+    assert not any("layer" in key for key in keys)
+    assert [key for key in keys if not key.startswith("stability/")] == ["stability_cost/percent_of_step"]
+
+
+def test_the_charts_have_plain_names() -> None:
+    titles = list(custom_scalars_layout(STATISTICS)["Stability"])
+    assert titles[0].startswith("input scale over the layers")
+    assert any(title.startswith("largest input, worst layer") for title in titles)
 
 
 def test_an_infinity_is_the_worst_and_nothing_else() -> None:
@@ -49,7 +62,6 @@ def test_an_infinity_is_the_worst_and_nothing_else() -> None:
     said = headline(Block(0, tuple("abcd"), {"amax": values}), STATISTICS, alerts=0, overhead=0.0)
     assert said["stability/amax_p50"] == 2.0
     assert said["stability/amax_worst"] == np.inf
-    assert said["stability/amax_worst_layer"] == 1.0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

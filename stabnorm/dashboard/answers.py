@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stabnorm.dashboard.baseline import ARMED, BOUND
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.runs import Run, open_run, run_folders
 from stabnorm.dashboard.tiles import Columns, columns_of, extremes, tile_of
 from stabnorm.dashboard.verdict import verdict
+from stabnorm.monitor.baseline import ARMED, BOUND
 
 MOST_COLUMNS = 2000
 _GRADIENTS = "gradient"  # the axis of statistics that fade with a layer's own norm

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stabnorm.dashboard.baseline import Baseline
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.readers import EventReader, FileReader, Piece, Reader
 from stabnorm.monitor._record_format import PLUGIN_NAME
+from stabnorm.monitor.baseline import Baseline
 from stabnorm.monitor.record import SIDE_SERIES, Event, check_shape
 
 Array = npt.NDArray[np.float32]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stabnorm.dashboard.baseline import Baseline
+from stabnorm.monitor.baseline import Baseline
 
 Floats = npt.NDArray[np.floating[Any]]
 Steps = npt.NDArray[np.int64]

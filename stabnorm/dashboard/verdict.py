@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stabnorm.dashboard.baseline import ARMED, BOUND, Floats
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.runs import Run
 from stabnorm.dashboard.text import number
+from stabnorm.monitor.baseline import ARMED, BOUND, Floats
 from stabnorm.monitor.record import Event
 
 TOGETHER = 32  # steps within which layers move together

@@ -32,6 +32,7 @@ from stabnorm.monitor.details import Details, is_detailed, optimizers_of
 from stabnorm.monitor.detect import Alert, MakeDetector, RobustDetector
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.past import Moments, Past
+from stabnorm.monitor.plot import plot_track
 from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.monitor.rows import BESIDE_NORMS, beside_statistics
@@ -39,6 +40,7 @@ from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.monitor.track import SCALARS, CompanionTracks, Track
 from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.norms import find_norms
+from stabnorm.statistic import by_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -319,6 +321,26 @@ class StabilityMonitor:
     def history_steps(self) -> Tensor:
         """Return the optimizer steps of the rows of `history()`, counted from 0."""
         return self._track.history_steps()
+
+    def plot(self, statistic: str = "", *, companion: str = "", colour: str = "times", ax: Any = None) -> Any:
+        """Flush, and draw a statistic of all layers over the steps, as a figure that a notebook shows.
+
+        Args:
+            statistic: its name. Default: ``token_std_mean`` if it is watched, else the first one.
+            companion: whose rows are drawn, such as "attention". Default: the norms.
+            colour: "times" divides each value by what was usual for its layer before (white: usual, red: twice as much
+                and more, blue: half and less), "sigmas" says how many robust standard deviations it is off, "value" is
+                the value itself. Default: "times".
+            ax: matplotlib axes to draw on. Default: a new figure.
+
+        Raises:
+            ImportError: matplotlib is missing; it is the extra ``stabnorm[plot]``.
+            ValueError: an unknown statistic, companion or colour, or no step yet.
+        """
+        watched: Any = by_name(companion, self.companions, Track, "companion") if companion else self._track
+        chosen = watched.statistics if companion else self.statistics
+        rows = watched.rows if companion else self.layers
+        return plot_track(watched, rows, chosen, self.alerts, statistic, colour, ax)
 
     @property
     def _tracks(self) -> tuple[Track, ...]:

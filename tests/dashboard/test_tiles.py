@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from stabnorm.dashboard.baseline import Baseline
 from stabnorm.dashboard.tiles import Tile, columns_of, extremes, tile_of
+from stabnorm.monitor.baseline import Baseline
 from tests.dashboard.records import calm
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from stabnorm.dashboard.baseline import Baseline
+from stabnorm.monitor.baseline import Baseline
 from stabnorm.monitor.detect import RobustDetector
 from stabnorm.monitor.statistics import CATALOGUE
 

@@ -14,14 +14,16 @@ from stabnorm.dashboard.runs import Run
 from stabnorm.monitor.record import Block, Event
 
 EVERY = 20  # flushes between two pictures of a calm run
-KEPT = 5_000  # steps that a picture shows, at most
+SHOWN = 5_000  # steps of a picture while the run trains, at most
+KEPT_BYTES = 64 << 20  # of the blocks in memory, of which the picture at the end is drawn
 _SERIES = ("loss", "tokens", "lam")
 
 
 class LivePicture:
     """A record writer that draws every layer against its own past: at each alert, and every 20 flushes.
 
-    A run that is killed has then a picture and a text all the same. Both are about the last 5,000 steps.
+    A run that is killed has then a picture and a text all the same. They are about the last 5,000 steps; `picture` and
+    `report` are about all steps that fit into 64 MiB.
 
     Args:
         draw: takes a picture, uint8 [height, width, 3], and its step.
@@ -45,6 +47,7 @@ class LivePicture:
     ) -> None:
         self._draw, self._tell, self._name = draw, tell, name
         self._blocks = deque[Block]()
+        self._bytes = 0
         self._events: list[Event] = []
         self._flushes = 0
         self._drawn_to = -1
@@ -54,10 +57,12 @@ class LivePicture:
         if block.companion or not block.num_steps:
             return
         scale = next((name for name in SCALES if name in block.series), None)
-        kept = {name: block.series[name] for name in (scale, *_SERIES) if name is not None and name in block.series}
+        names = [name for name in (scale, *_SERIES) if name is not None and name in block.series]
+        kept = {name: block.series[name].copy() for name in names}  # a view would keep the whole flush in memory
         self._blocks.append(Block(block.first_step, block.layers, kept))
-        while len(self._blocks) > 1 and block.last_step - self._blocks[0].last_step >= KEPT:
-            self._blocks.popleft()
+        self._bytes += _size(self._blocks[-1])
+        while len(self._blocks) > 1 and self._bytes > KEPT_BYTES:
+            self._bytes -= _size(self._blocks.popleft())
         self._flushes += 1
         if self._flushes % EVERY == 0:
             self._show()
@@ -66,14 +71,24 @@ class LivePicture:
         """Draw and tell an alert, once for all alerts of a flush that come before the next block."""
         self._events.append(Event(kind, step, data))
         if kind == "alert":
-            self._tell(markdown_report([self._run()]), step)
+            self._tell(markdown_report([self._run(SHOWN)]), step)
             self._show()
 
     def close(self) -> None:
         """Do nothing, because the end of a training has a picture of its own."""
 
-    def _run(self) -> Run:
-        run = Run(self._name, _BlockReader(self._blocks, self._events))
+    def picture(self) -> npt.NDArray[np.uint8] | None:
+        """Draw all that is in memory; None if there is nothing to draw."""
+        return relative_map(self._run())
+
+    def report(self) -> str:
+        """Return verdict, alerts and advice as Markdown."""
+        return markdown_report([self._run()])
+
+    def _run(self, most: int | None = None) -> Run:
+        last = self._blocks[-1].last_step if self._blocks else 0
+        blocks = [block for block in self._blocks if most is None or last - block.first_step < most]
+        run = Run(self._name, _BlockReader(blocks, self._events))
         run.refresh()
         return run
 
@@ -81,18 +96,22 @@ class LivePicture:
         last = self._blocks[-1].last_step if self._blocks else -1
         if last <= self._drawn_to:
             return
-        image = relative_map(self._run())
+        image = relative_map(self._run(SHOWN))
         if image is not None:
             self._draw(image, last)
         self._drawn_to = last
 
 
+def _size(block: Block) -> int:
+    return sum(values.nbytes for values in block.series.values())
+
+
 class _BlockReader(MemoryReader):
     """Gives blocks that are kept in memory."""
 
-    def __init__(self, blocks: "deque[Block]", events: list[Event]) -> None:
+    def __init__(self, blocks: list[Block], events: list[Event]) -> None:
         super().__init__({}, events)
-        self._blocks = list(blocks)
+        self._blocks = blocks
 
     def pieces(self) -> Any:
         """Yield the blocks once."""

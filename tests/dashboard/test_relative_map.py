@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stabnorm.dashboard import live
 from stabnorm.dashboard.heatmap import INFINITE, MARK, NO_VALUE, WIDTH
-from stabnorm.dashboard.live import EVERY, KEPT, LivePicture
+from stabnorm.dashboard.live import EVERY, SHOWN, LivePicture
 from stabnorm.dashboard.readers import MemoryReader
 from stabnorm.dashboard.relative_map import DIVERGING, relative_map
 from stabnorm.dashboard.runs import Run
@@ -102,10 +103,14 @@ def test_a_calm_run_is_drawn_now_and_then() -> None:
     assert not seen.texts
 
 
-def test_memory_is_bounded() -> None:
+def test_memory_is_bounded_and_the_end_shows_all_that_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "KEPT_BYTES", 200_000)
     seen = Seen()
-    write(seen.writer, calm(4 * KEPT, 3), layers=LAYERS[:3])
-    assert sum(block.num_steps for block in seen.writer._blocks) <= KEPT + 50
+    write(seen.writer, calm(2 * SHOWN, 3), layers=LAYERS[:3], events=[alert(2 * SHOWN - 1, "blocks.0.norm1")])
+    steps = sum(block.num_steps for block in seen.writer._blocks)
+    assert SHOWN < steps < 2 * SHOWN
+    assert f"{SHOWN:,} steps" not in seen.writer.report()
+    assert seen.writer.picture() is not None
 
 
 def test_companions_are_left_to_their_own_pictures(tmp_path: Path) -> None:

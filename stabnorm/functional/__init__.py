@@ -1,4 +1,4 @@
-"""The formulas, once: pure functions of tensors. Every faster backend must equal what stands here."""
+"""The formulas, as pure functions of tensors. Every faster backend must give the same results."""
 
 from stabnorm.functional.moments import Kind as Kind
 from stabnorm.functional.moments import RawMoments as RawMoments

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stabnorm.functional.accumulators import Field, Layout, Rows
 
-OUTLIER = 6.0  # magnitude from which on an output is one (LLM.int8, arXiv 2208.07339)
+OUTLIER = 6.0  # an output of at least this magnitude is an outlier (LLM.int8, arXiv 2208.07339)
 
 
 class DetailMoments(NamedTuple):
@@ -21,8 +21,8 @@ class DetailMoments(NamedTuple):
         seen: number of valid tokens, int64 scalar.
         counts: ``[5]`` int64: non-finite and zero elements of the input, sequences with a valid token, sum over
             sequences of their squared numbers of valid tokens, valid tokens of the output.
-        outputs: ``[C]`` int64: tokens whose output has a magnitude of at least `OUTLIER` there.
-        range_bits: log2 of the largest finite number of the input's dtype, scalar; of the narrowest one met.
+        outputs: ``[C]`` int64: number of tokens whose output has a magnitude of at least `OUTLIER` in the channel.
+        range_bits: log2 of the largest finite number of the input's dtype, scalar; the least over all forwards.
         means: ``[3]``, means over tokens: median magnitude; largest over median magnitude; kurtosis.
         sequences: ``[3, C]``: mean over sequences of their means, as shift + rest, and variance around it, each
             sequence with the square of its number of tokens as weight.
@@ -61,12 +61,14 @@ empty_detail, clear_detail_, merge_detail_ = DETAIL.empty, DETAIL.clear_, DETAIL
 
 
 def token_shape(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Median magnitude, largest over median magnitude, and kurtosis of every token: ``rows [R, C] -> 3 x [R]``.
+    r"""Return three figures of every token: ``rows [R, C] -> 3 x [R]``.
+
+    They are the median magnitude, the largest magnitude over the median magnitude, and the kurtosis.
 
     .. math:: \mathrm{med}_c |x_c|,\quad \frac{\max_c |x_c|}{\max(\mathrm{med}_c |x_c|, \sqrt\epsilon)},\quad
               \frac{\mathrm{mean}_c (x_c - m)^4}{\max(v, \epsilon)^2}
 
-    What lies below eps the norm itself does not tell from nothing; without the bound a token of zeros has no ratio.
+    The norm itself cannot tell a variance far below eps from 0. Without the bound, a token of zeros has no ratio.
 
     >>> [round(float(t), 3) for t in token_shape(torch.tensor([[1.0, -1.0, 1.0, -9.0]]), 1e-5)]
     [1.0, 9.0, 2.218]
@@ -75,7 +77,7 @@ def token_shape(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     median, largest = middle_and_last(magnitudes)
     mean = rows.mean(-1, keepdim=True)
     deviations = rows - mean
-    deviations = deviations - deviations.mean(-1, keepdim=True)  # what rounding left of a mean far from 0
+    deviations = deviations - deviations.mean(-1, keepdim=True)  # the rounding error of a mean far from 0
     squares = deviations.square()
     # Squares over the variance reach C at most: fourth powers would overflow.
     relative = squares / squares.mean(-1, keepdim=True).clamp(min=smallest(eps))
@@ -83,12 +85,12 @@ def token_shape(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def smallest(eps: float) -> float:
-    """What a variance counts as at least: eps, or where a norm has none, something above 0."""
+    """Return the least variance that counts: eps, or a tiny number if the norm has no eps."""
     return max(eps, torch.finfo(torch.float32).tiny)
 
 
 def middle_and_last(ascending: Tensor) -> tuple[Tensor, Tensor]:
-    """Median and largest of sorted ``[R, C]``; a NaN, which sorts last, makes both NaN."""
+    """Return the median and the largest of sorted ``[R, C]``; a NaN, which sorts last, makes both NaN."""
     channels = ascending.shape[-1]
     last = ascending[..., -1]
     median = 0.5 * (ascending[..., (channels - 1) // 2] + ascending[..., channels // 2])
@@ -96,15 +98,15 @@ def middle_and_last(ascending: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sequence_moments(rows: Tensor, batch: int, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of sequences: how many there are, the sum of their squared lengths, and ``[3, C]``, see `DetailMoments`.
+    """Return the number of sequences, the sum of their squared lengths, and moments ``[3, C]`` of their means.
 
     Args:
         rows: ``[B P, C]``, sequence after sequence.
-        batch: B.
-        valid: ``[B P]`` bool; None: all are.
+        batch: number of sequences, B.
+        valid: ``[B P]`` bool; None means that all are valid.
     """
     length, channels = len(rows) // batch, rows.shape[1]
-    if valid is None:  # all are as long, and weigh the same
+    if valid is None:  # all sequences have the same length and the same weight
         shift = rows.mean(0)
         means = (rows - shift).view(batch, length, channels).mean(1)
         rest = means.mean(0)
@@ -130,13 +132,15 @@ def detail_moments(
     values: bool = True,
     sequences: bool = True,
 ) -> DetailMoments:
-    """Everything one forward adds to its detailed accumulator, less its output: the meaning of `stabnorm.ops.detail`.
+    """Return all that one forward adds to its detailed accumulator, except for its output.
+
+    `stabnorm.ops.detail` computes the same.
 
     Args:
         rows: the norm's input as ``[R, C]``, R >= 1, float32 or float64, sequence after sequence.
-        batch: how many sequences there are.
+        batch: number of sequences.
         eps: the layer's epsilon.
-        valid: ``[R]`` bool; None: all are.
+        valid: ``[R]`` bool. Default: None means that all are valid.
         tokens: False leaves out the means over tokens.
         values: False leaves out the counts of non-finite and zero elements.
         sequences: False leaves out the means of sequences.
@@ -158,7 +162,7 @@ def detail_moments(
 
 
 def outlier_counts(rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Valid rows of an output ``[R, C]``, and per channel those with a magnitude of at least `OUTLIER`; int64.
+    """Count the valid rows of an output ``[R, C]``, and in each channel those with a magnitude of at least `OUTLIER`.
 
     >>> outlier_counts(torch.tensor([[1.0, -6.0], [0.0, 5.9]]), None)
     (tensor(2), tensor([0, 1]))

@@ -1,4 +1,4 @@
-"""The formulas of the raw moments, what every hook gathers: their layout, and what one forward adds to it.
+"""The formulas of the raw moments, which every hook gathers: their layout, and what one forward adds to it.
 
 Shape legend: R rows (tokens), C channels. *Per channel* means over the rows (what BatchNorm sees), *per token* means
 over the channels (what LayerNorm sees). Nothing here computes a variance as E[x^2] - E[x]^2: at a mean of 1e4 and a
@@ -65,18 +65,18 @@ empty_moments, clear_moments_, merge_moments_, merge_splits = RAW.empty, RAW.cle
 
 
 def token_mean_var(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every token over its channels: ``rows [R, C] -> [R], [R]``.
+    """Return mean and biased variance of every token over its channels: ``rows [R, C] -> [R], [R]``.
 
     >>> token_mean_var(torch.tensor([[1.0, 3.0]]))
     (tensor([2.]), tensor([1.]))
     """
     mean = rows.mean(-1)
-    mean = mean + (rows - mean[:, None]).mean(-1)  # what rounding left of a mean far from 0
+    mean = mean + (rows - mean[:, None]).mean(-1)  # the rounding error of a mean far from 0
     return mean, (rows - mean[:, None]).square().mean(-1)
 
 
 def normalize_tokens(rows: Tensor, kind: Kind, eps: float) -> Tensor:
-    r"""What LayerNorm or RMSNorm makes of ``rows [R, C]``, without gain and bias.
+    r"""Normalise ``rows [R, C]`` as LayerNorm or RMSNorm does, without gain and bias.
 
     .. math:: \mathrm{layer}: (x - m) / \sqrt{v + \epsilon},\qquad
               \mathrm{rms}: x / \sqrt{\overline{x^2} + \epsilon}
@@ -90,12 +90,12 @@ def normalize_tokens(rows: Tensor, kind: Kind, eps: float) -> Tensor:
 
 
 def channel_moments(rows: Tensor, normalized: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Count and per-channel moments of the valid rows.
+    """Return the count and the per-channel moments of the valid rows.
 
     Args:
         rows: ``[R, C]``, float32 or float64.
-        normalized: ``[R, C]``, what the norm makes of them before gain and bias; None leaves its rows at 0.
-        valid: ``[R]`` bool; None: all are.
+        normalized: ``[R, C]``, the normalised rows before gain and bias; None leaves their moments at 0.
+        valid: ``[R]`` bool; None means that all are valid.
 
     Returns:
         ``count`` (int64 scalar) and ``channel [rows, C]``, see `RawMoments`.
@@ -122,7 +122,7 @@ def channel_moments(rows: Tensor, normalized: Tensor | None, valid: Tensor | Non
 
 
 def token_summary(mean: Tensor, std: Tensor, eps_share: Tensor, valid: Tensor | None) -> Tensor:
-    """`RawMoments.token` from per-token mean and standard deviation ``[R]``."""
+    """Return `RawMoments.token` from the mean and the standard deviation of each token, ``[R]``."""
     if valid is None:
         least = [std.amin(), mean.amin()]
         most = [std.amax(), mean.amax()]
@@ -135,7 +135,7 @@ def token_summary(mean: Tensor, std: Tensor, eps_share: Tensor, valid: Tensor | 
 
 
 def share_below(variances: Tensor, bound: float, valid: Tensor | None) -> Tensor:
-    """Share of ``variances [R]`` below ``bound``, among the valid ones."""
+    """Return the share of ``variances [R]`` below ``bound``, among the valid ones."""
     below = (variances < bound).to(torch.float32)
     if valid is None:
         return below.mean()
@@ -143,13 +143,13 @@ def share_below(variances: Tensor, bound: float, valid: Tensor | None) -> Tensor
 
 
 def normalize_groups(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """What GroupNorm makes of ``x [B, C, ...]``, without gain and bias, and the variances ``[B, G]`` it divides by.
+    """Normalise ``x [B, C, ...]`` as GroupNorm does, without gain and bias; also return the variances ``[B, G]``.
 
     InstanceNorm is the case ``groups == C``.
     """
     grouped = x.reshape(x.shape[0], groups, -1)
     deviation = grouped - grouped.mean(-1, keepdim=True)
-    deviation = deviation - deviation.mean(-1, keepdim=True)  # what rounding left of a mean far from 0
+    deviation = deviation - deviation.mean(-1, keepdim=True)  # the rounding error of a mean far from 0
     var = deviation.square().mean(-1, keepdim=True)
     return (deviation * torch.rsqrt(var + eps)).reshape(x.shape), var.squeeze(-1)
 
@@ -163,15 +163,16 @@ def raw_moments(
     divided_by: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> RawMoments:
-    """Everything one forward of a norm adds to its accumulator: the meaning of `stabnorm.ops.moments`.
+    """Return all that one forward of a norm adds to its accumulator; `stabnorm.ops.moments` computes the same.
 
     Args:
         rows: the norm's input as ``[R, C]``, R >= 1, float32 or float64.
-        kind: what the layer is; "layer" and "rms" are normalised here, a "group" or "instance" norm brings its own.
+        kind: what the layer is. The input of "layer" and "rms" is normalised here.
         eps: the layer's epsilon.
-        normalized: ``[R, C]``, see `normalize_groups`; None for a "batch" norm, which is affine in every channel.
-        divided_by: the variances a "group" or "instance" norm divides by, any shape.
-        valid: ``[R]`` bool; None: all are.
+        normalized: ``[R, C]``, the normalised input of a "group" or "instance" norm, see `normalize_groups`. Default:
+            None, as for a "batch" norm, which is affine in every channel.
+        divided_by: the variances that such a norm divides by, any shape. Default: None.
+        valid: ``[R]`` bool. Default: None means that all are valid.
     """
     mean, var = token_mean_var(rows)
     if kind in ("layer", "rms"):
@@ -185,7 +186,9 @@ def raw_moments(
 
 
 def explained_share(var_x: Tensor, cov: Tensor, var_y: Tensor, mean_y: Tensor, scale: Tensor | None = None) -> Tensor:
-    r"""Share of y's variance that a map ``scale x + shift`` reproduces, per channel; 1 less it is the affine residual.
+    r"""Return the share of y's variance that a map ``scale x + shift`` reproduces, per channel.
+
+    1 minus this share is the affine residual.
 
     .. math:: \frac{\mathrm{cov}^2}{v_x v_y} \text{ for the best map},\qquad
               \frac{s\,(2\,\mathrm{cov} - s\,v_x)}{v_y} \text{ for the scale } s
@@ -193,11 +196,11 @@ def explained_share(var_x: Tensor, cov: Tensor, var_y: Tensor, mean_y: Tensor, s
     A y that does not vary is reproduced by a constant; an x that does not vary reproduces nothing.
 
     Args:
-        var_x: ``[C]``, as are all; leading axes may come before it.
-        cov: of x and y.
-        var_y: NaN gives NaN.
-        mean_y: y does not vary where its variance is below 1e-12 of its square.
-        scale: of the map. Default: the best one.
+        var_x: variance of x, ``[C]``. All arguments have this shape, and may have leading axes.
+        cov: covariance of x and y.
+        var_y: variance of y; NaN gives NaN.
+        mean_y: mean of y. A variance of y below 1e-12 of its square counts as 0.
+        scale: scale of the map. Default: the best one.
 
     >>> explained_share(*(torch.tensor(value) for value in (1.0, 1.0, 2.0, 0.0)))
     tensor(0.5000)

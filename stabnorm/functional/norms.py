@@ -11,17 +11,17 @@ from torch import Tensor
 
 from stabnorm.functional.moments import normalize_tokens, token_mean_var
 
-ABSOLUTE_TO_STD = math.sqrt(math.pi / 2)  # what a Gaussian's mean absolute deviation is multiplied with
+ABSOLUTE_TO_STD = math.sqrt(math.pi / 2)  # standard deviation over mean absolute deviation of a Gaussian
 
 
 class BatchMoments(NamedTuple):
-    """What a batch norm knows of one batch.
+    """Statistics of one batch that a batch norm uses.
 
     Attributes:
         rows: number of valid rows, scalar, in the moments' dtype.
-        mean: ``[C]``; None where the norm does not centre.
-        square: ``[C]``, mean square of the deviation from `mean`, or of x where there is none; biased.
-        signs: ``[C]``, mean sign of the deviation, where `square` comes from `absolute_moments`; else None.
+        mean: ``[C]``; None if the norm does not centre.
+        square: ``[C]``, mean square of the deviation from `mean`, or of x if there is no mean; biased.
+        signs: ``[C]``, mean sign of the deviation if `square` comes from `absolute_moments`; else None.
     """
 
     rows: Tensor
@@ -31,7 +31,7 @@ class BatchMoments(NamedTuple):
 
 
 def batch_moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
-    """Per-channel moments of the valid rows of ``[R, C]``, float32 or float64; 0 where no row is valid.
+    """Return the per-channel moments of the valid rows of ``[R, C]``, float32 or float64; 0 if no row is valid.
 
     >>> batch_moments(torch.tensor([[1.0], [3.0]]), None, center=True).square
     tensor([1.])
@@ -48,7 +48,7 @@ def batch_moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchM
 
 
 def absolute_sums(deviations: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over the valid rows of ``|deviations|`` and of their signs, each ``[C]``.
+    """Return the sums over the valid rows of ``|deviations|`` and of their signs, each ``[C]``.
 
     >>> absolute_sums(torch.tensor([[-1.0], [2.0], [3.0]]), None)
     (tensor([6.]), tensor([1.]))
@@ -59,25 +59,26 @@ def absolute_sums(deviations: Tensor, valid: Tensor | None) -> tuple[Tensor, Ten
 
 
 def absolute_moments(moments: BatchMoments, absolute: Tensor, signs: Tensor) -> BatchMoments:
-    r"""Moments with the mean absolute deviation d in place of the standard deviation (L1 batch norm, arXiv:1802.09769).
+    r"""Replace the standard deviation by the mean absolute deviation d (L1 batch norm, arXiv:1802.09769).
 
     .. math:: \sigma = c\, d,\quad d = \frac1n \sum_i |x_i - \mu|,\quad c = \sqrt{\pi / 2},\qquad
               \frac{\partial \sigma^2}{\partial x_i} = \frac2n\, c\, \sigma (s_i - \bar s),\quad
               s_i = \mathrm{sign}(x_i - \mu)
 
-    c makes sigma the standard deviation of Gaussian data. Without a mean d is of x itself, and s has no mean taken off.
+    With the factor c, sigma is the standard deviation of Gaussian data. If there is no mean, d is the mean of abs(x),
+    and no mean is subtracted from s.
 
     Args:
-        moments: the batch's.
-        absolute: ``[C]``, see `absolute_sums`, of the deviations from the batch's mean.
-        signs: ``[C]``, the same.
+        moments: moments of the batch.
+        absolute: ``[C]``, from `absolute_sums` of the deviations from the batch's mean.
+        signs: ``[C]``, from the same call.
     """
     size = moments.rows.clamp(min=1)
     return moments._replace(square=(ABSOLUTE_TO_STD * absolute / size).square(), signs=signs / size)
 
 
 def merge_batches(counts: Tensor, means: Tensor | None, squares: Tensor) -> BatchMoments:
-    """Moments of W batches ``[W]``, ``[W, C]`` as if all had been one (Chan's rule for W at once)."""
+    """Merge the moments of W batches, ``[W]`` and ``[W, C]``, to those of one large batch, by Chan's rule."""
     count = counts.sum()
     share = (counts / count.clamp(min=1))[:, None]
     if means is None:
@@ -89,7 +90,7 @@ def merge_batches(counts: Tensor, means: Tensor | None, squares: Tensor) -> Batc
 def channel_affine(
     weight: Tensor, bias: Tensor | None, eta: Tensor | None, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    r"""The ``scale``, ``shift`` ``[C]`` with y = scale x + shift; RepBN's lemma (arXiv:2405.11582, eq. 4).
+    r"""Return ``scale`` and ``shift`` ``[C]`` with y = scale x + shift; RepBN's lemma (arXiv:2405.11582, eq. 4).
 
     .. math:: \mathrm{scale} = \gamma / \sigma + \eta,\quad \mathrm{shift} = \beta - \gamma \mu / \sigma,\quad
               \sigma = \sqrt{v + \epsilon}
@@ -103,7 +104,7 @@ def channel_affine(
 
 
 def scale_groups(rows: Tensor, groups: int, eps: float) -> Tensor:
-    """``rows [R, C]`` with every token's groups of channels at rms 1 (GroupScaling of PowerNorm's published code).
+    """Divide every group of a token's channels by its rms (GroupScaling of PowerNorm's published code).
 
     >>> scale_groups(torch.tensor([[3.0, 3.0, 0.1, 0.1]]), 2, 0.0)
     tensor([[1., 1., 1., 1.]])
@@ -113,20 +114,20 @@ def scale_groups(rows: Tensor, groups: int, eps: float) -> Tensor:
 
 
 def geometric_mean(window: Tensor) -> Tensor:
-    """Over the first axis: ``[M, C] -> [C]``; a dead channel gives almost 0, not log(0)."""
+    """Return the geometric mean over the first axis: ``[M, C] -> [C]``; a dead channel gives almost 0, not log(0)."""
     return window.clamp(min=torch.finfo(window.dtype).tiny).log().mean(0).exp()
 
 
 def is_burst(before: Tensor, after: Tensor, eps: float) -> Tensor:
-    r"""Whether the second moments that turned window ``before [M, C]`` into ``after`` are an outlier's; bool scalar.
+    r"""Whether the batch that turned the window ``before [M, C]`` into ``after`` is an outlier; bool scalar.
 
     .. math:: \overline{(AM' - GM') / GM} > M\, \overline{\mathrm{Var}(\sqrt{s}) / GM} + 10^{-5}
 
-    with AM', GM' of the new window, GM and Var of the one before, means over the channels. The published filter
-    (arXiv:2208.01313, section 3.3) compares a window with its own variance, and AM - GM <= M Var always (Aldaz); and
-    its code pools Var over channels, so that it measures how much the channels differ. What is below eps does not
-    matter to the norm, and here it counts as eps; nor does a gap of 1e-5, one batch a percent off the others in a
-    window of four, which rounding reaches where batches repeat themselves and the variance is 0.
+    AM' and GM' belong to the new window, GM and Var to the old one, and the means are over channels. The published
+    filter (arXiv:2208.01313, section 3.3) compares a window with its own variance, but AM - GM <= M Var always holds
+    (Aldaz). Its code also pools Var over channels, so that it measures how much the channels differ. A second moment
+    below eps counts as eps, because it does not matter to the norm. A gap of 1e-5 does not matter either: it is that of
+    one batch in four that differs by one percent, and rounding reaches it if batches repeat and the variance is 0.
     """
     before, after = before.clamp(min=eps), after.clamp(min=eps)
     scale = geometric_mean(before)
@@ -137,9 +138,9 @@ def is_burst(before: Tensor, after: Tensor, eps: float) -> Tensor:
 
 
 def upstream_sums(dy: Tensor, deviations: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over rows of ``dy`` and ``dy * deviations``: over all rows, then over the valid ones; each ``[C]``.
+    """Return sums over rows of ``dy`` and ``dy * deviations``, over all rows and over the valid ones; each ``[C]``.
 
-    Padding whose upstream gradient is 0 adds 0, whatever stands in it.
+    Padding with an upstream gradient of 0 adds 0, whatever value it has.
     """
     product = dy * deviations
     if valid is None:
@@ -153,11 +154,11 @@ def upstream_sums(dy: Tensor, deviations: Tensor, valid: Tensor | None) -> tuple
 def input_gradient(
     dy: Tensor, deviations: Tensor, valid: Tensor | None, scale: Tensor, slope: Tensor, offset: Tensor | None
 ) -> Tensor:
-    r"""Dx of y = scale x + shift whose scale and shift depend on the batch, ``[R, C]``.
+    r"""Return dx of y = scale x + shift whose scale and shift depend on the batch, ``[R, C]``.
 
     .. math:: dx = \mathrm{scale}\, dy - [\mathrm{valid}] (\mathrm{slope}\,(x - \mu) + \mathrm{offset})
 
-    slope = psi / sigma^2 and offset = mean(dz) / sigma, with psi = mean(dz z) where the gradient is exact.
+    slope = psi / sigma^2 and offset = mean(dz) / sigma. The gradient is exact if psi = mean(dz z).
     """
     dx = dy * scale
     if valid is None:
@@ -170,7 +171,7 @@ def input_gradient(
 
 
 def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
-    """``lam norm + (1 - lam) rep`` with a scalar tensor lam; at 1 and 0 the one or the other, bit for bit.
+    """Return ``lam norm + (1 - lam) rep`` for a scalar tensor lam; at 1 and 0 exactly one of them, bit for bit.
 
     >>> blend(torch.tensor(0.0), torch.full((2,), torch.nan), torch.ones(2))
     tensor([1., 1.])
@@ -180,9 +181,9 @@ def blend(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
 
 
 def join_gradients(lam: Tensor, of_norm: Tensor, of_rep: Tensor) -> Tensor:
-    """The sum of what comes back through two branches; a branch of weight 0 adds nothing.
+    """Return the sum of the gradients of two branches; a branch of weight 0 is left out.
 
-    Nothing, not 0 times its gradient: that may be NaN, and even +0 would turn a -0 of the other.
+    It is not multiplied by 0, because its gradient may be NaN. Adding +0 would change a -0 of the other branch.
     """
     return torch.where(lam == 1, of_norm, torch.where(lam == 0, of_rep, of_norm + of_rep))
 
@@ -196,9 +197,11 @@ def blended_norm(
     scale: Tensor,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""PRepBN's blend of LayerNorm and an affine map (arXiv:2405.11582, eq. 3), and each token's mean and 1 / std.
+    r"""Compute PRepBN's blend of LayerNorm and an affine map (arXiv:2405.11582, eq. 3).
 
     .. math:: y = \lambda (w n + b) + (1 - \lambda) (\mathrm{scale}\, x + \mathrm{shift}),\quad n = (x - m) r
+
+    Also return the mean m and 1 / std r of each token.
     """
     mean, var = token_mean_var(rows)
     norm = normalize_tokens(rows, "layer", eps)
@@ -211,7 +214,7 @@ def blended_norm(
 def blended_gradient(
     lam: Tensor, dy: Tensor, normalized: Tensor, token_rstd: Tensor, weight: Tensor | None, of_rep: Tensor
 ) -> Tensor:
-    r"""Dx of `blended_norm` from ``of_rep``, the `input_gradient` of its affine map, without the weight.
+    r"""Return dx of `blended_norm`; ``of_rep`` is the `input_gradient` of its affine map, without the factor 1 - lam.
 
     .. math:: dx = \lambda r (g - \overline{g} - n\,\overline{g n}) + (1 - \lambda)\,\mathrm{of\_rep},\quad g = w\,dy
     """

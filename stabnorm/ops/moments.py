@@ -6,7 +6,7 @@ forward be recognised: `torch._C._current_graph_task_id` cannot be traced, and a
 `checkpoint(compiled_block)` twice.
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def accumulate_moments_(
     into = RawMoments(seen, channel, token)
     if seen.ndim == 1 and add_moments_.chosen(rows, keep) != "triton":
         into = RawMoments(seen[0], channel[0], token[0])  # the backend uses only the first split
-    request = Request(cast(Kind, kind), eps, by_groups, variances, tokens, normalized, fresh)
+    request = Request(kind, eps, by_groups, variances, tokens, normalized, fresh)  # type: ignore[arg-type]
     add_moments_(rows, keep, into, request)
 
 

@@ -1,1 +1,1 @@
-"""The statistics by family, each with its formula; `stabnorm.monitor.statistics` puts them together."""
+"""The statistics by family, each with its formula; `stabnorm.monitor.statistics` makes one catalogue of them."""

@@ -1,4 +1,4 @@
-"""A: how much of what a norm does an affine map per channel could not do."""
+"""A: how much of the effect of a norm an affine map per channel cannot reproduce."""
 
 from torch import Tensor
 
@@ -15,8 +15,8 @@ def _affine_residual(now: Moments, past: Past) -> Tensor:
 
 AFFINITY = (
     Statistic(
-        AFFINE_RESIDUAL, "A", "1 - mean_c corr_n(x_c, n_c)^2, n the normalised input before gain and bias: what no "
-        "affine map per channel reproduces; 0 for BatchNorm",
+        AFFINE_RESIDUAL, "A", "1 - mean_c corr_n(x_c, n_c)^2, n the normalised input before gain and bias: the "
+        "share of it that no affine map per channel reproduces; 0 for BatchNorm",
         "channel", "1", "ours; below 0.3 a layer could leave LayerNorm", "five passes", _affine_residual,
         needs="normalized",
     ),

@@ -1,9 +1,10 @@
-"""How the scale of the tokens grows from layer to layer: by a factor, or by an amount.
+"""How the scale of the tokens grows from layer to layer: exponentially or linearly.
 
-Pre-LN lets the variance of the residual stream grow exponentially with depth, Peri-LN linearly (arXiv 2502.02732), and
-in exponential growth deep layers turn into identities (the curse of depth, arXiv 2502.05795). Each layer carries the
-fit over itself and all layers before it that are as wide, in module order, so that the last one carries the model's
-and the others say where it began. Narrow it down with `include` where norms of other streams are as wide.
+In a Pre-LN model the variance of the residual stream grows exponentially with depth, in a Peri-LN model linearly
+(arXiv 2502.02732). With exponential growth, deep layers become identities (the curse of depth, arXiv 2502.05795). The
+value of a layer is the fit over this layer and all layers of the same width before it, in module order. So the value of
+the last layer describes the model, and the others show where the growth began. If norms of other streams have the same
+width, choose layers with `include`.
 """
 
 from typing import NamedTuple
@@ -16,16 +17,16 @@ from stabnorm.monitor.past import Moments, Past
 from stabnorm.statistic import TOKENS, Statistic, per_step
 
 _LEAST_LAYERS = 3
-_NEGLIGIBLE = 1e-10  # a relative error of 1e-5, squared: what two fits leave of float32 is no difference
+_NEGLIGIBLE = 1e-10  # a relative error of 1e-5, squared: smaller errors of two fits are rounding
 
 
 class Growth(NamedTuple):
     """Two fits of the token variance v over depth l, each ``[L]``; NaN for fewer than three layers.
 
     Attributes:
-        rate: of log v = a + rate l.
-        exponential: mean square error of that, in log v.
-        linear: mean square relative error of v = b + k l: both are relative errors, and can be compared.
+        rate: the rate of the fit log v = a + rate l.
+        exponential: mean square error of this fit, in log v.
+        linear: mean square relative error of the fit v = b + k l. Both errors are relative, so they can be compared.
     """
 
     rate: Tensor
@@ -34,7 +35,7 @@ class Growth(NamedTuple):
 
 
 def _alike(now: Moments) -> tuple[Tensor, Tensor]:
-    """Whether layer j is no deeper than i and as wide, ``[L, L]``, and each one's place among those, ``[L]``."""
+    """Return whether layer j is not deeper than i and has its width, ``[L, L]``, and the number of such j, ``[L]``."""
     channels = now.layout.channels
     alike = (channels[:, None] == channels).tril().to(channels.dtype)
     return alike, alike.sum(-1)
@@ -42,7 +43,7 @@ def _alike(now: Moments) -> tuple[Tensor, Tensor]:
 
 @per_step
 def growth(now: Moments) -> Growth:
-    """Least squares in closed form, for all layers at once."""
+    """Fit both by least squares in closed form, for all layers at once."""
     log = 2 * now.token[:, STD_MEAN].log()
     known = now.ran & torch.isfinite(log)
     alike, depth = _alike(now)
@@ -50,7 +51,7 @@ def growth(now: Moments) -> Growth:
     count = weights.sum(-1)
 
     def line(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope, and mean square of what it leaves, for weights and values ``[L, L]``."""
+        """Return the slope and the mean square of the residuals, for weights and values ``[L, L]``."""
         total = weights.sum(-1, keepdim=True)
         x = depth - (weights * depth).sum(-1, keepdim=True) / total
         y = values - (weights * values).sum(-1, keepdim=True) / total
@@ -60,7 +61,7 @@ def growth(now: Moments) -> Growth:
     logs = torch.where(known, log, 0)
     rate, exponential = line(weights, logs.expand_as(weights))
     usual = (weights * logs).sum(-1, keepdim=True) / count[:, None]
-    relative = torch.where(weights > 0, (logs - usual).exp(), 1)  # the variances, free of their unit
+    relative = torch.where(weights > 0, (logs - usual).exp(), 1)  # the variances, without their unit
     _, linear = line(weights / relative.square(), relative)
     enough = known & (count >= _LEAST_LAYERS)
     return Growth(*(torch.where(enough, t, torch.nan) for t in (rate, exponential, linear)))
@@ -69,7 +70,7 @@ def growth(now: Moments) -> Growth:
 def _depth_ratio(now: Moments, past: Past) -> Tensor:
     del past
     alike, _ = _alike(now)
-    first = (alike * now.ran).argmax(-1)  # 1 comes first at the first layer that ran
+    first = (alike * now.ran).argmax(-1)  # the first layer that ran
     scale = now.token[:, STD_MEAN]
     return scale / scale[first]
 
@@ -89,17 +90,17 @@ _SOURCE = "Peri-LN, arXiv 2502.02732; curse of depth, arXiv 2502.05795"
 
 DEPTH = (
     Statistic(
-        "depth_ratio", "S1", "token_std_mean over that of the first layer as wide as this one",
+        "depth_ratio", "S1", "token_std_mean over that of the first layer of the same width",
         "depth", "1", _SOURCE, TOKENS, _depth_ratio, needs="tokens",
     ),
     Statistic(
-        "depth_growth_rate", "S1", "r of the fit log v_l = a + r l, v_l = token_std_mean^2, over the layers up to this "
-        "one that are as wide; 0: no growth; the last layer's is the model's; NaN for fewer than three",
+        "depth_growth_rate", "S1", "r of the fit log v_l = a + r l, v_l = token_std_mean^2, over the layers of the "
+        "same width up to this one; 0: no growth; that of the last layer is the model's; NaN for fewer than three",
         "depth", "1", _SOURCE, TOKENS, _depth_growth_rate, needs="tokens",
     ),
     Statistic(
         "depth_growth_shape", "S1", "E_lin / (E_lin + E_exp), mean square errors of the fit v_l = b + k l, relative "
-        "to v_l, and of that one: 0 linear, 1 exponential; says nothing where the rate is about 0",
+        "to v_l, and of the fit above: 0 linear, 1 exponential; without meaning if the rate is about 0",
         "depth", "1", _SOURCE, TOKENS, _depth_growth_shape, needs="tokens",
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""F1 to F4, F6, N2: how a batch's channel moments differ from their past, and on how many samples they rest."""
+"""F1 to F4, F6, N2: how the channel moments of a batch differ from the past, and how many samples they contain."""
 
 import torch
 from torch import Tensor
@@ -57,12 +57,12 @@ def _am_gm_ratio(now: Moments, past: Past) -> Tensor:
 
 
 def _effective_samples(now: DetailedMoments, past: Past) -> Tensor:
-    """From the variance of a mean over clusters of unequal size (Cochran, Sampling Techniques, 1977, chapter 9A)."""
+    """Use the variance of a mean over clusters of unequal size (Cochran, Sampling Techniques, 1977, chapter 9A)."""
     del past
     detail, dtype = now.detail, now.mean.dtype
     sequences, squares = (detail.counts[:, column].to(dtype) for column in (SEQUENCES, SQUARES))
     moments = detail.sequences.to(dtype)
-    distance = moments[:, SHIFT] + moments[:, REST] - now.mean  # squared lengths weigh otherwise than lengths
+    distance = moments[:, SHIFT] + moments[:, REST] - now.mean  # here squared lengths are the weights, there lengths
     spread = squares[:, None] * (moments[:, VAR] + distance.square()) / now.count.clamp(min=1)[:, None].to(dtype) ** 2
     of_mean = spread * (sequences / (sequences - 1))[:, None]
     varies = now.var > 0
@@ -78,7 +78,7 @@ def _rank_share(now: Moments, past: Past) -> Tensor:
 
 
 _DISCREPANCY = (
-    "evaluation sees other statistics than training: use larger batches, a smaller momentum, or recompute them after "
+    "evaluation uses other statistics than training: use larger batches or a smaller momentum, or recompute them after "
     "training"
 )
 _UNIFIED = "Unified Normalization, arXiv 2208.01313"
@@ -86,8 +86,8 @@ _POWER = "PowerNorm, arXiv 2003.07845"
 
 FLUCTUATION = (
     Statistic(
-        "running_mean_distance", "F1", "(1/C) ||mu_c - mu_hat_c||_2; hat: the layer's own running buffer, or a moving "
-        "average (momentum 0.1) where it has none, as it was before the step",
+        "running_mean_distance", "F1", "(1/C) ||mu_c - mu_hat_c||_2; hat: the layer's own running buffer, or, if it "
+        "has none, a moving average (momentum 0.1), as it was before the step",
         "channel", "x", _POWER, FREE, _running_mean_distance,
     ),
     Statistic(
@@ -106,20 +106,20 @@ FLUCTUATION = (
         advice=_DISCREPANCY,
     ),
     Statistic(
-        "mean_fluctuation", "F3", "mean_c sd_t(mu_c) / sigma_hat_c, sd over time with an exponential window (momentum "
-        "0.1)",
+        "mean_fluctuation", "F3", "mean_c sd_t(mu_c) / sigma_hat_c, sd: standard deviation over time with an "
+        "exponential window (momentum 0.1)",
         "channel", "1", _UNIFIED, FREE, _mean_fluctuation,
     ),
     Statistic(
-        "var_fluctuation", "F3", "mean_c |log(var_c + eps) - the same of the step before|",
+        "var_fluctuation", "F3", "mean_c |log(var_c + eps) - its value one step before|",
         "channel", "1", _UNIFIED, FREE, _var_fluctuation, floor=0.3,
     ),
     Statistic(
-        "absmax_fluctuation", "F3", "mean_c |log(max_n |x| + sqrt eps) - the same of the step before|",
+        "absmax_fluctuation", "F3", "mean_c |log(max_n |x| + sqrt eps) - its value one step before|",
         "channel", "1", _UNIFIED, "two reads", _absmax_fluctuation, floor=0.3,
     ),
     Statistic(
-        "scale_jump", "F3", "|log(s) - the same of the step before|, s = mean_n token standard deviation + sqrt eps",
+        "scale_jump", "F3", "|log(s) - its value one step before|, s = mean_n token standard deviation + sqrt eps",
         "token", "1", "ours: healthy starts stay below 0.07, runs without warm-up pass 1", TOKENS, _scale_jump,
         needs="tokens", threshold=0.5, alarm=0.5,
         advice="the scale of its input jumped from one step to the next: look at the learning rate, the warm-up and "
@@ -127,21 +127,21 @@ FLUCTUATION = (
     ),
     Statistic(
         "am_gm_ratio", "F4", "mean_c[(AM - GM) / GM'] / (M mean_c[Var(sqrt psi') / GM']), psi = mean_n x^2 over the "
-        "last M = 4 steps, primes: the window before this step; > 1: Unified Normalization would filter the batch",
+        "last M = 4 steps, primes: of the window before this step; > 1: Unified Normalization would filter the batch",
         "channel", "1", _UNIFIED + ", calibrated per layer", FREE, _am_gm_ratio, threshold=1.0,
-        advice="its scale differs from batch to batch by bursts: look at the data for outliers",
+        advice="its scale changes in bursts from batch to batch: look for outliers in the data",
     ),
     Statistic(
-        "rank_share", "F6", "mean_c Var_r(mu_c) / (var_c + eps), Var_r: variance of the ranks' means, weighted by "
-        "tokens; the share of the variance that a batch norm per rank does not see; NaN on one process",
-        "channel", "1", "law of total variance; bound ours", "free where ranks merge", _rank_share, threshold=0.1,
-        advice="ranks see different data, so that statistics per rank are not those of the batch: synchronise batch "
-        "norms, or shuffle before the data is split",
+        "rank_share", "F6", "mean_c Var_r(mu_c) / (var_c + eps), Var_r: variance of the means of the ranks, weighted "
+        "by tokens: the share of the variance that a batch norm on each rank does not see; NaN on one process",
+        "channel", "1", "law of total variance; bound ours", "free if ranks merge", _rank_share, threshold=0.1,
+        advice="ranks get different data, so the statistics of a rank are not those of the batch: synchronise batch "
+        "norms, or shuffle the data before it is split",
     ),
     Statistic(
-        "effective_samples", "N2", "1 / mean_c(V_c / var_c), V_c = B / (B - 1) sum_b n_b^2 (mu_bc - mu_c)^2 / N^2: how "
-        "many independent tokens would give means as certain; sequences b are the entries of the input's first axis, "
-        "with n_b valid tokens each; channels that do not vary are left out; NaN for one sequence",
+        "effective_samples", "N2", "1 / mean_c(V_c / var_c), V_c = B / (B - 1) sum_b n_b^2 (mu_bc - mu_c)^2 / N^2: the "
+        "number of independent tokens that would give means of the same accuracy; sequences b are the entries of the "
+        "input's first axis, with n_b valid tokens each; channels that do not vary are left out; NaN for one sequence",
         "channel", "token", "the variance of a mean over clusters, Cochran 1977", "two passes", _effective_samples,
         needs="sequences",
     ),

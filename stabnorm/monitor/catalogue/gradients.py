@@ -1,4 +1,4 @@
-"""F5 and P3: the gradient at the normalised input, and spikes in those of gain and bias."""
+"""F5 and P3: the gradient at the normalised input, and spikes in the gradients of gain and bias."""
 
 import torch
 from torch import Tensor
@@ -41,12 +41,12 @@ GRADIENTS = (
         needs="gradients", floor=0.1,
     ),
     Statistic(
-        "grad_shift", "F5", "mean_c |mean_n g_c|; NaN for a norm with a gain and no bias",
+        "grad_shift", "F5", "mean_c |mean_n g_c|; NaN for a norm that has a gain but no bias",
         "gradient", "gradient", _POWER, "free from the bias's gradient", _grad_shift, needs="gradients",
     ),
     Statistic(
-        "grad_fluctuation", "F5", "||G - G_hat||_2 / sqrt(average of ||G||^2), G_c = mean_n g_c xhat_c, averages with "
-        "momentum 0.1 before the step",
+        "grad_fluctuation", "F5", "||G - G_hat||_2 / sqrt(average of ||G||^2), G_c = mean_n g_c xhat_c, averages: with "
+        "momentum 0.1, before the step",
         "gradient", "1", _UNIFIED, "free from the gain's gradient", _grad_fluctuation, needs="gradients",
     ),
     Statistic(
@@ -54,6 +54,6 @@ GRADIENTS = (
         "0.01; from the 11th step on), i over gain and bias, g their gradients times the gain, before clipping",
         "gradient", "1", "SPAM, arXiv 2501.06842", "free from the parameters' gradients", _gradient_spike,
         needs="gradients", threshold=50.0, remembers=True,
-        advice="gradients of its gain or bias spike: clip them, and look at these steps' batches",
+        advice="the gradients of its gain or bias have spikes: clip them, and look at the batches of these steps",
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""O1 to O7: how far single activations and channels stand out, and whether it is the same ones."""
+"""O1 to O7: how far single activations and channels stand out, and whether they are the same in every step."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.statistic import FREE, MEDIANS, Statistic, per_step
 
-TOP = 3  # channels whose identity is followed
+TOP = 3  # number of channels that are tracked
 
 
 def _amax(now: Moments, past: Past) -> Tensor:
@@ -59,7 +59,7 @@ def _token_kurtosis(now: DetailedMoments, past: Past) -> Tensor:
 
 @per_step
 def _outlying(now: DetailedMoments) -> tuple[Tensor, Tensor]:
-    """Which channels are outliers in at least 6 % of positions, ``[L, C]``, and of which layers it is known."""
+    """Return which channels are outliers in at least 6 % of positions, ``[L, C]``, and for which layers it is known."""
     positions = now.detail.counts[:, OUTPUTS, None]
     return (100 * now.detail.outputs >= 6 * positions) & (positions > 0), positions[:, 0] > 0
 
@@ -80,7 +80,7 @@ def _outlier_dims_deep(now: DetailedMoments, past: Past) -> Tensor:
 
 
 def _top_channels(now: Moments, power: Tensor) -> Tensor:
-    """The channels of the largest second moments, ``[L, C]`` bool."""
+    """Return which channels have the largest second moments, ``[L, C]`` bool."""
     if now.layout.exists is not None:
         power = power.masked_fill(~now.layout.exists, -torch.inf)
     top = power.topk(min(TOP, power.shape[-1]))
@@ -89,7 +89,7 @@ def _top_channels(now: Moments, power: Tensor) -> Tensor:
 
 
 def _powers(now: Moments, past: Past) -> tuple[Tensor, Tensor, Tensor]:
-    """Second moments of this step and of the past, and whether there is a past and a finite step."""
+    """Return second moments of this step and of the past, and whether both are known and finite."""
     new, old = now.second_moment, past.var + past.mean.square()
     return new, old, torch.isfinite(now.norm_over_channels(old)) & torch.isfinite(now.norm_over_channels(new))
 
@@ -123,13 +123,13 @@ OUTLIERS = (
         threshold=1000.0, advice="massive activations: look at its top channels",
     ),
     Statistic(
-        "channel_spread", "O1", "max_c a_c / median_c a_c, a_c = max_n |x_c|: how unlike the channels' ranges are for "
-        "a quantiser that has one scale",
+        "channel_spread", "O1", "max_c a_c / median_c a_c, a_c = max_n |x_c|: how much the ranges of channels differ, "
+        "which matters to a quantiser with one scale",
         "channel", "1", "RepQ-ViT, arXiv 2212.08254", "two reads", _channel_spread,
     ),
     Statistic(
-        "massive_activation", "O2", "min(max |x| / 100, max |x| / (1000 median)), median = mean_n median_c |x|; from 1 "
-        "on an activation is massive by the published rule. The three largest are in the record, as top channels",
+        "massive_activation", "O2", "min(max |x| / 100, max |x| / (1000 median)), median = mean_n median_c |x|; at 1 "
+        "or more, an activation is massive by the published rule; the record has the three largest, as top channels",
         "layer", "1", _MASSIVE, MEDIANS, _massive_activation, needs="token_shape", threshold=1.0,
         advice="massive activations: keep these channels out of low precision, and look at its top channels",
     ),
@@ -154,19 +154,20 @@ OUTLIERS = (
         "channel", "1", _INT8, "three passes over the output", _outlier_dims, needs="outputs",
     ),
     Statistic(
-        "outlier_dims_deep", "O6", "those of them that are so in at least 25 % of the layers as wide as this one",
+        "outlier_dims_deep", "O6", "number of these channels that are outliers in at least 25 % of the layers of the "
+        "same width",
         "depth", "1", _INT8, "three passes over the output", _outlier_dims_deep, needs="outputs",
     ),
     Statistic(
-        "outlier_overlap", "O7", "|A n B| / |A u B|, A: the three channels of the largest mean_n x^2, B: those of its "
-        "moving average (momentum 0.1) before the step; 1: the same ones",
+        "outlier_overlap", "O7", "|A n B| / |A u B|, A: the three channels with the largest mean_n x^2, B: those with "
+        "the largest moving average of it (momentum 0.1) before the step; 1: they are the same",
         "channel", "1", _MASSIVE + ": they stay in few fixed channels", FREE, _outlier_overlap,
     ),
     Statistic(
         "new_outlier_share", "O7", "max_{c not in B} (p_c - p_hat_c), p_c = s_c / sum_c s_c, s_c = mean_n x^2, hat: of "
-        "the moving average, B as above: the part of the whole power that a channel gained which was none of the three "
+        "the moving average, B as above: the share of the power gained by a channel that was not among the three "
         "largest",
         "channel", "1", _MASSIVE + "; bound ours", FREE, _new_outlier_share, threshold=0.5, alarm=0.5,
-        advice="a channel has become an outlier from one step to the next that was none before: look at what writes it",
+        advice="a channel became an outlier from one step to the next: look at the layer that writes it",
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""P1, P2, P4, P5: what became of gain and bias, and how the optimizer treats them."""
+"""P1, P2, P4, P5: how gain and bias change, and how the optimizer updates them."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from stabnorm.monitor.detailed import DetailedMoments, DetailedPast
 from stabnorm.monitor.past import Past
 from stabnorm.statistic import PARAMETERS, Statistic
 
-_BLOCK = 32  # of the microscaling formats
-_LAST_BIN = 432 / 512  # of E4M3: a mantissa from here to 1 rounds to the largest, 448, with the block's exponent
+_BLOCK = 32  # numbers that share a scale in the microscaling formats
+_LAST_BIN = 432 / 512  # in E4M3 a mantissa of at least this rounds to the largest number, 448
 
 
 def _gain_spread(now: DetailedMoments, past: Past) -> Tensor:
@@ -18,7 +18,7 @@ def _gain_spread(now: DetailedMoments, past: Past) -> Tensor:
 
 
 def _share(now: DetailedMoments, which: Tensor, of: Tensor) -> Tensor:
-    """The share of channels for which it holds; NaN where a layer has no such parameter."""
+    """Return the share of channels for which it holds; NaN if the layer has no such parameter."""
     return now.mean_over_channels(torch.where(of.isnan(), torch.nan, which.to(of.dtype)))
 
 
@@ -29,7 +29,7 @@ def _gain_near_zero(now: DetailedMoments, past: Past) -> Tensor:
 
 
 def _gain_sign_flips(now: DetailedMoments, past: DetailedPast) -> Tensor:
-    product = now.parameters.gain * past.gain  # not of signs: that of NaN is 0
+    product = now.parameters.gain * past.gain  # a product of signs would be 0 for NaN
     return _share(now, product < 0, product)
 
 
@@ -80,27 +80,27 @@ PARAMETER_HEALTH = (
         "parameter", "1", "Outlier Suppression, arXiv 2209.13325", PARAMETERS, _gain_near_zero, needs="parameters",
     ),
     Statistic(
-        "gain_sign_flips", "P1", "share of channels whose gain has another sign than a step before",
+        "gain_sign_flips", "P1", "share of channels whose gain changed its sign in this step",
         "parameter", "1", "ours", PARAMETERS, _gain_sign_flips, needs="parameters", remembers=True,
     ),
     Statistic(
-        "bias_drift", "P1", "rms_c(bias_c - the same at the first step watched)",
+        "bias_drift", "P1", "rms_c(bias_c - its value at the first recorded step)",
         "parameter", "1", "ours", PARAMETERS, _bias_drift, needs="parameters", remembers=True,
     ),
     Statistic(
         "dead_gains", "P1", "share of channels with |gain on the normalised input| < 0.01: gain + eta sigma in a "
         "RepBN, lam gain + (1 - lam) (gain' + eta' sigma) in a PRepBN",
-        "parameter", "1", "gains that switch themselves off, bound as there; the lemma of SLAB, arXiv 2405.11582",
+        "parameter", "1", "gains that switch themselves off, bound given there; lemma of SLAB, arXiv 2405.11582",
         PARAMETERS, _dead_gains, needs="parameters",
     ),
     Statistic(
-        "mx_last_bin", "P2", "share of the blocks of 32 gains of which all round to the largest number of MXFP8 E4M3: "
-        "they then differ no more, which precedes divergence in such formats",
+        "mx_last_bin", "P2", "share of the blocks of 32 gains that all round to the largest number of MXFP8 E4M3: they "
+        "are then all equal, which precedes divergence in such formats",
         "parameter", "1", "arXiv 2506.20752", PARAMETERS, _mx_last_bin, needs="parameters",
     ),
     Statistic(
-        "adam_staleness", "P4", "sqrt(mean_i g_i^2 / max(v_i, eps^2)), i over gain and bias, v Adam's second moment "
-        "after the step without its bias, g as Adam was given it; NaN without step(optimizer=) or Adam",
+        "adam_staleness", "P4", "sqrt(mean_i g_i^2 / max(v_i, eps^2)), i over gain and bias, v: Adam's second moment "
+        "after the step, corrected for its bias, g: the gradient that Adam got; NaN without step(optimizer=) or Adam",
         "parameter", "1", "arXiv 2304.13013", _ADAM, _adam_staleness, needs="optimizer", threshold=2.3,
         advice="Adam's second moments lag behind its gradients, which precedes spikes of the loss: lower beta2, or "
         "clip the update (StableAdamW)",
@@ -108,6 +108,6 @@ PARAMETER_HEALTH = (
     Statistic(
         "gradient_to_eps", "P5", "rms_i(g_i) / eps of Adam, i and g as above",
         "parameter", "1", "arXiv 2309.14322", _ADAM, _gradient_to_eps, needs="optimizer", least=10.0,
-        advice="gradients of gain and bias are hardly larger than Adam's eps, so that their updates vanish: lower eps",
+        advice="the gradients of gain and bias are hardly larger than Adam's eps, so their updates vanish: lower eps",
     ),
 )  # fmt: skip

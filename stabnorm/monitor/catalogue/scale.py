@@ -1,4 +1,4 @@
-"""S1 to S3: how large the tokens are, how near eps and how near the dtype's bounds."""
+"""S1 to S3: how large the tokens are, and how close they are to eps and to the limits of the dtype."""
 
 import math
 from collections.abc import Callable
@@ -72,22 +72,22 @@ SCALE = (
         "token", "x", _PERI_LN, TOKENS, _token(MEAN_MAX), needs="tokens",
     ),
     Statistic(
-        "eps_share", "S2", "share of the variances the layer divides by that lie below 10 eps: tokens' variances "
-        "(LayerNorm), mean squares (RMSNorm), channels' (BatchNorm), groups' (GroupNorm, InstanceNorm)",
-        "token", "1", "the norm's definition: it then shrinks its output; bounds ours", TOKENS, _eps_share,
+        "eps_share", "S2", "share of the variances the layer divides by that are below 10 eps: those of tokens "
+        "(LayerNorm), channels (BatchNorm) or groups (GroupNorm, InstanceNorm), or mean squares of tokens (RMSNorm)",
+        "token", "1", "definition of the norm, which then shrinks its output; bounds ours", TOKENS, _eps_share,
         needs="tokens", threshold=0.01, alarm=0.5,
-        advice="variances it divides by are below 10 eps, so that it shrinks its output: look at how its input is "
-        "initialised, or at what died before it",
+        advice="it divides by variances below 10 eps, so it shrinks its output: look at how its input is initialised, "
+        "or whether a layer before it has died",
     ),
     Statistic(
-        "headroom", "S3", "log2(fmax / max |x|), fmax the largest number of the input's own dtype: how many times it "
-        "can still double",
+        "headroom", "S3", "log2(fmax / max |x|), fmax: the largest number of the input's dtype: how many times the "
+        "input can still double",
         "layer", "1", _HEADROOM, "free", _headroom, needs="values", least=1.0,
-        advice="its input nearly reaches the largest number of its dtype: use bfloat16 or float32 there, or look at "
-        "what makes it grow",
+        advice="its input is close to the largest number of its dtype: use bfloat16 or float32 there, or look for the "
+        "cause of the growth",
     ),
     Statistic(
-        "headroom_fp16", "S3", "log2(65504 / max |x|), whatever the dtype is: what is left in float16",
+        "headroom_fp16", "S3", "log2(65504 / max |x|): the same for float16, whatever the dtype is",
         "layer", "1", _HEADROOM, "free", _headroom_fp16,
     ),
     Statistic(

@@ -1,4 +1,4 @@
-"""The ATen backend of `blended`: LayerNorm's own kernels bring half of it, and the rest is added in place."""
+"""The ATen backend of `blended`: LayerNorm's own kernels compute one half, and the other half is added in place."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from stabnorm.ops.rows import BatchMap, affine_of_rows
 def norm(
     lam: Tensor, rows: Tensor, own: LayerNormArgs, scale: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `functional.blended_norm`. LayerNorm with the weighted gain and with all constants as its bias, plus a x."""
+    """See `functional.blended_norm`; this is LayerNorm with a weighted gain and all constants as its bias, plus a x."""
     share = float(lam)
     if share == 1:
         return own_norm(rows, own)
@@ -35,9 +35,9 @@ def norm(
 def sums(
     lam: Tensor, dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None, tokens: TokenMoments
 ) -> BlendedSums:
-    """Column sums of dy and of dy (rows - mean); at lam = 1 nobody asks for them.
+    """Return the column sums of dy and of dy (rows - mean); at lam = 1 they are not needed.
 
-    The sum of dy n comes with LayerNorm's own backward.
+    LayerNorm's own backward returns the sum of dy n.
     """
     if float(lam) == 1:
         zero = dy.new_zeros(rows.shape[1], dtype=torch.float32)
@@ -80,15 +80,15 @@ def weighted(own: LayerNormArgs, share: float, shift: Tensor | None, like: Tenso
 
 
 def own_norm(rows: Tensor, own: LayerNormArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm's own output, bit for bit, and its statistics of the tokens, ``[R]`` in float32."""
+    """Return LayerNorm's own output, bit for bit, and its statistics of the tokens, ``[R]`` in float32."""
     y, mean, rstd = torch.native_layer_norm(rows, [rows.shape[1]], *own)
     return y, mean.flatten().float(), rstd.flatten().float()
 
 
 def own_gradient(dy: Tensor, rows: Tensor, own: LayerNormArgs, tokens: TokenMoments) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm's own gradients, bit for bit."""
+    """Return LayerNorm's own gradients, bit for bit."""
     weight, bias, _ = own
-    kept_in = rows.dtype if weight is None else weight.dtype  # what its forward rounded the tokens' statistics to
+    kept_in = rows.dtype if weight is None else weight.dtype  # the forward rounded the tokens to this
     weight = torch.ones(rows.shape[1], dtype=kept_in) if weight is None else weight
     bias = torch.zeros_like(weight) if bias is None else bias  # its values do not matter
     dx, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
@@ -99,7 +99,7 @@ def own_gradient(dy: Tensor, rows: Tensor, own: LayerNormArgs, tokens: TokenMome
 
 
 def _add_products_(y: Tensor, products: list[tuple[Tensor, Tensor]], constant: Tensor | None = None) -> None:
-    """Add ``rows * vector`` for each pair, and the constant, to ``y`` in place, while a block is in the cache."""
+    """Add ``rows * vector`` for each pair, and the constant, to ``y`` in place, one block at a time."""
     work = wide = None
     if y.dtype != torch.float32:
         work, wide = rows_.scratch(y), rows_.scratch(y)

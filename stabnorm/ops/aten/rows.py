@@ -1,10 +1,9 @@
-"""The ATen backend of `rows`: few passes, in ATen's vectorised primitives.
+"""The ATen backend of `rows`: few passes with ATen's vectorised primitives.
 
-The workhorse is `native_batch_norm_backward`, asked for two of its three results: the column sums of a, and of a b,
-in one read. It splits the work among threads by rows, as elementwise ops do, so that each thread finds in its own
-cache what it just wrote. A sum over dim 0 splits by columns: at 8192 x 384 on two threads the moments took twice as
-long that way. It adds up in float32 along the rows, so it gets a block at a time, which also keeps what lies between in
-the cache.
+Most work is done by `native_batch_norm_backward`. Two of its three results are the column sums of a and of a b, in one
+read. It splits the work among threads by rows, as elementwise ops do, so each thread finds in its own cache what it has
+just written. A sum over dim 0 splits by columns: with it, the moments took twice as long at 8192 x 384 on two threads.
+It accumulates in float32 along the rows. So it gets one block at a time, and intermediate results stay in the cache.
 """
 
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from stabnorm.ops.rows import (
 )
 
 BLOCK = 2**19  # numbers; two megabytes in float32
-WIDTH = 1024  # numbers that are added to as many others at a time; many more no longer fit the innermost cache
+WIDTH = 1024  # width of a row of partial sums; a much wider row does not fit the innermost cache
 
 
 def _block_rows(channels: int) -> int:
@@ -33,21 +32,21 @@ def _block_rows(channels: int) -> int:
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, a block at a time."""
+    """Yield the same rows of each tensor, one block at a time."""
     return zip(*(t.split(_block_rows(t.shape[1])) for t in tensors), strict=True)
 
 
 def scratch(rows: Tensor) -> Tensor:
-    """Float32 memory for a block."""
+    """Return float32 memory for a block."""
     size = min(len(rows), _block_rows(rows.shape[1]))
     return rows.new_empty(size, rows.shape[1], dtype=torch.float32)
 
 
 def _column_sums(a: Tensor, b: Tensor, origin: Tensor, width: int = WIDTH) -> tuple[Tensor, Tensor]:
-    """Sums over rows of ``a`` and of ``a (b - origin)``: bias and weight gradient of a batch norm with rstd 1.
+    """Return sums over rows of ``a`` and of ``a (b - origin)``: the gradients of a batch norm with rstd 1.
 
-    The primitive adds up in float32, row after row. So that no sum is longer than some hundred terms, and keeps its six
-    digits, narrow rows that follow each other lie side by side as one.
+    The primitive accumulates in float32, row after row. Several narrow rows are treated as one wide row, so that a sum
+    has only some hundred terms and keeps six digits.
     """
     folds = max(1, min(width // a.shape[1], len(a)))
     whole = len(a) // folds * folds
@@ -69,8 +68,8 @@ def _column_sums(a: Tensor, b: Tensor, origin: Tensor, width: int = WIDTH) -> tu
 def moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments:
     """See `functional.batch_moments`.
 
-    The mean of the first block is subtracted from all. It is off the mean by at most sqrt(1 / f) standard deviations
-    when the block holds a share f of the rows, so that what is subtracted at the end cannot eat the variance.
+    The mean of the first block is subtracted from all blocks. If this block has a share f of the rows, its mean differs
+    from the mean of all rows by at most sqrt(1 / f) standard deviations. So the correction at the end loses no digits.
     """
     memory = scratch(rows)
     total, square, zero = memory.new_zeros(3, rows.shape[1])
@@ -99,7 +98,7 @@ def absolute(rows: Tensor, mean: Tensor | None, valid: Tensor | None) -> tuple[T
     for (block,) in blocks(rows):
         deviations = work[: len(block)].copy_(block) if mean is None else _deviations(block, mean, work)
         signs = torch.sign(deviations, out=memory[: len(block)])
-        # Shorter sums than elsewhere: all magnitudes share the low bits of the mean, so rounding goes one way.
+        # The sums are shorter than elsewhere: all magnitudes share the low bits of the mean, so rounding has a bias.
         sums = _column_sums(signs, deviations, zero, 4 * WIDTH)
         balance += sums[0]
         total += sums[1]
@@ -112,7 +111,7 @@ def _deviations(block: Tensor, mean: Tensor, memory: Tensor) -> Tensor:
 
 @affine_of_rows.backend("aten")
 def affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """``rows scale + shift``; in float32 the formula is as fast."""
+    """Return ``rows scale + shift``; in float32 the formula is as fast."""
     if rows.dtype not in LOW_PRECISION:
         return affine_of_rows.formula(rows, scale, shift)
     y, memory = torch.empty_like(rows), scratch(rows)
@@ -137,7 +136,7 @@ def upstream_sums(
 
 
 def sums(dy: Tensor, rows: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Column sums of ``dy`` and of ``dy (rows - mean)``."""
+    """Return the column sums of ``dy`` and of ``dy (rows - mean)``."""
     plain, weighted, zero = rows.new_zeros(3, rows.shape[1], dtype=torch.float32)
     for upstream, block in blocks(dy, rows):
         sums = _column_sums(upstream.float(), block.float(), zero if mean is None else mean)
@@ -170,13 +169,13 @@ def sign_gradient(dy: Tensor, rows: Tensor, valid: Tensor | None, of: BatchMap) 
 
 
 def constant_of(of: BatchMap) -> Tensor:
-    """What the gradient of a map adds to every row."""
+    """Return the constant that the gradient of a map adds to every row."""
     constant = torch.zeros_like(of.slope) if of.mean is None else of.slope * of.mean
     return constant if of.offset is None else constant - of.offset
 
 
 def gradient(dy: Tensor, rows: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
-    """``dy scale + rows slope + shift``."""
+    """Return ``dy scale + rows slope + shift``."""
     if dy.dtype == rows.dtype == torch.float32:
         return torch.addcmul(shift, rows, slope).addcmul_(dy, scale)
     dx, work, wide = torch.empty_like(rows), scratch(rows), scratch(rows)

@@ -1,4 +1,4 @@
-"""The C++ backend of `blended`, see `rows.cpp`. At the ends of lam ATen's LayerNorm, or the affine map, runs alone."""
+"""The C++ backend of `blended`, see `rows.cpp`. At lam = 1 only ATen's LayerNorm runs, at 0 only the affine map."""
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def sums(
 def cpp_blended_sums(
     lam: Tensor, dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None, tokens: TokenMoments
 ) -> Tensor:
-    """Column sums of dy, dy (x - mean), dy n over all rows, then over the valid ones: ``[6, C]``."""
+    """Return column sums of dy, dy (x - mean) and dy n, over all rows and over the valid ones: ``[6, C]``."""
     rows, dy, valid = rows.contiguous(), dy.contiguous(), maybe_whole(valid)
     out = rows.new_zeros(6, rows.shape[1], dtype=torch.float32)
     share = float(lam)

@@ -1,12 +1,12 @@
-"""The C++ library for CPUs: built on the machine when it is first asked for, kept, and loaded.
+"""The C++ library for CPUs: it is built on the machine at first use, kept, and loaded.
 
-The sources beside this file know nothing of torch: the compiler gets them alone and takes seconds, and no version of
-torch, of Python or of a build system has to match. Memory goes in as addresses. The arguments of a function are read
-from its declaration in the sources, so that a call that does not fit is refused.
+The sources beside this file include nothing of torch. So the compiler takes only seconds, and no version of torch, of
+Python or of a build system has to match. Functions get addresses of memory. The arguments of a function are read from
+its declaration in the sources, so that a call that does not fit is refused.
 
-A library is kept in the cache folder under a name that tells its sources, its compiler and the instructions that the
-machine has; another machine with the same home builds its own. One that is damaged, or that another user may have
-written, is built again, see `stabnorm.ops.cache`.
+A library is kept in the cache folder. Its name is a hash of its sources, its compiler and the instructions of the
+machine, so another machine with the same home folder builds its own. A library that is damaged, or that another user
+may have written, is built again, see `stabnorm.ops.cache`.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from stabnorm.ops.cache import cache_folder, is_kept, keep, made, remove_old_dra
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-w")
-# The first of each that the compiler takes. Apple's compiler and others for ARM know -mcpu=native only.
+# The first flags that the compiler accepts are used. Apple's compiler and others for ARM know -mcpu=native only.
 MACHINE: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
-# OpenMP: by the name of torch's own copy, so that both share one set of threads; without it there is one thread.
+# OpenMP is linked under the name of torch's own copy, so that both share their threads. Without it, one thread runs.
 TORCH_LIBRARIES = str(Path(torch.__file__).parent / "lib")
 THREADS: tuple[tuple[str, ...], ...] = (
     ("-fopenmp",),
@@ -54,45 +54,45 @@ _DECLARATION = re.compile(rf"^(?:extern \"C\" )?(int64_t|void) {PREFIX}(\w+)\(([
 
 
 def call(name: str, *arguments: Tensor | float | int | None) -> int:
-    """The C function ``stabnorm_<name>``; tensors must be contiguous, or their strides be given.
+    """Call the C function ``stabnorm_<name>``; pass contiguous tensors, or their strides.
 
     Raises:
         TypeError: the arguments are not those of the function's declaration.
     """
     function = getattr(_library(), PREFIX + name)
-    if len(arguments) != len(function.argtypes):  # C would read what was never handed over
+    if len(arguments) != len(function.argtypes):  # C would read arguments that were not passed
         raise TypeError(f"{PREFIX}{name} takes {len(function.argtypes)} arguments, got {len(arguments)}")
     passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     return function(*passed)  # type: ignore[no-any-return]
 
 
 def shape_of(rows: Tensor) -> tuple[int, int, int]:
-    """Type, R and C, as the functions take them."""
+    """Return type, R and C, which many functions take."""
     return TYPES[rows.dtype], rows.shape[0], rows.shape[1]
 
 
 def empty_like(rows: Tensor) -> Tensor:
-    """Memory for as many rows, side by side."""
+    """Return contiguous memory of the same shape."""
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
 def vector(t: Tensor) -> Tensor:
-    """``t [C]`` in float32."""
+    """Return ``t [C]``, contiguous and in float32."""
     return t.detach().float().contiguous()
 
 
 def maybe_vector(t: Tensor | None) -> Tensor | None:
-    """The same of one that need not be there."""
+    """Return the same; None for None."""
     return None if t is None else vector(t)
 
 
 def maybe_whole(valid: Tensor | None) -> Tensor | None:
-    """A mask without gaps in memory."""
+    """Return a contiguous mask; None for None."""
     return None if valid is None else valid.contiguous()
 
 
 def like(rows: Tensor, dy: Tensor) -> Tensor:
-    """``dy`` in the rows' dtype, without gaps in memory."""
+    """Return ``dy``, contiguous and in the rows' dtype."""
     return dy.to(rows.dtype).contiguous()
 
 
@@ -100,7 +100,7 @@ def like(rows: Tensor, dy: Tensor) -> Tensor:
 
 
 def why_not() -> str | None:
-    """Why there is no library; None: it is built and loaded."""
+    """Return why there is no library; None if it is built and loaded."""
     try:
         _library()
     except _NotBuilt as error:
@@ -117,13 +117,13 @@ _failure: str | None = None
 
 def _library() -> ctypes.CDLL:
     global _failure
-    if _failure is not None:  # one attempt, one warning
+    if _failure is not None:  # there is one attempt and one warning
         raise _NotBuilt(_failure)
     try:
         return _load()
     except (OSError, AttributeError, ValueError, subprocess.SubprocessError, _NotBuilt) as error:
         _failure = str(error)
-        logger.warning("the C++ backend for CPUs is not there, ATen's runs instead: %s", _failure)
+        logger.warning("the C++ backend for CPUs cannot run, so ATen's backend runs instead: %s", _failure)
         raise _NotBuilt(_failure) from error
 
 
@@ -137,7 +137,7 @@ def _load() -> ctypes.CDLL:
 
 
 def signatures() -> dict[str, tuple[type | None, tuple[type, ...]]]:
-    """The result and the arguments of every function, by its name, from the declarations in the sources."""
+    """Return types of the result and the arguments of every function, by its name, from the sources."""
     texts = [path.read_text() for path in _sources()]
     return {
         name: (_C_TYPES[result], tuple(_c_type(argument) for argument in arguments.split(",")))
@@ -160,11 +160,11 @@ def _sources() -> list[Path]:
 
 
 def _built() -> Path:
-    """The library's file, made now unless it was made before."""
+    """Return the library's file; build it if it does not exist."""
     compiler = _compiler()
     ask = ("-dM", "-E", "-x", "c++", os.devnull)
     machine = _first(MACHINE, lambda flags: _run(compiler, *flags, *ask))
-    # Everything the compiler would define: its version and the instructions of this machine are among it.
+    # All macros that the compiler defines, among them its version and the instructions of this machine.
     defined = _run(compiler, *machine, *ask)
     texts = [path.read_bytes() for path in (*_sources(), *sorted(FOLDER.glob("*.h")))]
     parts = [defined.encode(), " ".join((*FLAGS, *machine)).encode(), *texts]
@@ -185,7 +185,7 @@ def _built() -> Path:
 
 
 def _compiler() -> list[str]:
-    """The compiler's command: $CXX, a path or a command with arguments; else the first that is found."""
+    """Return the compiler's command: $CXX, a path or a command with arguments; else the first compiler on the PATH."""
     chosen = os.environ.get("CXX")
     if chosen:
         words = chosen.split(" ")
@@ -201,7 +201,7 @@ def _compiler() -> list[str]:
 
 
 def _first(options: Sequence[_T], attempt: Callable[[_T], object]) -> _T:
-    """The first option with which an attempt succeeds; what the last one fails of is raised."""
+    """Return the first option with which an attempt succeeds; raise the error of the last one."""
     for option in options[:-1]:
         with contextlib.suppress(_NotBuilt):
             attempt(option)

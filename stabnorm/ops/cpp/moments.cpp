@@ -1,22 +1,23 @@
-// `add_moments_`: the moments of a norm's input x, of what it normalises it to, n, and of its tokens, in one read of memory;
-// and `norm_with_moments`, which writes the norm's output, n gain + bias, on the way. Every tile of rows goes through the
-// innermost caches two or three times: mean and variance of each token, then column sums of deviations from a shift. Tiles
-// add up in float64; blocks, each with the mean of its first tile as the shift, and then threads, merge by Chan's rule.
+// `add_moments_` computes the moments of a norm's input x, of the normalised input n, and of the tokens, in one read of
+// memory. `norm_with_moments` also writes the norm's output, n gain + bias. Every tile of rows is processed two or three
+// times while it is in the innermost caches: first mean and variance of each token, then column sums of deviations from a
+// shift. Tiles accumulate in float64. The shift of a block is the mean of its first tile. Blocks, and then threads, merge
+// by Chan's rule.
 #include "vectors.h"
 
 namespace {
 
 constexpr int TILE = 64;            // rows; their column sums are float32
-constexpr int64_t BLOCK = 16 * TILE;  // rows with a common shift: it is off by at most four standard deviations
+constexpr int64_t BLOCK = 16 * TILE;  // rows with a common shift, which is off by at most four standard deviations
 
 enum Kind { BATCH, LAYER, RMS };
 enum { S_X, S_N, M_XX, M_XN, M_NN, SUMS };
-// As in stabnorm/functional/moments.py; tests/ops/test_layout.py compares them.
+// These are the names in stabnorm/functional/moments.py; tests/ops/test_layout.py compares them.
 enum { SHIFT_X, SHIFT_N, REST_X, REST_N, VAR_X, COV_XN, VAR_N, MAX, MIN, CHANNEL_ROWS };
 enum { STD_MEAN, MEAN_MEAN, EPS_SHARE, STD_MIN, MEAN_MIN, STD_MAX, MEAN_MAX, TOKEN_ROWS };
 
-struct Accumulator {  // of one thread
-  int64_t C, width, count = 0, block = 0;  // rows in all, and in the block
+struct Accumulator {  // each thread has one
+  int64_t C, width, count = 0, block = 0;  // number of rows, and of rows in the block
   std::vector<float> shift, extreme;       // x, n; most, least
   std::vector<double> now, mean, moment;   // sums of the block; x, n; xx, xn, nn
   double token_sum[2] = {0, 0}, below = 0;
@@ -30,7 +31,7 @@ struct Accumulator {  // of one thread
     for (int i = 0; i < 2; i++) token_min[i] = inf, token_max[i] = -inf;
   }
 
-  // Chan's rule, with rows of these means and sums of products around them.
+  // Add n rows with these means, and these sums of products of deviations from the means, by Chan's rule.
   void merge(int64_t n, const double* mean_b, const double* moment_b) {
     if (n == 0) return;
     double total = double(count + n), weight = n / total, spread = double(count) * n / total;
@@ -76,11 +77,11 @@ struct Accumulator {  // of one thread
 
 template <class T> struct Tile {
   const T* rows[TILE];
-  float origin[TILE], mean[TILE], scale[TILE];  // what a token is normalised with: n = (x - origin - mean) scale
+  float origin[TILE], mean[TILE], scale[TILE];  // of each token: n = (x - origin - mean) scale
   int size = 0;
 };
 
-// The sum over a token's channels of f(x).
+// Return the sum of f(x) over a token's channels.
 template <class T, class F> float token_sum(const T* row, int64_t C, F f) {
   vf total[2] = {splat(0), splat(0)};
   const int64_t whole = C / (2 * W) * (2 * W);
@@ -93,19 +94,19 @@ template <class T, class F> float token_sum(const T* row, int64_t C, F f) {
   return sum(total[0] + total[1]) + rest;
 }
 
-// Mean (less the origin) and variance of a token, in two passes.
+// Compute mean - origin and variance of a token in two passes.
 template <class T> void token_moments(const T* row, int64_t C, float origin, float& mean, float& var) {
   mean = token_sum(row, C, [&](vf x) { return x - origin; }) / C;
   var = token_sum(row, C, [&](vf x) { vf d = x - origin - mean; return d * d; }) / C;
 }
 
-// The normalised value of a row's columns; its scale and mean are the same in all of them.
+// Normalise some columns of a row.
 template <int kind> inline vf normalised(vf x, float origin, float mean, float scale) {
   if (kind == LAYER) return (x - origin - mean) * scale;
   return x * scale;
 }
 
-// The mean of the tile's columns, as the shift of a block that begins.
+// Use the mean of the tile's columns as the shift of a new block.
 template <class T, int kind> void set_shift(Accumulator& a, const Tile<T>& t) {
   for_columns(a.C, [&](int64_t c, int n, auto whole) {
     vf of_x = splat(0), of_n = splat(0);
@@ -143,7 +144,7 @@ template <class T, int kind> void add_tile(Accumulator& a, const Tile<T>& t) {
   });
 }
 
-struct Output {  // of the norm: y [R][C], and what each token was normalised with; null where only moments are asked for
+struct Output {  // y [R][C], and mean and scale of each token; null if only moments are computed
   void* y;
   float *means, *scales;
   const float *gain, *bias;
@@ -160,8 +161,8 @@ void write_row(const Output& out, int64_t r, const T* row, int64_t C, float orig
   });
 }
 
-// `kind` is what the columns are normalised to, `of_tokens` what the layer divides by. With `moments` false only the
-// output is written; rows that are not valid have one, too.
+// `kind` says how the columns are normalised, `of_tokens` which variance the layer divides by. If `moments` is false, only
+// the output is written. Rows that are not valid have an output, too.
 template <class T, int kind>
 void add_rows(Accumulator& a, const T* x, int64_t first, int64_t last, const uint8_t* valid, int of_tokens, bool tokens,
               float eps, const Output& out, bool moments) {
@@ -182,7 +183,7 @@ void add_rows(Accumulator& a, const T* x, int64_t first, int64_t last, const uin
     const T* row = x + r * a.C;
     if (kind != BATCH || tokens) {
       float mean, var;
-      // A token's output must not depend on another's: there each has an origin of its own, else the first one's will do.
+      // A token's output must not depend on other tokens, so each token has its own origin if there is an output.
       if (out.y || !begun) origin = token_sum(row, a.C, [](vf x) { return x; }) / a.C, begun = true;
       token_moments(row, a.C, origin, mean, var);
       double whole = double(origin) + mean, square = of_tokens == RMS ? var + whole * whole : var;
@@ -212,7 +213,7 @@ void add_rows(Accumulator& a, const T* x, int64_t first, int64_t last, const uin
 
 }  // namespace
 
-// Returns the number of valid rows, and leaves the accumulator as it is where there is none. `channel` has rows of `stride`.
+// Return the number of valid rows. If there is none, the accumulator does not change. A row of `channel` has `stride` numbers.
 static int64_t moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind, bool tokens,
                        bool normalized, float eps, int threads, float* channel, int64_t stride, float* token,
                        const Output& out, bool add) {
@@ -235,7 +236,7 @@ static int64_t moments(const void* x, int type, int64_t rows, int64_t C, const u
   for (int64_t c = 0; c < C; c++) {
     auto out = [&](int row) -> float& { return channel[row * stride + c]; };
     float most = a.extreme[c], least = a.extreme[a.width + c];
-    if (std::isnan(a.mean[c]) && std::isfinite(most) && std::isfinite(least)) most = least = nan;  // a maximum passes over it
+    if (std::isnan(a.mean[c]) && std::isfinite(most) && std::isfinite(least)) most = least = nan;  // a maximum ignores NaN
     out(MAX) = most, out(MIN) = least;
     out(SHIFT_X) = float(a.mean[c]), out(REST_X) = float(a.mean[c] - out(SHIFT_X));
     out(VAR_X) = float(a.moment[c] / n);
@@ -259,7 +260,7 @@ extern "C" int64_t stabnorm_moments(const void* x, int type, int64_t rows, int64
   return moments(x, type, rows, C, valid, kind, tokens, normalized, eps, threads, channel, stride, token, Output{}, true);
 }
 
-// The norm, and its moments as above unless `add` is false; kind is LAYER or RMS, gain and bias may be null.
+// Compute the norm, and the same moments unless `add` is false. `kind` is LAYER or RMS; gain and bias may be null.
 extern "C" int64_t stabnorm_observed(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
                                      float eps, int add, int threads, float* channel, int64_t stride, float* token,
                                      const float* gain, const float* bias, void* y, float* means, float* scales) {

@@ -9,7 +9,7 @@ from stabnorm.ops.aten import moments as aten
 from stabnorm.ops.cpp.library import call, maybe_whole, shape_of
 from stabnorm.ops.moments import Request, add_moments_
 
-KINDS: dict[Kind, int] = {"batch": 0, "layer": 1, "rms": 2}  # those that the C++ knows
+KINDS: dict[Kind, int] = {"batch": 0, "layer": 1, "rms": 2}  # the kinds that the C++ code knows
 
 
 @add_moments_.backend("cpp", in_graphs=True)
@@ -28,7 +28,7 @@ def add_moments_of_rows_(rows: Tensor, valid: Tensor | None, into: RawMoments, r
 
 
 def empty_moment(channels: int) -> RawMoments:
-    """The accumulator of one layer that saw nothing yet."""
+    """Return the empty accumulator of one layer."""
     return RAW.one(channels, torch.device("cpu"))
 
 

@@ -1,10 +1,10 @@
-// The backward of LayerNorm and RMSNorm in one read: dx, and the sums over rows of dy n and of dy, which are the gradients of
-// gain and bias. n = (x - m) r is a token's, with m = 0 for RMSNorm.
+// The backward of LayerNorm and RMSNorm in one read. It computes dx, and the sums over rows of dy n and of dy, which are
+// the gradients of gain and bias. n = (x - m) r with each token's own m and r; m = 0 for RMSNorm.
 #include "vectors.h"
 
 namespace {
 
-constexpr int TILE = 16;  // rows that stay in the innermost caches; their column sums are float32, tiles add up in float64
+constexpr int TILE = 16;  // rows that fit the innermost caches; their column sums are float32, and tiles accumulate in float64
 
 template <class T, bool rms>
 void gradient_of(const T* dy, const T* x, int64_t C, int64_t first, int64_t last, const float* means, const float* scales,
@@ -41,7 +41,7 @@ void gradient_of(const T* dy, const T* x, int64_t C, int64_t first, int64_t last
 
 }  // namespace
 
-// out [2][C]: the sums of dy n and of dy.
+// `out [2][C]` gets the sums of dy n and of dy.
 extern "C" void stabnorm_norm_gradient(const void* dy, const void* x, int type, int64_t R, int64_t C, int rms,
                                        const float* means, const float* scales, const float* gain, int threads, void* dx,
                                        float* out) {

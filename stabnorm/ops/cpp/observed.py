@@ -20,10 +20,10 @@ def norm(
     valid: Tensor | None,
     add: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.observed.norm_with_moments`; all moments are gathered, whatever `spec` leaves out."""
+    """See `ops.observed.norm_with_moments`; it gathers all moments, also those that `spec` leaves out."""
     rows = rows.contiguous()
     means, rstds = rows.new_empty(2, len(rows), dtype=torch.float32)
-    fresh = not (add and into.seen.numpy().any())  # in the host's own memory: nothing is waited for
+    fresh = not (add and into.seen.numpy().any())  # a CPU tensor, so reading it does not sync
     new = into if fresh else empty_moment(rows.shape[1])
     seen = call(
         "observed", rows, *shape_of(rows), maybe_whole(valid), KINDS[spec.kind], spec.eps, add,

@@ -1,12 +1,12 @@
-// `one_pass`: a map over the rows [R, C] and the column sums of what it reads, in one read. Column sums of a tile of rows are
-// float32 in registers while the tile is in the innermost cache, tiles add up in float64, threads after each other.
+// `one_pass` computes a map over the rows [R, C], and column sums of its input, in one read. Column sums of a tile of rows
+// are float32 in registers. Tiles accumulate in float64, and threads are added in order.
 #include "vectors.h"
 
 namespace {
 
 constexpr int TILE = 16;
 
-// f(first, last, sums) for a tile of rows at a time, sums [count][C] being the thread's own; their total goes to `out`.
+// Call f(first, last, sums) for each tile of rows, with sums [count][C] of the thread. Their total goes to `out`.
 template <class F> void in_tiles(int64_t R, int64_t C, int count, int threads, float* out, F f) {
   const int parts = parts_of(R, C, threads);
   std::vector<std::vector<double>> sums(parts, std::vector<double>(count * C));
@@ -29,7 +29,7 @@ inline void add(double* into, vf v, int n) {
 
 extern "C" {
 
-// y = scale x + shift; out [C]: the sum of x^2 over the valid rows, of which there are as many as is returned.
+// y = scale x + shift. `out [C]` gets the sum of x^2 over the valid rows. Return the number of valid rows.
 int64_t stabnorm_affine_square(const void* x, int type, int64_t R, int64_t C, const uint8_t* valid, const float* scale,
                                const float* shift, int threads, void* y, float* out) {
   with_type(type, [&](auto* typed) {
@@ -52,7 +52,7 @@ int64_t stabnorm_affine_square(const void* x, int type, int64_t R, int64_t C, co
   return count;
 }
 
-// dx = scale dy - [valid] slope x; out [4][C]: the sums of dy and dy x, over all rows and over the valid ones.
+// dx = scale dy - [valid] slope x. `out [4][C]` gets the sums of dy and dy x, over all rows and over the valid ones.
 void stabnorm_gradient_sums(const void* dy, const void* x, int type, int64_t R, int64_t C, const uint8_t* valid,
                             const float* scale, const float* slope, int threads, void* dx, float* out) {
   with_type(type, [&](auto* typed) {

@@ -1,6 +1,6 @@
-// The passes of a norm over its rows [R, C], see `stabnorm.functional`: the batch's moments, the affine map, the backward's
-// column sums, the input's gradient; the same for PRepBN's blend of two norms; and GroupScaling. Column sums of a tile of
-// rows are float32 in registers, tiles add up in float64, threads after each other.
+// The passes of a norm over its rows [R, C], see `stabnorm.functional`: moments of the batch, affine map, column sums of
+// the backward, gradient of the input; the same for PRepBN's blend of two norms; and GroupScaling. Column sums of a tile
+// of rows are float32 in registers. Tiles accumulate in float64, and threads are added in order.
 #include "vectors.h"
 
 namespace {
@@ -8,7 +8,7 @@ namespace {
 constexpr int TILE = 64;
 constexpr int64_t BLOCK = 16 * TILE;  // rows with a common shift, see moments.cpp
 
-template <int K, bool whole> struct Columns {  // K vectors of columns, from c on; n of them in the last
+template <int K, bool whole> struct Columns {  // K vectors of columns that start at c; the last one has n columns
   static constexpr int vectors = K;
   int64_t c;
   int n;
@@ -16,7 +16,7 @@ template <int K, bool whole> struct Columns {  // K vectors of columns, from c o
   template <class T> void set(T* row, int k, vf v) const { put<whole>(row + c + k * W, v, n); }
 };
 
-// f(Columns) for all columns, four vectors at a time: as many sums as registers hold, and whole cache lines.
+// Call f(Columns) for all columns, four vectors at a time: their sums fit the registers, and they are whole cache lines.
 template <class F> inline void for_blocks(int64_t C, F f) {
   int64_t c = 0;
   for (; c + 4 * W <= C; c += 4 * W) f(Columns<4, true>{c, W});
@@ -28,7 +28,7 @@ inline void add(double* into, vf v) {
   for (int j = 0; j < W; j++) into[j] += v[j];
 }
 
-// f(first, last) for a tile of rows at a time.
+// Call f(first, last) for each tile of rows.
 template <class F> inline void for_tiles(int64_t first, int64_t last, F f) {
   for (int64_t r = first; r < last; r += TILE) f(r, std::min<int64_t>(last, r + TILE));
 }
@@ -106,7 +106,7 @@ void moments_of(Moments& into, const T* x, int64_t C, int64_t first, int64_t las
   end_block();
 }
 
-// Adds the sums over some rows of dy, and of dy times each of `count` factors f(row, columns, k, factor).
+// Add the sums over some rows of dy, and of dy times each of `count` factors, which f(row, columns, k, factor) gives.
 template <class T, int count, class F>
 void add_products(double* into, int64_t width, const T* dy, int64_t C, const int64_t* rows, int size, bool guard, F f) {
   for_blocks(C, [&](auto columns) {
@@ -131,12 +131,12 @@ void add_products(double* into, int64_t width, const T* dy, int64_t C, const int
   });
 }
 
-// out [2][1 + count][C]: these sums over all rows, then over the valid ones.
+// `out [2][1 + count][C]` gets these sums over all rows and over the valid ones.
 template <class T, int count, class F>
 void column_sums(const T* dy, const T* x, int64_t R, int64_t C, const uint8_t* valid, int threads, float* out, F f) {
   const int64_t width = padded(C), size = (1 + count) * width;
   const int parts = parts_of(R, C, threads);
-  std::vector<double> sums(parts * 2 * size);  // of each part: over valid rows, over the others
+  std::vector<double> sums(parts * 2 * size);  // each part has sums over valid rows and over the others
   in_parallel(parts, [&](int part) {
     double* mine = &sums[part * 2 * size];
     for_tiles(R * part / parts, R * (part + 1) / parts, [&](int64_t first, int64_t last) {
@@ -164,7 +164,7 @@ void column_sums(const T* dy, const T* x, int64_t R, int64_t C, const uint8_t* v
 
 template <class T> using element = std::remove_pointer_t<std::decay_t<T>>;
 
-// Mean and 1 / sqrt(variance + eps) of a row; without a mean where `rms`.
+// Compute mean and 1 / sqrt(variance + eps) of a row; with `rms` there is no mean.
 template <class T> void token_scale(const T* row, int64_t C, bool rms, float eps, float& mean, float& scale) {
   vf s[2] = {splat(0), splat(0)};
   float rest = 0;
@@ -182,7 +182,7 @@ template <class T> void token_scale(const T* row, int64_t C, bool rms, float eps
   mean = 0;
   if (!rms) {
     mean = total([](vf x) { return x; }) / C;
-    mean += total([&](vf x) { return x - mean; }) / C;  // what rounding left of a mean far from 0
+    mean += total([&](vf x) { return x - mean; }) / C;  // the rounding error of a mean far from 0
   }
   scale = 1 / std::sqrt(total([&](vf x) { vf d = x - mean; return d * d; }) / C + eps);
 }
@@ -191,7 +191,7 @@ template <class T> void token_scale(const T* row, int64_t C, bool rms, float eps
 
 extern "C" {
 
-// Returns the number of valid rows; `mean` and `square` are 0 where there is none, `mean` unless centred.
+// Return the number of valid rows. If there is none, `mean` and `square` are 0. If not centred, `mean` is 0.
 int64_t stabnorm_batch_moments(const void* x, int type, int64_t R, int64_t C, const uint8_t* valid, int center, int threads,
                                float* mean, float* square) {
   std::vector<Moments> found(parts_of(R, C, threads), Moments(padded(C)));
@@ -226,7 +226,7 @@ void stabnorm_affine(const void* x, int type, int64_t R, int64_t C, const float*
   });
 }
 
-// out [4][C]: sums of dy and dy (x - mean), over all rows and over the valid ones.
+// `out [4][C]` gets the sums of dy and dy (x - mean), over all rows and over the valid ones.
 void stabnorm_sums(const void* dy, const void* x, int type, int64_t R, int64_t C, const uint8_t* valid, const float* mean,
                    int threads, float* out) {
   with_type(type, [&](auto* typed) {
@@ -261,7 +261,7 @@ void stabnorm_gradient(const void* dy, const void* x, int type, int64_t R, int64
   });
 }
 
-// y = n gain + x scale + shift with n = (x - m) r, a token's own m and r, which are kept.
+// y = n gain + x scale + shift with n = (x - m) r. The m and r of each token are stored.
 void stabnorm_blend(const void* x, int type, int64_t R, int64_t C, float eps, const float* gain, const float* scale,
                     const float* shift, int threads, void* y, float* means, float* scales) {
   with_type(type, [&](auto* typed) {
@@ -282,7 +282,7 @@ void stabnorm_blend(const void* x, int type, int64_t R, int64_t C, float eps, co
   });
 }
 
-// out [6][C]: sums of dy, dy (x - mean) and dy n, over all rows and over the valid ones.
+// `out [6][C]` gets the sums of dy, dy (x - mean) and dy n, over all rows and over the valid ones.
 void stabnorm_blend_sums(const void* dy, const void* x, int type, int64_t R, int64_t C, const uint8_t* valid,
                          const float* mean, const float* means, const float* scales, int threads, float* out) {
   with_type(type, [&](auto* typed) {
@@ -324,7 +324,7 @@ void stabnorm_blend_gradient(const void* dy, const void* x, int type, int64_t R,
   });
 }
 
-// y = x r, every group of a token's channels at rms 1; r [R][G] is kept.
+// y = x r, so that every group of a token's channels has rms 1. `r [R][G]` is stored.
 void stabnorm_scale_groups(const void* x, int type, int64_t R, int64_t C, int64_t G, float eps, int threads, void* y,
                            float* scales) {
   const int64_t size = C / G;
@@ -343,7 +343,7 @@ void stabnorm_scale_groups(const void* x, int type, int64_t R, int64_t C, int64_
   });
 }
 
-// dx = (dy - y mean(dy y)) r; where all of dy is 0 dx is, too.
+// dx = (dy - y mean(dy y)) r. If all of dy is 0, so is dx.
 void stabnorm_scale_groups_gradient(const void* dy, const void* y, int type, int64_t R, int64_t C, int64_t G,
                                     const float* scales, int threads, void* dx) {
   const int64_t size = C / G;

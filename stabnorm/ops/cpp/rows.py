@@ -1,4 +1,4 @@
-"""The C++ backend of `rows`, see `rows.cpp`. Ops of the dispatcher, so that compiled graphs call them, too."""
+"""The C++ backend of `rows`, see `rows.cpp`. Its functions are ops, so that compiled graphs can call them."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def moments(rows: Tensor, valid: Tensor | None, *, center: bool) -> BatchMoments
 
 @registered(lambda rows, valid, center: rows.new_empty(3, rows.shape[1], dtype=torch.float32))
 def cpp_batch_moments(rows: Tensor, valid: Tensor | None, center: bool) -> Tensor:
-    """Mean and mean square deviation of every column, and the number of valid rows in the third line: ``[3, C]``."""
+    """Return mean and mean square deviation of every column, and the number of valid rows: ``[3, C]``."""
     rows = rows.contiguous()
     out = rows.new_empty(3, rows.shape[1], dtype=torch.float32)
     threads = torch.get_num_threads()
@@ -29,7 +29,7 @@ def cpp_batch_moments(rows: Tensor, valid: Tensor | None, center: bool) -> Tenso
 @affine_of_rows.backend("cpp", in_graphs=True)
 @registered(lambda rows, *_: empty_like(rows))
 def cpp_affine(rows: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """``rows scale + shift``."""
+    """Return ``rows scale + shift``."""
     rows, y = rows.contiguous(), empty_like(rows)
     call("affine", rows, *shape_of(rows), vector(scale), maybe_vector(shift), torch.get_num_threads(), y)
     return y
@@ -44,7 +44,7 @@ def sums(dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None) ->
 
 @registered(lambda dy, rows, *_: rows.new_empty(4, rows.shape[1], dtype=torch.float32))
 def cpp_sums(dy: Tensor, rows: Tensor, mean: Tensor | None, valid: Tensor | None) -> Tensor:
-    """Column sums of dy and of dy (rows - mean), over all rows and over the valid ones: ``[4, C]``."""
+    """Return column sums of dy and of dy (rows - mean), over all rows and over the valid ones: ``[4, C]``."""
     rows = rows.contiguous()
     out = rows.new_empty(4, rows.shape[1], dtype=torch.float32)
     center = rows.new_zeros(rows.shape[1], dtype=torch.float32) if mean is None else vector(mean)

@@ -1,5 +1,5 @@
-// Vectors of floats as wide as the machine's registers, loaded from and stored to float, bfloat16 and half; and loops over
-// rows. Plain C++17 with GCC's vector extensions, which clang has too: nothing of torch, so that it builds in seconds.
+// Vectors of floats as wide as the machine's registers, which are loaded from and stored to float, bfloat16 and half; and
+// loops over rows. This is C++17 with GCC's vector extensions, which clang has, too. Without torch it builds in seconds.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -40,7 +40,7 @@ static inline vf load(const bf16* p) {
 static inline void store(bf16* p, vf v) {
   vu u; std::memcpy(&u, &v, sizeof u);
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
-  vu quiet = (u >> 16) | 0x40;                        // rounding could carry a NaN over to infinity
+  vu quiet = (u >> 16) | 0x40;                        // rounding could turn a NaN into infinity
   vu is_nan = (vu)(v != v);
   vs s = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), vs);
   std::memcpy(p, &s, sizeof s);
@@ -52,7 +52,7 @@ static inline void store(half* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm51
 #elif defined(__F16C__)
 static inline vf load(const half* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline void store(half* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
-#else  // by the bits, for other machines
+#else  // other machines convert the bits
 static inline vf load(const half* p) {
   vs s; std::memcpy(&s, p, sizeof s);
   vu u = __builtin_convertvector(s, vu), rest = (u & 0x7fff) << 13;
@@ -72,7 +72,7 @@ static inline void store(half* p, vf v) {  // to nearest, ties to even
   bias = (small & 0x71000000u) | (~small & bias);
   bias = (bias >> 1) + 0x07800000u;
   vf added; std::memcpy(&added, &bias, sizeof added);
-  added += scaled;  // which rounds to the digits that half has
+  added += scaled;  // this rounds to the digits of half
   vu bits; std::memcpy(&bits, &added, sizeof bits);
   const vu number = ((bits >> 13) & 0x7c00) + (bits & 0x0fff), is_nan = (vu)(twice > 0xff000000u);
   vs s = __builtin_convertvector(sign | (is_nan & 0x7e00) | (~is_nan & number), vs);
@@ -80,7 +80,7 @@ static inline void store(half* p, vf v) {  // to nearest, ties to even
 }
 #endif
 
-// The first n < W numbers, and zeros.
+// Load the first n < W numbers; the others are 0.
 template <class T> static inline vf load_some(const T* p, int n) {
   T padded[W]; std::memset(padded, 0, sizeof padded);
   std::memcpy(padded, p, n * sizeof(T));
@@ -95,7 +95,7 @@ template <bool whole, class T> static inline void put(T* p, vf v, int n) { if (w
 
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline vf min(vf a, vf b) { return a < b ? a : b; }
-static inline vf mask(vf v, int n) {  // 0 from the n-th on
+static inline vf mask(vf v, int n) {  // set the n-th and later numbers to 0
   for (int j = n; j < W; j++) v[j] = 0;
   return v;
 }
@@ -105,21 +105,21 @@ static inline float sum(vf v) {
   return parts[0];
 }
 
-// f(first column, columns, whole?) for every vector of a row of C columns.
+// Call f(first column, number of columns, whether it is a whole vector) for every vector of a row of C columns.
 template <class F> static inline void for_columns(int64_t C, F f) {
   int64_t c = 0;
   for (; c + W <= C; c += W) f(c, W, std::true_type{});
   if (c < C) f(c, (int)(C - c), std::false_type{});
 }
 
-// Into the cache, in the order of memory, what will be read column by column.
+// Prefetch a row in the order of memory, because it will be read column by column.
 template <class T> static inline void fetch(const T* row, int64_t C) {
   for (int64_t c = 0; c < C; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + c, 0, 2);
 }
 
 static inline int64_t padded(int64_t C) { return (C + 4 * W - 1) / (4 * W) * (4 * W); }
 
-// f(part) for every part, on as many threads. The split depends on their number only, so sums come out the same each time.
+// Call f(part) for every part, on a thread each. The split depends only on their number, so sums are the same every time.
 template <class F> static void in_parallel(int parts, F f) {
 #if defined(_OPENMP)
   if (parts > 1) {
@@ -132,13 +132,13 @@ template <class F> static void in_parallel(int parts, F f) {
 }
 
 static inline int parts_of(int64_t rows, int64_t C, int threads) {
-  int64_t worth = std::max<int64_t>(1, rows * C / 16384);  // less is not worth waking a thread
+  int64_t worth = std::max<int64_t>(1, rows * C / 16384);  // with less work, another thread costs more than it saves
   return (int)std::min<int64_t>(std::max(threads, 1), std::min(worth, rows));
 }
 
 enum Type { FLOAT, BFLOAT16, HALF };
 
-// f(pointer of the right type) for data of a type that is known at run time.
+// Call f with a pointer of the type that is known only at run time.
 template <class F> static inline void with_type(int type, F f) {
   if (type == FLOAT) f((float*)nullptr);
   else if (type == BFLOAT16) f((bf16*)nullptr);

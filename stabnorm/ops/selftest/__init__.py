@@ -1,12 +1,12 @@
-"""Every backend of every op against its formula in float64: `python -m stabnorm.ops.selftest`.
+"""Compare every backend of every op with its formula in float64: `python -m stabnorm.ops.selftest`.
 
-It runs what can run on this machine, in the dtypes and at the sizes of `cases`, twice: the second time must give the
-same bits. Kernels that pass on a GPU are recorded (`stabnorm.ops.tested`), and from then on `auto` uses them there. An
-error is measured against what the result naturally is, say a sum against the root of its sum of squares, and must stay
-below `TOLERANCES`. `tests/ops` holds the same comparisons.
+All backends that can run on this machine are tested, in the dtypes and at the sizes of `cases`. Each one runs twice,
+and must give the same bits. Kernels that pass on a GPU are recorded (`stabnorm.ops.tested`), and from then on `auto`
+uses them there. An error is compared with the natural size of the result, for example that of a sum with the root of
+its sum of squares, and must stay below `TOLERANCES`. `tests/ops` runs the same comparisons.
 
-The comparisons of the ops in `stabnorm/ops/rows.py`, say, are the functions under ``@moments_of_rows.check`` in
-`stabnorm/ops/selftest/rows.py`. An op with a backend and without a comparison fails.
+The comparisons of an op, for example of those in `stabnorm/ops/rows.py`, are the functions under
+``@moments_of_rows.check`` in `stabnorm/ops/selftest/rows.py`. An op that has a backend but no comparison fails.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from torch import Tensor
 from stabnorm.ops import dispatch
 from stabnorm.ops.dispatch import REFERENCE, Op, all_ops, use_kernels
 
-# The largest error of a statistic, which is float32 whatever the rows are, and of rows in their own dtype.
+# The largest errors allowed: of a statistic, which is always float32, and of rows, which have their own dtype.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float32: (3e-6, 3e-6),
     torch.bfloat16: (3e-6, 8e-3),
@@ -39,17 +39,17 @@ class Case:
     vectors: Tensor  # [6, C], float32: gains, means and the like
 
     def double(self) -> "Case":
-        """The same in float64."""
+        """Return the same case in float64."""
         return replace(self, x=self.x.double(), dy=self.dy.double(), vectors=self.vectors.double())
 
 
-# What an op gives, each with its natural size, and whether it is rows in the input's dtype.
+# The results of an op by name: value, natural size, and whether it consists of rows in the input's dtype.
 Results = dict[str, tuple[Tensor, Tensor | float, bool]]
 Check = Callable[[Case], Results]
 
 
 def cases(device: torch.device | str, *, small: bool = False) -> Iterator[Case]:
-    """Sizes around every block, one row, one channel, means far from 0, padding full of NaN; dtypes of `TOLERANCES`."""
+    """Yield cases with sizes around every block, one row, one channel, means far from 0, and NaN in the padding."""
     shapes = [(1, 1), (1, 7), (3, 1), (129, 33), (65, 192)]
     shapes += [] if small else [(1366, 384), (20001, 3), (5, 4096), (5, 4100)]
     kinds = [(torch.float32, 0.0, False), (torch.float32, 0.0, True), (torch.float32, 1e4, False)]
@@ -74,19 +74,19 @@ def cases(device: torch.device | str, *, small: bool = False) -> Iterator[Case]:
 
 
 def halves(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The two parts of the rows, so that two forwards merge, and where they are."""
+    """Yield the two halves of the rows with their positions, so that a test can merge two forwards."""
     at = len(x) // 2
     for part in (slice(0, at), slice(at, None)):
         yield part, x[part]
 
 
 def kept(case: Case, t: Tensor) -> Tensor:
-    """``t [R, C]`` with 0 where padding stands."""
+    """Return ``t [R, C]`` with 0 in the padding."""
     return t if case.valid is None else torch.where(case.valid[:, None], t, 0)
 
 
 def checks_of(op: Op[..., Any]) -> list[Check]:
-    """The comparisons of an op."""
+    """Return the comparisons of an op."""
     importlib.import_module(f"stabnorm.ops.selftest.{op.file}")
     if not op.checks:
         raise NotImplementedError(f"stabnorm/ops/selftest/{op.file}.py has no comparison under @{op.name}.check")
@@ -94,7 +94,7 @@ def checks_of(op: Op[..., Any]) -> list[Check]:
 
 
 def settings_of(op: Op[..., Any], device: torch.device) -> dict[str, str]:
-    """The backends of an op that can run on a device: the setting of `use_kernels` by their names."""
+    """Return the backends of an op that can run on a device, each with its setting of `use_kernels`."""
     settings = {REFERENCE: REFERENCE}
     for name in dispatch.BACKENDS:
         setting = "auto" if name == "aten" else name
@@ -104,13 +104,13 @@ def settings_of(op: Op[..., Any], device: torch.device) -> dict[str, str]:
 
 
 def truth(check: Check, case: Case) -> Results:
-    """What the formulas give in float64."""
+    """Return the results of the formulas in float64."""
     with use_kernels(REFERENCE):
         return check(case.double())
 
 
 def failures(check: Check, setting: str, case: Case, right: Results) -> list[str]:
-    """What is wrong on this case with this setting of `use_kernels`; empty where nothing is."""
+    """Return what is wrong in this case with this setting of `use_kernels`; empty if nothing is wrong."""
     statistic, rows = TOLERANCES[case.x.dtype]
     wrong = []
     with use_kernels(setting):
@@ -129,13 +129,13 @@ def failures(check: Check, setting: str, case: Case, right: Results) -> list[str
 
 
 def compare(device: torch.device, *, small: bool = False) -> Iterator[tuple[Op[..., Any], str, list[str]]]:
-    """Every op, each of its backends that can run on a device, and what is wrong with it; nothing is where all is well.
+    """Yield every op, each of its backends that can run on a device, and the list of its faults.
 
     Args:
-        device: where.
+        device: the device to test.
         small: leave out the large inputs.
     """
-    verdicts: dict[Check, dict[str, list[str]]] = {}  # ops that are compared together are compared once
+    verdicts: dict[Check, dict[str, list[str]]] = {}  # a comparison that several ops share runs once
     for op in all_ops():
         settings = settings_of(op, device)
         for check in checks_of(op):

@@ -1,6 +1,6 @@
-"""`python -m stabnorm.ops.selftest`: compares, prints, records.
+"""`python -m stabnorm.ops.selftest` compares all backends, prints the result and records it.
 
-Args: --device cpu|cuda|cuda:N ...; default: all there are.
+Args: --device cpu|cuda|cuda:N ... Default: all devices.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from stabnorm.ops.selftest import compare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, print, record; the number of backends that failed."""
+    """Compare, print and record; return the number of backends that failed."""
     parser = argparse.ArgumentParser(prog="python -m stabnorm.ops.selftest", description=compare.__module__)
     everything = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     parser.add_argument("--device", nargs="+", default=everything)

@@ -11,7 +11,7 @@ from stabnorm.ops.selftest import Case, Results
 
 @merge_splits.check
 def splits(case: Case) -> Results:
-    """Accumulators of two layers, each in as many splits as there are rows; a split of a masked row saw nothing."""
+    """Merge the accumulators of two layers, with a split for each row; the split of a masked row is empty."""
     x = case.x[:200].nan_to_num(0).to(case.vectors.dtype)
     size, channels = x.shape
     parts = functional.empty_moments(2 * size, channels, x.device)

@@ -11,7 +11,7 @@ from stabnorm.ops.selftest import Case, Results
 
 
 def at_both_ends(case: Case, op: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Results:
-    """At lam 0 and 1, and between."""
+    """Run the op at lam = 0 and 1, and between."""
     clean, results = case.x.nan_to_num(0), Results()
     for lam in (0.0, 0.3, 1.0):
         y = op(torch.tensor(lam, device=clean.device), clean, case.dy)

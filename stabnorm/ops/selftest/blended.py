@@ -10,7 +10,7 @@ from stabnorm.ops.selftest import Case, Results, kept
 
 
 def forward_and_backward(case: Case, lam_: float) -> Results:
-    """Both norms of a PRepBN, forward and backward, as its autograd function calls them."""
+    """Run both norms of a PRepBN, forward and backward, as its autograd function does."""
     mean, scale, shift, slope, weight, bias = case.vectors.unbind()
     scale = scale / 4
     lam, natural = torch.tensor(lam_, device=case.x.device), case.x.double().nan_to_num(0)
@@ -22,13 +22,13 @@ def forward_and_backward(case: Case, lam_: float) -> Results:
     dx, of_weight, of_bias = blended_gradient.on(backend)(lam, case.dy, case.x, case.valid, own, of, tokens, sums)
     y, dx = kept(case, y), kept(case, dx)
     dy, width = case.dy.double(), case.x.shape[1] ** 0.5
-    # What ATen's LayerNorm, which runs in some backends, loses where a token's mean is far above its spread.
+    # ATen's LayerNorm, which some backends use, loses this much if a token's mean is far above its spread.
     spread = natural.var(1, correction=0, keepdim=True).add(1e-5).rsqrt().clamp(min=1) * (1 + natural.abs())
     total = dy.square().sum(0).sqrt() * 10 + 1e-3
     results: Results = {
         "y": (y, weight.abs() * width * spread + (natural * scale).abs() + shift.abs() + bias.abs(), True)
     }
-    if lam_ == 1:  # LayerNorm's own bits from here on, whatever they are worth
+    if lam_ == 1:  # the rest is torch's own LayerNorm
         return results
     of_dx = (dy * weight).abs().amax(1, keepdim=True) * spread + ((natural - mean) * slope).abs() + 1
     results["dx"] = (dx, of_dx, True)

@@ -9,7 +9,7 @@ from stabnorm.ops.selftest import Case, Results, halves, kept
 
 @add_detail_.check
 def details(case: Case) -> Results:
-    """Two forwards, in which every row is a sequence."""
+    """Run two forwards in which every row is a sequence."""
     rows, channels = case.x.shape
     if case.x.dtype == torch.float64:
         moments = detail_moments(case.x, rows, 1e-5, valid=case.valid)
@@ -30,6 +30,6 @@ def details(case: Case) -> Results:
 
 @outliers_of_rows.check
 def outliers(case: Case) -> Results:
-    """Of four times the rows, so that there are some."""
+    """Count the outliers of four times the rows, so that there are some."""
     tokens, counts = outliers_of_rows(4 * case.x, case.valid)
     return {"tokens": (tokens.double(), 0.0, False), "outliers": (counts.double(), 0.0, False)}

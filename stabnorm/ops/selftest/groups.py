@@ -6,7 +6,7 @@ from stabnorm.ops.selftest import Case, Results, kept
 
 @scaled_groups.check
 def groups_of_three(case: Case) -> Results:
-    """In three groups where the channels split so, forward and backward."""
+    """Scale three groups if three divides the number of channels, else one; forward and backward."""
     groups = 3 if case.x.shape[1] % 3 == 0 else 1
     y, r = scaled_groups(case.x, groups, 1e-5)
     dx = gradient_of_groups(case.dy, case.x, r, case.valid is not None)

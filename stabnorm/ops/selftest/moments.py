@@ -24,7 +24,7 @@ from stabnorm.ops.selftest import Case, Results, halves
 
 
 def raw_moments(case: Case, kind: Kind) -> Results:
-    """Two forwards of a norm of this kind."""
+    """Gather the moments of two forwards of a norm of this kind."""
     channels = case.x.shape[1]
     if case.x.dtype == torch.float64:
         moments = functional.raw_moments(case.x, kind, 1e-5, normalized=None, valid=case.valid)
@@ -36,7 +36,7 @@ def raw_moments(case: Case, kind: Kind) -> Results:
 
 
 def of_accumulator(case: Case, moments: RawMoments) -> Results:
-    """Every figure of one layer's accumulator."""
+    """Return every figure of one layer's accumulator."""
     channel, token = moments.channel.double(), moments.token.double()
     largest = case.x.double().nan_to_num(0).abs().amax().clamp(min=1)
     spread = channel[VAR_X].amax().sqrt().clamp(min=1)

@@ -21,7 +21,7 @@ from stabnorm.ops.selftest.moments import of_accumulator
 
 
 def observed(case: Case, kind: NormKind) -> Results:
-    """A norm and its moments at once, forward and backward, in two forwards."""
+    """Compute a norm and its moments together in two forwards, and their backward."""
     _, weight, bias, *_ = (vector.to(case.x.dtype) for vector in case.vectors.unbind())
     bias_ = bias if kind == "layer" else None
     x = case.x.detach().requires_grad_()

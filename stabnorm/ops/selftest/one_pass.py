@@ -8,7 +8,7 @@ from stabnorm.ops.selftest import Case, Results, kept
 
 @affine_with_square.check
 def map_and_sums(case: Case) -> Results:
-    """Map and sums together; then the maps once more with the flag set, and without."""
+    """Compute map and sums together; then run the `redo_` ops with the flag set and not set."""
     _, scale, shift, slope, *_ = case.vectors.unbind()
     x, dy = (kept(case, t.double()) for t in (case.x, case.dy))
     y, moments = affine_with_square(case.x, case.valid, scale, shift)

@@ -14,7 +14,7 @@ from stabnorm.ops.selftest import Case, Results, kept
 
 @moments_of_rows.check
 def batch_moments(case: Case) -> Results:
-    """Centred and not."""
+    """Compute the moments, centred and not centred."""
     results: Results = {}
     for center in (True, False):
         moments = moments_of_rows(case.x, case.valid, center=center)
@@ -28,7 +28,7 @@ def batch_moments(case: Case) -> Results:
 
 @absolute_of_rows.check
 def absolute_deviations(case: Case) -> Results:
-    """Around a mean and around 0."""
+    """Sum up the deviations from a mean and from 0."""
     results: Results = {}
     for mean in (case.vectors[0], None):
         absolute, signs = absolute_of_rows(case.x, mean, case.valid)
@@ -39,7 +39,7 @@ def absolute_deviations(case: Case) -> Results:
 
 @affine_of_rows.check
 def affine_map(case: Case) -> Results:
-    """With a shift and without."""
+    """Apply the map with and without a shift."""
     _, scale, shift, *_ = case.vectors.unbind()
     clean = case.x.nan_to_num(0)
     natural = (clean * scale).abs() + shift.abs()
@@ -51,7 +51,7 @@ def affine_map(case: Case) -> Results:
 
 @sums_of_rows.check
 def upstream_sums(case: Case) -> Results:
-    """Around a mean and around 0."""
+    """Sum up with deviations from a mean and from 0."""
     results: Results = {}
     for mean in (case.vectors[0], None):
         names = ("dy", "dy x", "dy of valid", "dy x of valid")
@@ -67,7 +67,7 @@ def upstream_sums(case: Case) -> Results:
 @gradient_of_rows.check
 @gradient_of_signs.check
 def input_gradient(case: Case) -> Results:
-    """Centred and not; padding's own gradient is compared where it counts, see `functional.input_gradient`."""
+    """Compute the gradients, centred and not centred; the gradient of padding is not compared."""
     mean, scale, _, slope, offset, _ = case.vectors.unbind()
     results: Results = {}
     for name, m, o in (("centred", mean, offset), ("not centred", None, None)):

@@ -8,7 +8,7 @@ from stabnorm.ops.selftest import Case, Results
 
 @track_batch_.check
 def three_batches(case: Case) -> Results:
-    """Three batches, one of them not finite, as RepBN takes them in: centred or not, moving or plain average."""
+    """Track three batches, one of them not finite, as RepBN does: centred or not, moving or plain average."""
     results: Results = {}
     means, squares, device = case.vectors[:3], case.vectors[3:].square(), case.x.device
     for center, momentum in ((True, 0.1), (False, -1.0)):

@@ -6,7 +6,6 @@ Each of them gives only what is new since the last time, so that a page can foll
 import functools
 import itertools
 import json
-import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from stabnorm.monitor._record_files import block_number, unpack_arrays, unpack_l
 from stabnorm.monitor._record_format import PLUGIN_NAME, description_of, event_files
 from stabnorm.monitor.record import Event
 
+_AT_ONCE = 32 << 20  # bytes that are read at once
 _VALIDATION = re.compile(r"val(id(ation)?)?[/_.]", re.IGNORECASE)  # scalars of a logger that the timeline shows
 
 
@@ -109,29 +109,38 @@ class EventReader:
             self.notes.append(note)
 
     def _new_events(self) -> Iterator[tuple[Path, int, int, Any]]:
+        for path in event_files(self._directory):
+            try:
+                if path.stat().st_size > self._offsets.get(path, 0):
+                    yield from self._new_events_of(path)
+            except OSError as error:
+                self._note(f"{path.name} cannot be read: {error}.")
+
+    def _new_events_of(self, path: Path) -> Iterator[tuple[Path, int, int, Any]]:
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from tensorboard.compat.proto.event_pb2 import Event as ProtoEvent
 
-        for path in event_files(self._directory):
-            begin = self._offsets.get(path, 0)
-            try:
-                if path.stat().st_size <= begin:
-                    continue
-                with path.open("rb") as file:
-                    content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[begin:]
-            except (OSError, ValueError) as error:
-                self._note(f"{path.name} cannot be read: {error}.")
-                continue
-            for start, end, body in placed_events(content):
-                try:
-                    event = None if body is None else ProtoEvent.FromString(body)
-                except DecodeError:
-                    event = None
-                if event is None or body is None:
-                    self._note(f"{path.name} is damaged near byte {begin + start:,}; what was there is left out.")
-                else:
-                    yield path, begin + start, len(body), event
-                self._offsets[path] = begin + end
+        begin, size = self._offsets.get(path, 0), _AT_ONCE
+        with path.open("rb") as file:
+            while True:
+                file.seek(begin)
+                content = file.read(size)
+                read_to = 0
+                for start, end, body in placed_events(content):
+                    try:
+                        event = None if body is None else ProtoEvent.FromString(body)
+                    except DecodeError:
+                        event = None
+                    if event is None or body is None:
+                        self._note(f"{path.name} is damaged near byte {begin + start:,}; what was there is left out.")
+                    else:
+                        yield path, begin + start, len(body), event
+                    read_to = end
+                begin += read_to
+                self._offsets[path] = begin
+                if len(content) < size:  # what is left, if anything, is still being written
+                    return
+                size = _AT_ONCE if read_to else 2 * size  # an event may be longer than what was read
 
     def take_events(self) -> list[Event]:
         """Return the events that `pieces` has met since the last time."""

@@ -3,6 +3,7 @@
 Zooming in asks for a shorter stretch in as many columns, and so it refines.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +46,8 @@ class Tile(NamedTuple):
     Attributes:
         low: smallest value.
         high: largest value, infinite ones included.
-        step: the step of the column that is furthest from what is usual, or has the largest value if that is unknown;
-            -1 if there is no value.
+        step: the step with the smallest or the largest value of the column, whichever is further from what was usual at
+            that step; -1 if there is no value.
         value: the value at this step.
         usual: the usual value at this step.
         scale: the robust standard deviation of the logarithm at this step.
@@ -91,26 +92,31 @@ def tile_of(values: Floats, steps: Steps, baseline: Baseline, columns: Columns) 
         columns: from `columns_of`.
     """
     low, high = extremes(values, columns)
-    first, end = columns.starts[0], columns.starts[-1]
-    part = values[first:end]
-    at = np.arange(first, end)
-    scores = np.abs(baseline.scores(part, at))
-    # Where nothing is known yet, the largest value stands for the column; an infinite one is furthest of all.
-    rank = np.where(np.isnan(scores), -1 / (2 + np.abs(np.where(np.isfinite(part), part, 0))), scores)
-    rank = np.where(np.isnan(part), -np.inf, np.where(np.isinf(part), np.inf, rank))
-    starts = columns.starts - first
-    index = np.full(low.shape, -1, np.int64)
-    lengths = np.diff(starts)
-    for i in np.flatnonzero(lengths):
-        index[i] = starts[i] + rank[starts[i] : starts[i + 1]].argmax(0)
-    known = ~np.isnan(high)
-    index = np.where(known, index, -1)
-    take = np.maximum(index, 0)
-    layer = np.arange(values.shape[1])
-    if not len(part):
+    if not values.shape[1] or columns.starts[-1] <= columns.starts[0]:
         empty = np.full(low.shape, np.nan, np.float32)
-        return Tile(low, high, index, empty, empty.copy(), empty.copy())
-    value, usual, scale = (
-        np.where(known, source[take, layer], np.nan) for source in (part, baseline.usual(at), baseline.scale(at))
-    )
-    return Tile(low, high, np.where(known, steps[first + take], -1), value, usual, scale)
+        return Tile(low, high, np.full(low.shape, -1, np.int64), empty, empty, empty)
+    layer = np.arange(values.shape[1])
+    ends = [_places(values, columns.starts, bound) for bound in (low, high)]
+    far = [_distance(values[at, layer], baseline.cells(at)[0]) for at in ends]
+    at = np.where(far[0] > far[1], *ends)
+    known = ~np.isnan(high)
+    value, usual, scale = (np.where(known, source, np.nan) for source in (values[at, layer], *baseline.cells(at)))
+    return Tile(low, high, np.where(known, steps[at], -1), value, usual, scale)
+
+
+def _places(values: Floats, starts: npt.NDArray[np.int64], bound: Floats) -> npt.NDArray[np.int64]:
+    """Return the index of the first step of each column that has the column's bound; any step if there is none."""
+    at = np.empty(bound.shape, np.int64)
+    last = len(values) - 1
+    for column, (begin, end) in enumerate(itertools.pairwise(starts.tolist())):
+        found = (values[begin:end] == bound[column]).argmax(0) if end > begin else 0
+        at[column] = np.minimum(begin + found, last)
+    return at
+
+
+def _distance(values: Floats, usual: Floats) -> Floats:
+    """Return how far values are from what was usual; an infinite one is furthest of all."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        far = np.abs(np.log(values / usual))
+    # Where nothing is usual yet, the larger value stands for the column.
+    return np.where(np.isinf(values), np.inf, np.where(np.isnan(far), -1 / (2 + np.abs(values)), far))

@@ -39,8 +39,11 @@ class Baseline:
     def __init__(self, layers: int, floor: float | None = None) -> None:
         self.steps = 0
         self._floor = DEFAULT_FLOOR if floor is None else floor
-        self._past = np.full((PAST, layers), np.nan, np.float32)
+        self._past = np.full((layers, PAST), np.nan, np.float32)
+        self._deviations = np.empty_like(self._past)
+        self._missing = np.ones(PAST, np.bool_)  # whether any layer has no value at a step of the window
         self._seen = np.zeros(layers, np.int64)
+        self._least = 0
         self._center, self._scale = np.full(layers, np.nan, np.float32), np.full(layers, np.nan, np.float32)
         self._centers, self._scales = [self._center], [self._scale]  # of each stretch between two refreshes
         self._learnt_at, self._armed_at = np.full((2, layers), np.iinfo(np.int64).max)
@@ -50,32 +53,46 @@ class Baseline:
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log(values.astype(np.float32))
         known = np.isfinite(logs)
+        complete: npt.NDArray[np.bool_] = np.all(known, axis=1)
         begin = 0
         while begin < len(logs):
             if self.steps >= LEARNT and (self.steps - LEARNT) % REFRESH == 0:
                 self._refresh()
             ahead = LEARNT - self.steps if self.steps < LEARNT else REFRESH - (self.steps - LEARNT) % REFRESH
             end = min(len(logs), begin + ahead)
-            self._add(logs[begin:end], known[begin:end])
+            self._add(logs[begin:end], None if complete[begin:end].all() else known[begin:end])
             begin = end
 
-    def _add(self, logs: Floats, known: npt.NDArray[np.bool_]) -> None:
-        """Take in steps of one stretch, whose median and scale are the same."""
-        seen = self._seen + np.cumsum(known, axis=0) - known
-        with np.errstate(invalid="ignore"):
-            clipped = np.clip(logs, self._center - CLIP * self._scale, self._center + CLIP * self._scale)
-        kept = np.where((seen < LEARNT) | np.isnan(clipped), logs, clipped)
-        self._past[(self.steps + np.arange(len(logs))) % PAST] = np.where(known, kept, np.nan)
-        for at, enough in ((self._learnt_at, seen >= LEARNT), (self._armed_at, seen >= ARMED)):
-            first = self.steps + enough.argmax(0)
-            at[...] = np.where(enough.any(0), np.minimum(at, first), at)
-        self._seen = seen[-1] + known[-1]
-        self.steps += len(logs)
+    def _add(self, logs: Floats, known: npt.NDArray[np.bool_] | None) -> None:
+        """Take in steps of one stretch, whose median and scale are the same; None: all values are known."""
+        count = len(logs)
+        if known is None and self._least > ARMED:  # the usual case, which must be fast
+            kept = np.clip(logs, self._center - CLIP * self._scale, self._center + CLIP * self._scale)
+            self._seen += count
+        else:
+            seen = self._seen + (np.arange(count)[:, None] if known is None else np.cumsum(known, axis=0) - known)
+            with np.errstate(invalid="ignore"):
+                clipped = np.clip(logs, self._center - CLIP * self._scale, self._center + CLIP * self._scale)
+            kept = np.where((seen < LEARNT) | np.isnan(clipped), logs, clipped)
+            if known is not None:
+                kept = np.where(known, kept, np.nan)
+            for at, enough in ((self._learnt_at, seen >= LEARNT), (self._armed_at, seen >= ARMED)):
+                first = self.steps + enough.argmax(0)
+                at[...] = np.where(enough.any(0), np.minimum(at, first), at)
+            self._seen = seen[-1] + (1 if known is None else known[-1])
+            self._least = int(self._seen.min(initial=ARMED + 1))
+        # A stretch never wraps around: both the window and the first stretch are whole numbers of refreshes.
+        place = self.steps % PAST
+        self._past[:, place : place + count] = kept.T
+        self._missing[place : place + count] = False if known is None else ~known.all(1)
+        self.steps += count
 
     def _refresh(self) -> None:
-        self._center = _median(self._past)
-        spread = np.float32(1.4826) * _median(np.abs(self._past - self._center))
-        self._scale = np.maximum(spread, np.float32(self._floor))
+        median = _median if self._missing.any() else _median_of_all
+        self._center = median(self._past)
+        np.subtract(self._past, self._center[:, None], out=self._deviations)
+        np.abs(self._deviations, out=self._deviations)
+        self._scale = np.maximum(np.float32(1.4826) * median(self._deviations), np.float32(self._floor))
         self._centers.append(self._center)
         self._scales.append(self._scale)
 
@@ -96,15 +113,34 @@ class Baseline:
         """Return for each layer the first step at which a score may raise an alert, or a number beyond all steps."""
         return self._armed_at.copy()
 
+    def cells(self, at: Steps) -> tuple[Floats, Floats]:
+        """Return the usual value and the scale of each layer at a step of its own, ``[n, layers]`` both, as ``at``."""
+        layer = np.arange(at.shape[1])
+        stretch = _stretch(at)
+        usual, scale = (np.asarray(known)[stretch, layer] for known in (self._centers, self._scales))
+        unknown = at < self._learnt_at
+        return np.where(unknown, np.nan, np.exp(usual)), np.where(unknown, np.nan, scale)
+
     def _known(self, of_stretches: list[Floats], at: Steps) -> Floats:
-        stretch = np.where(at < LEARNT, 0, (at - LEARNT) // REFRESH + 1)
-        known: Floats = np.where(at[:, None] < self._learnt_at, np.nan, np.asarray(of_stretches)[stretch])
+        known: Floats = np.where(at[:, None] < self._learnt_at, np.nan, np.asarray(of_stretches)[_stretch(at)])
         return known
 
 
+def _stretch(at: Steps) -> Steps:
+    """Return which stretch between two refreshes a step lies in."""
+    return np.where(at < LEARNT, 0, (at - LEARNT) // REFRESH + 1)
+
+
 def _median(values: Floats) -> Floats:
-    """Return the lower median over the first axis without NaN, as torch's `nanmedian`; NaN where there is no value."""
-    ordered = np.sort(np.ascontiguousarray(values.T), axis=1)  # NaN last
+    """Return the lower median of each row without NaN, as torch's `nanmedian`; NaN where there is no value."""
+    ordered = np.sort(values, axis=1)  # NaN last
     count = (~np.isnan(ordered)).sum(1)
     middle: Floats = ordered[np.arange(len(ordered)), np.maximum(count - 1, 0) // 2]
     return middle
+
+
+def _median_of_all(values: Floats) -> Floats:
+    """Return the same of rows without NaN, faster."""
+    middle = (values.shape[1] - 1) // 2
+    median: Floats = np.partition(values, middle, axis=1)[:, middle]
+    return median

@@ -30,18 +30,37 @@ from stabnorm.fold._readers import Linear, Operands, Slot, View, new_bias, opera
 from stabnorm.fold._shadow import Shadow, averaged, columns, function_of, moved
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Obstacle, Residual, Trace, Use
+from stabnorm.fold._unreached import note_unreached
 
 aten = torch.ops.aten
 
 
-def trace_model(model: nn.Module, sites: Sequence[Site], examples: Sequence[Example], outputs: Picker) -> Trace:
-    """Run the model on the examples and record where its norms' channels go."""
+def trace_model(
+    model: nn.Module,
+    sites: Sequence[Site],
+    examples: Sequence[Example],
+    outputs: Picker,
+    given: int | None = None,
+    others: str = "",
+) -> Trace:
+    """Run the model on the examples and record where its norms' channels go.
+
+    Args:
+        model: Its parameters are not tied.
+        sites: The norms.
+        examples: The inputs.
+        outputs: Picks the outputs that matter.
+        given: How many of the inputs are the user's own. Default: all.
+        others: What the rest are, in words, for what is only seen there. Default: "".
+    """
     mode = _Follow(model, sites)
     with hooked(mode.hooks()):
-        for example in examples:
+        for number, example in enumerate(examples):
+            mode.on = f", on {others}" if given is not None and number >= given else ""
             with mode:
                 result = run(model, example)
             mode.stop(tensors_in(result, outputs), "the model returns it: name the outputs that matter with outputs=")
+    note_unreached(model, mode.trace, mode.frames)
     return mode.trace
 
 
@@ -53,6 +72,8 @@ class _Follow(Following):
         self.features_from = self.trace.next_tag  # tags below are norms' channels
         self.shadows = WeakTensorKeyDictionary()
         self.paths = [""]
+        self.frames: dict[str, list[Tensor]] = {}  # the tags that the forward of each called module holds
+        self.on = ""  # which input this is, where it is not the user's
         self.linear_of_view: dict[View, int] = {}
         self.buffers = list(model.buffers())  # held, so that no activation gets the address of a freed buffer
         self.constant_storages = {*self.owners, *map(storage_of, self.buffers)}
@@ -64,7 +85,7 @@ class _Follow(Following):
         """Register hooks by which modules say when they run, and norms say what they read and tag what they return."""
         sites = {site.name: index for index, site in enumerate(self.trace.sites)}
         for name, module in self.model.named_modules():
-            yield module.register_forward_pre_hook(self._entering(name), prepend=True)
+            yield module.register_forward_pre_hook(self._entering(name), prepend=True, with_kwargs=True)
             if name in sites:
                 reading = self._reading(sites[name], input_name(module))
                 yield module.register_forward_pre_hook(reading, with_kwargs=True)
@@ -72,14 +93,27 @@ class _Follow(Following):
             yield module.register_forward_hook(self._leaving)
 
     def _entering(self, name: str) -> Callable[..., None]:
-        return lambda module, args: self.paths.append(name)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.paths.append(name)
+            self._hold((args, kwargs))
+
+        return hook
 
     def _leaving(self, module: nn.Module, args: Any, out: Any) -> None:
         self.paths.pop()
+        self._hold(out)
+
+    def _hold(self, values: Any) -> None:
+        """Note that the forward that runs now holds these values, and may hand them to any of its modules."""
+        held = self.frames.setdefault(self.paths[-1], [])
+        shadows = map(self._shadow, tensors_of(values))
+        held += [shadow.present for shadow in shadows if shadow is not None and len(shadow.present)]
 
     def _reading(self, index: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.trace.calls.append(self._call(index, tensor_input_of(args, kwargs, name)))
+            x = tensor_input_of(args, kwargs, name)
+            if x.numel():
+                self.trace.calls.append(self._call(index, x))
             self.pauses += 1  # the operations inside a norm are not followed
 
         return hook
@@ -94,8 +128,7 @@ class _Follow(Following):
                 self.trace.obstacles.append(Obstacle(tags, f"'{site.name}' does not return a tensor"))
                 return
             if not out.numel():
-                self.trace.obstacles.append(Obstacle(tags, "its output is empty: pass an example that has tokens"))
-                return
+                return  # an expert, say, that no token was sent to
             shape = [1] * out.ndim
             shape[site.channel_dim] = site.num_features
             self.shadows[out] = Shadow(tags.to(out.device).double().view(shape).expand(out.shape))
@@ -137,6 +170,8 @@ class _Follow(Following):
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Move the tags along, or write down what stops them."""
         inputs, outs = tensors_of((args, kwargs)), tensors_of(out)
+        if outs and not any(t.numel() for t in outs):
+            return  # nothing is computed: an expert, say, that no token was sent to
         if any(t.is_nested for t in (*inputs, *outs)):  # tag planes have plain shapes
             self.stop(inputs, f"{self._where(func)} reads it")
             for t in filter(self._is_parameter, inputs):
@@ -187,9 +222,8 @@ class _Follow(Following):
             self._stop(self.shadows.get(t), text, shift_only)
 
     def _stop(self, shadow: Shadow | None, text: str, shift_only: bool = False) -> None:
-        present = None if shadow is None else shadow.present()
-        if present is not None and len(present):
-            self.trace.obstacles.append(Obstacle(present, text, shift_only))
+        if shadow is not None and len(shadow.present):
+            self.trace.obstacles.append(Obstacle(shadow.present, text + self.on * (self.on not in text), shift_only))
 
     def _where(self, func: Any) -> str:
         name = func.overloadpacket.__name__
@@ -251,7 +285,7 @@ class _Follow(Following):
 
     def _bias_added(self, features: Shadow, bias: Any, out: Tensor, func: Any) -> tuple[Shadow | None, list[Tensor]]:
         """Add a parameter to a linear operation's bare output: from here on the sum is the operation's output."""
-        view, tags = self.view_of(bias), features.present()
+        view, tags = self.view_of(bias), features.present
         linear = next((n for n in self.trace.linears if len(tags) and n.outputs == tags[0]), None)
         if view is None or linear is None or features.factor is not None or out.shape != features.tags.shape:
             return None, []
@@ -262,7 +296,7 @@ class _Follow(Following):
         if landed is None or len(tags) != count or bias.numel() != count or bool((landed[1].diff() != 1).any()):
             return None, []
         strided = bias.reshape(groups, outputs)
-        slot = View(view.name, tuple(strided.shape), tuple(strided.stride()), view.offset)
+        slot = View.made(view.name, strided, view.offset)
         if not linear.biased:
             if isinstance(linear.bias, View) or storage_of(strided) != storage_of(bias):
                 return None, []
@@ -281,7 +315,7 @@ class _Follow(Following):
         view = self.view_of(operation.form) if isinstance(operation, Operands) and out.numel() else None
         if view is None or not isinstance(operation, Operands) or view.is_expanded:
             return []
-        index = self._index_of(func, view, operation, out)
+        index, first = self._index_of(func, view, operation, out)
         linear = self.trace.linears[index]
         groups, inputs, outputs = linear.size
         shadow = self._shadow(operation.x)
@@ -291,12 +325,13 @@ class _Follow(Following):
         else:
             features = torch.where(shadow.tags < self.features_from, 0.0, shadow.tags)
             self._stop(Shadow(features), f"{linear} reads it")
-            read = columns(Shadow(shadow.tags - features, shadow.factor), operation.gather)
+            read = columns(Shadow(shadow.tags - features, shadow.factor), operation.gather, self.on)
             if read.problem:
                 self._stop(Shadow(shadow.tags - features), f"{linear}: {read.problem}")
         linear.note(read)
-        first = linear.outputs + torch.arange(groups * outputs, dtype=torch.float64, device=out.device)
-        self.shadows[out] = Shadow(operation.spread(first.view(groups, outputs)).expand(out.shape))
+        tags = first + torch.arange(groups * outputs, dtype=torch.float64, device=out.device)
+        self.shadows[out] = Shadow(operation.spread(tags.view(groups, outputs)).expand(out.shape))
+        self._hold(out)
         where = self._where(func)
         self._use(operation.weight, index, where)
         if operation.bias is None:
@@ -306,20 +341,25 @@ class _Follow(Following):
             self._use(operation.bias, index, where)
         return [operation.weight, *([operation.bias] if isinstance(linear.bias, View) else [])]
 
-    def _index_of(self, func: Any, view: View, operation: Operands, out: Tensor) -> int:
+    def _index_of(self, func: Any, view: View, operation: Operands, out: Tensor) -> tuple[int, int]:
+        """Give the number of a linear operation, and the first tag of its outputs: with its bias, or before it."""
         slot = self._slot(view, operation, out)
+        count = view.size[0] * view.size[2]
         if view not in self.linear_of_view:
-            first = self.trace.new_tags(view.size[0] * view.size[2])
-            name = func.overloadpacket.__name__
+            first, name = self.trace.new_tags(count), func.overloadpacket.__name__
             linear = Linear(name, self.paths[-1], view, first, slot, operation.bias is not None, operation.pads)
             self.trace.linears.append(linear)
             self.linear_of_view[view] = len(self.trace.linears) - 1
         index = self.linear_of_view[view]
         linear = self.trace.linears[index]
+        linear.pads = linear.pads or operation.pads
+        if linear.biased and operation.bias is not None and slot == linear.bias:
+            return index, linear.biased  # at another size torch adds the bias in the product itself
+        if not linear.biased and isinstance(linear.bias, View) and operation.bias is None:
+            linear.bare_slot, linear.biased, linear.outputs = slot, linear.outputs, self.trace.new_tags(count)
         if slot != (linear.bare_slot if linear.biased else linear.bias):
             linear.problem = "it is used in two ways"
-        linear.pads = linear.pads or operation.pads
-        return index
+        return index, linear.outputs
 
     def _slot(self, view: View, operation: Operands, out: Tensor) -> Slot:
         if operation.bias is None:
@@ -329,7 +369,7 @@ class _Follow(Following):
             return "its bias is computed, not a Parameter"
         groups, outputs = view.size[0], view.size[2]
         picked = operation.pick(operation.align(operation.bias).expand(out.shape))
-        slot = View(bias.name, tuple(picked.shape), tuple(picked.stride()), bias.offset)
+        slot = View.made(bias.name, picked, bias.offset)
         if operation.bias.numel() != groups * outputs or slot.is_expanded:
             return "its bias is not one number for each output"
         return slot

@@ -50,8 +50,7 @@ class Following(TorchDispatchMode):
             return None
         for name, parameter in self.owners.get(storage_of(t), ()):
             offset = int(t.storage_offset() - parameter.storage_offset())
-            view = View(name, tuple(t.shape), tuple(t.stride()), offset)
-            whole = View(name, tuple(parameter.shape), tuple(parameter.stride()), 0)
+            view, whole = View.made(name, t, offset), View.made(name, parameter, 0)
             if offset >= 0 and view.reach[1] <= whole.reach[1] and t.dtype == parameter.dtype:
                 return view
         return None

@@ -36,6 +36,9 @@ class Index:
         self.shift_obstacle = self._table()  # the first that stops a shift only
         for index, obstacle in reversed(list(enumerate(trace.obstacles))):
             (self.shift_obstacle if obstacle.shift_only else self.obstacle)[obstacle.tags] = index
+        self.unreached = self._table()  # the first part that did not run and could read it
+        for index, obstacle in reversed(list(enumerate(trace.unreached))):
+            self.unreached[obstacle.tags] = index
         self.stream = self._table()  # the norm channel that a feature is added to
         for add in trace.residuals:
             self._note(self.stream, add.features, add.stream)
@@ -75,9 +78,10 @@ class Index:
 
     def text(self, table: Tensor, tags: Tensor) -> str:
         """Give the text of the first obstacle on these tags; empty if there is none."""
+        records = self.trace.unreached if table is self.unreached else self.trace.obstacles
         obstacles = table[tags]
         obstacles = obstacles[obstacles != NONE]
-        return self.trace.obstacles[int(obstacles.min())].text if len(obstacles) else ""
+        return records[int(obstacles.min())].text if len(obstacles) else ""
 
     def bias_problem(self, index: int) -> str:
         """Say why a linear operation's outputs cannot get a shift; empty if they can."""
@@ -87,7 +91,7 @@ class Index:
         if linear.biased:
             bare = self.bare & (self.linear == index)
             if bool((bare & ((self.obstacle != NONE) | (self.stream != NONE) | (self.reader != NONE))).any()):
-                return "its output is also read before its bias is added"
+                return "it is used in two ways: its output is also read before its bias is added"
         return self._problem(index, linear.bias) if isinstance(linear.bias, View) else ""
 
     def rows_problem(self, features: Tensor) -> str:
@@ -102,4 +106,4 @@ class Index:
             problem = self.weight_problems[index] or (self.bias_problem(index) if linear.has_bias else "")
             if problem:
                 return f"{linear}: {problem}"
-        return ""
+        return self.text(self.unreached, features)

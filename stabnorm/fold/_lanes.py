@@ -5,6 +5,7 @@ show that the algebra does not know: an overflow, or a mixture of types that doe
 outputs measures how far rounding carries in this model.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from stabnorm._models.outputs import OutputError, Picker
 from stabnorm._models.tree import Tree
 from stabnorm.errors import StabNormError
 from stabnorm.fold._follow import trace_model
-from stabnorm.fold._second_input import cast, is_same, redrawn
+from stabnorm.fold._second_input import LookUps, cast, second_inputs
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Trace
 from stabnorm.fold._verify import TOLERANCE, Outputs, Precision, finite, largest_error, run_all
@@ -33,10 +34,12 @@ class Lane:
 
     Args:
         model: Not folded; copied before anything is done to it.
-        examples: Its inputs.
+        examples: Its inputs: first the user's, then those that it is checked on.
         expected: What it returns for each.
         lowest: The lowest precision in its forward.
         tolerance: How far off a folded model may be, relative to an output's largest element.
+        given: How many of `examples` are the user's.
+        others: What the rest are, in words.
     """
 
     model: nn.Module
@@ -44,6 +47,24 @@ class Lane:
     expected: Outputs
     lowest: torch.dtype
     tolerance: float
+    given: int
+    others: str
+
+    def trace(self, model: nn.Module, sites: Sequence[Site], examples: list[Example], outputs: Picker) -> Trace:
+        """Follow a copy of the model on all inputs."""
+        return trace_model(model, sites, examples, outputs, self.given, self.others)
+
+    def checked_on(self) -> str:
+        """Name the inputs."""
+        given = "the example" if self.given == 1 else f"{self.given} examples"
+        return f"{given} and {self.others}" if self.others else given
+
+    def error(self, outputs: Outputs) -> tuple[float, str]:
+        """Give the largest error, and the inputs that it is found on, in words."""
+        own, other = (
+            largest_error(outputs[part], self.expected[part]) for part in (slice(self.given), slice(self.given, None))
+        )
+        return max(own, other), f" on {self.others}" if own <= self.tolerance < other else ""
 
 
 @dataclass(frozen=True)
@@ -54,13 +75,16 @@ class Lanes:
         lanes: float64 where it runs, and the model's own precision.
         trace: The records of a forward in the first of them.
         tied: For each parameter that has a second owner, that owner's name for it.
-        checked_on: The inputs, in words.
     """
 
     lanes: list[Lane]
     trace: Trace
     tied: dict[str, str]
-    checked_on: str
+
+    @property
+    def checked_on(self) -> str:
+        """The inputs, in words."""
+        return self.lanes[0].checked_on()
 
     def precision(self, error: float) -> str:
         """Name the precision in which an error of the first lane was computed: float64 where the error is as small."""
@@ -78,12 +102,12 @@ def make_lanes(
         ValueError: it does not run, cannot be copied or followed, or returns something else each time.
         StabNormError: a norm's `fold_affine` has another number of channels than its output.
     """
-    own, checked_on = _own_lane(model, examples, check, outputs)
+    own = _own_lane(model, examples, check, outputs)
     try:
         wide = copied(model).double()
         tied = _untie(wide)
         inputs = [cast(example, torch.float64) for example in own.examples]
-        trace = trace_model(wide, sites, inputs[: len(examples)], outputs)
+        trace = own.trace(wide, sites, inputs, outputs)
         with Precision() as precision:
             expected = run_all(wide, inputs, outputs)
         runs = all(finite(tensors) for tensors in expected)
@@ -95,13 +119,23 @@ def make_lanes(
         carried = ROOM * rounding / torch.finfo(own.lowest).eps
         wide_lane, own_lane = (
             replace(lane, tolerance=max(lane.tolerance, carried * torch.finfo(lane.lowest).eps))
-            for lane in (Lane(wide, inputs, expected, precision.lowest, TOLERANCE[precision.lowest]), own)
+            for lane in (
+                replace(
+                    own,
+                    model=wide,
+                    examples=inputs,
+                    expected=expected,
+                    lowest=precision.lowest,
+                    tolerance=TOLERANCE[precision.lowest],
+                ),
+                own,
+            )
         )
-        return Lanes([wide_lane, own_lane], trace, tied, checked_on)
+        return Lanes([wide_lane, own_lane], trace, tied)
     plain = copied(model)
     tied = _untie(plain)
     try:
-        return Lanes([own], trace_model(plain, sites, examples, outputs), tied, checked_on)
+        return Lanes([own], own.trace(plain, sites, own.examples, outputs), tied)
     except StabNormError:
         raise
     except Exception as error:
@@ -115,38 +149,47 @@ def try_on(lanes: Lanes, change: Callable[[nn.Module], None], outputs: Picker) -
         changed = copied(lane.model)
         try:
             change(changed)
-            errors.append(largest_error(run_all(changed, lane.examples, outputs), lane.expected))
+            error, where = lane.error(run_all(changed, lane.examples, outputs))
+            errors.append(error)
         except Exception as raised:
             return float("inf"), f"rolled back: the changed model does not run ({type(raised).__name__}: {raised})"
         if not errors[-1] <= lane.tolerance:
-            return errors[0], f"rolled back: the output would be off by {errors[-1]:.1e} of its largest element"
+            return errors[0], f"rolled back: the output would be off by {error:.1e} of its largest element{where}"
     return errors[0], ""
 
 
-def run_checked(model: nn.Module, examples: Sequence[Example], outputs: Picker) -> Outputs:
-    """Run the model on the user's examples.
+def run_checked(model: nn.Module, examples: Sequence[Example], outputs: Picker, name: str = "the example") -> Outputs:
+    """Run the model on inputs that the user passed under this name.
 
     Raises:
-        ValueError: it does not run on one of them.
+        ValueError: it does not run on one of them, or returns no finite number, so that no fault of a fold would show.
     """
     try:
-        return run_all(model, examples, outputs)
+        returned = run_all(model, examples, outputs)
     except OutputError:
         raise
     except Exception as error:
         raise ValueError(
-            f"the model does not run on the example: {type(error).__name__}: {error}. A tuple is positional arguments, "
+            f"the model does not run on {name}: {type(error).__name__}: {error}. A tuple is positional arguments, "
             "a dict keyword arguments, a tuple (args, kwargs) both"
         ) from error
+    for number, tensors in enumerate(returned):
+        if not any(bool(t.isfinite().any()) for t in tensors):
+            which = name if len(examples) == 1 else f"input {number} of {len(examples)}"
+            numbers = [t.numel() for t in tensors]
+            what = "only NaN and infinities" if any(numbers) else "no number" if numbers else "no floating tensor"
+            raise ValueError(
+                f"on {which} the model returns {what}, so a check on it would say nothing. Pass inputs with at least "
+                "one row and without NaN and infinities, and name with outputs= what matters of what it returns"
+            )
+    return returned
 
 
-def _own_lane(
-    model: nn.Module, examples: list[Example], check: list[Example] | None, outputs: Picker
-) -> tuple[Lane, str]:
+def _own_lane(model: nn.Module, examples: list[Example], check: list[Example] | None, outputs: Picker) -> Lane:
     unfolded = copied(model)
     expected = run_checked(unfolded, examples, outputs)
     try:
-        with Precision() as precision:
+        with Precision() as precision, LookUps() as look_ups:
             again = run_all(unfolded, examples, outputs)
     except Exception as error:
         raise ValueError(
@@ -159,25 +202,36 @@ def _own_lane(
             "the model returns something else each time it runs the example. Take out what is random in eval or left "
             "over from the forward before, or name the outputs that matter with outputs="
         )
-    inputs = "the example" if len(examples) == 1 else f"{len(examples)} examples"
     if check is not None:
+        more = run_checked(unfolded, check, outputs, "check")
+        others = "check"
+    else:
+        check, more, others = _second_inputs(unfolded, examples, look_ups, outputs)
+    return Lane(model, examples + check, expected + more, precision.lowest, tolerance, len(examples), others)
+
+
+def _second_inputs(
+    model: nn.Module, examples: list[Example], look_ups: LookUps, outputs: Picker
+) -> tuple[list[Example], Outputs, str]:
+    """Make second inputs of each example, and run the model on them; where none runs, the examples alone must do."""
+
+    def returned(candidate: Example) -> Outputs:
         try:
-            more = run_all(unfolded, check, outputs)
-        except Exception as error:
-            raise ValueError(f"the model does not run on check: {type(error).__name__}: {error}") from error
-        return Lane(model, examples + check, expected + more, precision.lowest, tolerance), f"{inputs} and check"
-    seconds, more = [], []
-    for given in examples:
-        second = redrawn(given)
-        try:
-            (returned,) = run_all(unfolded, [second], outputs)
-        except Exception:  # some tensors cannot be redrawn: then the example alone must do
-            continue
-        if finite(returned) and not is_same(second, given):
-            seconds.append(second)
-            more.append(returned)
-    inputs += " and a second input" if seconds else ""
-    return Lane(model, examples + seconds, expected + more, precision.lowest, tolerance), inputs
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a size that the user would not pass
+                returns = run_all(model, [candidate], outputs)
+        except Exception:  # it takes no such values, or no such size
+            return []
+        return returns if finite(returns[0]) else []
+
+    seconds: list[Example] = []
+    resized = False
+    for example in examples:
+        others, has_other_sizes = second_inputs(example, look_ups.rows(example), lambda other: bool(returned(other)))
+        seconds += others
+        resized |= has_other_sizes
+    words = ("a second input of another size" if resized else "a second input") if seconds else ""
+    return seconds, run_all(model, seconds, outputs), words
 
 
 def _untie(model: nn.Module) -> dict[str, str]:

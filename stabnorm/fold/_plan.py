@@ -109,6 +109,7 @@ def plan_folds(
     decisions.refuse_unread()
     decisions.refuse_by_residuals(residual)
     decisions.settle()
+    decisions.refuse_unreached()
     return decisions.plan()
 
 
@@ -128,7 +129,7 @@ class _Decisions:
         sites = self.index.sites(tags)
         fresh = any(not self.reasons[site] for site in sites)
         for site in sites:
-            if why not in self.reasons[site]:
+            if not any(why.startswith(reason) for reason in self.reasons[site]):  # on a second input it is the same
                 self.reasons[site].append(why)
         return fresh
 
@@ -147,7 +148,8 @@ class _Decisions:
             if not bool((tags > 0).any()):
                 continue
             if len(linear.reads) > 1:
-                self._refuse(tags, f"{linear} reads more than one thing with the same weight")
+                on = next((read.on for read in linear.reads if read.on), "")
+                self._refuse(tags, f"{linear} reads more than one thing with the same weight{on}")
             if self.index.weight_problems[index]:
                 self._refuse(tags, f"{linear}: {self.index.weight_problems[index]}")
             no_shift = f"{linear} cannot take a shift"
@@ -156,8 +158,9 @@ class _Decisions:
                     self.conditions.append((tags, f"{no_shift}: {problem}"))
             for read in linear.reads:
                 if read.padded:
-                    self.conditions.append((read.tags.flatten(), f"{no_shift}: it also reads zeros of a padding"))
-                self.conditions.append((read.tags[read.factor.isnan()], f"{no_shift}: it differs by position"))
+                    self.conditions.append((read.tags.flatten(), f"{no_shift}: it also reads zeros of a padding{read.on}"))
+                differs = f"{no_shift}: it differs by position{read.on}"
+                self.conditions.append((read.tags[read.factor.isnan()], differs))
 
     def refuse_by_norms(self) -> None:
         for site, calls in enumerate(self.index.calls):
@@ -192,6 +195,11 @@ class _Decisions:
                 problem = "another norm reads the branch, too"
             if problem:
                 self._refuse(add.stream, f"{where}: {problem}")
+
+    def refuse_unreached(self) -> None:
+        """Refuse what a part of the model could read that did not run."""
+        if any([self._refuse(obstacle.tags, obstacle.text) for obstacle in self.trace.unreached]):
+            self.settle()
 
     def settle(self) -> None:
         """Follow A and C along the streams, and refuse norms whose A or C is not allowed, until all are allowed."""

@@ -21,6 +21,12 @@ class View:
     stride: tuple[int, ...]
     offset: int
 
+    @classmethod
+    def made(cls, name: str, t: Tensor, offset: int) -> "View":
+        """Give the view that a tensor is. The stride of an axis with one entry says nothing, and is written as 0."""
+        strides = (stride if size > 1 else 0 for size, stride in zip(t.shape, t.stride(), strict=True))
+        return cls(name, tuple(t.shape), tuple(strides), offset)
+
     @property
     def reach(self) -> tuple[int, int]:
         """First and last element."""

@@ -10,6 +10,7 @@ folded out of the norm is the same, but its shift is s times as large.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ class Shadow:
     tags: Tensor
     factor: Tensor | None = None
 
+    @cached_property
     def present(self) -> Tensor:
-        """List the positive tags, each once and in order."""
+        """The positive tags, each once and in order."""
         tags = self.tags.flatten().clamp(min=0).long()
         seen = torch.zeros(int(tags.max()) + 1 if tags.numel() else 1, dtype=torch.bool, device=tags.device)
         seen[tags] = True
@@ -149,12 +151,14 @@ class Columns:
         factor: float64; NaN where the shift does not reach all positions alike.
         padded: True when padding's zeros reach inputs that are followed elsewhere.
         problem: why no scale can be folded into these inputs; empty if one can.
+        on: which input this was seen on, where it is not the user's.
     """
 
     tags: Tensor
     factor: Tensor
     padded: bool
     problem: str
+    on: str = ""
 
     def same(self, other: "Columns") -> bool:
         """Whether the same arrives, apart from padding."""
@@ -165,7 +169,7 @@ class Columns:
         )
 
 
-def columns(shadow: Shadow, gather: Callable[[Tensor], Tensor]) -> Columns:
+def columns(shadow: Shadow, gather: Callable[[Tensor], Tensor], on: str = "") -> Columns:
     """Say what reaches each input, over all positions; `gather` turns a plane into ``[groups, inputs, positions]``."""
     planes = gather(shadow.tags)
     high, low = planes.amax(-1), torch.where(planes > 0, planes, torch.inf).amin(-1)
@@ -182,4 +186,4 @@ def columns(shadow: Shadow, gather: Callable[[Tensor], Tensor]) -> Columns:
         most = torch.where(planes > 0, factors, -torch.inf).amax(-1)
         least = torch.where(planes > 0, factors, torch.inf).amin(-1)
         factor = torch.where(followed, torch.where(most == least, most, torch.nan), 1.0)
-    return Columns(torch.where(followed, high, 0.0).long().cpu(), factor.cpu(), padded, problem)
+    return Columns(torch.where(followed, high, 0.0).long().cpu(), factor.cpu(), padded, problem, on)

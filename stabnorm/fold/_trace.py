@@ -60,12 +60,16 @@ class Use:
 
 @dataclass
 class Trace:
-    """The records. Tags count from 1: first the norms' channels, site by site, then the features of each `Linear`."""
+    """The records. Tags count from 1: first the norms' channels, site by site, then the features of each `Linear`.
+
+    `unreached` are obstacles, too: what did not run, and could read these tags.
+    """
 
     sites: Sequence[Site]
     first_tags: list[int] = field(default_factory=list)
     linears: list[Linear] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
+    unreached: list[Obstacle] = field(default_factory=list)
     residuals: list[Residual] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)

@@ -53,8 +53,8 @@ def _size(reference: Tensor, same: Tensor) -> Tensor:
 
 
 def finite(outputs: Sequence[Tensor]) -> bool:
-    """Whether there is an output, and no NaN in it."""
-    return bool(outputs) and not any(bool(t.isnan().any()) for t in outputs)
+    """Whether there is a finite number in the outputs, and no NaN."""
+    return any(bool(t.isfinite().any()) for t in outputs) and not any(bool(t.isnan().any()) for t in outputs)
 
 
 class Precision(TorchDispatchMode):

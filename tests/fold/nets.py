@@ -15,7 +15,7 @@ from tests.families import randomize_
 class Net(nn.Module):
     """A model whose forward is a function of itself and its inputs."""
 
-    def __init__(self, function: Callable[..., Any], **parts: nn.Module | nn.Parameter) -> None:
+    def __init__(self, function: Callable[..., Any], **parts: nn.Module | nn.Parameter | None) -> None:
         super().__init__()
         self.function = function
         for name, part in parts.items():
@@ -25,7 +25,7 @@ class Net(nn.Module):
         return self.function(self, *args, **kwargs)
 
 
-def net(function: Callable[..., Any], **parts: nn.Module | nn.Parameter) -> Callable[[], nn.Module]:
+def net(function: Callable[..., Any], **parts: nn.Module | nn.Parameter | None) -> Callable[[], nn.Module]:
     """What builds such a model, a fresh one at each call."""
     model = Net(function, **parts)
     return lambda: copy.deepcopy(model)

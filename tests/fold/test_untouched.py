@@ -22,6 +22,14 @@ def beside() -> Any:
     return ready(model)
 
 
+def alone() -> Any:
+    """A norm and its reader."""
+    model = beside()
+    del model.raw
+    model.function = lambda m, x: m.fc(m.norm(x))
+    return model
+
+
 def same_memory(m: Any) -> None:
     m.raw.weight = nn.Parameter(m.fc.weight.data)
 
@@ -31,11 +39,13 @@ def same_parameter(m: Any) -> None:
 
 
 def buffer_in_a_parameter_s_memory(m: Any) -> None:
+    del m.raw
     m.register_buffer("w", m.fc.weight.data)
     m.function = lambda m, x: m.fc(m.norm(x)) + F.linear(x, m.w)
 
 
 def parameter_in_a_closure(m: Any) -> None:
+    del m.raw
     w = m.fc.weight
     m.function = lambda m, x: m.fc(m.norm(x)) + F.linear(x, w)
 
@@ -104,7 +114,7 @@ def test_what_a_forward_with_gradients_left_on_a_module_does_not_hinder_the_copy
         m.feature = m.norm(x)
         return m.fc(m.feature)
 
-    model = beside()
+    model = alone()
     model.function = stashes
     y = model(draw(3, C))
     result = fold_norms(model, draw(3, C))

@@ -12,7 +12,7 @@ meets a tagged tensor is one of these:
 - anything else is an obstacle, named by operation and module.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ def trace_model(
     outputs: Picker,
     given: int | None = None,
     others: str = "",
+    tied: Mapping[str, str] | None = None,
 ) -> Trace:
     """Run the model on the examples and record where its norms' channels go.
 
@@ -52,6 +53,7 @@ def trace_model(
         outputs: Picks the outputs that matter.
         given: How many of the inputs are the user's own. Default: all.
         others: What the rest are, in words, for what is only seen there. Default: "".
+        tied: For each parameter that had a second owner, that owner's name for it. Default: none.
     """
     mode = _Follow(model, sites)
     with hooked(mode.hooks()):
@@ -60,7 +62,7 @@ def trace_model(
             with mode:
                 result = run(model, example)
             mode.stop(tensors_in(result, outputs), "the model returns it: name the outputs that matter with outputs=")
-    note_unreached(model, mode.trace, mode.frames)
+    note_unreached(model, mode.trace, mode.frames, tied or {})
     return mode.trace
 
 
@@ -272,8 +274,10 @@ class _Follow(Following):
             return None, []
         if others is None:
             return self._bias_added(shadow, other, out, func)
-        if shadow.tags.shape != others.tags.shape:
-            return None, []
+        shadow, others = (
+            Shadow(each.tags.expand(out.shape), None if each.factor is None else each.factor.expand(out.shape))
+            for each in (shadow, others)
+        )
         if bool((shadow.tags >= self.features_from).any()):
             shadow, others = others, shadow
         is_stream = (shadow.tags > 0) & (shadow.tags < self.features_from)

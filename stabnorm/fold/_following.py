@@ -2,11 +2,18 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabnorm.fold._readers import View
+
+aten = torch.ops.aten
+_OF_A_SHAPE = {
+    aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.rand_like, aten.randn_like,
+    aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty, aten.new_empty_strided,
+}  # fmt: skip
 
 
 class Following(TorchDispatchMode):
@@ -39,8 +46,9 @@ class Following(TorchDispatchMode):
             with self:  # an op made of ops arrives whole in inference mode: take it apart
                 out = func.decompose(*args, **kwargs)
         if out is NotImplemented:
+            moves_nothing = func.overloadpacket in _OF_A_SHAPE or _keeps_elements(func, args)
             out = func(*args, **kwargs)
-            if not self.pauses:
+            if not self.pauses and not moves_nothing:
                 self.follow(func, args, kwargs, out)
         return out
 
@@ -54,6 +62,19 @@ class Following(TorchDispatchMode):
             if offset >= 0 and view.reach[1] <= whole.reach[1] and t.dtype == parameter.dtype:
                 return view
         return None
+
+
+def _keeps_elements(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether strides are written of axes with one entry only, as pooling does in channels-last memory."""
+    if func.overloadpacket is not aten.as_strided_:
+        return False
+    t, size, stride, *offset = args
+    old, new = View.made("", t, t.storage_offset()), zip(size, stride, strict=True)
+    return (tuple(size), tuple(step if n > 1 else 0 for n, step in new)) == (old.size, old.stride) and offset in (
+        [],
+        [None],
+        [old.offset],
+    )
 
 
 def storage_of(t: Tensor) -> int:

@@ -6,7 +6,7 @@ outputs measures how far rounding carries in this model.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,9 +50,16 @@ class Lane:
     given: int
     others: str
 
-    def trace(self, model: nn.Module, sites: Sequence[Site], examples: list[Example], outputs: Picker) -> Trace:
+    def trace(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        examples: list[Example],
+        outputs: Picker,
+        tied: Mapping[str, str],
+    ) -> Trace:
         """Follow a copy of the model on all inputs."""
-        return trace_model(model, sites, examples, outputs, self.given, self.others)
+        return trace_model(model, sites, examples, outputs, self.given, self.others, tied)
 
     def checked_on(self) -> str:
         """Name the inputs."""
@@ -107,7 +114,7 @@ def make_lanes(
         wide = copied(model).double()
         tied = _untie(wide)
         inputs = [cast(example, torch.float64) for example in own.examples]
-        trace = own.trace(wide, sites, inputs, outputs)
+        trace = own.trace(wide, sites, inputs, outputs, tied)
         with Precision() as precision:
             expected = run_all(wide, inputs, outputs)
         runs = all(finite(tensors) for tensors in expected)
@@ -135,7 +142,7 @@ def make_lanes(
     plain = copied(model)
     tied = _untie(plain)
     try:
-        return Lanes([own], own.trace(plain, sites, own.examples, outputs), tied)
+        return Lanes([own], own.trace(plain, sites, own.examples, outputs, tied), tied)
     except StabNormError:
         raise
     except Exception as error:
@@ -173,7 +180,7 @@ def run_checked(model: nn.Module, examples: Sequence[Example], outputs: Picker, 
             f"the model does not run on {name}: {type(error).__name__}: {error}. A tuple is positional arguments, "
             "a dict keyword arguments, a tuple (args, kwargs) both"
         ) from error
-    for number, tensors in enumerate(returned):
+    for number, tensors in enumerate(returned, 1):
         if not any(bool(t.isfinite().any()) for t in tensors):
             which = name if len(examples) == 1 else f"input {number} of {len(examples)}"
             numbers = [t.numel() for t in tensors]

@@ -158,7 +158,8 @@ class _Decisions:
                     self.conditions.append((tags, f"{no_shift}: {problem}"))
             for read in linear.reads:
                 if read.padded:
-                    self.conditions.append((read.tags.flatten(), f"{no_shift}: it also reads zeros of a padding{read.on}"))
+                    zeros = f"{no_shift}: it also reads zeros of a padding{read.on}"
+                    self.conditions.append((read.tags.flatten(), zeros))
                 differs = f"{no_shift}: it differs by position{read.on}"
                 self.conditions.append((read.tags[read.factor.isnan()], differs))
 

@@ -151,6 +151,8 @@ def operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_weight
             return "it scales its operands"
     elif packet in (aten.mm, aten.bmm, aten.mv):
         bias, (a, b) = None, args[:2]
+    elif packet is getattr(aten, "_grouped_mm", None) and is_weight(args[1]) and args[1].ndim == 3:
+        return _grouped_product(args[0], args[1], kwargs["offs"] if "offs" in kwargs else args[2])
     elif packet is aten.convolution:
         return _convolution(args) if is_weight(args[1]) else _COMPUTED
     else:
@@ -177,6 +179,17 @@ def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Operands:
             x, w, bias, w[:1], lambda p: p.permute(2, 0, 1).flatten(1)[None], lambda f: f[0], lambda p: p[0, 0][None]
         )
     return Operands(x, w, bias, w, lambda p: p.transpose(1, 2), lambda f: f[:, None], lambda p: p[:, 0])
+
+
+def _grouped_product(x: Tensor, w: Tensor, ends: Tensor) -> Operands:
+    """``x[ends[e - 1]:ends[e]] @ w[e]``: experts, each with rows of its own. Any row may reach any expert."""
+    expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True).clamp(max=len(w) - 1)
+    return Operands(
+        x, w, None, w,
+        lambda p: p.t()[None].expand(len(w), -1, -1),
+        lambda f: f[expert],
+        lambda p: p[(ends - 1).clamp(min=0)],
+    )  # fmt: skip
 
 
 def _product_from_left(w: Tensor, x: Tensor, bias: Tensor | None) -> Operands:

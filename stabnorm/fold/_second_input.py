@@ -98,7 +98,6 @@ def _sizes(tensors: Sequence[Tensor], axes: set[Axis]) -> list[int]:
 
 def _resized(example: Example, sizes: Mapping[Axis, int]) -> Example:
     """Cut axes off, or repeat their last entry."""
-
     if not sizes:
         return example
 

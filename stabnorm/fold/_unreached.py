@@ -18,17 +18,22 @@ _UNNAMED = (nn.ModuleList, nn.ParameterList)  # two siblings must agree, because
 _NAMED = (nn.ModuleDict, nn.ParameterDict)
 
 
-def note_unreached(model: nn.Module, trace: Trace, frames: Mapping[str, Sequence[Tensor]]) -> None:
+def note_unreached(
+    model: nn.Module, trace: Trace, frames: Mapping[str, Sequence[Tensor]], tied: Mapping[str, str]
+) -> None:
     """Let unreached siblings of readers read the same, and write down what the other unreached parts could read.
 
     Args:
         model: What was traced.
         trace: The records, which are added to.
         frames: The tags that the forward of each called module held.
+        tied: For each parameter that had a second owner, that owner's name for it.
     """
     reached = _reached(model, trace)
+    reached |= _used_by_another_name(model, reached, tied)
     for name in _topmost(model, reached, {site.name for site in trace.sites}):
         held = _held(name, frames)
+        held = held[_fits(model, trace, name)[held]]
         if not len(held):
             continue
         twins = _twins(model, trace, name, reached)
@@ -56,6 +61,27 @@ def _reached(model: nn.Module, trace: Trace) -> set[str]:
             names.update(f"{name}.{each}" for each, _ in module.named_parameters(recurse=False))
     names |= {f"{site}.{each}" for site in called for each, _ in model.get_submodule(site).named_parameters()}
     return {name[:end] for name in names for end in (*_dots(name), len(name))}
+
+
+def _used_by_another_name(model: nn.Module, reached: set[str], tied: Mapping[str, str]) -> set[str]:
+    """Names of parameters and embeddings that no forward reads, because another owner of theirs is read instead."""
+    used = {name for name, other in tied.items() if other in reached}
+    return used | {
+        name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and f"{name}.weight" in used
+    }
+
+
+def _fits(model: nn.Module, trace: Trace, name: str) -> Tensor:
+    """Whether this part could read each tag, or write in its place: some axis of a tensor of its holds the channels."""
+    owner, _, attribute = name.rpartition(".")
+    part = getattr(model.get_submodule(owner), attribute)
+    tensors = [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else [part]
+    sizes = {size for t in tensors for size in t.shape if size > 1}
+    fits = torch.ones(trace.next_tag, dtype=torch.bool)
+    for site, first in zip(trace.sites, trace.first_tags, strict=True):
+        channels = site.num_features
+        fits[first : first + channels] = any(size % channels == 0 for size in sizes)
+    return fits
 
 
 def _dots(name: str) -> Iterator[int]:
@@ -124,7 +150,8 @@ def _twins(model: nn.Module, trace: Trace, name: str, reached: set[str]) -> dict
                 continue  # it reads nothing, or norms of the sibling's own, whose twins stay
             if len(linear.reads) > 1 or bool(inner[tags].any()):
                 return None
-            twins.setdefault(f"{weight[len(sibling) :]} {linear.weight.offset}", []).append(_moved(linear, sibling, name))
+            place = f"{weight[len(sibling) :]} {linear.weight.offset}"
+            twins.setdefault(place, []).append(_moved(linear, sibling, name))
     agree = all(each.reads[0].same(same[0].reads[0]) for same in twins.values() for each in same)
     return twins if agree else None
 
@@ -170,7 +197,7 @@ def _by_parameter(trace: Trace) -> list[list[Linear]]:
     groups: dict[str, list[Linear]] = {}
     for linear in trace.linears:
         groups.setdefault(linear.weight.name, []).append(linear)
-    return [linears for linears in groups.values() if any(bool((read.tags > 0).any()) for n in linears for read in n.reads)]
+    return [each for each in groups.values() if any(bool((read.tags > 0).any()) for n in each for read in n.reads)]
 
 
 def _complete(model: nn.Module, trace: Trace, linears: list[Linear]) -> None:

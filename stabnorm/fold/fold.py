@@ -42,23 +42,26 @@ def fold_norms(
 
     .. math:: W (a \odot x + c) + b = (W \operatorname{diag}(a))\, x + (b + W c)
 
-    The model runs once on the example while each norm's channels are followed to whatever reads them. A norm goes
+    The model runs on the example while each norm's channels are followed to whatever reads them. A norm goes
     forward into the linear and convolution layers that read it, or along the residual stream of a post-norm model, or
     backward into the layer before it; a norm that finds no place becomes one multiply-add. A LayerNorm or RMSNorm stays
-    and is named. Then both models run, in float64 where a ``.double()`` copy can, on the example and on a second input.
-    A fold that does not hold is rolled back.
+    and is named. Then both models run, in float64 where a ``.double()`` copy can. A fold that does not hold is rolled
+    back.
 
-    A path that the example does not take is not seen. Pass several examples where the model has several paths, or where
-    a padding or a factor such as ``x.shape[1] ** -0.5`` depends on the shape. A tensor that a forward stores, or that a
-    hook takes out, may be unnormalised afterwards.
+    Second inputs, made from the example, are followed and compared, too: they have other values, other tokens, and
+    other sizes wherever the model takes them. What none of these reached, such as an expert, takes the change of its
+    siblings in the same list; any other part that could read a norm keeps it. A path without weights of its own is not
+    seen if no input takes it: pass several examples where the model has several. A tensor that a forward stores, or
+    that a hook takes out, may be unnormalised afterwards.
 
     Args:
         model: in eval mode. RepBN, UnifiedNorm, PRepBN at lam = 0, torch's BatchNorm1d, 2d and 3d, and any module with
             ``fold_affine()`` fold.
         example: the model's arguments: a tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple
             ``(args, kwargs)`` of these, or a list of several examples. A few rows and tokens are enough.
-        check: further examples to verify on. Default: the example with floating tensors redrawn with another mean and
-            scale, integers shuffled, and the same masks and scalars.
+        check: further examples to follow and to verify on. Default: the example with floating tensors redrawn with
+            another mean and scale, other tokens, other sizes, and the same masks and scalars. Pass your own where the
+            model only ever runs on some sizes.
         residual: whether a residual stream may carry a norm's scale (post-norm models). The weights then grow with
             depth, see `FoldResult.max_gauge`; "auto" is False where parameters are float16. Default: True.
         tied: what to do with a weight that a second module uses under another name, such as an output layer tied to the
@@ -75,7 +78,8 @@ def fold_norms(
     Raises:
         TypeError: `example` or `check` has none of the formats, `model` is no module, or a `fold_affine` does not
             return (scale, shift, channel_dim).
-        ValueError: an option is unknown, the example does not run, or the model cannot be copied or followed.
+        ValueError: an option is unknown, the example does not run or has no finite output, or the model cannot be
+            copied or followed.
         StabNormError: the model is in training mode, compiled, scripted, without numbers (meta, lazy) or itself a norm;
             a `fold_affine` has other channels than its norm reads; or `strict` and one is kept.
 

@@ -132,7 +132,12 @@ CASES = {
     "positions added": Case(reader(lambda m, x: m.fc(m.norm(x) + m.p), p=nn.Parameter(draw(4, C))), "affine", "add"),
     # weights
     "transposed by hand": Case(
-        reader(lambda m, x: F.linear(m.norm(x), m.w.t(), m.b), fc=None, w=nn.Parameter(draw(C, D)), b=nn.Parameter(draw(D)))
+        reader(
+            lambda m, x: F.linear(m.norm(x), m.w.t(), m.b),
+            fc=None,
+            w=nn.Parameter(draw(C, D)),
+            b=nn.Parameter(draw(D)),
+        )
     ),
     "a batch of matrices and biases": Case(
         reader(

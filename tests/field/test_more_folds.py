@@ -1,0 +1,114 @@
+"""What real models do between a norm and its readers, and what changes nothing of the norm's channels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stabnorm import fold_norms
+from stabnorm.nn import RepBN
+from tests.fold.nets import Net, draw, error_of, ready
+
+C, D = 6, 5
+Build = Callable[[], nn.Module]
+
+
+def net(function: Callable[..., Any], **parts: Any) -> nn.Module:
+    return ready(Net(function, **{"norm": RepBN(C), "fc": nn.Linear(C, D), **parts}))
+
+
+def folds(model: nn.Module, *inputs: Tensor) -> Any:
+    """Fold, and compare on other inputs in float64; the norm's entry."""
+    result = fold_norms(model, inputs)
+    others = tuple(1.7 * x + 0.3 if x.is_floating_point() else x for x in inputs)
+    assert error_of(result.model, model, [inputs, others]) < 1e-12
+    return next(norm for norm in result.norms if norm.name == "norm")
+
+
+# --- memory formats ---
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_pooled_norm_folds_in_either_memory_format(memory: torch.memory_format, size: int) -> None:
+    pool = nn.AdaptiveAvgPool2d(1) if size == 1 else nn.AvgPool2d(size)
+    model = net(lambda m, x: m.fc(m.pool(m.norm(x.relu()))), norm=nn.BatchNorm2d(C), pool=pool, fc=nn.Conv2d(C, D, 1))
+    model = model.to(torch.float64, memory_format=memory)  # type: ignore[call-overload]
+    x = draw(2, C, 10, 10).to(memory_format=memory)
+    assert folds(model, x).status == "forward"
+
+
+# --- what reads a shape only ---
+
+
+LIKE: dict[str, Callable[[Any, Tensor], Any]] = {
+    "zeros_like": lambda m, h: torch.zeros_like(h),
+    "ones_like": lambda m, h: torch.ones_like(h),
+    "full_like": lambda m, h: torch.full_like(h, 2.0),
+    "new_zeros": lambda m, h: h.new_zeros(h.shape),
+    "new_ones": lambda m, h: h.new_ones(h.shape),
+    "new_full": lambda m, h: h.new_full(h.shape, 2.0),
+    "a mask": lambda m, h: torch.ones(h.shape[:-1], dtype=h.dtype)[..., None],
+}
+
+
+@pytest.mark.parametrize("like", LIKE)
+def test_a_tensor_made_in_the_shape_of_a_norm_s_output_reads_no_number_of_it(like: str) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        h = m.norm(x)
+        return m.fc(h) + LIKE[like](m, h)[..., :1]
+
+    assert folds(net(forward), draw(3, 4, C)).status == "forward"
+
+
+# --- conditions that are broadcast ---
+
+
+def modulated(m: Any, x: Tensor, c: Tensor) -> Any:
+    shift, scale = m.ada(c).unsqueeze(1).chunk(2, -1)
+    return m.fc(m.norm(x) * (1 + scale) + shift)
+
+
+def test_a_shift_that_is_broadcast_over_the_tokens_goes_with_the_stream() -> None:
+    model = net(lambda m, x, c: m.fc(m.norm(x) + m.ada(c).unsqueeze(1)), ada=nn.Linear(D, C))
+    assert folds(model, draw(2, 3, C), draw(2, D)).status == "residual"
+
+
+def test_a_shift_and_a_scale_that_are_broadcast_let_a_norm_without_a_mean_go() -> None:
+    model = net(modulated, norm=RepBN(C, center=False), ada=nn.Linear(D, 2 * C))
+    assert folds(model, draw(2, 3, C), draw(2, D)).status == "residual"
+
+
+def test_a_scale_from_the_input_keeps_a_norm_with_a_mean_and_says_why() -> None:
+    norm = folds(net(modulated, ada=nn.Linear(D, 2 * C)), draw(2, 3, C), draw(2, D))
+    assert norm.status == "affine"
+    assert "multiplies it by what depends on the input" in norm.reason
+
+
+# --- how torch runs a layer ---
+
+
+def test_a_layer_that_torch_runs_in_two_ways_is_one_layer() -> None:
+    """A product and a sum on one input, one call with the bias on another: contiguous or not."""
+    model = net(lambda m, x, y: m.fc(m.norm(x)).mean() + m.fc(m.norm(y)).square())
+    assert folds(model, draw(3, C), draw(4, 3, C).transpose(0, 1)).status == "forward"
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped product")
+def test_experts_in_one_grouped_product_are_linear_layers() -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.weight = RepBN(16, center=False), nn.Parameter(torch.empty(3, 8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = torch.tensor([2, 2, len(x)], dtype=torch.int32)
+            return torch._grouped_mm(self.norm(x), self.weight.transpose(-2, -1), offs=ends)
+
+    model = ready(Grouped()).float()
+    result = fold_norms(model, draw(5, 16).float())
+    assert result.norms[0].status == "forward"
+    x = draw(6, 16, seed=1).float()
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-5)

@@ -1,14 +1,13 @@
 """The callback of `STABNORM_AUTO`, which never stops a training that nobody wrote it into."""
 
-import logging
 from typing import TYPE_CHECKING
 
+from stabnorm._log import logger
 from stabnorm.callbacks.stability import StabilityCallback
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-logger = logging.getLogger("stabnorm")
 
 
 class AutoStabilityCallback(StabilityCallback):

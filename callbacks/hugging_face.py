@@ -1,6 +1,5 @@
 """`StabilityTrainerCallback`: watch the norms of a model that Hugging Face's Trainer trains."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,6 @@ else:
     except ImportError:  # then nobody calls it, but it can be read
         TrainerCallback = object
 
-logger = logging.getLogger("stabnorm")
 
 
 class StabilityTrainerCallback(TrainerCallback):

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from stabnorm._checks import check_count, check_state
+from stabnorm._log import logger
 from stabnorm._models.names import NameFilter
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask, MaskOfBatch
@@ -36,7 +36,6 @@ from stabnorm.switch.schedules import Order, check_plan, check_span, make_schedu
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-logger = logging.getLogger("stabnorm")
 
 
 class ProgressiveNormCallback(Callback):

@@ -1,6 +1,5 @@
 """`StabilityCallback`: measure the input of every normalization layer, with a Lightning Trainer."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stabnorm._checks import check_state
+from stabnorm._log import logger
 from stabnorm._models.names import NameFilter
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask
@@ -42,7 +42,6 @@ _PICTURES = {
     "grad_gain": "how strong the gradient at each norm is",
 }
 
-logger = logging.getLogger("stabnorm")
 
 
 class StabilityCallback(Callback):

@@ -275,12 +275,12 @@ def check_has_numbers(model: Any, purpose: str) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise StabNormError(
-                f"'{name}' of the model does not know its size yet, so there are no numbers {purpose}. Run one batch "
+                f"{name!r} of the model does not know its size yet, so there are no numbers {purpose}. Run one batch "
                 "through the model first"
             )
         if tensor.is_meta:
             raise StabNormError(
-                f"'{name}' of the model is on the meta device, where there are no numbers {purpose}. Move the model "
+                f"{name!r} of the model is on the meta device, where there are no numbers {purpose}. Move the model "
                 "with to_empty() and load its weights first"
             )
 

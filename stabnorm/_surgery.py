@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from stabnorm._log import printable
 from stabnorm._models.tree import Tree
 from stabnorm.errors import StabNormError
 from stabnorm.nn._base import TARGETS, EvalAffineNorm, target_name
@@ -40,7 +41,7 @@ def plan_conversion(layer: NormLayer, to: Target, options: dict[str, Any], tree:
     except StabNormError as error:
         return Plan(str(error))
     except ValueError as error:
-        raise ValueError(f"{layer.name}: {error}") from error
+        raise ValueError(f"{printable(layer.name)}: {error}") from error
 
     def carry_out() -> None:
         new = conversion.carry_out()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from stabnorm._checks import check_choice, check_has_numbers, check_loader, check_model, check_names
+from stabnorm._log import printable
 from stabnorm._models.names import compiled
 from stabnorm._models.tables import aligned
 from stabnorm._models.tree import Tree
@@ -245,8 +246,8 @@ def check_conversion(model: nn.Module, to: Target, options: dict[str, Any]) -> N
         wrapper = parallel_wrapper(module)
         if wrapper:
             raise StabNormError(
-                f"{name or 'the model'} is wrapped in {wrapper} already, which would not know the parameters that "
-                "conversion adds. Convert the model first, then wrap it"
+                f"{printable(name) or 'the model'} is wrapped in {wrapper} already, which would not know the "
+                "parameters that conversion adds. Convert the model first, then wrap it"
             )
 
 

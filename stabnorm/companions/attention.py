@@ -5,7 +5,6 @@ attention never writes its logits anywhere, so they are computed again here, fro
 model passes on, for some queries of each sequence. How these are seen: `stabnorm.companions._attention_calls`.
 """
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm._checks import check_count, check_model
+from stabnorm._log import logger, printable
 from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
 from stabnorm._models.names import NameFilter
@@ -33,7 +33,6 @@ _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "hea
 _FUNCTION = "scaled_dot_product_attention"
 _COLLAPSE = "entropy collapse, arXiv 2303.06296"
 
-logger = logging.getLogger("stabnorm")
 
 
 def _mean(total: Tensor, sums: AttentionSums) -> Tensor:
@@ -126,8 +125,8 @@ class AttentionCompanion(Companion):
         heads = self.heads or _said_heads(module)
         if heads is None:
             raise ValueError(
-                f"cannot tell how many heads {name or 'the model'} ({type(module).__name__}) has: it has no attribute "
-                f"{', '.join(_HEADS)}. Say it with AttentionCompanion(heads=...), or leave it out with exclude="
+                f"cannot tell how many heads {printable(name) or 'the model'} ({type(module).__name__}) has: it has no "
+                f"attribute {', '.join(_HEADS)}. Say it with AttentionCompanion(heads=...), or exclude it with exclude="
             )
         return heads
 

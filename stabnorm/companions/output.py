@@ -1,6 +1,5 @@
 """`OutputCompanion`: measure whether the output logits drift away, the second divergence of arXiv 2309.14322."""
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm._checks import check_all, check_count, check_model, nearest
+from stabnorm._log import logger
 from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
 from stabnorm._models.watched import unwatch_class, watch_class
@@ -19,8 +19,6 @@ from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
 from stabnorm.ops.registration import returns_nothing
 from stabnorm.statistic import Statistic
-
-logger = logging.getLogger("stabnorm")
 
 
 class OutputSums(NamedTuple):

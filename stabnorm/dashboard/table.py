@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stabnorm._log import printable
 from stabnorm.dashboard.text import number, shorten
 from stabnorm.monitor.record import SIDE_SERIES
 
@@ -176,7 +177,7 @@ def format_table(rows: Sequence[Row], *, steps: int, most: int = 8) -> str:
     lines = [_verdict(rows, steps)]
     if rows:
         lines.append(_line("layer", "statistic", "value", "step"))
-    names = shorten([row.layer for row in rows], 46)
+    names = shorten([printable(row.layer) for row in rows], 46)
     for row, name in list(zip(rows, names, strict=True))[:most]:
         lines.append(_line(name, row.statistic, number(row.value), f"{row.step:,}"))
         lines += textwrap.wrap(row.reason, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)

@@ -224,7 +224,7 @@ def check_model(model: nn.Module, is_eval: bool = True) -> None:
     _checks.check_model("model", model)
     check_has_numbers(model, "to fold")
     for name, module in model.named_modules():
-        where = f"'{name}'" if name else "the model"
+        where = repr(name) if name else "the model"
         if is_eval and module.training:
             raise StabNormError(f"{where} is in training mode, where a norm is no affine map. Call model.eval() first")
         if is_scripted(module):

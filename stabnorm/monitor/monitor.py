@@ -1,6 +1,5 @@
 """`StabilityMonitor`: measure the input of every normalization layer of a model at every step, in any training loop."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -20,6 +19,7 @@ from stabnorm._checks import (
     check_scalar,
     check_state,
 )
+from stabnorm._log import logger
 from stabnorm._models.wrappers import unwrapped
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-logger = logging.getLogger("stabnorm")
 
 
 def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any) -> None:

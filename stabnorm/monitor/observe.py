@@ -4,7 +4,6 @@ A hook only calls one op on its layer's row. It computes no statistic and reads 
 returns what the hooks of one optimizer step gathered, and `Observer.discard` starts the next step.
 """
 
-import logging
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stabnorm._log import logger
 from stabnorm._models.devices import device_of
 from stabnorm._models.ranks import is_distributed
 from stabnorm._models.watched import unwatch_class, watch_class
@@ -24,8 +24,6 @@ from stabnorm.monitor.gradient_hooks import OutputHook, ParameterHook
 from stabnorm.norms import NormLayer
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
 from stabnorm.ops.moments import accumulate_moments_
-
-logger = logging.getLogger("stabnorm")
 
 
 class Observer:

@@ -8,7 +8,6 @@ float32.
 import functools
 import itertools
 import json
-import logging
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stabnorm._checks import check_all, check_instance, wrong_type
+from stabnorm._log import logger
 from stabnorm.monitor._folders import create_file, local_folder, remove_drafts, replace_file
 from stabnorm.monitor._record_files import (
     block_number,
@@ -55,7 +55,6 @@ EVENT_KINDS: Mapping[str, str] = {
 
 Array = npt.NDArray[np.float32]
 
-logger = logging.getLogger("stabnorm")
 
 
 @dataclass(frozen=True, eq=False)

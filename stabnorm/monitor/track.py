@@ -3,7 +3,6 @@
 A monitor has one track of its norms, and one for each companion: heads, matrices, ... All share its steps and flushes.
 """
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabnorm._log import logger
 from stabnorm.companions.companion import Companion
 from stabnorm.monitor.async_copy import AsyncCopy
 from stabnorm.monitor.detect import Alert, Detector, MakeDetector
@@ -24,7 +24,6 @@ from stabnorm.statistic import Statistic
 SCALARS = ("loss", "learning_rate")  # one number per step, not per row
 _HISTORY_BYTES = 64 << 20
 
-logger = logging.getLogger("stabnorm")
 
 
 class Track:

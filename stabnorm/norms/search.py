@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from stabnorm._checks import check_model
+from stabnorm._log import printable
 from stabnorm._models.names import NameFilter, Patterns
 from stabnorm._models.wrappers import is_scripted, plain_name
 from stabnorm.norms.layer import NormLayer
@@ -133,7 +134,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 def _complaint(lazy: _Named, unknown: _Named) -> str:
     def listed(modules: _Named) -> list[str]:
-        return [f"  {name or 'the model itself'} ({type(module).__name__})" for name, module in modules]
+        return [f"  {printable(name) or 'the model itself'} ({type(module).__name__})" for name, module in modules]
 
     lines = []
     if unknown:

@@ -20,6 +20,7 @@ from stabnorm._checks import (
     check_loader,
     check_number,
 )
+from stabnorm._log import printable
 from stabnorm._models.batches import Forward, batches_of
 from stabnorm._models.copies import copied
 from stabnorm._models.devices import device_of
@@ -375,7 +376,8 @@ def _check(model: nn.Module, steps: int, tolerance: float | None, fit: str | Non
     for name, module in model.named_modules():
         if is_scripted(module) or is_compiled(module):
             how = "scripted" if is_scripted(module) else "compiled"
-            raise StabNormError(f"{name or 'the model'} is {how}, so its norms cannot be replaced. Do that afterwards")
+            what = printable(name) or "the model"
+            raise StabNormError(f"{what} is {how}, so its norms cannot be replaced. Do that afterwards")
 
 
 def _split(loader: Iterable[Any], read: list[Any], steps: int) -> tuple[list[Any], list[Any], Iterable[Any]]:

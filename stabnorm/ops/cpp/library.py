@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import re
 import shlex
@@ -26,6 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from stabnorm._log import logger
 from stabnorm.ops.cache import cache_folder, is_kept, keep, made, remove_old_drafts
 
 FOLDER = Path(__file__).parent
@@ -43,7 +43,6 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BUILD_SECONDS = 300
 PREFIX = "stabnorm_"
 
-logger = logging.getLogger("stabnorm")
 _T = TypeVar("_T")
 
 _C_TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "void": None}

@@ -22,7 +22,7 @@ VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2]
 STAMP   = $(VENV)/installed-$(VERSION)
 
 demo: $(STAMP)
-	$(BIN)/python -m examples.demo
+	$(BIN)/python -m stabnorm.examples.demo
 
 quick: lint
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m "not slow"

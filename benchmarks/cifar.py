@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.digits import Batch, DigitsViT
+from stabnorm.examples.digits import Batch, DigitsViT
 
 TRAIN_IMAGES, TEST_IMAGES = 10_000, 2_000
 

@@ -28,9 +28,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 
 from benchmarks.switch_study import interval, judge, tasks
-from examples.digits import augment
 from stabnorm import find_norms, fold_norms, remove_norms
 from stabnorm.callbacks import ProgressiveNormCallback
+from stabnorm.examples.digits import augment
 from stabnorm.pretrained import Recipe
 
 METHODS = ("LayerNorm", "after: fit", "after: fit + repair", "during")

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from examples.minilm import SentenceEncoder, Tokenizer, load_encoder
-from examples.sentence_encoder import (
+from stabnorm.dashboard.heatmap import FAINT, INK, MARK, PAPER
+from stabnorm.examples.minilm import SentenceEncoder, Tokenizer, load_encoder
+from stabnorm.examples.sentence_encoder import (
     Agreement,
     Batches,
     agreement,
@@ -35,7 +36,6 @@ from examples.sentence_encoder import (
     pieces,
     training_texts,
 )
-from stabnorm.dashboard.heatmap import FAINT, INK, MARK, PAPER
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained import Runner, measure_norms
 

@@ -41,8 +41,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from benchmarks.cifar import CifarViT, cifar_loaders
-from examples.characters import CharacterTransformer, text_loaders
-from examples.digits import DigitsViT, digits_loaders
+from stabnorm.examples.characters import CharacterTransformer, text_loaders
+from stabnorm.examples.digits import DigitsViT, digits_loaders
 from stabnorm.nn import PRepBN
 
 Loaders: TypeAlias = tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-
 class AutoStabilityCallback(StabilityCallback):
     """A `StabilityCallback` that steps aside, and says why, where it has nothing to do.
 

@@ -29,7 +29,6 @@ else:
         TrainerCallback = object
 
 
-
 class StabilityTrainerCallback(TrainerCallback):
     """Watches the norms of the Trainer's model at every optimizer step; it needs no argument.
 

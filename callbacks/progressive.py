@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-
 class ProgressiveNormCallback(Callback):
     r"""Switches a model from LayerNorm or RMSNorm to norms that are affine in eval; it needs no argument.
 

@@ -43,7 +43,6 @@ _PICTURES = {
 }
 
 
-
 class StabilityCallback(Callback):
     """Watches every normalization layer of a run at every optimizer step; it needs no argument.
 

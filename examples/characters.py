@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.digits import Block, with_warmup_and_cosine
+from stabnorm.examples.digits import Block, with_warmup_and_cosine
 
 Batch: TypeAlias = tuple[Tensor]
 """Windows of text, of shape (count, length + 1): what is read, and one character on, what is to be said."""

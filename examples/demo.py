@@ -1,4 +1,4 @@
-"""See, switch and ship, on a small vision transformer: `make demo`.
+"""See, switch and ship, on a small vision transformer: `python -m stabnorm.examples.demo`, or `make demo`.
 
 Three runs on scikit-learn's digit images, 600 steps each, about a minute and a half together. The first is healthy. The
 second one is the first until step 300; from there on a weight decay with its sign turned makes every weight matrix grow
@@ -20,10 +20,10 @@ from PIL import Image
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from examples.digits import Destabilize, DigitsViT, digits_loaders
 from stabnorm import Alert, find_norms
 from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityCallback
 from stabnorm.dashboard.heatmap import heatmap
+from stabnorm.examples.digits import Destabilize, DigitsViT, digits_loaders
 from stabnorm.monitor.record import Record, read_record
 
 STEPS = 600

@@ -1,4 +1,4 @@
-"""Lightning Fabric, watched: `python -m examples.fabric`, or with `--devices 2` in two processes.
+"""Lightning Fabric, watched: `python -m stabnorm.examples.fabric`, or with `--devices 2` in two processes.
 
 Fabric wraps model, optimizer and data; the loop stays yours. Every process has a monitor, which is stepped after the
 optimizer. What they measure is merged, and the first process writes it.
@@ -13,8 +13,8 @@ import torch
 from lightning.fabric import Fabric
 from torch.nn import functional as F
 
-from examples.digits import DigitsViT, augment, digits_loaders
 from stabnorm.callbacks.fabric import FabricMonitor
+from stabnorm.examples.digits import DigitsViT, augment, digits_loaders
 
 
 def main(arguments: Sequence[str] | None = None) -> FabricMonitor:

@@ -1,4 +1,4 @@
-"""Takes LayerNorm out of a model that was trained with it, by fine-tuning: `python -m examples.finetune`.
+"""Takes LayerNorm out of a model that was trained with it, by fine-tuning: `python -m stabnorm.examples.finetune`.
 
 First a small vision transformer is trained on digit images with LayerNorm, and saved. Then the checkpoint is loaded,
 and trained on for a while with `ProgressiveNormCallback`, which converts the norms and moves lam from 1 to 0. A minute
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pytorch_lightning import Callback, Trainer, seed_everything
 
-from examples.digits import DigitsViT, digits_loaders
 from stabnorm import find_norms
 from stabnorm.callbacks import ProgressiveNormCallback
+from stabnorm.examples.digits import DigitsViT, digits_loaders
 
 
 def fit(

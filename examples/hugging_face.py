@@ -1,4 +1,6 @@
-"""Hugging Face's Trainer, watched: `python -m examples.hugging_face`, with `pip install transformers accelerate`.
+"""Hugging Face's Trainer, watched: `python -m stabnorm.examples.hugging_face`.
+
+It needs `pip install "stabnorm[hugging_face]"`.
 
 `StabilityTrainerCallback` is one of the Trainer's callbacks. The model is a GPT-2 of two layers with random weights,
 and the text is that of Python's own documentation, so that no network is needed.
@@ -11,9 +13,9 @@ from typing import Any
 
 import torch
 
-from examples.characters import ALPHABET, CONTEXT, text_loaders
 from stabnorm import StabilityMonitor
 from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
+from stabnorm.examples.characters import ALPHABET, CONTEXT, text_loaders
 
 
 def windows() -> list[dict[str, torch.Tensor]]:
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> StabilityMonitor:
     try:
         from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
     except ImportError as error:
-        raise SystemExit("this example needs `pip install transformers accelerate`") from error
+        raise SystemExit("this example needs `pip install 'stabnorm[hugging_face]'`") from error
     set_seed(0)
     config = GPT2Config(vocab_size=len(ALPHABET), n_positions=CONTEXT + 1, n_embd=48, n_layer=2, n_head=4)
     callback = StabilityTrainerCallback(flush_every=10)

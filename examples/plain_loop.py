@@ -1,8 +1,8 @@
-"""A loop of your own, watched: `python -m examples.plain_loop`.
+"""A loop of your own, watched: `python -m stabnorm.examples.plain_loop`.
 
 It trains the small vision transformer of `examples.digits` without any Trainer, and goes on from its last checkpoint
-when it is started again. In several processes, `torchrun --nproc-per-node 2 -m examples.plain_loop`, the record is that
-of the whole batch all the same.
+when it is started again. In several processes the record is that of the whole batch all the same:
+`torchrun --nproc-per-node 2 -m stabnorm.examples.plain_loop`.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.digits import DigitsViT, augment, digits_loaders
 from stabnorm import StabilityMonitor
+from stabnorm.examples.digits import DigitsViT, augment, digits_loaders
 from stabnorm.monitor.record import FileRecord
 
 

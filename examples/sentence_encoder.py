@@ -1,4 +1,4 @@
-"""Takes the 13 LayerNorms out of a real pretrained sentence encoder: `python -m examples.sentence_encoder`.
+"""Takes the 13 LayerNorms out of a real pretrained sentence encoder: `python -m stabnorm.examples.sentence_encoder`.
 
 Its only teacher is the encoder itself: no labels, and for text the documentation that comes with Python, or your own
 (`--data`). Every norm is fitted by an affine map together with the layer that feeds it, the whole is trained for some
@@ -23,8 +23,8 @@ from sklearn import datasets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.minilm import Batch, SentenceEncoder, Tokenizer, load_encoder
 from stabnorm import remove_norms
+from stabnorm.examples.minilm import Batch, SentenceEncoder, Tokenizer, load_encoder
 from stabnorm.pretrained import Recipe, RemovalResult
 
 LENGTHS = (8, 14, 24, 40, 70, 110)  # words of a text to train on: an encoder is asked for short and long ones

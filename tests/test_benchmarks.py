@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks import __main__ as suite
 from benchmarks import inference, monitor_overhead, peers, removal_ablation, switch_study
-from examples import finetune
+from stabnorm.examples import finetune
 
 
 def test_the_overhead_benchmark_prints_a_row_for_each_preset(capsys: pytest.CaptureFixture[str]) -> None:

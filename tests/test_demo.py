@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import demo
+from stabnorm.examples import demo
 from stabnorm.nn import PRepBN
 
 pytestmark = pytest.mark.slow

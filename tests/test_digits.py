@@ -8,7 +8,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer, seed_everythin
 from pytorch_lightning.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from examples.digits import BLANK, Batch, Destabilize, DigitsViT, augment, digits_loaders
+from stabnorm.examples.digits import BLANK, Batch, Destabilize, DigitsViT, augment, digits_loaders
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from examples import fabric, plain_loop
 from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
+from stabnorm.examples import fabric, plain_loop
 from stabnorm.monitor.record import read_record
 
 pytestmark = pytest.mark.slow

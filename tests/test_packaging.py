@@ -10,7 +10,7 @@ import pytest
 from tests import check_install
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"stabnorm": "stabnorm", "stabnorm.callbacks": "callbacks"}
+FOLDERS = {"stabnorm": "stabnorm", "stabnorm.callbacks": "callbacks", "stabnorm.examples": "examples"}
 
 
 def test_every_package_is_listed() -> None:
@@ -24,12 +24,13 @@ def test_every_package_is_listed() -> None:
     assert found == listed
 
 
-def test_callbacks_is_reached_through_the_link() -> None:
-    link = ROOT / "stabnorm" / "callbacks"
+@pytest.mark.parametrize("folder", ["callbacks", "examples"])
+def test_a_folder_at_the_top_is_reached_through_a_link(folder: str) -> None:
+    link = ROOT / "stabnorm" / folder
     if link.is_file():
         pytest.skip("this checkout was made without symbolic links: git config core.symlinks true")
     assert link.is_symlink()
-    assert link.resolve() == ROOT / "callbacks"
+    assert link.resolve() == ROOT / folder
 
 
 def test_the_versions_agree() -> None:
@@ -50,6 +51,31 @@ def test_every_place_promises_the_same_pythons() -> None:
 def test_every_dependency_has_a_lower_bound_that_make_can_install() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert all(re.fullmatch(r"[\w-]+>=[\d.]+", dependency) for dependency in project["dependencies"])
+
+
+def test_every_extra_has_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: {*needs} for name, needs in project["optional-dependencies"].items()}
+    of_torch = {"triton; platform_system == 'Linux'"}
+    for name, needs in extras.items():
+        bounded = {need for need in needs if re.fullmatch(r"(stabnorm\[[\w,]+\]|[\w-]+(\[\w+\])?>=[\d.]+)", need)}
+        assert needs - bounded - of_torch == set(), name
+
+
+def test_the_text_for_the_package_index_has_no_link_that_leads_nowhere_there() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / project["readme"]).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=[\"']([^\"']+)", text)
+    assert [target for pair in targets for target in pair if target and not target.startswith("https://")] == []
+    assert all(url.startswith("https://") for url in project.get("urls", {}).values())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_says_how_it_is_run_once_the_package_is_installed(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if "__main__" in text:
+        assert f"-m stabnorm.examples.{path.stem}" in text
+    assert not re.search(r"^\s*(from|import) examples\b", text, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(("triton", "verdict"), [("3.7.1", "ok"), ("3.9.0", "no")])

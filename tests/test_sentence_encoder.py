@@ -11,10 +11,19 @@ import torch
 from torch import nn
 
 from benchmarks.removal_tradeoff import COLOURS, Point, draw, main, read
-from examples import sentence_encoder
-from examples.minilm import Batch, SentenceEncoder, renamed
-from examples.sentence_encoder import Agreement, Batches, agreement, convert, embeddings, export, pieces, training_texts
 from stabnorm import find_norms
+from stabnorm.examples import sentence_encoder
+from stabnorm.examples.minilm import Batch, SentenceEncoder, renamed
+from stabnorm.examples.sentence_encoder import (
+    Agreement,
+    Batches,
+    agreement,
+    convert,
+    embeddings,
+    export,
+    pieces,
+    training_texts,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -34,7 +34,6 @@ _FUNCTION = "scaled_dot_product_attention"
 _COLLAPSE = "entropy collapse, arXiv 2303.06296"
 
 
-
 def _mean(total: Tensor, sums: AttentionSums) -> Tensor:
     return torch.where(sums.queries > 0, total / sums.queries, torch.nan)
 

@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-
-
 def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any) -> None:
     """Check what `StabilityMonitor` and `StabilityCallback` both take, before there is a model.
 

@@ -56,7 +56,6 @@ EVENT_KINDS: Mapping[str, str] = {
 Array = npt.NDArray[np.float32]
 
 
-
 @dataclass(frozen=True, eq=False)
 class Block:
     """The contiguous steps that one flush adds to a record.

@@ -25,7 +25,6 @@ SCALARS = ("loss", "learning_rate")  # one number per step, not per row
 _HISTORY_BYTES = 64 << 20
 
 
-
 class Track:
     """The measurements of some rows, which stay on the device until a flush.
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from examples.digits import DigitsViT, augment, digits_loaders
 from stabnorm import StabilityMonitor, valid_tokens
+from stabnorm.examples.digits import DigitsViT, augment, digits_loaders
 from stabnorm.monitor import observe
 from stabnorm.monitor.statistics import PRESETS
 from stabnorm.nn import PRepBN

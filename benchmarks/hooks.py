@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from scipy import stats
 from torch import nn
 
 STEPS, CALLS = 5, 500
@@ -107,8 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for figure, title in FIGURES.items():
         for name, of_tree in zip(("here", "against"), results, strict=False):
             values = [one[figure] for one in of_tree]
-            ratio = statistics.median(one[figure] / here[figure] for one, here in zip(of_tree, results[0], strict=True))
-            print(f"| {name} | {title} | {min(values):.2f} | {statistics.median(values):.2f} | {ratio:.2f} |")
+            ratios = [one[figure] / here[figure] for one, here in zip(of_tree, results[0], strict=True)]
+            interval = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)  # exact, for any distribution
+            ratio = f"{statistics.median(ratios):.2f} ({interval.low:.2f} to {interval.high:.2f})"
+            print(f"| {name} | {title} | {min(values):.2f} | {statistics.median(values):.2f} | {ratio} |")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 The z-score works on logarithms against median and median absolute deviation of the last 128 steps. Three things keep
 it quiet on a healthy run: a least scale per statistic (`Statistic.floor`; six of them are the smallest change that can
 fire), outliers that enter the past clipped, and a score that must hold for two steps unless it is twice too high.
-Constants and the choice against CUSUM, EWMA and fitted quantiles come from a study of 168 injected faults and 35,000
-calm steps on three small models; nothing is promised beyond that.
+The constants, and the choice of this detector instead of CUSUM, EWMA or fitted quantiles, come from a study of 168
+injected faults on three small models. In 35,256 calm steps it raised no alert. So on such models there are, with 95 %
+confidence, at most 0.85 false alarms in 10,000 steps (exact binomial bound). Other models may have more.
 """
 
 from collections.abc import Callable, Collection, Sequence

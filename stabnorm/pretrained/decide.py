@@ -1,17 +1,28 @@
 """Decide which norms stay, worst first, until the converted model is close to the original on held-out data."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from scipy import stats
 from torch import nn
 
 from stabnorm._models.devices import device_of
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.fit.watch import Runner
+from stabnorm.functional import batch_moments, merge_batches
 from stabnorm.nn.prep import PRepBN
 from stabnorm.pretrained.repair import Distance
 from stabnorm.switch.lam import write_lam
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % confidence interval by Student's t; the interval is NaN for a single batch."""
+
+    mean: float
+    low: float
+    high: float
 
 
 class HeldOut:
@@ -27,16 +38,29 @@ class HeldOut:
     def __init__(self, original: nn.Module, batches: Sequence[Any], run: Runner, distance: Distance) -> None:
         self.original, self.batches, self.run, self.distance = original, batches, run, distance
 
-    @torch.no_grad()
     def error(self, model: nn.Module) -> float:
         """Return the mean distance between the outputs of model and original, over the batches of all ranks."""
+        return self.estimate(model).mean
+
+    @torch.no_grad()
+    def estimate(self, model: nn.Module) -> Estimate:
+        """Return this mean with its 95 % confidence interval, for which batches count as independent."""
         errors = []
         for batch in self.batches:
             wanted = self.run(self.original, batch)
             with self.run.prepared(model, batch) as prepared:
                 errors.append(self.distance(self.run.forward(model, prepared), wanted).double().reshape(()))
-        of_ranks = gather_over_ranks(torch.stack(errors).mean().to(device_of(model)))
-        return float(of_ranks.mean())
+        own = batch_moments(torch.stack(errors)[:, None], None, center=True)
+        assert own.mean is not None
+        of_rank = torch.stack([own.rows, own.mean[0], own.square[0]]).to(device_of(model))
+        counts, means, squares = gather_over_ranks(of_rank).cpu().unbind(1)
+        merged = merge_batches(counts, means[:, None], squares[:, None])
+        assert merged.mean is not None
+        count, mean, variance = int(merged.rows), float(merged.mean), float(merged.square)
+        if count < 2:
+            return Estimate(mean, math.nan, math.nan)
+        low, high = stats.t.interval(0.95, count - 1, mean, math.sqrt(variance / (count - 1)))
+        return Estimate(mean, float(low), float(high))
 
 
 def keep_only(norms: Mapping[str, PRepBN], kept: Iterable[str]) -> None:

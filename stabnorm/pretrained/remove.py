@@ -40,7 +40,7 @@ from stabnorm.fit.watch import Runner
 from stabnorm.fold import FoldResult, fold_norms
 from stabnorm.nn.prep import PRepBN
 from stabnorm.norms import NormLayer, NormSearch
-from stabnorm.pretrained.decide import HeldOut, costs_of, fewest_kept, keep_only
+from stabnorm.pretrained.decide import Estimate, HeldOut, costs_of, fewest_kept, keep_only
 from stabnorm.pretrained.repair import Distance, Recipe, Repair, relative_error, repair_norms
 from stabnorm.switch.lam import progressive_norms
 
@@ -80,6 +80,7 @@ class RemovalResult:
         model: the converted and folded model, in eval mode.
         norms: one entry for each norm, in module order.
         error: the mean of `loss` on the held-out batches, before the fold. NaN without held-out batches.
+        interval: the 95 % confidence interval of `error` by Student's t over the batches. NaN for fewer than two.
         losses: the loss of each step of the repair.
         fold: the result of the fold; None if every norm is kept.
     """
@@ -89,10 +90,13 @@ class RemovalResult:
     error: float
     losses: list[float]
     fold: FoldResult | None
+    interval: tuple[float, float] = (math.nan, math.nan)
 
     def __str__(self) -> str:
         gone = sum(not norm.kept for norm in self.norms)
         error = "" if math.isnan(self.error) else f"; held-out error {self.error:.3g}"
+        if not math.isnan(self.interval[0]):
+            error += f" (95 % interval {self.interval[0]:.3g} to {self.interval[1]:.3g})"
         rows: list[tuple[str, ...]] = [("norm", "", "residual", "left", "cost", "")]
         for norm in self.norms:
             numbers = ["" if math.isnan(x) else f"{x:.3f}" for x in (norm.residual, norm.left)]
@@ -309,7 +313,7 @@ class _Removal:
     def result(self, kept: dict[str, str], held: HeldOut | None, losses: list[float]) -> RemovalResult:
         """Replace the kept norms by the original modules, and fold the others."""
         keep_only(self.norms, kept)
-        error = held.error(self.model) if held else math.nan
+        error = held.estimate(self.model) if held else Estimate(math.nan, math.nan, math.nan)
         user = dict(self.user_model.named_modules())
         for name in kept:
             old = copy.deepcopy(user[self.paths[name]]).eval()
@@ -322,7 +326,7 @@ class _Removal:
         if len(kept) < len(self.norms):
             example = first_rows(_called_with(self.model, self.fitted[0], self.run), ROWS)
             fold = fold_norms(self.model, (example.args, example.kwargs), inplace=True)
-        return RemovalResult(self.model, self._report(kept, fold), error, losses, fold)
+        return RemovalResult(self.model, self._report(kept, fold), error.mean, losses, fold, (error.low, error.high))
 
     def _report(self, kept: dict[str, str], fold: FoldResult | None) -> list[RemovedNorm]:
         folded = {norm.name: norm for norm in fold.norms} if fold else {}

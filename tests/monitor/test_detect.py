@@ -1,15 +1,17 @@
 """Alerts: what fires, what stays quiet, and that the detector survives what it detects."""
 
 import math
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor
-from stabnorm.monitor import Statistic
+from stabnorm.monitor import Statistic, detect
 from stabnorm.monitor.detect import Alert, RobustDetector
 from stabnorm.monitor.statistics import resolve
 from stabnorm.nn import PRepBN
@@ -37,6 +39,14 @@ def run(values: Tensor, nonfinite: Tensor | None = None, chunk: int = 50, fading
         part = slice(start, start + chunk)
         alerts += detector.update(start, values[part], tokens[part], nonfinite[part])
     return alerts
+
+
+def test_the_documented_bound_on_false_alarms_follows_from_the_calm_steps() -> None:
+    text = detect.__doc__ or ""
+    (calm_steps,) = re.findall(r"In ([\d,]+) calm steps it raised no alert", text)
+    (bound,) = re.findall(r"at most ([\d.]+) false alarms in 10,000 steps", text)
+    exact = stats.binomtest(0, int(calm_steps.replace(",", "")), alternative="less").proportion_ci(0.95).high
+    assert round(1e4 * exact, 2) == float(bound)
 
 
 @pytest.mark.slow

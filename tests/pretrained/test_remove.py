@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -94,6 +96,19 @@ def test_the_tolerance_holds_on_data_that_was_not_fitted_to(tolerance: float, st
     assert {norm.name for norm in kept} == {layer.name for layer in find_norms(result.model)}
     if len(kept) == 3:
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in result.model.state_dict().items())
+
+
+def test_the_held_out_error_has_the_interval_of_students_t_over_its_batches() -> None:
+    model, held_out = post_norm().eval(), batches(5, seed=21)
+    result = remove_norms(model, batches(12, 32), tolerance=1.0, held_out=held_out)
+    errors = [error(result.model, model, [batch]) for batch in held_out]
+    interval = stats.ttest_1samp(errors, 0).confidence_interval(0.95)
+    assert result.interval == pytest.approx((interval.low, interval.high), rel=1e-3)
+    assert result.interval[0] < result.error < result.interval[1]
+    assert f"(95 % interval {result.interval[0]:.3g} to {result.interval[1]:.3g})" in str(result)
+    alone = remove_norms(model, batches(12, 32), tolerance=1.0, held_out=held_out[:1])
+    assert all(map(math.isnan, alone.interval))
+    assert "interval" not in str(alone)
 
 
 def test_more_tolerance_keeps_no_more() -> None:

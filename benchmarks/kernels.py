@@ -26,7 +26,7 @@ from stabnorm.ops import use_kernels
 from stabnorm.ops.dispatch import Op
 from stabnorm.ops.moments import accumulate_moments_, add_moments_
 from stabnorm.ops.rows import BatchMap, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
-from stabnorm.ops.selftest import settings_of
+from stabnorm.ops.selftest import backends_of
 
 WARM_UP = 3
 Run = Callable[[Tensor, Tensor], object]
@@ -75,7 +75,7 @@ def contenders(channels: int, dtype: torch.dtype, device: torch.device, compiled
         fused = torch.compile(lambda x: functional.batch_moments(x.float(), None, center=True), dynamic=False)
         entries.append(Contender("column moments", "torch.compile of the formula", 1, lambda x, dy: fused(x)))
     for label, op, passes, run in own_ops:
-        entries += [Contender(label, name, passes, run, setting) for name, setting in settings_of(op, device).items()]
+        entries += [Contender(label, name, passes, run, name) for name in backends_of(op, device)]
     for name, module in layer_norms(channels, dtype, device).items():
         entries.append(Contender("LayerNorm, there and back", name, 5, _there_and_back(module)))
     return entries

@@ -4,6 +4,8 @@ import os
 
 # On the small tensors of the tests one thread is several times faster than two, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+# Nor does a test start a self-test of the kernels in the background. Those of the choice set another value themselves.
+os.environ.setdefault("STABNORM_KERNELS", "aten")
 
 import pytest
 import torch

@@ -40,6 +40,7 @@ from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.monitor.track import SCALARS, CompanionTracks, Track
 from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.norms import find_norms
+from stabnorm.ops.dispatch import admit, look_again
 from stabnorm.statistic import by_name
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ class StabilityMonitor:
         self._observer.detach()
         self._observer.attach()
         self.companions.attach()
+        admit(self._observer.device)
         self._on_device()  # allocate now, because that would stall a GPU in the first step
 
     def detach(self) -> None:
@@ -345,6 +347,7 @@ class StabilityMonitor:
 
     def _send(self) -> None:
         """Start the copy to the host; on a GPU it is asynchronous."""
+        look_again()
         if not self._track.waiting:
             return
         self._receive()

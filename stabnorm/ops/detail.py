@@ -74,7 +74,7 @@ def accumulate_detail_(
     range_bits.clamp_(max=math.log2(torch.finfo(x.dtype).max))
 
 
-@op("rows")
+@op("rows", observes=True)
 def add_detail_(rows: Tensor, valid: Tensor | None, into: DetailMoments, request: DetailRequest) -> None:
     """`functional.detail_moments` of float32 ``rows [R, C]`` added to ``into``."""
     merge_detail_(into, detail_moments(rows, valid=valid, **request._asdict()))
@@ -103,7 +103,7 @@ def count_outliers_(
     outputs.add_(outliers)
 
 
-@op("rows")
+@op("rows", observes=True)
 def outliers_of_rows(rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """`functional.outlier_counts` of ``rows [R, C]`` in any floating dtype."""
     return outlier_counts(rows, valid)

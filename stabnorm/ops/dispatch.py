@@ -3,13 +3,15 @@
 `op` makes an op from a formula, which runs anywhere and is the backend "reference". An op may have faster backends:
 
 * "aten" for CPUs uses ATen's fast primitives. A compiled graph gets the formula instead, which its compiler fuses.
-* "cpp" for CPUs is C++, which needs a compiler (`stabnorm.ops.cpp.library`).
+* "cpp" for CPUs is C++, which is built where there is a compiler (`stabnorm.ops.cpp.library`).
 * "triton" for GPUs is a kernel. It runs on devices where its own tests have passed (`stabnorm.ops.tested`).
 
 The environment variable STABNORM_KERNELS, or `use_kernels`, sets which of them may run:
 
-* auto, the default, uses what is available everywhere and needs no build: ATen on CPUs, tested kernels on GPUs.
-* cpp also uses the C++ backend on CPUs. It is built at first use, which takes some seconds, and then kept.
+* auto, the default, uses the fastest backend that has passed its own self-test on this device: Triton on GPUs, C++ on
+  CPUs. The self-test runs by itself, once (`stabnorm.ops.admission`). Where neither is there, ATen runs on CPUs.
+* aten uses ATen on CPUs, as `auto` does where there is no compiler, and tested kernels on GPUs.
+* cpp uses C++ on CPUs without a self-test. It is built at first use, which takes some seconds, and then kept.
 * triton also uses kernels that are untested, or that round LayerNorm differently from torch. On a CPU it uses Triton's
   interpreter, for tests.
 * reference uses the formulas everywhere.
@@ -34,10 +36,10 @@ import torch
 from torch import Tensor
 
 from stabnorm._checks import check_choice
-from stabnorm.ops import tested
+from stabnorm.ops import admission, tested
 from stabnorm.ops.registration import define
 
-KERNELS = ("auto", "cpp", "triton", "reference")
+KERNELS = ("auto", "aten", "cpp", "triton", "reference")
 VARIABLE = "STABNORM_KERNELS"
 REFERENCE = "reference"
 BACKENDS = ("triton", "cpp", "aten")  # in order of preference
@@ -127,7 +129,7 @@ class Op(Generic[_P, _T]):
         formula: the function that every backend must equal.
         by: name of the tensor whose device and dtype decide which backend runs; None if there is only the formula.
         unless: returns True for arguments that only the formula supports.
-        mutates, fake: see `op`.
+        mutates, fake, observes: see `op`.
     """
 
     def __init__(
@@ -137,9 +139,11 @@ class Op(Generic[_P, _T]):
         unless: Callable[..., bool] | None,
         mutates: Sequence[str],
         fake: Callable[..., Any] | None,
+        observes: bool = False,
     ) -> None:
         functools.update_wrapper(self, formula)
         self.name = formula.__name__
+        self.observes = observes
         self.formula = formula
         self.checks: list[Callable[..., Any]] = []  # comparisons of the self-test
         self.backends: dict[str, Backend] = {}
@@ -195,6 +199,8 @@ class Op(Generic[_P, _T]):
         key = (self.name, _kernels, device, masked, plain)
         name = _choices.get(key)
         if name is None:
+            if _kernels == "auto" and device.type == "cpu":
+                admission.start(device)
             name = _choices[key] = _choose(self, _kernels, device.type, device.index, masked, plain, False)
         return name
 
@@ -221,6 +227,7 @@ def op(
     unless: Callable[..., bool] | None = None,
     mutates: Sequence[str] = (),
     fake: Callable[..., Any] | None = None,
+    observes: bool = False,
 ) -> Callable[[Callable[_P, _T]], Op[_P, _T]]:
     """Make an op from a formula.
 
@@ -231,10 +238,13 @@ def op(
         mutates: names of the arguments that it changes in place; only with `fake`.
         fake: returns empty tensors of the results' shapes. With it the op is registered with PyTorch's dispatcher: in a
             compiled graph it is one opaque node, and the backend is chosen at run time.
+        observes: no result of it enters the training, so another backend may take over while a model trains. All others
+            keep their backend as long as the process lives, so that a run has the same bits from its first step to its
+            last. Default: False.
     """
 
     def make(formula: Callable[_P, _T]) -> Op[_P, _T]:
-        made = Op(formula, by, unless, mutates, fake)
+        made = Op(formula, by, unless, mutates, fake, observes)
         OPS[made.name] = made
         return made
 
@@ -252,6 +262,22 @@ def all_ops() -> list[Op[..., Any]]:
 
 
 # --- the choice ---
+
+
+def admit(device: torch.device) -> None:
+    """Test the kernels of a device unless they were tested: a CPU's in the background, a GPU's before this returns."""
+    if _kernels != "auto" or device.type not in ("cpu", "cuda") or (device.type == "cuda" and not tested.has_triton()):
+        return
+    admission.start(device)
+    if device.type == "cuda":
+        admission.wait(device)
+
+
+def look_again() -> None:
+    """Let the ops that only observe use what a self-test in the background has admitted since the last call."""
+    if admission.ended():
+        for key in [key for key in _choices if OPS[str(key[0])].observes]:
+            del _choices[key]
 
 
 def _choose(
@@ -284,10 +310,19 @@ def why_not(kernels: str, backend: str, op: str, device: str, index: int | None)
     if device != "cpu":
         return "is for CPUs"
     if backend == "cpp":
-        from stabnorm.ops.cpp import library
-
-        return library.why_not() if kernels == "cpp" else f"is opt-in: set {VARIABLE}=cpp"
+        return _why_no_cpp(kernels, op)
     return None
+
+
+def _why_no_cpp(kernels: str, op: str) -> str | None:
+    if kernels not in ("auto", "cpp"):
+        return f"{VARIABLE} is {kernels}"
+    reason = tested.why_untested(op, torch.device("cpu")) if kernels == "auto" else None
+    if reason is not None:
+        return reason
+    from stabnorm.ops.cpp import library
+
+    return library.why_not()
 
 
 def _why_no_triton(kernels: str, op: str, device: str, index: int | None) -> str | None:
@@ -302,7 +337,7 @@ def _why_no_triton(kernels: str, op: str, device: str, index: int | None) -> str
     backend = OPS[op].find("triton")
     if backend is not None and not backend.same_bits:
         return f"changes bits of LayerNorm, so that it is opt-in: set {VARIABLE}=triton"
-    return tested.why_untested(op, index)
+    return tested.why_untested(op, torch.device(device, index or 0))
 
 
 # --- the table of what runs ---

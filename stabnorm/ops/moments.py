@@ -95,7 +95,7 @@ def accumulate_moments_(
     add_moments_(rows, keep, into, request)
 
 
-@op("rows")
+@op("rows", observes=True)
 def add_moments_(rows: Tensor, valid: Tensor | None, into: RawMoments, request: Request) -> None:
     """`functional.raw_moments` of ``rows [R, C]`` in any floating dtype but float64, added to ``into``.
 

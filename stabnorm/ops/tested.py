@@ -1,9 +1,9 @@
-"""The record of the devices on which the tests of the Triton kernels have passed.
+"""The record of the devices on which the self-test of the Triton kernels and of the C++ library has passed.
 
-A kernel can be right on one GPU, and wrong on another or with another compiler. So `auto` uses a kernel only if its
-tests passed with the same device, capability, versions of torch and Triton, and sources.
-`python -m stabnorm.ops.selftest` and `pytest -m gpu` run the tests and write the result into the user's cache. The file
-`tested_devices.json` has the records that come with the package.
+A kernel can be right on one device, and wrong on another or with another compiler. So `auto` uses a kernel only if its
+self-test passed with the same device, versions and sources. `stabnorm.ops.admission` runs the self-test by itself,
+once, and writes the result into the user's cache. `python -m stabnorm.ops.selftest` and `pytest -m gpu` do it, too.
+The file `tested_devices.json` has the records that come with the package.
 """
 
 import functools
@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from stabnorm.ops.cache import cache_folder, is_private, made
 
 FOLDER = Path(__file__).parent
 SHIPPED = FOLDER / "tested_devices.json"
+PARTS = ("device", "capability", "torch", "triton", "kernels")  # what must be the same
 on_change: list[Callable[[], None]] = []  # called after a record was written
 
 
@@ -37,57 +39,90 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _kernels_hash() -> str:
-    sources = sorted((FOLDER / "triton").glob("*.py"))
+def _hash_of(folder: str) -> str:
+    sources = sorted(path for path in (FOLDER / folder).iterdir() if path.suffix in (".py", ".cpp", ".h"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
+def _instructions() -> str:
+    """Return what tells CPUs apart: a library is compiled for the instructions of one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return hashlib.sha256(features.encode()).hexdigest()[:16]
+
+
 @functools.cache
-def fingerprint(index: int | None) -> dict[str, str]:
-    """Return what must be the same in a record: device, capability, versions, and the sources of the kernels."""
-    triton = importlib.import_module("triton")
-    capability = torch.cuda.get_device_capability(index)
+def fingerprint(device: torch.device) -> dict[str, str]:
+    """Return what must be the same in a record: the device, the versions, and the sources of the kernels."""
+    if device.type == "cpu":
+        return {
+            "device": f"cpu {platform.system()} {platform.machine()}",
+            "capability": _instructions(),
+            "torch": torch.__version__,
+            "triton": "",
+            "kernels": _hash_of("cpp"),
+        }
+    capability = torch.cuda.get_device_capability(device)
     return {
-        "device": torch.cuda.get_device_name(index),
+        "device": torch.cuda.get_device_name(device),
         "capability": f"{capability[0]}.{capability[1]}",
         "torch": torch.__version__,
-        "triton": triton.__version__,
-        "kernels": _kernels_hash(),
+        "triton": importlib.import_module("triton").__version__,
+        "kernels": _hash_of("triton"),
     }
 
 
-def why_untested(op: str, index: int | None) -> str | None:
-    """Return why a kernel may not run on a CUDA device; None if its tests have passed there."""
-    if not torch.cuda.is_available():
+def entry_for(device: torch.device) -> dict[str, Any] | None:
+    """Return the record of a device, whose kernels may have failed; None if they were never tested there."""
+    return _entries().get(tuple(fingerprint(device).values()))
+
+
+def why_untested(op: str, device: torch.device) -> str | None:
+    """Return why a kernel may not run on a device; None if its self-test has passed there."""
+    if device.type == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
-    own = fingerprint(index)
-    passed = _passed().get(tuple(own.values()), frozenset())
-    if op in passed:
+    entry = entry_for(device)
+    if entry is None:
+        name = fingerprint(device)["device"]
+        return f"was not tested on {name} with these versions: `python -m stabnorm.ops.selftest` does it"
+    if op in entry.get("passed", ()):
         return None
-    return f"no test record for {own['device']} with these versions: run `python -m stabnorm.ops.selftest`"
+    return entry.get("why") or "failed its self-test here: `python -m stabnorm.ops.selftest` shows how"
 
 
-def record(index: int | None, ops: Iterable[str]) -> Path:
-    """Record in the user's cache that the kernels of these ops passed on a device, and return the file."""
+def record(device: torch.device, ops: Iterable[str], **facts: str) -> Path:
+    """Record in the user's cache which ops' kernels passed on a device, and return the file.
+
+    Args:
+        device: where they were tested.
+        ops: those that passed.
+        **facts: what else to note: the C++ library's file as `library`; as `why` the reason why there are no kernels.
+    """
     path = made(cache_folder()) / SHIPPED.name
-    own = fingerprint(index)
+    own = fingerprint(device)
     others = [entry for entry in _read(path) if any(entry.get(part) != own[part] for part in own)]
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps([*others, {**own, "passed": sorted(ops)}], indent=1) + "\n", encoding="utf-8")
+    text = json.dumps([*others, {**own, **facts, "passed": sorted(ops)}], indent=1)
+    draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(path)  # atomic, because two processes may test at the same time
-    _passed.cache_clear()
+    read_again()
     for call in on_change:
         call()
     return path
 
 
+def read_again() -> None:
+    """Forget what was read, because another process may have written since."""
+    _entries.cache_clear()
+
+
 @functools.cache
-def _passed() -> dict[tuple[str, ...], frozenset[str]]:
-    passed: dict[tuple[str, ...], frozenset[str]] = {}
-    parts = ("device", "capability", "torch", "triton", "kernels")
-    for entry in (*_read(SHIPPED), *_of_user()):  # the user's record wins
-        passed[tuple(str(entry.get(part)) for part in parts)] = frozenset(entry.get("passed", ()))
-    return passed
+def _entries() -> dict[tuple[str, ...], dict[str, Any]]:
+    entries = (*_read(SHIPPED), *_of_user())  # the user's record wins
+    return {tuple(str(entry.get(part)) for part in PARTS): entry for entry in entries}
 
 
 def _of_user() -> list[dict[str, Any]]:

@@ -174,7 +174,7 @@ def test_a_prepbn_blends_into_it_in_one_way_on_all_backends() -> None:
     x = torch.randn(64, 8).exp().requires_grad_()
     want = 0.25 * nn.functional.layer_norm(x, (8,)) + 0.75 * formula(norm.rep, x, None)
     (expected,) = torch.autograd.grad(want, x, torch.ones_like(x) * x.detach())
-    for kernels in ("auto", "reference"):
+    for kernels in ("aten", "reference"):
         with use_kernels(kernels):
             y = norm(x)
             (dx,) = torch.autograd.grad(y, x, torch.ones_like(x) * x.detach())

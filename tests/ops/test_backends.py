@@ -1,16 +1,17 @@
 """Every backend equals its formula in float64 within one table by dtype; and so do the modules, there and back."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from stabnorm.ops import dispatch, use_kernels
+from stabnorm.ops import dispatch, tested, use_kernels
 from stabnorm.ops.dispatch import Op, all_ops
 from stabnorm.ops.rows import affine_of_rows
-from stabnorm.ops.selftest import TOLERANCES, Case, Check, cases, checks_of, compare, failures, settings_of, truth
+from stabnorm.ops.selftest import TOLERANCES, Case, Check, backends_of, cases, checks_of, compare, failures, truth
 from stabnorm.ops.selftest.__main__ import main
 
 CPU = torch.device("cpu")
@@ -23,10 +24,10 @@ CHECKS = {check: op for op in all_ops() for check in checks_of(op)}  # ops that 
 def test_every_backend_of_an_op_equals_its_formula(check: Check) -> None:
     for case in cases(CPU, small=True):
         right = truth(check, case)
-        for backend, setting in settings_of(CHECKS[check], CPU).items():
+        for backend in backends_of(CHECKS[check], CPU):
             if backend == "triton":  # in its interpreter: tests/ops/test_triton_*.py, at sizes for that
                 continue
-            assert failures(check, setting, case, right) == [], backend
+            assert failures(check, backend, case, right) == [], backend
 
 
 def test_every_op_has_a_comparison_and_every_comparison_can_fail() -> None:
@@ -62,14 +63,17 @@ def test_an_op_and_a_backend_that_are_added_are_tested_without_another_list(monk
     assert not any(wrong.values())
 
 
-def test_the_selftest_prints_a_line_for_each(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_selftest_prints_a_line_for_each_and_records_what_passed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("STABNORM_CACHE", str(tmp_path))
+    tested.read_again()
     monkeypatch.setattr("stabnorm.ops.selftest.cases", lambda *_, **__: list(cases(CPU, small=True))[:3])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # kernels would run on a CPU
     assert main(["--device", "cpu"]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == sum(len(settings_of(op, CPU)) for op in all_ops())
+    *printed, recorded = capsys.readouterr().out.splitlines()
+    assert recorded == f"cpu: recorded in {tmp_path / 'tested_devices.json'}"
+    assert len(printed) == sum(len(backends_of(op, CPU)) for op in all_ops())
     assert all(line.endswith("passed") for line in printed)
 
 
@@ -118,7 +122,7 @@ def test_every_backend_of_a_module_equals_float64_forward_and_backward(
         right = trained(name, torch.float64, masked)
     # The parameters are the dtype's own, and PRepBN and GroupScaling round what lies between.
     tolerance = 6 * TOLERANCES[dtype][1]
-    for setting in ("reference", "auto", "cpp"):
+    for setting in ("reference", "aten", "cpp"):
         with use_kernels(setting):
             once, again = trained(name, dtype, masked), trained(name, dtype, masked)
         for part, want in right.items():

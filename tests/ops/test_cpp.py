@@ -60,8 +60,8 @@ def test_nothing_is_built_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
         raise AssertionError("a compiler was called")
 
     monkeypatch.setattr(library, "_run", not_called)
-    with use_kernels("auto"):
-        assert "cpp is opt-in: set STABNORM_KERNELS=cpp" in str(backends(["cpu"]))
+    with use_kernels("aten"):
+        assert "cpp: STABNORM_KERNELS is aten" in str(backends(["cpu"]))
         RepBN(8)(torch.randn(4, 8))
     with use_kernels("cpp"), pytest.raises(AssertionError, match="a compiler was called"):
         backends(["cpu"])
@@ -224,7 +224,7 @@ def test_layouts_that_are_not_rows_side_by_side() -> None:
 @pytest.mark.usefixtures("compiler")
 def test_a_monitor_sees_the_same_with_them() -> None:
     histories = []
-    for setting in ("cpp", "auto"):
+    for setting in ("cpp", "aten"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.RMSNorm(16), nn.Linear(16, 4))
         with use_kernels(setting), StabilityMonitor(model, flush_every=3) as monitor:
@@ -237,7 +237,7 @@ def test_a_monitor_sees_the_same_with_them() -> None:
         torch.testing.assert_close(values, histories[1][name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)
 
 
-@pytest.mark.parametrize("setting", ["auto", "cpp"])
+@pytest.mark.parametrize("setting", ["aten", "cpp"])
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 def test_both_norms_at_once_are_the_one_or_the_other_bit_for_bit_at_the_ends(lam: float, setting: str) -> None:
     norm = PRepBN(40)

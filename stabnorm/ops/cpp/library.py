@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from stabnorm._log import logger
+from stabnorm.ops import tested
 from stabnorm.ops.cache import cache_folder, is_kept, keep, made, remove_old_drafts
 
 FOLDER = Path(__file__).parent
@@ -126,13 +127,25 @@ def _library() -> ctypes.CDLL:
         raise _NotBuilt(_failure) from error
 
 
+def path() -> Path:
+    """The library's file. It is built now unless that was done before."""
+    return _tested() or _built()
+
+
 @functools.cache
 def _load() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_built()))
+    library = ctypes.CDLL(str(path()))
     for name, (result, arguments) in signatures().items():
         function = getattr(library, PREFIX + name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def _tested() -> Path | None:
+    """The library that has passed its self-test on this machine, which needs no compiler any more."""
+    entry = tested.entry_for(torch.device("cpu"))
+    path = None if entry is None or "library" not in entry else cache_folder() / Path(entry["library"]).name
+    return path if path is not None and is_kept(path) else None
 
 
 def signatures() -> dict[str, tuple[type | None, tuple[type, ...]]]:

@@ -93,14 +93,13 @@ def checks_of(op: Op[..., Any]) -> list[Check]:
     return op.checks
 
 
-def settings_of(op: Op[..., Any], device: torch.device) -> dict[str, str]:
-    """Return the backends of an op that can run on a device, each with its setting of `use_kernels`."""
-    settings = {REFERENCE: REFERENCE}
-    for name in dispatch.BACKENDS:
-        setting = "auto" if name == "aten" else name
-        if dispatch.why_not(setting, name, op.name, device.type, device.index) is None and op.find(name) is not None:
-            settings[name] = setting
-    return settings
+def backends_of(op: Op[..., Any], device: torch.device) -> list[str]:
+    """Return the backends of an op that can run on a device. Each is also a setting of `use_kernels`."""
+    return [REFERENCE] + [
+        name
+        for name in dispatch.BACKENDS
+        if dispatch.why_not(name, name, op.name, device.type, device.index) is None and op.find(name) is not None
+    ]
 
 
 def truth(check: Check, case: Case) -> Results:
@@ -109,11 +108,11 @@ def truth(check: Check, case: Case) -> Results:
         return check(case.double())
 
 
-def failures(check: Check, setting: str, case: Case, right: Results) -> list[str]:
-    """Return what is wrong in this case with this setting of `use_kernels`; empty if nothing is wrong."""
+def failures(check: Check, backend: str, case: Case, right: Results) -> list[str]:
+    """Return what is wrong in this case with this backend; empty if nothing is wrong."""
     statistic, rows = TOLERANCES[case.x.dtype]
     wrong = []
-    with use_kernels(setting):
+    with use_kernels(backend):
         once, again = check(case), check(case)
     for name, (got, _, in_rows) in once.items():
         want, natural, _ = right[name]
@@ -128,22 +127,25 @@ def failures(check: Check, setting: str, case: Case, right: Results) -> list[str
     return wrong
 
 
-def compare(device: torch.device, *, small: bool = False) -> Iterator[tuple[Op[..., Any], str, list[str]]]:
+def compare(
+    device: torch.device, *, small: bool = False, only: str | None = None
+) -> Iterator[tuple[Op[..., Any], str, list[str]]]:
     """Yield every op, each of its backends that can run on a device, and the list of its faults.
 
     Args:
         device: the device to test.
         small: leave out the large inputs.
+        only: one backend. Default: all.
     """
-    verdicts: dict[Check, dict[str, list[str]]] = {}  # a comparison that several ops share runs once
+    verdicts: dict[tuple[Check, str], list[str]] = {}  # a comparison that several ops share runs once
     for op in all_ops():
-        settings = settings_of(op, device)
+        backends = [name for name in backends_of(op, device) if only in (None, name)]
         for check in checks_of(op):
-            if check not in verdicts:
-                verdicts[check] = {name: [] for name in settings}
-                for case in cases(device, small=small):
-                    right = truth(check, case)
-                    for name, setting in settings.items():
-                        verdicts[check][name] += failures(check, setting, case, right)
-        for name in settings:
-            yield op, name, [line for check in op.checks for line in verdicts[check][name]]
+            new = [name for name in backends if (check, name) not in verdicts]
+            verdicts |= {(check, name): [] for name in new}
+            for case in cases(device, small=small) if new else ():
+                right = truth(check, case)
+                for name in new:
+                    verdicts[check, name] += failures(check, name, case, right)
+        for name in backends:
+            yield op, name, [line for check in op.checks for line in verdicts[check, name]]

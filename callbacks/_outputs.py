@@ -3,10 +3,12 @@
 Loggers are told apart by their methods, because their classes exist twice, once in each Lightning namespace.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +16,9 @@ import numpy.typing as npt
 from stabnorm.dashboard.headline import custom_scalars_layout, headline
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.images import log_image, shows_images
-from stabnorm.monitor._folders import local_folder
+from stabnorm.monitor._folders import FOLDER, local_folder
 from stabnorm.monitor.detect import Alert
+from stabnorm.monitor.outputs import Guard, cause, say
 from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
 from stabnorm.monitor.track import CompanionTrack
 
@@ -32,17 +35,32 @@ def summary_writer(logger: Any) -> "SummaryWriter | None":
     return experiment if isinstance(experiment, SummaryWriter) else None
 
 
+_directories: "WeakKeyDictionary[Trainer, Path]" = WeakKeyDictionary()
+
+
+def begin_run(trainer: "Trainer") -> None:
+    """Let a fit that begins anew have a folder of its own; each of our callbacks calls this in its `setup`."""
+    if trainer.global_step == 0:
+        _directories.pop(trainer, None)
+
+
 def output_directory(trainer: "Trainer") -> Path:
-    """Return a folder for this run: inside the first logger's folder for the run, or a new one.
+    """Return the folder of this run, the same one for all callbacks: in the first logger's folder, or a new one.
 
     ``log_dir`` belongs to one run; ``save_dir`` is shared by all runs of a logger.
     """
+    if trainer not in _directories:
+        _directories[trainer] = _new_directory(trainer)
+    return _directories[trainer]
+
+
+def _new_directory(trainer: "Trainer") -> Path:
     own = next((d for logger in trainer.loggers if (d := getattr(logger, "log_dir", None))), None)
     shared = next((d for logger in trainer.loggers if (d := getattr(logger, "save_dir", None))), None)
     root = own or shared or trainer.default_root_dir
     folder = _local(root)
     if own and folder:
-        return folder / "stabnorm"
+        return folder / FOLDER
     if folder is None:
         folder = Path.cwd()
         warnings.warn(
@@ -50,9 +68,17 @@ def output_directory(trainer: "Trainer") -> Path:
             "elsewhere, give the Trainer a logger or a default_root_dir with a folder of this machine",
             stacklevel=2,
         )
-    runs = folder / "stabnorm"
+    runs = folder / FOLDER
     taken = (int(p.name[4:]) for p in runs.glob("run_*") if p.name[4:].isdigit())
-    return runs / f"run_{max(taken, default=-1) + 1}"
+    for number in itertools.count(max(taken, default=-1) + 1):
+        try:
+            (runs / f"run_{number}").mkdir(parents=True)
+        except FileExistsError:  # another process has taken it a moment ago
+            continue
+        except OSError:  # whoever writes there will say why that is impossible
+            pass
+        return runs / f"run_{number}"
+    raise AssertionError("numbers do not end")
 
 
 def _local(root: str) -> Path | None:
@@ -63,21 +89,37 @@ def _local(root: str) -> Path | None:
 
 
 def record_writers(trainer: "Trainer", directory: Path) -> list[RecordWriter]:
-    """Return writers of the record: into TensorBoard's event file if there is one, else into files in ``directory``."""
+    """Return writers of the record: into TensorBoard's event file if there is one, else into files in ``directory``.
+
+    Raises:
+        ValueError: a newer version of stabnorm, or another tool, has written there.
+    """
     writers = [writer for logger in trainer.loggers if (writer := summary_writer(logger)) is not None]
     if writers:
         return [TensorBoardRecord(writer) for writer in writers]
-    return [FileRecord(directory)]
+    try:
+        return [FileRecord(directory)]
+    except OSError as error:
+        say("stabnorm: no record is written, because that is impossible in %s: %s", directory, cause(error))
+        return []
 
 
-def log_picture(trainer: "Trainer", key: str, image: npt.NDArray[np.uint8], step: int, directory: Path) -> None:
-    """Log a picture with every logger that shows pictures; if there is none, write a file to ``directory``."""
-    showing: list[Any] = [logger for logger in trainer.loggers if shows_images(logger)]
-    for logger in showing or [None]:
-        log_image(logger, key, image, step, directory)
+def log_picture(
+    trainer: "Trainer", guard: Guard, key: str, image: npt.NDArray[np.uint8], step: int, directory: Path
+) -> None:
+    """Log a picture with every logger that shows pictures; if none takes it, write a file to ``directory``."""
+    taken = False
+    for logger in trainer.loggers:
+        what = f"{type(logger).__name__} cannot show pictures"
+        if guard.attempt(what, shows_images, logger):
+            taken |= guard.attempt(what, log_image, logger, key, image, step, directory) is not None
+    if not taken:
+        guard.attempt(f"no picture can be written to {directory}", log_image, None, key, image, step, directory)
 
 
-def log_companion(trainer: "Trainer", track: CompanionTrack, alerts: Sequence[Alert], directory: Path) -> None:
+def log_companion(
+    trainer: "Trainer", guard: Guard, track: CompanionTrack, alerts: Sequence[Alert], directory: Path
+) -> None:
     """Draw a heat map of row by step for each of a companion's statistics."""
     steps = track.history_steps().numpy()
     for statistic in track.statistics:
@@ -85,21 +127,38 @@ def log_companion(trainer: "Trainer", track: CompanionTrack, alerts: Sequence[Al
         if not np.isnan(values).all():
             marks = [(alert.step, alert.layer) for alert in alerts if alert.statistic == statistic.name]
             picture = heatmap(values, steps, track.rows, f"{statistic.name} ({statistic.unit})", marks=marks)
-            log_picture(trainer, f"stability/{statistic.name}", picture, int(steps[-1]), directory)
+            log_picture(trainer, guard, f"stability/{statistic.name}", picture, int(steps[-1]), directory)
 
 
-def log_text(trainer: "Trainer", key: str, markdown: str, step: int) -> None:
+def log_text(trainer: "Trainer", guard: Guard, key: str, markdown: str, step: int) -> None:
     """Log a Markdown text with TensorBoard."""
     for logger in trainer.loggers:
-        if (writer := summary_writer(logger)) is not None:
-            writer.add_text(key, markdown, step)
+        writer = guard.attempt(f"{type(logger).__name__} cannot log texts", summary_writer, logger)
+        if writer is not None:
+            guard.attempt("TensorBoard cannot log texts", writer.add_text, key, markdown, step)
+
+
+def headline_writers(
+    trainer: "Trainer",
+    guard: Guard,
+    statistics: Sequence[str],
+    alerts: Callable[[], int],
+    overhead: Callable[[], float],
+) -> list[RecordWriter]:
+    """Return a writer of headlines for each logger, so that one that fails keeps nothing from the others."""
+    for logger in trainer.loggers:
+        writer = guard.attempt(f"{type(logger).__name__} cannot arrange its charts", summary_writer, logger)
+        if writer is not None:
+            layout = custom_scalars_layout(statistics)
+            guard.attempt("TensorBoard cannot arrange its charts", writer.add_custom_scalars, layout)
+    return [HeadlineScalars(logger, statistics, alerts, overhead) for logger in trainer.loggers]
 
 
 class HeadlineScalars:
-    """A record writer that logs only a dozen numbers of every flush, as ordinary scalars of every logger.
+    """A record writer that logs only a dozen numbers of every flush, as ordinary scalars of a logger.
 
     Args:
-        loggers: the Trainer's loggers.
+        logger: one of the Trainer's loggers.
         statistics: names of the watched statistics.
         alerts: returns the number of alerts so far.
         overhead: returns the monitor's cost so far, in percent of the step.
@@ -107,26 +166,27 @@ class HeadlineScalars:
 
     def __init__(
         self,
-        loggers: Sequence[Any],
+        logger: Any,
         statistics: Sequence[str],
         alerts: Callable[[], int],
         overhead: Callable[[], float],
     ) -> None:
-        self._loggers, self._statistics, self._alerts, self._overhead = loggers, statistics, alerts, overhead
-        for logger in loggers:
-            if (writer := summary_writer(logger)) is not None:
-                writer.add_custom_scalars(custom_scalars_layout(statistics))
+        self._logger, self._statistics, self._alerts, self._overhead = logger, statistics, alerts, overhead
+
+    @property
+    def name(self) -> str:
+        """What a warning calls it: the logger's class."""
+        return type(self._logger).__name__
 
     def write_block(self, block: Block) -> None:
         """Log the scalars of a block at its last step; companions have pictures instead."""
         if block.companion:
             return
-        for logger in self._loggers:
-            separator = getattr(logger, "group_separator", "/")
-            scalars = headline(
-                block, self._statistics, alerts=self._alerts(), overhead=self._overhead(), separator=separator
-            )
-            logger.log_metrics(scalars, step=block.last_step)
+        separator = getattr(self._logger, "group_separator", "/")
+        scalars = headline(
+            block, self._statistics, alerts=self._alerts(), overhead=self._overhead(), separator=separator
+        )
+        self._logger.log_metrics(scalars, step=block.last_step)
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
         """Do nothing, because an event is not a scalar."""

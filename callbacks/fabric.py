@@ -1,7 +1,7 @@
 """`FabricMonitor`: a `StabilityMonitor` in a loop of Lightning Fabric."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from stabnorm._checks import check_model, wrong_type
 from stabnorm.callbacks._loss_scale import scale_of
+from stabnorm.monitor._folders import FOLDER
+from stabnorm.monitor.loss_scales import Scale
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.record import FileRecord
 
@@ -23,7 +25,8 @@ class FabricMonitor(StabilityMonitor):
     Args:
         fabric: the `Fabric`.
         model: the model, or what ``fabric.setup`` returned.
-        directory: a folder for the record. Default: `stabnorm` in the first logger's folder, or no record without one.
+        directory: a folder for the record. Default: `stabnorm_logs` in the first logger's folder; no record without a
+            logger.
         **options: of `StabilityMonitor`.
 
     Raises:
@@ -60,7 +63,7 @@ class FabricMonitor(StabilityMonitor):
         *,
         loss: Tensor | float | None = None,
         learning_rate: Tensor | float | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: Scale | Mapping[Optimizer, Scale] | None = None,
         optimizer: Optimizer | Sequence[Optimizer] = (),
     ) -> None:
         """End an optimizer step, see `StabilityMonitor.step`; the loss scale is that of Fabric's precision."""
@@ -72,13 +75,12 @@ class FabricMonitor(StabilityMonitor):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
-        for record in self.records:
-            record.close()
+        self.outputs.close(self.records)
 
 
 def _folder_of(fabric: Any) -> str | None:
     for logger in fabric.loggers:
         folder = getattr(logger, "log_dir", None) or getattr(logger, "root_dir", None)
         if folder:
-            return os.path.join(folder, "stabnorm")
+            return os.path.join(folder, FOLDER)
     return None

@@ -16,11 +16,12 @@ from stabnorm._models.copies import copied
 from stabnorm._models.examples import Example, first_rows, read_examples
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.callbacks._lightning import Callback
-from stabnorm.callbacks._outputs import log_text, output_directory
+from stabnorm.callbacks._outputs import begin_run, log_text, output_directory
 from stabnorm.callbacks._trainer import described, state_to_pickle
 from stabnorm.errors import StabNormError
 from stabnorm.fold import FoldResult, fold_norms
 from stabnorm.fold.fold import check_options as check_fold_options
+from stabnorm.monitor.outputs import Guard
 from stabnorm.norms import find_norms
 from stabnorm.norms.affine import affine_in_eval
 
@@ -34,9 +35,10 @@ _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 class FoldCallback(Callback):
     """Folds a copy of the trained model with `fold_norms` and saves it; needs no argument.
 
-    After a fit, the folder ``stabnorm`` in the logger's own holds ``folded.pt`` (the state dict of the folded model),
-    ``folded_manifest.json`` (what changed in its structure) and ``folded_report.txt``. The report is also printed, and
-    logged to TensorBoard. With the manifest the weights load into a model that is built like the trained one::
+    After a fit, the folder ``stabnorm_logs`` in the logger's own holds ``folded.pt`` (the state dict of the folded
+    model), ``folded_manifest.json`` (what changed in its structure) and ``folded_report.txt``. The report is also
+    printed, and logged to TensorBoard. With the manifest the weights load into a model that is built like the trained
+    one::
 
         model = apply_manifest(build(), json.loads(Path("folded_manifest.json").read_text(encoding="utf-8")))
         model.load_state_dict(torch.load("folded.pt"))
@@ -103,6 +105,11 @@ class FoldCallback(Callback):
         return described(self, example=example if self._given is None else self._given, options=self.options or None)
 
     # -- before the training: say what cannot work ---------------------------------------------------------------------
+
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Let the run have a folder of its own."""
+        if stage == "fit":
+            begin_run(trainer)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Check what can be checked now: whatever converts or builds the model has done so."""
@@ -198,10 +205,11 @@ class FoldCallback(Callback):
             warnings.warn(f"FoldCallback wrote no folded model: {what}", stacklevel=1)  # not Lightning's fault
             return
         self.result, self.directory = result, directory
-        print(result)
-        log_text(trainer, "stability/fold", f"```\n{result}\n```", trainer.global_step)
+        guard = Guard()
+        guard.attempt("the report of the fold cannot be printed", print, result)
+        log_text(trainer, guard, "stability/fold", f"```\n{result}\n```", trainer.global_step)
         if directory is not None:
-            print(f"the folded model is in {directory}")
+            guard.attempt("the folder cannot be printed", print, f"the folded model is in {directory}")
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """A model whose training failed is not folded."""

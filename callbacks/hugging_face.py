@@ -1,5 +1,7 @@
 """`StabilityTrainerCallback`: watch the norms of a model that Hugging Face's Trainer trains."""
 
+import functools
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from stabnorm._models.masks import valid_tokens
 from stabnorm._models.names import NameFilter
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
+from stabnorm.monitor._folders import FOLDER, replace_file
 from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.record import FileRecord
@@ -32,8 +35,9 @@ else:
 class StabilityTrainerCallback(TrainerCallback):
     """Watches the norms of the Trainer's model at every optimizer step; it needs no argument.
 
-    The record is in `stabnorm/` of the output directory. The monitor's state lies beside each checkpoint, so a resumed
-    run goes on from there. Gradients are those of the loss as it is in float32 and bf16; with fp16 they have its scale.
+    The record is in `stabnorm_logs/` of the output directory. The monitor's state lies beside each checkpoint, so a
+    resumed run goes on from there. Gradients are those of the loss as it is in float32 and bf16; with fp16 they have
+    its scale.
 
     Args:
         preset: as for `StabilityMonitor`. Default: "standard".
@@ -94,10 +98,13 @@ class StabilityTrainerCallback(TrainerCallback):
         monitor = self.monitor = StabilityMonitor(model, **self.options)
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "stabnorm.pt"
         if saved.exists():
-            monitor.load_state_dict(torch.load(saved, weights_only=True))
+            load = functools.partial(torch.load, saved, weights_only=True)
+            state_dict = monitor.outputs.attempt(f"{saved} cannot be read", load)
+            if state_dict is not None:
+                monitor.load_state_dict(state_dict)
         monitor.steps_done = state.global_step
         if state.is_world_process_zero:
-            monitor.records.append(FileRecord(Path(args.output_dir) / "stabnorm"))
+            monitor.records.append(FileRecord(Path(args.output_dir) / FOLDER))
         monitor.attach()
         if self.mask is not None and not getattr(args, "torch_compile", False):
             self._handles = [
@@ -121,7 +128,9 @@ class StabilityTrainerCallback(TrainerCallback):
         assert self.monitor is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            torch.save(self.monitor.state_dict(), folder / "stabnorm.pt")
+            torch.save(self.monitor.state_dict(), content := io.BytesIO())
+            what = "the monitor's state cannot be saved"
+            self.monitor.outputs.attempt(what, replace_file, folder / "stabnorm.pt", content.getvalue())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the hooks, and write what was measured."""
@@ -130,8 +139,7 @@ class StabilityTrainerCallback(TrainerCallback):
         self._close_mask()
         self.monitor.detach()
         self.monitor.flush()
-        for record in self.monitor.records:
-            record.close()
+        self.monitor.outputs.close(self.monitor.records)
         self.monitor.records = []
 
     def _open_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

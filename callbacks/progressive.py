@@ -13,7 +13,7 @@ from stabnorm._log import logger
 from stabnorm._models.names import NameFilter
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask, MaskOfBatch
-from stabnorm.callbacks._outputs import HeadlineScalars, log_text, output_directory, record_writers
+from stabnorm.callbacks._outputs import HeadlineScalars, begin_run, log_text, output_directory, record_writers
 from stabnorm.callbacks._run_facts import (
     averages,
     refuse_earlier_copies,
@@ -28,6 +28,7 @@ from stabnorm.callbacks._trainer import described, logged_steps, loss_scale, sta
 from stabnorm.callbacks.stability import StabilityCallback
 from stabnorm.convert import ConversionReport, Target, check_norm_options, check_target, convert_norms
 from stabnorm.errors import StabNormError
+from stabnorm.monitor.outputs import Guard, Outputs
 from stabnorm.monitor.record import RecordWriter
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam
 from stabnorm.switch.progressive import ProgressiveSwitch
@@ -35,6 +36,8 @@ from stabnorm.switch.schedules import Order, check_plan, check_span, make_schedu
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+
+FLUSH_EVERY = 50  # steps, where there is no monitor
 
 
 class ProgressiveNormCallback(Callback):
@@ -121,11 +124,11 @@ class ProgressiveNormCallback(Callback):
         self.switch: ProgressiveSwitch | None = None
         self._batch_mask = BatchMask(mask)
         self._record: SwitchRecord | None = None
-        self._own_writers: list[RecordWriter] = []
+        self._outputs, self._own_writers = Outputs(), list[RecordWriter]()
         self._reports: list[ConversionReport] = []
         self._total = 0
         self._saved: dict[str, Any] | None = None
-        self._loaded = self._counted = False
+        self._loaded = self._counted = self._training = False
 
     def __repr__(self) -> str:
         return described(self, mask=self._batch_mask.mask, norm_options=self.norm_options or None)
@@ -135,6 +138,9 @@ class ProgressiveNormCallback(Callback):
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Convert the norms that exist, and arrange that those which `configure_model` builds are converted, too."""
         if stage == "fit":
+            begin_run(trainer)
+            if trainer.global_step == 0:  # nothing of an earlier run, also where a tuner saves and restores it
+                self._saved, self._loaded, self.switch = None, False, None
             refuse_earlier_copies(trainer, pl_module, self)
         _unwrap(pl_module)
         convert: Callable[[nn.Module], ConversionReport] = functools.partial(
@@ -212,14 +218,21 @@ class ProgressiveNormCallback(Callback):
         self.switch.move_to(trainer.global_step)
         self._move_averages(trainer)
         self._loaded = self._counted = False
+        self._training = True
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and self.switch.layers:
+            self._outputs = Outputs() if monitor is None else monitor.outputs
             if monitor is None:
                 self._own_writers = record_writers(trainer, output_directory(trainer))
             # Headlines are of the monitor's statistics.
             shared = [] if monitor is None else [r for r in monitor.records if not isinstance(r, HeadlineScalars)]
             watched = () if monitor is None else monitor.layers
             layers = watched if set(self.switch.layers) <= set(watched) else self.switch.layers
-            self._record = SwitchRecord(self._own_writers or shared, trainer.loggers, layers, self.switch.layers)
+            writers, flush_every = self._own_writers or shared, FLUSH_EVERY if monitor is None else monitor.flush_every
+            self._record = SwitchRecord(
+                self._outputs, writers, trainer.loggers, layers, self.switch.layers, flush_every
+            )  # fmt: skip
+            if saved is not None and "record" in saved:
+                self._record.load_state_dict(saved["record"])
             self.switch.recorder = self._record
 
     def on_train_batch_start(
@@ -261,9 +274,10 @@ class ProgressiveNormCallback(Callback):
         """Remove the hooks, and report the outcome while the loggers are still open."""
         self._release()
         if self.switch is not None and self.switch.layers and trainer.is_global_zero:
-            print(self.report())
+            guard = Guard()
+            guard.attempt("the outcome of the switch cannot be printed", print, self.report())
             last = max(self.switch.row - 1, 0)
-            log_text(trainer, "stability/switch", f"```\n{self.report()}\n```", last)
+            log_text(trainer, guard, "stability/switch", f"```\n{self.report()}\n```", last)
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Write lam once more: a callback that averages weights has put an average of the buffers into the model."""
@@ -273,22 +287,19 @@ class ProgressiveNormCallback(Callback):
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Remove the hooks and write the record; Lightning calls no teardown after an exception."""
         _unwrap(pl_module)
-        try:
-            self._release()
-        except Exception:
-            logger.exception("the record of the switch could not be written after the exception")
+        Guard().attempt("the record of the switch could not be written after the exception", self._release)
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Close the record; only the converted norms stay."""
         _unwrap(pl_module)
         self._release()
-        for writer in self._own_writers:
-            writer.close()
+        self._outputs.close(self._own_writers)
         self._own_writers = []
         self._loaded = False  # the run it was loaded for is over, if only because it could not start
 
     def _release(self) -> None:
+        self._training = False
         self._batch_mask.leave()
         if self.switch is not None:
             self._saved = self.switch.state_dict()
@@ -314,20 +325,27 @@ class ProgressiveNormCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule and its state, as plain containers, because Lightning loads weights only."""
-        return dict(self._saved or {}) if self.switch is None else self.switch.state_dict()
+        if self.switch is None:
+            return dict(self._saved or {})
+        state = self.switch.state_dict()
+        return state if self._record is None else {**state, "record": self._record.state_dict()}
 
     def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of a run without the switch."""
         refuse_other_checkpoint(trainer, pl_module, checkpoint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what was saved until the training starts."""
+        """Keep what was saved until the training starts; in a training only a tuner restores, which is no resume."""
         check_state(state_dict, "ProgressiveNormCallback", ["layers", "gate", "total_steps"] if state_dict else [])
+        if self._training:
+            return
         self._saved, self._loaded, self.switch = state_dict or None, bool(state_dict), None
 
     def __getstate__(self) -> dict[str, Any]:
         saved = self.state_dict() or None
-        return state_to_pickle(self, switch=None, _saved=saved, _record=None, _own_writers=[])
+        return state_to_pickle(
+            self, switch=None, _saved=saved, _record=None, _outputs=Outputs(), _own_writers=[], _training=False
+        )
 
 
 def _configure_and_convert(

@@ -5,29 +5,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stabnorm._checks import check_state
-from stabnorm._log import logger
 from stabnorm._models.names import NameFilter
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask
 from stabnorm.callbacks._outputs import (
-    HeadlineScalars,
+    begin_run,
+    headline_writers,
     log_companion,
     log_picture,
     log_text,
     output_directory,
     record_writers,
+    summary_writer,
 )
-from stabnorm.callbacks._trainer import described, logged_steps, loss_scale, state_to_pickle
+from stabnorm.callbacks._trainer import described, learning_rate, logged_steps, loss_scale, state_to_pickle
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.dashboard.heatmap import heatmap
-from stabnorm.dashboard.table import format_table, layers_worth_a_look, markdown_table
+from stabnorm.dashboard.table import Row, format_table, layers_worth_a_look, markdown_table
 from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
+from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.statistics import Statistic, resolve
 
 if TYPE_CHECKING:
@@ -123,6 +126,14 @@ class StabilityCallback(Callback):
 
     # -- start and end of a fit ----------------------------------------------------------------------------------------
 
+    def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
+        """Forget an earlier run, so that nothing of it is restored where a tuner saves and restores its callbacks."""
+        if stage == "fit":
+            begin_run(trainer)
+            self.monitor = None
+            if trainer.global_step == 0:
+                self._saved, self._loaded = None, False
+
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Find the norms and register the hooks; layers, checkpoint and devices are final now."""
         monitor = StabilityMonitor(
@@ -142,15 +153,10 @@ class StabilityCallback(Callback):
         self.monitor, self._step, self._loaded = monitor, _OpenStep(), False
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self.directory = output_directory(trainer)
-            monitor.records = [
-                *record_writers(trainer, self.directory),
-                HeadlineScalars(
-                    trainer.loggers,
-                    [statistic.name for statistic in monitor.statistics],
-                    lambda: len(monitor.alerts),
-                    lambda: monitor.cost.percent,
-                ),
-            ]
+            names = [statistic.name for statistic in monitor.statistics]
+            alerts, overhead = (lambda: len(monitor.alerts)), (lambda: monitor.cost.percent)
+            monitor.records = record_writers(trainer, self.directory)
+            monitor.records += headline_writers(trainer, monitor.outputs, names, alerts, overhead)
         monitor.attach()
         self._fitting, self._counted = True, False
 
@@ -167,18 +173,14 @@ class StabilityCallback(Callback):
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Remove the hooks and write the closing report; an error in the report does not hide the exception."""
         self._release()  # first, because Lightning does not call `teardown` after an exception
-        try:
-            self.on_train_end(trainer, pl_module)
-        except Exception:
-            logger.exception("the closing report could not be written after the exception")
+        Guard().attempt("there is no closing report", self.on_train_end, trainer, pl_module)
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
         """Remove the hooks and close the record, in any case."""
         self._release()
         if self.monitor is not None:
-            for record in self.monitor.records:
-                record.close()
+            self.monitor.outputs.close(self.monitor.records)
             self.monitor.records = []
 
     def _release(self) -> None:
@@ -209,9 +211,10 @@ class StabilityCallback(Callback):
     ) -> None:
         """Remember learning rate and loss scale, which change before the end of the batch."""
         if not self._step.stepped:
-            self._step.learning_rate = optimizer.param_groups[0]["lr"]
+            self._step.learning_rate = learning_rate(optimizer)
         scale = loss_scale(trainer)
-        self._step.grad_scale = scale.clone() if isinstance(scale, Tensor) else None
+        if scale is not None:
+            self._step.grad_scales[optimizer] = scale.clone() if isinstance(scale, Tensor) else scale
         self._step.stepped = True
 
     def on_train_batch_end(
@@ -227,14 +230,12 @@ class StabilityCallback(Callback):
         step = self._step
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            # Automatic optimization has already divided the loss by the number of accumulated batches.
-            loss = loss.detach().reshape(())
-            step.loss = loss if step.loss is None or not pl_module.automatic_optimization else step.loss + loss
+            step.add_loss(loss.detach().reshape(()), trainer, pl_module)
         if step.stepped and self.monitor is not None:
             self.monitor.step(
                 loss=step.loss,
                 learning_rate=step.learning_rate,
-                grad_scale=step.grad_scale,
+                grad_scale=step.grad_scales or None,
                 optimizer=[optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)],
             )
             self._step = _OpenStep()
@@ -247,29 +248,62 @@ class StabilityCallback(Callback):
         steps = monitor.history_steps().numpy()
         if not steps.size:
             return
+        guard = monitor.outputs
+        rows = guard.attempt("the closing table cannot be made", self._rows, monitor, steps)
+        if rows is not None:
+            guard.attempt("the closing table cannot be printed", self._print_table, monitor, rows, len(steps))
+        guard.attempt("the cost cannot be printed", print, f"monitoring cost {monitor.cost}")
+        if self.directory is None:
+            return
+        for name, meaning in _PICTURES.items():
+            if name in monitor.history():
+                guard.attempt(f"no picture of {name} is drawn", self._draw, trainer, monitor, name, meaning)
+        for track in monitor.companions.values():
+            what = f"no pictures of the companion {track.name!r} are drawn"
+            guard.attempt(what, log_companion, trainer, guard, track, monitor.alerts, self.directory)
+        if rows is not None:
+            guard.attempt("the closing table cannot be logged", self._log_table, trainer, monitor, rows, steps)
+        guard.attempt("the folder cannot be printed", self._say_where, trainer, self.directory)
+
+    @staticmethod
+    def _print_table(monitor: StabilityMonitor, rows: list[Row], steps: int) -> None:
+        print(format_table(rows, steps=steps, compared=monitor.compared))
+
+    @staticmethod
+    def _log_table(trainer: "Trainer", monitor: StabilityMonitor, rows: list[Row], steps: npt.NDArray[Any]) -> None:
+        markdown = markdown_table(rows, steps=len(steps), compared=monitor.compared)
+        log_text(trainer, monitor.outputs, "stability/closing_table", markdown, int(steps[-1]))
+
+    @staticmethod
+    def _say_where(trainer: "Trainer", directory: Path) -> None:
+        places = [str(writer.log_dir) for writer in map(summary_writer, trainer.loggers) if writer is not None]
+        places += [str(directory)] if directory.exists() else []
+        print(f"stabnorm: record and pictures are in {', '.join(places)}")
+
+    def _rows(self, monitor: StabilityMonitor, steps: npt.NDArray[Any]) -> list[Row]:
         history = {name: values.numpy() for name, values in monitor.history().items()}
-        telling = dict(history)
         for name in {"mean_discrepancy", "var_discrepancy"} & set(history):
             # Only layers with running statistics have a discrepancy, and it needs 5 / momentum steps to settle.
-            telling[name] = np.where(monitor.has_running_statistics & (len(steps) >= 50), history[name], np.nan)
+            history[name] = np.where(monitor.has_running_statistics & (len(steps) >= 50), history[name], np.nan)
+        for statistic in monitor.statistics:
+            if statistic.axis == "gradient" or "optimizer" in statistic.needs_all:
+                # The norm of a layer that is being switched gets no gradient any more, as it should be.
+                history[statistic.name] = np.where(monitor.fading, np.nan, history[statistic.name])
         alerts = [alert.as_dict() for alert in monitor.alerts]
-        rows = layers_worth_a_look(monitor.layers, telling, alerts, steps=steps, **_bounds(monitor.statistics))
+        rows = layers_worth_a_look(monitor.layers, history, alerts, steps=steps, **_bounds(monitor.statistics))
         for track in monitor.companions.values():
             measured = {name: values.numpy() for name, values in track.history().items()}
             track_steps = track.history_steps().numpy()
             rows += layers_worth_a_look(track.rows, measured, [], steps=track_steps, **_bounds(track.statistics))
-        print(format_table(rows, steps=len(steps)))
-        print(f"monitoring cost {monitor.cost}")
-        if self.directory is None:
-            return
-        for name, meaning in _PICTURES.items():
-            if name in history:
-                marks = [(a.step, a.layer) for a in monitor.alerts if a.statistic in (name, "nonfinite")]
-                picture = heatmap(history[name], steps, monitor.layers, f"{name}: {meaning}", marks=marks)
-                log_picture(trainer, f"stability/{name}", picture, int(steps[-1]), self.directory)
-        for track in monitor.companions.values():
-            log_companion(trainer, track, monitor.alerts, self.directory)
-        log_text(trainer, "stability/closing_table", markdown_table(rows), int(steps[-1]))
+        return rows
+
+    def _draw(self, trainer: "Trainer", monitor: StabilityMonitor, name: str, meaning: str) -> None:
+        assert self.directory is not None
+        steps = monitor.history_steps().numpy()
+        marks = [(alert.step, alert.layer) for alert in monitor.alerts if alert.statistic in (name, "nonfinite")]
+        values = monitor.history()[name].numpy()
+        picture = heatmap(values, steps, monitor.layers, f"{name}: {meaning}", marks=marks)
+        log_picture(trainer, monitor.outputs, f"stability/{name}", picture, int(steps[-1]), self.directory)
 
     # -- checkpoints and copies ----------------------------------------------------------------------------------------
 
@@ -279,9 +313,14 @@ class StabilityCallback(Callback):
         return {} if saved is None else {"version": 1, "monitor": saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the layers exist."""
+        """Keep the state until the layers exist; in a training only a tuner restores, which is no resume."""
         check_state(state_dict, "StabilityCallback", ["monitor"] if state_dict else [])
-        self._saved, self._loaded = state_dict.get("monitor"), True
+        if self._fitting and self._counted:
+            return
+        self._saved = state_dict.get("monitor")
+        self._loaded = self._saved is not None
+        if self._fitting and self._saved is not None and self.monitor is not None:
+            self.monitor.load_state_dict(self._saved)  # some strategies load checkpoints after the start of the fit
 
     def __getstate__(self) -> dict[str, Any]:
         saved = self.state_dict().get("monitor")
@@ -303,4 +342,16 @@ class _OpenStep:
         self.open, self.stepped = open, False
         self.loss: Tensor | None = None
         self.learning_rate: float | Tensor | None = None
-        self.grad_scale: Tensor | None = None
+        self.grad_scales: dict[Optimizer, Tensor | float] = {}
+        self._batches = 0
+
+    def add_loss(self, loss: Tensor, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Take in the loss of a batch; the step's is the mean of its batches, with manual optimization the last one."""
+        if self.loss is None or not pl_module.automatic_optimization:
+            self.loss = loss
+        else:
+            self.loss = self.loss + loss
+        self._batches += 1
+        if self.stepped and pl_module.automatic_optimization and self._batches != trainer.accumulate_grad_batches:
+            # Lightning has divided by as many batches as it wanted to accumulate, but the epoch was over before.
+            self.loss = self.loss * (trainer.accumulate_grad_batches / self._batches)

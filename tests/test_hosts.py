@@ -76,7 +76,7 @@ def test_hugging_faces_callback_counts_optimizer_steps_and_resumes(tmp_path: Pat
     assert monitor.history_steps().tolist() == list(range(4, 11))
     assert monitor.history()["tokens"].tolist() == [[10]] * 7
     assert monitor.history()["amax"].max() < 1e3
-    record = read_record(tmp_path / "stabnorm")
+    record = read_record(tmp_path / "stabnorm_logs")
     assert record.steps.tolist() == list(range(11))
     assert record.series["learning_rate"][10] == pytest.approx(0.1 / 11)
     assert not trainer.model[1]._forward_pre_hooks

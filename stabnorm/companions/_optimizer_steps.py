@@ -53,7 +53,8 @@ class OptimizerSteps:
         for group in optimizer.param_groups:
             rows = [self._index[id(p)] for p in group["params"] if id(p) in self._index]
             if rows:
-                yield rows, group.get("lr", torch.nan)
+                rate = group.get("lr")  # some optimizers have none, and some keep something else there
+                yield rows, rate if isinstance(rate, int | float | Tensor) else torch.nan
 
 
 class Indices:

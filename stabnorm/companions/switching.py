@@ -118,9 +118,9 @@ class SwitchWatch(Watch):
         self._indices = Indices()
 
     def attach(self) -> None:
-        """Register the hooks; the first step is measured."""
+        """Register the hooks; the first step is measured, and every 4th one after it, also after a resume."""
         self._gap.attach()
-        self._steps, self._gap.armed = 0, True
+        self._arm()
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -152,20 +152,25 @@ class SwitchWatch(Watch):
             squares.index_copy_(0, to, self._gap.take_squares().to(squares))
         self.seconds = self._gap.seconds
         self._steps += 1
-        self._gap.armed = self._steps % MEASURE_EVERY == 0
+        self._arm()
         return SwitchSums(torch.where(self._ran, self._residual, torch.nan), squares[:, 0], squares[:, 1])
+
+    def _arm(self) -> None:
+        self._gap.armed = self._steps % MEASURE_EVERY == 0
 
     def complaint(self, values: Tensor) -> str | None:
         """Return nothing, because the monitor warns about norms that did not run."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages."""
-        return {} if self._residual is None else {"residual": self._residual.cpu()}
+        """Return the averages, and the number of steps, which says when the gap is measured next."""
+        averages = {} if self._residual is None else {"residual": self._residual.cpu()}
+        return {"steps": self._steps, **averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
-        self._residual = state.get("residual")
+        self._residual, self._steps = state.get("residual"), int(state.get("steps", 0))
+        self._arm()
 
 
 class BranchGap:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from stabnorm._log import printable
 from stabnorm.dashboard.text import number, shorten
 from stabnorm.monitor.record import SIDE_SERIES
+from stabnorm.monitor.windows import COMPARES_FROM
 
 _MOVED = 3  # rows, and the factor from which on a change of scale is told
 _SCALES = ("token_std_mean", "amax")  # of which it is told, the first that is watched
@@ -159,12 +160,13 @@ def _median(values: Array) -> Array:
     return out
 
 
-def format_table(rows: Sequence[Row], *, steps: int, most: int = 8) -> str:
+def format_table(rows: Sequence[Row], *, steps: int, compared: bool = True, most: int = 8) -> str:
     """Lay the rows out as plain text of at most 100 columns.
 
     Args:
         rows: from `layers_worth_a_look`.
         steps: how many the run had.
+        compared: whether the detector has begun to compare the layers with their own past. Default: True.
         most: rows shown; of the others only the number is said. Default: 8.
 
     Example:
@@ -174,7 +176,7 @@ def format_table(rows: Sequence[Row], *, steps: int, most: int = 8) -> str:
         encoder.norm                                    amax                       5,120         204
             amax jumped
     """
-    lines = [_verdict(rows, steps)]
+    lines = textwrap.wrap(_verdict(rows, steps, compared), _WIDTH)
     if rows:
         lines.append(_line("layer", "statistic", "value", "step"))
     names = shorten([printable(row.layer) for row in rows], 46)
@@ -186,15 +188,18 @@ def format_table(rows: Sequence[Row], *, steps: int, most: int = 8) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(rows: Sequence[Row], *, most: int = 8) -> str:
+def markdown_table(rows: Sequence[Row], *, steps: int | None = None, compared: bool = True, most: int = 8) -> str:
     """Lay the rows out as Markdown.
 
     Args:
         rows: from `layers_worth_a_look`.
+        steps: how many the run had. Default: this is not said.
+        compared: as in `format_table`.
         most: rows shown; of the others only the number is said. Default: 8.
     """
+    verdict = _verdict(rows, steps, compared)
     if not rows:
-        return _verdict(rows)
+        return verdict
     lines = ["| layer | statistic | value | step |", "|---|---|---:|---:|"]
     reasons = []  # below the table: beside it they would squeeze the other columns
     for row in rows[:most]:
@@ -202,15 +207,21 @@ def markdown_table(rows: Sequence[Row], *, most: int = 8) -> str:
         lines.append(f"| `{layer}` | `{row.statistic}` | {number(row.value)} | {row.step:,} |")
         reasons.append(f"* `{row.layer}`: {row.reason}")
     more = f"\n\nand {len(rows) - most} more" if len(rows) > most else ""
-    return "\n".join([_verdict(rows), "", *lines, "", *reasons]) + more
+    return "\n".join([verdict, "", *lines, "", *reasons]) + more
 
 
-def _verdict(rows: Sequence[Row], steps: int | None = None) -> str:
+def _verdict(rows: Sequence[Row], steps: int | None, compared: bool) -> str:
+    """One sentence, which says what it rests on where that is less than it seems."""
     faults = sum(row.fault for row in rows)
-    if not faults:
-        return f"stabnorm: nothing alarming was seen{_in(steps, 'in')}"
     after = _in(steps, "in")
-    return f"stabnorm: {faults} layer{'s'[: faults > 1]} worth a look{after}"
+    if faults:
+        return f"stabnorm: {faults} layer{'s'[: faults > 1]} worth a look{after}"
+    if compared:
+        return f"stabnorm: nothing alarming was seen{after}"
+    return (
+        f"stabnorm: no fixed bound was passed{after}; layers are compared with their own past only after "
+        f"{COMPARES_FROM} steps"
+    )
 
 
 def _in(steps: int | None, word: str) -> str:

@@ -10,6 +10,8 @@ from urllib.request import url2pathname
 
 from stabnorm._checks import wrong_type
 
+FOLDER = "stabnorm_logs"  # no folder of ours may be called like the package: Python would import it instead
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least: ``C:`` is a drive; Lightning drops a slash
 _REFUSED = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # by the file systems of Windows
 

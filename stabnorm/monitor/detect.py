@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from stabnorm._checks import check_all, check_state
+from stabnorm.monitor.windows import COMPARES_FROM
 from stabnorm.statistic import Statistic
 
 _PAST = 128  # steps in the window
 _REFRESH = 16  # steps between two looks at median and scale
 _LEARNT = 48  # steps before they are looked at first
-_ARMED = 256  # steps before a z-score may raise an alert: a start-up is not calm
 _BOUND = 6.0  # robust standard deviations
 _CLIP = 4.0
 _QUIET = 100  # calm steps before the same kind of alert is raised again
@@ -141,6 +141,11 @@ class RobustDetector:
         self._quiet = {"nonfinite": 0, "past": 0}
         self._quiet_alarms = _host(0).repeat(len(self._layers), len(self._alarmed))
 
+    @property
+    def compared(self) -> bool:
+        """Whether some layer has been compared with its own past."""
+        return bool((self._seen > COMPARES_FROM).any())
+
     def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
         """Take in the next steps and return their alerts, at most one of a kind per step; see `Detector.update`."""
         values = values.double()
@@ -174,7 +179,7 @@ class RobustDetector:
         self._past[self._steps % _PAST] = torch.where(known, clipped, torch.nan)
         held = torch.maximum(torch.minimum(score, self._before), score / 2)
         self._before = score
-        armed = self._seen >= _ARMED
+        armed = self._seen >= COMPARES_FROM
         self._seen += known
         self._steps += 1
         return torch.where(armed, held, 0)

@@ -1,11 +1,12 @@
 """`StabilityMonitor`: measure the input of every normalization layer of a model at every step, in any training loop."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,7 +31,9 @@ from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.detailed import DetailedPast
 from stabnorm.monitor.details import Details, is_detailed, optimizers_of
 from stabnorm.monitor.detect import Alert, MakeDetector, RobustDetector
+from stabnorm.monitor.loss_scales import Scale, layer_scales, stacked
 from stabnorm.monitor.observe import Observer
+from stabnorm.monitor.outputs import Outputs, say
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.plot import plot_track
 from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
@@ -159,7 +162,7 @@ class StabilityMonitor:
         )  # fmt: skip
         beside = resolve_companions(companions)
         self.companions = CompanionTracks(beside, model, make_detector, flush_every, self.flush)
-        self._norms = norms
+        self._norms, self._model = norms, model
         needs = frozenset[str]().union(*(s.needs_all for s in chosen), *(companion.needs for companion in beside))
         self._accumulators = Accumulators(
             model, norms, tokens="tokens" in needs, normalized="normalized" in needs, merged=bool(sync), fused=fused
@@ -173,6 +176,7 @@ class StabilityMonitor:
         self._state: DeviceState | None = None  # made at `attach`, on the model's device
         self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
         self._stopwatch = Stopwatch()
+        self.outputs = Outputs()
         self._nothing_ran = False
 
     def __repr__(self) -> str:
@@ -192,8 +196,12 @@ class StabilityMonitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
-        self.flush()
+        if error is None:
+            self.detach()
+            self.flush()
+        else:  # which an error of ours must not replace
+            self.outputs.attempt("the hooks cannot be removed", self.detach)
+            self.outputs.attempt("the last steps cannot be flushed", self.flush)
 
     def attach(self) -> None:
         """Register the hooks; a second call changes nothing.
@@ -228,7 +236,7 @@ class StabilityMonitor:
         *,
         loss: Tensor | float | None = None,
         learning_rate: Tensor | float | None = None,
-        grad_scale: Tensor | float | None = None,
+        grad_scale: Scale | Mapping[Optimizer, Scale] | None = None,
         optimizer: Optimizer | Sequence[Optimizer] = (),
     ) -> None:
         """End an optimizer step: call it after the last backward and before the next forward.
@@ -237,7 +245,8 @@ class StabilityMonitor:
             loss: the step's loss, for the record. A tensor is not read before the flush. Default: NaN in the record.
             learning_rate: the step's learning rate, for the record. Default: NaN in the record.
             grad_scale: the factor by which gradients were scaled, ``scaler.get_scale()`` or the scaler's own tensor.
-                Call `step` before ``scaler.update()``. Default: 1.
+                Call `step` before ``scaler.update()``. With several optimizers between whose steps the scale is
+                updated, give a mapping of the factor at the step of each optimizer. Default: 1.
             optimizer: the optimizer that has just stepped, or several, for the statistics of its moments in "full".
                 Call `step` before ``zero_grad()``. Default: none, and these statistics are NaN.
 
@@ -252,7 +261,8 @@ class StabilityMonitor:
             if value is not None:
                 check_scalar(name, value)
         if grad_scale is not None:
-            check_scalar("grad_scale", grad_scale, above=0)
+            for scale in grad_scale.values() if isinstance(grad_scale, Mapping) else [grad_scale]:
+                check_scalar("grad_scale", scale, above=0)
         optimizers = optimizers_of(optimizer)
         start = self._stopwatch.begin_step(self._hook_seconds)
         self._agree()
@@ -263,7 +273,9 @@ class StabilityMonitor:
             if scalar is not None:
                 scalars[column] = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else scalar
         raw, gradient = self._accumulators.take(state.device)
-        if grad_scale is not None:
+        if isinstance(grad_scale, Mapping):
+            gradient = gradient / stacked(layer_scales(self._norms, self._model, grad_scale), gradient)
+        elif grad_scale is not None:
             gradient = gradient / grad_scale
         detail = None if self._details is None else self._details.slabs.take(state.device)
         gathered, between = Gathered(gradient, running_buffers(self._with_buffers, past), scalars[:1]), None
@@ -307,6 +319,7 @@ class StabilityMonitor:
         """Copy all gathered steps to the host, run the detectors, and write the record."""
         self._send()
         self._receive()
+        self.outputs.retry()
 
     def history(self) -> dict[str, Tensor]:
         """Flush, and return every statistic of every step, ``[steps, layers]``.
@@ -340,6 +353,17 @@ class StabilityMonitor:
         chosen = watched.statistics if companion else self.statistics
         rows = watched.rows if companion else self.layers
         return plot_track(watched, rows, chosen, self.alerts, statistic, colour, ax)
+
+    @property
+    def compared(self) -> bool:
+        """Whether the detector has begun to compare layers with their own past; one of your own always has."""
+        return bool(getattr(self._track.detector, "compared", True))
+
+    @property
+    def fading(self) -> npt.NDArray[np.bool_]:
+        """Which layers are being switched to another norm, or have been; this reads their lam from the device."""
+        lams = [getattr(norm.module, "lam", None) for norm in self._norms]
+        return np.array([lam is not None and float(lam) < 1 for lam in lams])
 
     @property
     def _tracks(self) -> tuple[Track, ...]:
@@ -376,17 +400,16 @@ class StabilityMonitor:
         self._warn_if_nothing_ran(block)
         for alert in alerts:
             where = f"stabnorm, step {alert.step}, {alert.layer}"
-            logger.warning("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
-        for record in self.records:
-            record.write_block(block)
-            for alert in alerts:
-                record.write_event("alert", alert.step, alert.as_dict())
+            say("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
+        self.outputs.write_block(self.records, block)
+        for alert in alerts:
+            self.outputs.write_event(self.records, "alert", alert.step, alert.as_dict())
 
     def _warn_if_nothing_ran(self, block: Block) -> None:
         if self._nothing_ran or "tokens" not in block.series or (block.series["tokens"] > 0).any():
             return
         self._nothing_ran = True
-        logger.warning(
+        say(
             "stabnorm: no monitored norm ran in training mode in %d steps. Is the model in training mode, "
             "model.train()? If it runs from a fixed graph, such as one of torch.jit or your own CUDA graph, attach the "
             "monitor before that graph is made",

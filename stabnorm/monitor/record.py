@@ -5,12 +5,13 @@ Shapes are [step], [step, layer] or [step, layer, rank], the last one for the k 
 float32.
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from stabnorm._checks import check_all, check_instance, wrong_type
 from stabnorm._log import logger
-from stabnorm.monitor._folders import create_file, local_folder, remove_drafts, replace_file
+from stabnorm.monitor._folders import FOLDER, create_file, local_folder, remove_drafts, replace_file
 from stabnorm.monitor._record_files import (
     block_number,
     header_fault,
@@ -180,23 +181,46 @@ class TensorBoardRecord:
             if block.companion:
                 content["companion"] = block.companion
             self._write(block.last_step, f"{name}{suffix}", values, content)
-        self._writer.flush()  # else it keeps data back for two minutes, and a killed run would lose it
+        self._flush()
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
         """Write one string tensor under `stabnorm/event/<kind>`."""
         self._write(step, f"event/{kind}", dumps(data).encode(), {"event": kind})
-        self._writer.flush()
+        self._flush()
 
     def close(self) -> None:
         """Flush the writer."""
-        self._writer.flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Without this the writer keeps data back for two minutes, and a killed run would lose it."""
+        with self._another_file_after_an_error():
+            self._writer.flush()
 
     def _write(self, step: int, name: str, tensor: Any, content: Mapping[str, Any]) -> None:
         # The description of a tag is repeated at its 2nd, 4th, 8th, ... value: the first one may be damaged.
         values = self._values[name] = self._values.get(name, 0) + 1
         described = content if values & (values - 1) == 0 else None
         summary = tensor_summary(f"{PLUGIN_NAME}/{name}", tensor, described)
-        self._writer._get_file_writer().add_summary(summary, step)  # torch has no public way to write a tensor
+        with self._another_file_after_an_error():
+            self._writer._get_file_writer().add_summary(summary, step)  # torch has no public way to write a tensor
+
+    @contextlib.contextmanager
+    def _another_file_after_an_error(self) -> Iterator[None]:
+        """After an error, let the next call begin another event file.
+
+        TensorBoard's writer has a thread that an error ends, and raises the same error for ever after.
+        """
+        try:
+            yield
+        except Exception:
+            broken = list((self._writer.all_writers or {}).values())
+            self._writer.file_writer = self._writer.all_writers = None
+            self._values.clear()
+            for writer in broken:
+                with contextlib.suppress(Exception):
+                    writer.close()
+            raise
 
 
 class FileRecord:
@@ -282,8 +306,9 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
     if series is not None:
         check_all("series", series, str, "a list of names")
     directory = local_folder(path)
-    if (directory / PLUGIN_NAME / "record.json").exists():
-        directory = directory / PLUGIN_NAME
+    for name in (FOLDER, PLUGIN_NAME):  # the second one is what the folder was called at first
+        if (directory / name / "record.json").exists():
+            directory = directory / name
     of_files = (directory / "record.json").exists() or any(directory.glob("block-*.npz"))
     read = _read_files if of_files else _read_tensorboard
     parts, events = read(directory, series)

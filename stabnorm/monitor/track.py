@@ -4,7 +4,6 @@ A monitor has one track of its norms, and one for each companion: heads, matrice
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ from stabnorm._log import logger
 from stabnorm.companions.companion import Companion
 from stabnorm.monitor.async_copy import AsyncCopy
 from stabnorm.monitor.detect import Alert, Detector, MakeDetector
+from stabnorm.monitor.history import History
+from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.past import Moments
 from stabnorm.monitor.record import Block
 from stabnorm.monitor.rows import RowLayout
@@ -53,9 +54,10 @@ class Track:
         self.layout = RowLayout([statistic.name for statistic in statistics], beside)
         self.detector = detector
         self._flush = flush
+        self._guard = Guard()
         self._waiting: list[tuple[Tensor, ...]] = []  # of each step since the last flush its row, and its scalars
         self._in_flight: tuple[int, AsyncCopy] | None = None  # the first step, and what is copied
-        self._history = History(len(self.rows), self.layout.width, flush_every)
+        self._history = History(len(self.rows), self.layout.width, flush_every, _HISTORY_BYTES)
 
     @property
     def waiting(self) -> int:
@@ -107,7 +109,8 @@ class Track:
         tokens, nonfinite = rows.new_full(rows.shape[:2], torch.inf), rows.new_zeros(rows.shape[:2])
         if self.layout.beside:
             tokens, nonfinite = (self.layout.part(rows, name) for name in ("tokens", "nonfinite"))
-        alerts = self.detector.update(first_step, self.layout.statistics_of(rows), tokens, nonfinite > 0)
+        seen = (first_step, self.layout.statistics_of(rows), tokens, nonfinite > 0)
+        alerts = self._guard.attempt("the detector raises no alerts", self.detector.update, *seen) or []
         names = [*self.layout.statistics, *(name for name in self.layout.beside if name != "nonfinite")]
         series = {name: self.layout.part(rows, name).numpy() for name in names}
         for values in scalars:
@@ -289,37 +292,3 @@ class CompanionTracks(Mapping[str, CompanionTrack]):
         for name, track in self.items():
             if name in state:
                 track.load_state_dict(state[name], steps_done)
-
-
-class History:
-    """The history of all steps that have arrived; of a very long run only the last steps.
-
-    Args:
-        rows: number of rows.
-        columns: number of columns of each row.
-        at_least: number of steps to keep regardless of size.
-    """
-
-    def __init__(self, rows: int, columns: int, at_least: int) -> None:
-        self._empty = torch.empty(0, rows, columns, device="cpu")
-        self._most = max(at_least, _HISTORY_BYTES // (4 * rows * columns))
-        self._arrived: deque[tuple[int, Tensor]] = deque()  # the first step, and the rows of it and those that follow
-
-    def add(self, first_step: int, rows: Tensor) -> None:
-        """Add the next steps, ``[steps, rows, columns]``."""
-        self._arrived.append((first_step, rows))
-        while sum(len(rows) for _, rows in self._arrived) - len(self._arrived[0][1]) >= self._most:
-            self._arrived.popleft()
-
-    def clear(self) -> None:
-        """Remove all steps."""
-        self._arrived.clear()
-
-    def values(self) -> Tensor:
-        """All steps, ``[steps, rows, columns]``."""
-        return torch.cat([self._empty, *(rows for _, rows in self._arrived)])
-
-    def steps(self) -> Tensor:
-        """The optimizer step of each one, counted from 0."""
-        steps = [first_step + i for first_step, rows in self._arrived for i in range(len(rows))]
-        return torch.tensor(steps, dtype=torch.int64, device="cpu")

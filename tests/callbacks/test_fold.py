@@ -33,7 +33,8 @@ def folding(**options: Any) -> FoldCallback:
 
 
 def written(directory: Path | None) -> list[str]:
-    return [] if directory is None else sorted(path.name for path in directory.iterdir())
+    """What the fold wrote; the folder of the run has the record as well."""
+    return [] if directory is None else sorted(path.name for path in directory.glob("folded*"))
 
 
 def loaded(directory: Path | None, fresh: nn.Module) -> nn.Module:
@@ -155,7 +156,7 @@ def test_tensorboard_shows_the_report(tmp_path: Path) -> None:
 
     callback, logger = folding(), TensorBoardLogger(tmp_path)
     fit(trainer(tmp_path, ProgressiveNormCallback(), callback, logger=logger), module())
-    assert callback.directory == Path(logger.log_dir) / "stabnorm"
+    assert callback.directory == Path(logger.log_dir) / "stabnorm_logs"
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     (text,) = events.Tensors("stability/fold/text_summary")

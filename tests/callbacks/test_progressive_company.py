@@ -103,11 +103,11 @@ def test_the_headline_is_not_disturbed_and_the_mean_lam_is_a_scalar(tmp_path: Pa
 def test_without_a_logger_the_record_is_files(tmp_path: Path) -> None:
     model = module()
     fit(trainer(tmp_path, LinearSwitch()), model)
-    record = read_record(tmp_path / "stabnorm" / "run_0")
+    record = read_record(tmp_path / "stabnorm_logs" / "run_0")
     np.testing.assert_allclose(record.series["lam"], model.lams, rtol=0, atol=1e-7)
     logger = CSVLogger(tmp_path)
     fit(trainer(tmp_path, LinearSwitch(), logger=logger), module())
-    assert read_record(Path(logger.log_dir) / "stabnorm").steps.tolist() == list(range(BATCHES))
+    assert read_record(Path(logger.log_dir) / "stabnorm_logs").steps.tolist() == list(range(BATCHES))
 
 
 def test_fast_dev_run_goes_through_the_switch_and_writes_nothing(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_an_exception_leaves_no_trace_but_the_converted_norms_and_keeps_the_reco
             fit(trainer(tmp_path, *callbacks), model)
         assert hooks(model) == 0
         assert "configure_model" not in vars(model)
-        (record,) = (read_record(path) for path in sorted((tmp_path / "stabnorm").glob("run_*"))[-1:])
+        (record,) = (read_record(path) for path in sorted((tmp_path / "stabnorm_logs").glob("run_*"))[-1:])
         assert record.series["lam"].shape == (7, 2)
         fit(trainer(tmp_path, LinearSwitch()), module())  # the same callback class, another run
 

@@ -157,7 +157,7 @@ def test_the_record_counts_optimizer_steps_and_is_written_as_it_grows(tmp_path: 
     model.on_train_batch_start = on_train_batch_start
     options: dict[str, Any] = dict(max_epochs=14, accumulate_grad_batches=3, check_val_every_n_epoch=20)
     fit(trainer(tmp_path, ProgressiveNormCallback(), **options), model)
-    record = read_record(tmp_path / "stabnorm" / "run_0")
+    record = read_record(tmp_path / "stabnorm_logs" / "run_0")
     assert record.steps.tolist() == list(range(14 * BATCHES // 3))
     assert record.series["lam"][:, 0].tolist() == [lam for lam, _ in model.lams[::3]]
     assert sizes[3 * 50 :] == [1] * (14 * BATCHES - 3 * 50)  # the 56 steps are a block of 50 and one of 6

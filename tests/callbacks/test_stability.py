@@ -181,7 +181,7 @@ def test_a_logger_like_wandb_gets_metrics_and_images(tmp_path: Path) -> None:
     assert ("stability/amax", BATCHES - 1) in logger.images
     ours = [metrics for _, metrics in logger.metrics if any(key.startswith("stability/") for key in metrics)]
     assert len(ours) == 1
-    assert read_record(tmp_path / "stabnorm" / "run_0").steps.tolist() == list(range(BATCHES))
+    assert read_record(tmp_path / "stabnorm_logs" / "run_0").steps.tolist() == list(range(BATCHES))
 
 
 def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_part_compiled_and_run_before_the_fit_is_watched(tmp_path: Path) -> No
 def test_runs_of_a_logger_with_a_shared_folder_do_not_mix(tmp_path: Path) -> None:
     for run in range(2):
         fit(trainer(tmp_path, StabilityCallback(), logger=LikeWandb(tmp_path)), module())
-        assert read_record(tmp_path / "stabnorm" / f"run_{run}").steps.tolist() == list(range(BATCHES))
+        assert read_record(tmp_path / "stabnorm_logs" / f"run_{run}").steps.tolist() == list(range(BATCHES))
 
 
 def test_added_on_resume_it_counts_on_from_the_runs_step(tmp_path: Path) -> None:
@@ -463,9 +463,9 @@ def test_a_root_that_is_an_address_is_a_folder_of_this_machine_or_there_is_a_war
     if root.startswith("memory"):
         with pytest.warns(UserWarning, match="memory://runs is not a folder of this machine"):
             run.fit(module(), loader())
-        assert callback.directory == tmp_path / "stabnorm" / "run_0"
+        assert callback.directory == tmp_path / "stabnorm_logs" / "run_0"
     else:
         fit(run, module())
-        assert callback.directory == tmp_path / "runs" / "stabnorm" / "run_0"
+        assert callback.directory == tmp_path / "runs" / "stabnorm_logs" / "run_0"
     assert read_record(callback.directory).steps.tolist() == list(range(BATCHES))
     assert not list(tmp_path.glob("*:*"))

@@ -212,7 +212,7 @@ def test_padding_of_hugging_faces_models_does_not_count(
     assert callback.monitor.history()["tokens"].tolist() == [[tokens]]
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
-    assert read_record(tmp_path / "stabnorm").steps.tolist() == [0]
+    assert read_record(tmp_path / "stabnorm_logs").steps.tolist() == [0]
 
 
 def test_options_of_hugging_faces_callback_are_checked_when_it_is_built() -> None:
@@ -244,7 +244,7 @@ def test_fabrics_monitor_writes_beside_the_logger_and_knows_the_loss_scale(tmp_p
             (model(torch.randn(5, 4)).square().mean() * (scale or 1)).backward()
             monitor.step()
         gains.append(monitor.history()["grad_gain"])
-        assert read_record(tmp_path / str(scale) / "stabnorm").steps.tolist() == [0]
+        assert read_record(tmp_path / str(scale) / "stabnorm_logs").steps.tolist() == [0]
     torch.testing.assert_close(*gains)
 
 

@@ -15,7 +15,7 @@ def apply_plan(plan: Plan, manifest: dict[str, object], model: nn.Module) -> Non
     """Change weights and put what is left in the norms' places."""
     restructure(model, manifest)
     for name, (scale, shift, _) in plan.affine.items():
-        frozen = model.get_submodule(name)
+        frozen = model.get_submodule(f"{name}.norm" if name in plan.going_on else name)
         assert isinstance(frozen, FrozenAffine)
         frozen.scale.copy_(scale)
         frozen.shift.copy_(shift)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -59,11 +60,27 @@ def trace_model(
     with hooked(mode.hooks()):
         for number, example in enumerate(examples):
             mode.on = f", on {others}" if given is not None and number >= given else ""
-            with mode:
+            with _NormCalls(mode), mode:
                 result = run(model, example)
             mode.stop(tensors_in(result, outputs), "the model returns it: name the outputs that matter with outputs=")
     note_unreached(model, mode.trace, mode.frames, tied or {})
     return mode.trace
+
+
+class _NormCalls(TorchFunctionMode):
+    """Tells a trace of the functions that normalise."""
+
+    _NAMES = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
+
+    def __init__(self, follow: "_Follow") -> None:
+        super().__init__()
+        self.follow = follow
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, path = getattr(func, "__name__", ""), self.follow.paths[-1]
+        if name in self._NAMES and not self.follow.pauses and path not in self.follow.going_on:
+            self.follow.trace.functional.setdefault(path, name)
+        return func(*args, **(kwargs or {}))
 
 
 class _Follow(Following):
@@ -75,6 +92,7 @@ class _Follow(Following):
         self.shadows = WeakTensorKeyDictionary()
         self.paths = [""]
         self.frames: dict[str, list[Tensor]] = {}  # the tags that the forward of each called module holds
+        self.going_on = {site.name: index for index, site in enumerate(sites) if site.goes_on}
         self.on = ""  # which input this is, where it is not the user's
         self.linear_of_view: dict[View, int] = {}
         self.buffers = list(model.buffers())  # held, so that no activation gets the address of a freed buffer
@@ -88,7 +106,7 @@ class _Follow(Following):
         sites = {site.name: index for index, site in enumerate(self.trace.sites)}
         for name, module in self.model.named_modules():
             yield module.register_forward_pre_hook(self._entering(name), prepend=True, with_kwargs=True)
-            if name in sites:
+            if name in sites and name not in self.going_on:
                 reading = self._reading(sites[name], input_name(module))
                 yield module.register_forward_pre_hook(reading, with_kwargs=True)
                 yield module.register_forward_hook(self._returning(sites[name]))
@@ -113,29 +131,31 @@ class _Follow(Following):
 
     def _reading(self, index: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = tensor_input_of(args, kwargs, name)
-            if x.numel():
-                self.trace.calls.append(self._call(index, x))
+            self._read(index, tensor_input_of(args, kwargs, name))
             self.pauses += 1  # the operations inside a norm are not followed
 
         return hook
 
     def _returning(self, index: int) -> Callable[..., None]:
-        site, first = self.trace.sites[index], self.trace.first_tags[index]
-
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             self.pauses -= 1
-            tags = torch.arange(first, first + site.num_features)
-            if not isinstance(out, Tensor):
-                self.trace.obstacles.append(Obstacle(tags, f"'{site.name}' does not return a tensor"))
-                return
-            if not out.numel():
-                return  # an expert, say, that no token was sent to
+            self._return(index, out)
+
+        return hook
+
+    def _read(self, index: int, x: Tensor) -> None:
+        if x.numel():  # an expert's norm, say, may have no token to read
+            self.trace.calls.append(self._call(index, x))
+
+    def _return(self, index: int, out: Any) -> None:
+        site, first = self.trace.sites[index], self.trace.first_tags[index]
+        tags = torch.arange(first, first + site.num_features)
+        if not isinstance(out, Tensor):
+            self.trace.obstacles.append(Obstacle(tags, f"'{site.name}' does not return a tensor"))
+        elif out.numel():
             shape = [1] * out.ndim
             shape[site.channel_dim] = site.num_features
             self.shadows[out] = Shadow(tags.to(out.device).double().view(shape).expand(out.shape))
-
-        return hook
 
     def _call(self, index: int, x: Tensor) -> Call:
         site = self.trace.sites[index]
@@ -174,6 +194,10 @@ class _Follow(Following):
         inputs, outs = tensors_of((args, kwargs)), tensors_of(out)
         if outs and not any(t.numel() for t in outs):
             return  # nothing is computed: an expert, say, that no token was sent to
+        if self.paths[-1] in self.going_on and "batch_norm" in func.overloadpacket.__name__:
+            self._read(self.going_on[self.paths[-1]], inputs[0])
+            self._return(self.going_on[self.paths[-1]], outs[0])
+            return
         if any(t.is_nested for t in (*inputs, *outs)):  # tag planes have plain shapes
             self.stop(inputs, f"{self._where(func)} reads it")
             for t in filter(self._is_parameter, inputs):

@@ -69,6 +69,7 @@ class Plan:
         affine: Scale, shift and channel axis of each norm that stays as one multiply-add, by name.
         untied: Parameters that get a copy of their own.
         neutral: Norms that stay and give up their gain and bias.
+        going_on: Of the norms that go, those whose children stay, such as an activation.
         max_gauge: The largest factor by which a residual stream's channels are scaled, either way; 1 where none is.
     """
 
@@ -77,6 +78,7 @@ class Plan:
     affine: dict[str, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
     neutral: list[Site] = field(default_factory=list)
+    going_on: list[str] = field(default_factory=list)
     max_gauge: float = 1.0
 
 
@@ -263,6 +265,7 @@ class _Decisions:
 
     def plan(self) -> Plan:
         plan = Plan(edits=[self._edit(linear) for linear in self.trace.linears])
+        plan.going_on = [site.name for site in self.trace.sites if site.goes_on and site.name not in self.fixed]
         streams = set()
         for add in self.trace.residuals:
             scale = self.scale[add.stream]

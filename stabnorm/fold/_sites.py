@@ -1,5 +1,6 @@
 """The norms of a model as the fold sees them: affine in eval, or to stay, and why."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor, nn
 
 from stabnorm._models.hooks import has_forward_hooks
 from stabnorm.errors import StabNormError
+from stabnorm.fold._activated import affine_map_of, norm_inside
 from stabnorm.norms import find_norms
 from stabnorm.norms.affine import affine_in_eval
+from stabnorm.norms.search import NormSearch
 
 _TYPE_NAMES = {
     "layer": "normalises every token by itself: switch it first (convert_norms), or leave it",
@@ -36,7 +39,7 @@ class Site:
     """What is y = scale x + shift per channel in eval; float64, on the CPU.
 
     That is a norm of which nothing is left, or, with `gain`, the gain and bias of one that stays: x is then what it
-    normalised.
+    normalised. With `goes_on` the module's forward goes on with its children, and y is what they read.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Site:
     shift: Tensor
     channel_dim: int
     gain: Gain | None = None
+    goes_on: bool = False
 
     @property
     def num_features(self) -> int:
@@ -63,19 +67,36 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
         except StabNormError as error:
             staying[name] = str(error)
             continue
-        if affine is None:
+        measured = affine_map_of(module) if affine is None else None
+        inside = norm_inside(module) if affine is None and measured is None else None
+        scale_and_shift = affine[:2] if affine else measured or inside
+        if scale_and_shift is None:
             continue
-        scale, shift, channel_dim = affine
+        scale, shift = scale_and_shift
+        channel_dim, goes_on = affine[2] if affine else 1, inside is not None
         if has_forward_hooks(module):
             staying[name] = HOOKED
         else:
             scale, shift = (t.detach().to("cpu", torch.float64).flatten() for t in (scale, shift))
-            sites.append(Site(name, scale, shift, channel_dim))
+            sites.append(Site(name, scale, shift, channel_dim, goes_on=goes_on))
     known = {site.name for site in sites} | set(staying)
-    for norm in find_norms(model):
-        if not any(norm.name == name or norm.name.startswith(f"{name}.") for name in known):
+    search = NormSearch(model)
+    for norm in search.found:
+        if not is_under(norm.name, known):
             staying[norm.name] = f"{type(norm.module).__name__} {_TYPE_NAMES[norm.kind]}"
+    search.unknown = [(name, module) for name, module in search.unknown if not is_under(name, known)]
+    search.warn(stacklevel=5)
+    for name, module in search.unknown:
+        staying[name] = (
+            f"{type(module).__name__} looks like a norm, and what it computes was not understood: tell it with "
+            "stabnorm.register_norm"
+        )
     return sites, staying
+
+
+def is_under(name: str, parents: Iterable[str]) -> bool:
+    """Whether this is one of these modules, or a part of one."""
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
 
 def find_gains(model: nn.Module) -> tuple[list[Site], dict[str, str]]:

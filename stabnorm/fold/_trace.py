@@ -62,7 +62,8 @@ class Use:
 class Trace:
     """The records. Tags count from 1: first the norms' channels, site by site, then the features of each `Linear`.
 
-    `unreached` are obstacles, too: what did not run, and could read these tags.
+    `unreached` are obstacles, too: what did not run, and could read these tags. `functional` names the function that a
+    module's own forward normalises with.
     """
 
     sites: Sequence[Site]
@@ -73,6 +74,7 @@ class Trace:
     residuals: list[Residual] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    functional: dict[str, str] = field(default_factory=dict)
     next_tag: int = 1
 
     def new_tags(self, count: int) -> int:

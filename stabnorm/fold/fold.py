@@ -14,13 +14,13 @@ from stabnorm._models.devices import device_of, floating_tensor_of
 from stabnorm._models.examples import read_examples
 from stabnorm._models.outputs import Picker
 from stabnorm._models.random_state import random_state_kept
-from stabnorm._models.tree import replace_module
 from stabnorm._models.wrappers import is_compiled, is_scripted
 from stabnorm.errors import StabNormError
+from stabnorm.fold._activated import replace_norm
 from stabnorm.fold._apply import apply_plan, set_gain
 from stabnorm.fold._lanes import Lanes, make_lanes, try_on
 from stabnorm.fold._plan import Plan, plan_folds
-from stabnorm.fold._sites import Site, find_gains, find_sites
+from stabnorm.fold._sites import HOOKED, Site, find_gains, find_sites, is_under
 from stabnorm.fold._verify import largest_error, run_all
 from stabnorm.fold.folded import FrozenAffine
 from stabnorm.fold.manifest import manifest_of, own_parameters
@@ -55,8 +55,9 @@ def fold_norms(
     that a hook takes out, may be unnormalised afterwards.
 
     Args:
-        model: in eval mode. RepBN, UnifiedNorm, PRepBN at lam = 0, torch's BatchNorm1d, 2d and 3d, and any module with
-            ``fold_affine()`` fold.
+        model: in eval mode. RepBN, UnifiedNorm, PRepBN at lam = 0, torch's BatchNorm1d, 2d and 3d, any module with
+            ``fold_affine()``, and frozen batch norms fold. Of a BatchNorm whose forward goes on with its children, as
+            timm's ``BatchNormAct2d``, these stay.
         example: the model's arguments: a tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple
             ``(args, kwargs)`` of these, or a list of several examples. A few rows and tokens are enough.
         check: further examples to follow and to verify on. Default: the example with floating tensors redrawn with
@@ -165,7 +166,7 @@ def _fold(
         lanes = make_lanes(model, sites, examples, others, outputs)
         plan, error = _settle(lanes, {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}, outputs)
         vacuous = not _shows_faults(lanes, plan, outputs)
-        norms = _report(model, plan, staying)
+        norms = _report(model, plan, {**staying, **_functional(lanes, [*staying, *(site.name for site in sites)])})
         kept = [norm for norm in norms if norm.status == "kept"]
         if strict and kept:
             raise StabNormError(
@@ -173,6 +174,10 @@ def _fold(
                 "rest"
             )
         manifest = manifest_of(plan)
+        if find is find_sites and kept and not sites and HOOKED not in staying.values():
+            warnings.warn(
+                f"nothing is folded: no norm is affine in eval. '{kept[0].name}': {kept[0].reason}", stacklevel=3
+            )
         _warn(manifest, vacuous)
         folded = model if inplace else copied(model)
         if inplace:  # the first change to the user's model; whatever shares memory with a weight does not change
@@ -279,11 +284,21 @@ def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
             continue
         scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
         if site.gain is None:
-            replace_module(faulty, site.name, FrozenAffine(scale.to(like), shift.to(like), site.channel_dim))
+            affine = FrozenAffine(scale.to(like), shift.to(like), site.channel_dim)
+            replace_norm(faulty, site.name, affine, goes_on=site.goes_on)
         else:
             set_gain(faulty, site, scale, shift)
     error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)
     return not error <= lane.tolerance
+
+
+def _functional(lanes: Lanes, known: list[str]) -> dict[str, str]:
+    """Say why norms stay that are no module, but a function that a forward calls."""
+    return {
+        path: f"its forward calls {name} itself: make that a module, and switch it first (convert_norms), or leave it"
+        for path, name in lanes.trace.functional.items()
+        if not is_under(path, known)
+    }
 
 
 def _report(model: nn.Module, plan: Plan, staying: dict[str, str]) -> list[FoldedSite]:

@@ -9,6 +9,7 @@ from torch import nn
 from stabnorm._checks import check_model, wrong_type
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.tree import replace_module
+from stabnorm.fold._activated import replace_norm
 from stabnorm.fold._plan import Plan
 from stabnorm.fold._readers import NewBias
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
@@ -29,6 +30,7 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
         },
         "biases": {f"{b.owner}.{b.attribute}".lstrip("."): b.size for b in new if isinstance(b, NewBias)},
         "untied": plan.untied,
+        "going_on": plan.going_on,
     }
 
 
@@ -86,13 +88,15 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
             _register_zeros(owner, attribute, size)
         if isinstance(owner, nn.MultiheadAttention) and owner.out_proj.bias is None:
             _register_zeros(owner.out_proj, "bias", owner.embed_dim)  # the fast path needs both biases or none
+    going_on = manifest.get("going_on", ())
     for name in manifest["folded"]:
-        replace_module(model, name, FoldedNorm())
+        replace_norm(model, name, FoldedNorm(), goes_on=name in going_on)
     for name, sizes in manifest["affine"].items():
         like = floating_tensor_of(model.get_submodule(name))
         dtype = torch.promote_types(like.dtype, torch.float32)
         scale = torch.ones(sizes["num_features"], dtype=dtype, device=like.device)
-        replace_module(model, name, FrozenAffine(scale, torch.zeros_like(scale), sizes["channel_dim"]))
+        affine = FrozenAffine(scale, torch.zeros_like(scale), sizes["channel_dim"])
+        replace_norm(model, name, affine, goes_on=name in going_on)
     for name, sizes in manifest.get("rms", {}).items():
         like = floating_tensor_of(model.get_submodule(name), model)
         replace_module(

@@ -89,11 +89,11 @@ class NormAndActivation(nn.BatchNorm2d):
         return F.relu(super().forward(input))
 
 
-def test_a_subclass_stays() -> None:
+def test_a_subclass_stays_and_is_listed() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), NormAndActivation(4), nn.Conv2d(4, 2, 1)).double().eval()
     with pytest.warns(UserWarning, match="NormAndActivation"):
         result = fold_norms(model, draw(2, 3, 5, 4))
-    assert not result.norms
+    assert [(norm.name, norm.status) for norm in result.norms] == [("1", "kept")]
     assert error_of(result.model, model, [(draw(2, 3, 5, 4, seed=1),)]) < 1e-12
 
 

@@ -15,6 +15,7 @@ import stabnorm
 from stabnorm import StabilityMonitor, valid_tokens
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.record import Block
+from stabnorm.ops import use_kernels
 
 
 class Net(nn.Module):
@@ -94,7 +95,7 @@ def test_twenty_monitored_steps_read_nothing_back() -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     mask = torch.rand(8, 6) < 0.8
-    with StabilityMonitor(model, flush_every=50) as monitor:
+    with use_kernels("aten"), StabilityMonitor(model, flush_every=50) as monitor:
         with NoReads(), valid_tokens(mask):  # type: ignore[no-untyped-call]
             for _ in range(20):
                 loss = model(torch.randn(8, 6, 4)).square().mean()

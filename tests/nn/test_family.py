@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from stabnorm import StabilityMonitor, find_norms, valid_tokens
 from stabnorm.errors import StabNormError
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm, no_decay_groups
+from stabnorm.ops import use_kernels
+from stabnorm.ops.cpp import library
 from tests.nn_modules import COUNTERS, MODULES, built, run, state
 
 every = pytest.mark.parametrize("name", list(MODULES))
@@ -167,7 +170,16 @@ def test_under_autocast_statistics_are_float32(name: str) -> None:
     assert y.dtype == torch.bfloat16 or name == "prep"  # autocast runs layer norm in float32
 
 
+@pytest.fixture(params=["aten", "cpp"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "cpp" and (reason := library.why_not()) is not None:
+        pytest.skip(reason)
+    with use_kernels(request.param):
+        yield
+
+
 @every
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_t7_a_recompute_changes_no_state_and_returns_the_first_output(name: str, reentrant: bool) -> None:
     plain = built(name)

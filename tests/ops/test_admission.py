@@ -17,6 +17,7 @@ from torch import nn
 from stabnorm import StabilityMonitor
 from stabnorm.nn import RepBN
 from stabnorm.ops import admission, dispatch, tested, use_kernels
+from stabnorm.ops.blended import blended_norm
 from stabnorm.ops.moments import add_moments_
 from stabnorm.ops.rows import moments_of_rows
 
@@ -60,6 +61,7 @@ import torch
 from torch import nn
 from stabnorm import StabilityMonitor
 from stabnorm.ops import admission
+from stabnorm.ops.blended import blended_norm
 from stabnorm.ops.moments import add_moments_
 from stabnorm.ops.rows import moments_of_rows
 model, state = nn.Sequential(nn.LayerNorm(8)), torch.get_rng_state()
@@ -139,6 +141,16 @@ def test_a_backend_that_failed_its_self_test_does_not_run_and_the_table_says_why
     tested.record(CPU, [], why="no C++ compiler found")
     lines = {line.op: line for line in dispatch.backends(["cpu"])}
     assert "no C++ compiler found" in lines["add_moments_"].why
+
+
+def test_a_compiled_graph_gets_the_formula_so_that_its_layer_norm_has_the_bits_of_the_graphs_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("stabnorm.ops.cpp.library.why_not", lambda: None)
+    tested.record(CPU, [op.name for op in dispatch.all_ops()])
+    assert dispatch._choose(blended_norm, "auto", "cpu", None, False, True, in_graph=False) == "cpp"
+    assert dispatch._choose(blended_norm, "auto", "cpu", None, False, True, in_graph=True) == "reference"
+    assert dispatch._choose(blended_norm, "cpp", "cpu", None, False, True, in_graph=True) == "cpp"
 
 
 def test_only_ops_that_observe_change_their_backend_while_a_model_trains(

@@ -29,7 +29,7 @@ inline void add(double* into, vf v, int n) {
 
 extern "C" {
 
-// y = scale x + shift. `out [C]` gets the sum of x^2 over the valid rows. Return the number of valid rows.
+// y = scale x + shift; a null y is left out. `out [C]` gets the sum of x^2 over the valid rows. Return the number of valid rows.
 int64_t stabnorm_affine_square(const void* x, int type, int64_t R, int64_t C, const uint8_t* valid, const float* scale,
                                const float* shift, int threads, void* y, float* out) {
   with_type(type, [&](auto* typed) {
@@ -40,7 +40,7 @@ int64_t stabnorm_affine_square(const void* x, int type, int64_t R, int64_t C, co
         const vf a = take<whole>(scale + c, n), b = shift ? take<whole>(shift + c, n) : splat(0);
         for (int64_t r = first; r < last; r++) {
           vf v = take<whole>((const T*)x + r * C + c, n);
-          put<whole>((T*)y + r * C + c, v * a + b, n);
+          if (y) put<whole>((T*)y + r * C + c, v * a + b, n);
           if (!valid || valid[r]) square += v * v;
         }
         add(sums + c, square, n);

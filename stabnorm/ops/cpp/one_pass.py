@@ -13,13 +13,12 @@ def affine(
     rows: Tensor, valid: Tensor | None, scale: Tensor, shift: Tensor | None, guess: bool = True
 ) -> tuple[Tensor, BatchMoments]:
     """See `ops.one_pass.affine_with_square`."""
-    if not guess:
-        return affine_with_square.formula(rows, valid, scale, shift, False)
     rows = rows.contiguous()
     y, square = torch.empty_like(rows), rows.new_empty(rows.shape[1], dtype=torch.float32)
+    # Without a guess, too, the sums are added in this order: a recompute must have the bits of the first forward.
     count = call(
         "affine_square", rows, *shape_of(rows), maybe_whole(valid), vector(scale), maybe_vector(shift),
-        torch.get_num_threads(), y, square,
+        torch.get_num_threads(), y if guess else None, square,
     )  # fmt: skip
     return y, BatchMoments(square.new_full((), count), None, square.div_(max(count, 1)))
 

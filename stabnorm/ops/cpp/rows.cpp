@@ -218,8 +218,8 @@ void stabnorm_affine(const void* x, int type, int64_t R, int64_t C, const float*
         const T* in = (const T*)x + r * C;
         T* out = (T*)y + r * C;
         for_columns(C, [&](int64_t c, int n, auto whole) {
-          vf v = take<whole>(in + c, n) * take<whole>(scale + c, n);
-          put<whole>(out + c, shift ? v + take<whole>(shift + c, n) : v, n);
+          const vf a = take<whole>(scale + c, n), b = shift ? take<whole>(shift + c, n) : splat(0);
+          put<whole>(out + c, take<whole>(in + c, n) * a + b, n);  // as in affine_square, to the bit: a recompute
         });
       }
     });

@@ -38,6 +38,12 @@ def summary_writer(logger: Any) -> "SummaryWriter | None":
 _directories: "WeakKeyDictionary[Trainer, Path]" = WeakKeyDictionary()
 
 
+def summary_writers(trainer: "Trainer", guard: Guard) -> "list[SummaryWriter]":
+    """Return TensorBoard's writers of all loggers that have one."""
+    found = [guard.attempt(f"{type(one).__name__} gives no writer", summary_writer, one) for one in trainer.loggers]
+    return [writer for writer in found if writer is not None]
+
+
 def begin_run(trainer: "Trainer") -> None:
     """Let a fit that begins anew have a folder of its own; each of our callbacks calls this in its `setup`."""
     if trainer.global_step == 0:
@@ -88,13 +94,13 @@ def _local(root: str) -> Path | None:
         return None
 
 
-def record_writers(trainer: "Trainer", directory: Path) -> list[RecordWriter]:
+def record_writers(trainer: "Trainer", guard: Guard, directory: Path) -> list[RecordWriter]:
     """Return writers of the record: into TensorBoard's event file if there is one, else into files in ``directory``.
 
     Raises:
         ValueError: a newer version of stabnorm, or another tool, has written there.
     """
-    writers = [writer for logger in trainer.loggers if (writer := summary_writer(logger)) is not None]
+    writers = summary_writers(trainer, guard)
     if writers:
         return [TensorBoardRecord(writer) for writer in writers]
     try:
@@ -132,10 +138,8 @@ def log_companion(
 
 def log_text(trainer: "Trainer", guard: Guard, key: str, markdown: str, step: int) -> None:
     """Log a Markdown text with TensorBoard."""
-    for logger in trainer.loggers:
-        writer = guard.attempt(f"{type(logger).__name__} cannot log texts", summary_writer, logger)
-        if writer is not None:
-            guard.attempt("TensorBoard cannot log texts", writer.add_text, key, markdown, step)
+    for writer in summary_writers(trainer, guard):
+        guard.attempt("TensorBoard cannot log texts", writer.add_text, key, markdown, step)
 
 
 def headline_writers(
@@ -146,11 +150,10 @@ def headline_writers(
     overhead: Callable[[], float],
 ) -> list[RecordWriter]:
     """Return a writer of headlines for each logger, so that one that fails keeps nothing from the others."""
-    for logger in trainer.loggers:
-        writer = guard.attempt(f"{type(logger).__name__} cannot arrange its charts", summary_writer, logger)
-        if writer is not None:
-            layout = custom_scalars_layout(statistics)
-            guard.attempt("TensorBoard cannot arrange its charts", writer.add_custom_scalars, layout)
+    for writer in summary_writers(trainer, guard):
+        guard.attempt(
+            "TensorBoard cannot arrange its charts", writer.add_custom_scalars, custom_scalars_layout(statistics)
+        )
     return [HeadlineScalars(logger, statistics, alerts, overhead) for logger in trainer.loggers]
 
 

@@ -222,7 +222,7 @@ class ProgressiveNormCallback(Callback):
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) and self.switch.layers:
             self._outputs = Outputs() if monitor is None else monitor.outputs
             if monitor is None:
-                self._own_writers = record_writers(trainer, output_directory(trainer))
+                self._own_writers = record_writers(trainer, self._outputs, output_directory(trainer))
             # Headlines are of the monitor's statistics.
             shared = [] if monitor is None else [r for r in monitor.records if not isinstance(r, HeadlineScalars)]
             watched = () if monitor is None else monitor.layers

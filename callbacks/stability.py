@@ -21,7 +21,7 @@ from stabnorm.callbacks._outputs import (
     log_text,
     output_directory,
     record_writers,
-    summary_writer,
+    summary_writers,
 )
 from stabnorm.callbacks._trainer import described, learning_rate, logged_steps, loss_scale, state_to_pickle
 from stabnorm.companions.companion import Companion
@@ -155,7 +155,7 @@ class StabilityCallback(Callback):
             self.directory = output_directory(trainer)
             names = [statistic.name for statistic in monitor.statistics]
             alerts, overhead = (lambda: len(monitor.alerts)), (lambda: monitor.cost.percent)
-            monitor.records = record_writers(trainer, self.directory)
+            monitor.records = record_writers(trainer, monitor.outputs, self.directory)
             monitor.records += headline_writers(trainer, monitor.outputs, names, alerts, overhead)
         monitor.attach()
         self._fitting, self._counted = True, False
@@ -263,7 +263,7 @@ class StabilityCallback(Callback):
             guard.attempt(what, log_companion, trainer, guard, track, monitor.alerts, self.directory)
         if rows is not None:
             guard.attempt("the closing table cannot be logged", self._log_table, trainer, monitor, rows, steps)
-        guard.attempt("the folder cannot be printed", self._say_where, trainer, self.directory)
+        guard.attempt("the folder cannot be printed", self._say_where, trainer, guard, self.directory)
 
     @staticmethod
     def _print_table(monitor: StabilityMonitor, rows: list[Row], steps: int) -> None:
@@ -275,8 +275,8 @@ class StabilityCallback(Callback):
         log_text(trainer, monitor.outputs, "stability/closing_table", markdown, int(steps[-1]))
 
     @staticmethod
-    def _say_where(trainer: "Trainer", directory: Path) -> None:
-        places = [str(writer.log_dir) for writer in map(summary_writer, trainer.loggers) if writer is not None]
+    def _say_where(trainer: "Trainer", guard: Guard, directory: Path) -> None:
+        places = [str(writer.log_dir) for writer in summary_writers(trainer, guard)]
         places += [str(directory)] if directory.exists() else []
         print(f"stabnorm: record and pictures are in {', '.join(places)}")
 

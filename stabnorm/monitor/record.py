@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -316,9 +316,12 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
     layers = tuple(dict.fromkeys(itertools.chain.from_iterable(part.layers for part in parts)))
     spans = [np.arange(part.first_step, part.first_step + part.num_steps) for part in parts]
     steps = np.unique(np.concatenate(spans)) if spans else np.empty(0, np.int64)
-    names = dict.fromkeys(itertools.chain.from_iterable(part.series for part in parts))
+    having: dict[str, list[_Part]] = {}
+    for part in parts:
+        for name in part.series:
+            having.setdefault(name, []).append(part)
     once = {dumps(event): event for event in events}  # a resumed run may write an event again
-    stitched = {name: _stitch(name, parts, steps, layers) for name in names}
+    stitched = {name: _stitch(name, parts, steps, layers) for name, parts in having.items()}
     return Record(layers, steps, stitched, sorted(once.values(), key=lambda event: event.step))
 
 
@@ -406,9 +409,8 @@ def _read_tensorboard(directory: Path, wanted: Collection[str] | None) -> tuple[
     return parts, events
 
 
-def _stitch(name: str, parts: Iterable[_Part], steps: npt.NDArray[np.int64], layers: Sequence[str]) -> Array:
+def _stitch(name: str, parts: Sequence[_Part], steps: npt.NDArray[np.int64], layers: Sequence[str]) -> Array:
     """Combine the parts of one series; later parts overwrite earlier ones."""
-    parts = [part for part in parts if name in part.series]
     axes = parts[-1].series[name].ndim  # a series may have got another meaning; only the last one can be told
     parts = [part for part in parts if part.series[name].ndim == axes]
     shapes = [part.series[name].shape for part in parts]

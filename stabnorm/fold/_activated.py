@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabnorm._models.random_state import random_state_kept
 from stabnorm._models.tree import replace_module
+from stabnorm.fold.folded import StandIn
 
 _AXES = ((2,), (2, 3), (2, 3, 2), (2, 2, 3, 2))  # of the input, the channels left out
 
@@ -52,8 +53,11 @@ def norm_inside(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 def replace_norm(model: nn.Module, name: str, new: nn.Module, *, goes_on: bool) -> None:
     """Put `new` where a norm of this name stands; with `goes_on` the norm's children follow it."""
+    norm = model.get_submodule(name)
+    if isinstance(new, StandIn):
+        new.in_place_of(norm)
     if goes_on:
-        children = OrderedDict(model.get_submodule(name).named_children())
+        children = OrderedDict(norm.named_children())
         for child in children.values():
             if getattr(child, "inplace", False):
                 child.inplace = False  # type: ignore[assignment]  # it would write into what the norm read

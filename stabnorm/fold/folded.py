@@ -1,49 +1,88 @@
 """Modules that take a folded norm's place: the identity, or one multiply-add. No class here names a normalization."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from stabnorm._checks import check_axis, check_instance
-from stabnorm._models.calls import tensor_input_of
-from stabnorm.nn._base import Float32Buffers
+from stabnorm._models.calls import input_name, input_of
+from stabnorm.nn._base import Float32Buffers, LeavesFusedPath
+
+_PLAIN = (bool, int, float, str, tuple, torch.dtype, type(None))
 
 
-class _Unfused(nn.Module):
-    """Torch's encoder layers run a fused kernel on ``norm1.weight`` where both norms' eps are equal; NaN never is."""
+class StandIn(LeavesFusedPath):
+    """What stands in a norm's place: it is called as the norm was, and answers code that reads the norm's attributes.
 
-    eps = float("nan")
-    weight: Any = None
-    bias: Any = None
+    `forward` has one argument, so that `torch.fx` and TorchScript can read it. The call takes the input by whatever
+    name the norm had for it; further arguments, such as a mask, are ignored.
+    """
+
+    input_name = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `forward` with the input alone."""
+        x = input_of(args, kwargs, self.input_name)
+        if x is None:
+            raise TypeError(f"{type(self).__name__} is called without an input. Pass a tensor, first or by keyword")
+        return super().__call__(x)  # type: ignore[misc]
+
+    def in_place_of(self, norm: nn.Module) -> Self:
+        """Take over what other code may read of a norm: its sizes, its eps, and its tensors' dtype and device.
+
+        The tensors are empty: whoever computes with them gets an error, and no number of a norm that is gone.
+        """
+        self.input_name = input_name(norm)
+        for name, value in vars(norm).items():
+            if not name.startswith("_") and isinstance(value, _PLAIN) and not hasattr(self, name):
+                setattr(self, name, value)
+        for name, tensor in (*norm._parameters.items(), *norm._buffers.items()):
+            if not hasattr(self, name) and (tensor is None or tensor.is_floating_point()):
+                answer = None if tensor is None else self._answer(name, norm, tensor)
+                nn.Module.register_buffer(self, name, answer, persistent=False)  # in low precision, too
+        return self
+
+    def _answer(self, name: str, norm: nn.Module, tensor: Tensor) -> Tensor:
+        del name, norm
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
-class FoldedNorm(_Unfused, nn.Identity):
+class FoldedNorm(StandIn, nn.Identity):
     """y = x, where a norm was folded into the weights around it.
 
-    The input goes by whatever name the norm had for it; further arguments, such as a mask, are ignored.
+    Code that merges a batch norm into a convolution by its attributes, such as timm's `reparameterize`, finds those of
+    the batch norm that changes nothing.
 
     Shape:
         any, to the same.
 
     Raises:
-        TypeError: it is called without a tensor.
+        TypeError: it is called without an input.
 
     >>> x = torch.randn(2, 3)
     >>> FoldedNorm()(x) is x, FoldedNorm()(hidden_states=x) is x
     (True, True)
+    >>> FoldedNorm().in_place_of(nn.LayerNorm(3, eps=1e-6)).eps
+    1e-06
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the input."""
-        return tensor_input_of(args, kwargs)
+        return input
+
+    def _answer(self, name: str, norm: nn.Module, tensor: Tensor) -> Tensor:
+        eps = getattr(norm, "eps", None)
+        neutral = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - (eps or 0.0)}
+        if "running_var" in norm._buffers and name in neutral:
+            return torch.full_like(tensor, neutral[name], requires_grad=False)
+        return super()._answer(name, norm, tensor)
 
 
-class FrozenAffine(_Unfused, Float32Buffers):
+class FrozenAffine(StandIn, Float32Buffers):
     r"""y = scale x + shift per channel, in one operation: an eval-affine norm that no weight could take in.
 
-    Scale and shift stay float32 under ``.to(torch.bfloat16)``, as the statistics they come from. The input goes by
-    whatever name the norm had for it; further arguments, such as a mask, are ignored.
+    Scale and shift stay float32 under ``.to(torch.bfloat16)``, as the statistics they come from.
 
     Args:
         scale: ``[C]``.
@@ -54,7 +93,7 @@ class FrozenAffine(_Unfused, Float32Buffers):
         as the input; the axis `channel_dim` holds C.
 
     Raises:
-        TypeError: scale or shift is no tensor, or it is called without one.
+        TypeError: scale or shift is no tensor, or it is called without an input.
         ValueError: scale and shift do not have one number for each channel.
 
     >>> affine = FrozenAffine(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
@@ -77,15 +116,12 @@ class FrozenAffine(_Unfused, Float32Buffers):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Scale x + shift."""
-        x = tensor_input_of(args, kwargs)
-        scale, shift = self.scale, self.shift
-        if self.channel_dim not in (-1, x.ndim - 1):
-            shape = [1] * x.ndim
-            shape[self.channel_dim] = -1
-            scale, shift = scale.view(shape), shift.view(shape)
-        return torch.addcmul(shift, x, scale).to(x.dtype)
+        # Transposed, not reshaped by the input's number of axes: torch.fx traces without knowing it.
+        x = input if self.channel_dim == -1 else input.transpose(self.channel_dim, -1)
+        y = torch.addcmul(self.shift, x, self.scale).to(input.dtype)
+        return y if self.channel_dim == -1 else y.transpose(self.channel_dim, -1)
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """Give ``(scale, shift, channel_dim)`` in float64: it can be folded again after a change of the model."""
@@ -94,3 +130,6 @@ class FrozenAffine(_Unfused, Float32Buffers):
     def extra_repr(self) -> str:
         """Channels, and their axis where it is not the last."""
         return f"{self.scale.numel()}" + ("" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}")
+
+    def _own_buffers(self) -> dict[str, Tensor | None]:
+        return {name: self._buffers[name] for name in ("scale", "shift")}

@@ -14,6 +14,7 @@ from stabnorm.fold._plan import Plan
 from stabnorm.fold._readers import NewBias
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
 from stabnorm.fold.result import FOLDED
+from stabnorm.nn._fused_path import leave_fused_paths
 
 FORMAT = 1
 
@@ -92,7 +93,8 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     for name in manifest["folded"]:
         replace_norm(model, name, FoldedNorm(), goes_on=name in going_on)
     for name, sizes in manifest["affine"].items():
-        like = floating_tensor_of(model.get_submodule(name))
+        norm = model.get_submodule(name)
+        like = floating_tensor_of(norm)
         dtype = torch.promote_types(like.dtype, torch.float32)
         scale = torch.ones(sizes["num_features"], dtype=dtype, device=like.device)
         affine = FrozenAffine(scale, torch.zeros_like(scale), sizes["channel_dim"])
@@ -102,13 +104,7 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         replace_module(
             model, name, nn.RMSNorm(sizes["num_features"], sizes["eps"], device=like.device, dtype=like.dtype)
         )
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, FoldedNorm | FrozenAffine) for m in module.modules()
-        ):
-            module.use_nested_tensor = module.enable_nested_tensor = (
-                False  # only the fused layers can take nested tensors
-            )
+    leave_fused_paths(model)
 
 
 def own_parameters(model: nn.Module, names: Iterable[str]) -> None:

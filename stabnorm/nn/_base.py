@@ -31,6 +31,10 @@ class Conversion(NamedTuple):
     carry_out: Callable[[], nn.Module]
 
 
+class LeavesFusedPath(nn.Module):
+    """What torch's encoder layers must call: their fused path for eval would take it for a layer norm."""
+
+
 class Float32Buffers(nn.Module):
     """Keeps floating buffers in float32 under `.to(torch.bfloat16)` and `.half()`: a running mean needs its digits."""
 
@@ -52,7 +56,7 @@ class Float32Buffers(nn.Module):
         return self
 
 
-class EvalAffineNorm(Float32Buffers):
+class EvalAffineNorm(Float32Buffers, LeavesFusedPath):
     """Base of the norms of this package."""
 
     _in_place: ClassVar[bool] = False  # whether a conversion keeps the norm object itself

@@ -1,17 +1,17 @@
-"""Keep torch's encoder layers off their fused path for eval mode if they hold a norm of ours.
+"""Keep torch's encoder layers off their fused path for eval mode if they hold a norm of ours, or what took its place.
 
 The fused path computes a layer norm with the norms' weights. It neither calls the norms nor checks their type. With one
-of our norms, eval would silently compute something else than was trained.
+of our norms, or with what stands in a folded norm's place, eval would silently compute something else than was trained.
 """
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from stabnorm.nn._base import EvalAffineNorm
+from stabnorm.nn._base import LeavesFusedPath
 
 
 def leave_fused_paths(model: nn.Module) -> None:
-    """Keep every encoder layer that holds a norm of ours off the fused path, and its encoder, too."""
+    """Keep every encoder layer that holds one of them off the fused path, and its encoder, too."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _holds_ours(module):
             _leave(module)
@@ -20,7 +20,7 @@ def leave_fused_paths(model: nn.Module) -> None:
 
 
 def _holds_ours(module: nn.Module) -> bool:
-    return any(isinstance(part, EvalAffineNorm) for part in module.modules())
+    return any(isinstance(part, LeavesFusedPath) for part in module.modules())
 
 
 def _leave(layer: nn.TransformerEncoderLayer) -> None:
@@ -30,7 +30,7 @@ def _leave(layer: nn.TransformerEncoderLayer) -> None:
 
 def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
     """Handle ``layer.norm1 = RepBN(d)`` in a user's code; `convert_norms` calls `leave_fused_paths` itself."""
-    if isinstance(module, nn.TransformerEncoderLayer) and isinstance(child, EvalAffineNorm):
+    if isinstance(module, nn.TransformerEncoderLayer) and isinstance(child, LeavesFusedPath):
         _leave(module)
 
 

@@ -27,8 +27,8 @@ def input_name(module: nn.Module) -> str:
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "") -> Any:
     """Find a module's input among the arguments of a call.
 
-    It is the first positional argument; else the keyword argument of this name; else the first floating tensor among
-    the keyword arguments, for a `forward` that takes its input by more than one name.
+    It is the first positional argument; else the keyword argument of this name; else the only keyword argument; else
+    the first floating tensor among them, for a `forward` that takes its input by more than one name.
 
     Args:
         args: positional arguments.
@@ -47,6 +47,8 @@ def input_of(args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "") -> 
         return args[0]
     if name in kwargs:
         return kwargs[name]
+    if len(kwargs) == 1:
+        return next(iter(kwargs.values()))
     for value in kwargs.values():
         if isinstance(value, Tensor) and value.is_floating_point():
             return value

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from stabnorm.norms import NormLayer
 from stabnorm.ops.rows import LOW_PRECISION
@@ -60,6 +61,7 @@ class EvalAffineNorm(Float32Buffers, LeavesFusedPath):
     """Base of the norms of this package."""
 
     _in_place: ClassVar[bool] = False  # whether a conversion keeps the norm object itself
+    __jit_unused_properties__: ClassVar[list[str]] = ["sync", "fits_blended_kernels"]
 
     # -- how it is made from a norm ------------------------------------------------------------------------------------
 
@@ -124,6 +126,12 @@ def target_name(norm: EvalAffineNorm) -> str:
     """Return the name of the public class that a norm is an instance of."""
     public = TARGETS.values()
     return next((cls.__name__ for cls in type(norm).__mro__ if cls in public), type(norm).__name__)
+
+
+def one_node(norm: nn.Module, x: Proxy, mask: Any) -> Any:
+    """Call a norm as one node of the graph that `torch.fx` traces, as it does with torch's own modules."""
+    given = (x,) if mask is None else (x, mask)
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(norm), given, {})  # type: ignore[attr-defined]
 
 
 @contextmanager

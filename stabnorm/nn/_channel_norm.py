@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from stabnorm._checks import check_axis, check_choice, check_count, check_flag, check_number, shown
 from stabnorm._models.devices import floating_tensor_of
@@ -12,7 +13,7 @@ from stabnorm._models.masks import mask_for
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments, channel_affine, merge_batches
-from stabnorm.nn._base import Conversion, EvalAffineNorm, tensors_like
+from stabnorm.nn._base import Conversion, EvalAffineNorm, one_node, tensors_like
 from stabnorm.norms import NormLayer
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops.rows import moments_of_rows, widened
@@ -113,6 +114,31 @@ class ChannelNorm(EvalAffineNorm):
         raise NotImplementedError
 
     # -- a forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise; in training mode also update the statistics."""
+        if torch.jit.is_scripting():
+            return self.frozen(x)
+        else:  # noqa: RET505  # TorchScript compiles no other branch
+            return one_node(self, x, mask) if isinstance(x, Proxy) else self.compute(x, mask)
+
+    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Run `forward` on tensors."""
+        raise NotImplementedError
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """Run `forward` in eval mode, in operations that TorchScript compiles."""
+        if self.training:
+            raise RuntimeError("a norm of stabnorm that TorchScript has compiled runs in eval mode only: call eval()")
+        scale, shift = self.frozen_affine()
+        wide = x.float() if x.dtype == torch.bfloat16 or x.dtype == torch.float16 else x
+        wide = wide.transpose(self.channel_dim, -1)
+        y = wide * scale if shift is None else torch.addcmul(shift, wide, scale)
+        return y.to(x.dtype).transpose(self.channel_dim, -1)
+
+    def frozen_affine(self) -> tuple[Tensor, Tensor | None]:
+        """Return scale and shift of eval mode, in the buffers' precision."""
+        raise NotImplementedError
 
     def rows_of(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the input as rows ``[R, C]``, and which of them are valid, ``[R]`` bool or None for all.

@@ -32,7 +32,7 @@ class _Published(ChannelNorm):
         for name, parameter in (("weight", self.weight), ("bias", self.bias)):
             self.official.register_parameter(name, parameter)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Call the published module on ``[B, N, C]``."""
         _, valid = self.rows_of(x, mask)
         y: Tensor = self.official(x, None if valid is None else valid.reshape(x.shape[:-1]))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stabnorm._checks import check_count, check_number
 from stabnorm.errors import StabNormError
-from stabnorm.functional import scale_groups
+from stabnorm.functional import channel_affine, scale_groups
 from stabnorm.nn._base import TARGETS
 from stabnorm.nn._channel_norm import ChannelNorm, running_values
 from stabnorm.nn._normalize import Psi, normalize
@@ -110,7 +110,7 @@ class PowerNorm(ChannelNorm):
         self.recent.fill_(-1)
         self._reset_counters()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Normalise; in training mode also update the statistics."""
         rows, valid = self.rows_of(x, mask)
         if self.groups is not None:
@@ -135,6 +135,11 @@ class PowerNorm(ChannelNorm):
         psi = Psi("quadratic", self.alpha_bkw, self.loss_scale, gate, average=self.nu, power=power)
         y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
         return self.like_input(y, x)
+
+    def frozen_affine(self) -> tuple[Tensor, Tensor | None]:
+        """Return scale and shift of eval mode, in the buffers' precision."""
+        rstd = torch.rsqrt(self.running_square + self.eps)
+        return channel_affine(self.weight, self.bias, None, None, rstd)
 
     def scaled(self, rows: Tensor, *, masked: bool = False) -> Tensor:
         """Divide each group of channels of each token by its rms (GroupScaling)."""

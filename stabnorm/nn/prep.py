@@ -2,17 +2,20 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from stabnorm._checks import check_choice, check_count, check_names, check_number
+from stabnorm import functional
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.watched import own_class
 from stabnorm.errors import StabNormError
-from stabnorm.nn._base import TARGETS, Conversion, EvalAffineNorm, Float32Buffers, tensors_like
+from stabnorm.nn._base import TARGETS, Conversion, EvalAffineNorm, Float32Buffers, one_node, tensors_like
 from stabnorm.nn._blended import Blend, Fork, Idle, blended
 from stabnorm.nn._channel_norm import check_variant
 from stabnorm.nn.rep import RepBN
@@ -220,6 +223,25 @@ class PRepBN(EvalAffineNorm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute the blend at the current lam; in training mode `rep` also updates its statistics."""
+        if torch.jit.is_scripting():
+            return self.frozen(x)
+        else:  # noqa: RET505  # TorchScript compiles no other branch
+            return one_node(self, x, mask) if isinstance(x, Proxy) else self.compute(x, mask)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """Run `forward` in eval mode, in operations that TorchScript compiles."""
+        several = self.feature_dims > 1
+        rep = self.rep.frozen(x.flatten(-self.feature_dims) if several else x)
+        rep = rep.reshape(x.shape) if several else rep
+        if self.leave_out_norm or self.eval_mode == "rep":
+            return rep
+        if self.norm_channel_dim == self.channel_dim:
+            return functional.blend(self.lam, self._norm_forward(x), rep)
+        norm = self._norm_forward(x.transpose(self.channel_dim, -1)).transpose(self.channel_dim, -1)
+        return functional.blend(self.lam, norm, rep)
+
+    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Run `forward` on tensors."""
         if self.leave_out_norm or (not self.training and self.eval_mode == "rep"):
             y = self.__rep(x, mask, *self.__rep_parameters())
             return Idle.apply(y, *self.__norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
@@ -382,6 +404,9 @@ def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: 
     if made_of not in _CLASSES:
         content: dict[str, Any] = {"__module__": __name__, "__doc__": PRepBN.__doc__, "_made_of": made_of}
         content["forward"] = _forward_like(base.forward)
+        # Both are for TorchScript, which knows no super(), and of a class's annotations only tensors and the like.
+        content["_norm_forward"] = _renamed(base.forward, "_norm_forward")
+        content["__annotations__"] = {"lam": Tensor}
         made = type(f"PRepBN{base.__name__}", (PRepBN, base), content)
         if kind is None and not is_registered(base) and issubclass(base, nn.LayerNorm | nn.RMSNorm):
             kind = "layer" if issubclass(base, nn.LayerNorm) else "rms"
@@ -397,13 +422,21 @@ def _forward_like(own: Callable[..., Any]) -> Callable[..., Tensor]:
     """Return a `PRepBN.forward` that also accepts the input under the argument name of the norm's own forward."""
     name = [*inspect.signature(own).parameters][1]
 
-    @functools.wraps(own)
+    @functools.wraps(PRepBN.forward)  # TorchScript then compiles that one's source
     def forward(self: PRepBN, *args: Any, **kwargs: Any) -> Tensor:
         if name in kwargs:
             args = (kwargs.pop(name), *args)
         return PRepBN.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _renamed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    renamed = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    renamed.__kwdefaults__, renamed.__annotations__ = function.__kwdefaults__, function.__annotations__
+    return renamed
 
 
 def _blank(base: type[nn.Module], kind: Kind | None, registration: tuple[tuple[str, Any], ...]) -> nn.Module:

@@ -120,9 +120,14 @@ class RepBN(ChannelNorm):
             self.window.fill_(1)
         self._reset_counters()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Normalise; in training mode also update the statistics."""
         return self.apply_with(x, mask, self.weight, self.bias, self.eta)
+
+    def frozen_affine(self) -> tuple[Tensor, Tensor | None]:
+        """Return scale and shift of eval mode, in the buffers' precision."""
+        rstd = torch.rsqrt(self.running_var + self.eps)
+        return channel_affine(self.weight, self.bias, self.eta, self.running_mean, rstd)
 
     def apply_with(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
         """Run `forward` with other tensors for the parameters; PRepBN controls their gradients in this way."""

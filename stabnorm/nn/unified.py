@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm._checks import check_count, check_flag, check_number
+from stabnorm.functional import channel_affine
 from stabnorm.nn._base import TARGETS
 from stabnorm.nn._channel_norm import ChannelNorm
 from stabnorm.nn._normalize import Psi, normalize
@@ -132,7 +133,7 @@ class UnifiedNorm(ChannelNorm):
         self.average_gradient.zero_()
         self.filled_gradient.zero_()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Normalise; in training mode also update the statistics."""
         rows, valid = self.rows_of(x, mask)
         if not self.training:
@@ -152,6 +153,11 @@ class UnifiedNorm(ChannelNorm):
         )  # fmt: skip
         y = normalize(rows, valid, self.weight, self.bias, None, moments, rstd, self.sync, psi)
         return self.like_input(y, x)
+
+    def frozen_affine(self) -> tuple[Tensor, Tensor | None]:
+        """Return scale and shift of eval mode, in the buffers' precision."""
+        rstd = torch.rsqrt(self.running_square + self.eps)
+        return channel_affine(self.weight, self.bias, None, None, rstd)
 
     def running_statistics(self) -> tuple[Tensor, ...]:
         """Return the mean square."""

@@ -82,6 +82,60 @@ def test_an_affine_that_is_left_goes_through_the_tools(tool: Callable[..., nn.Mo
         assert torch.equal(tool(model, x)(x), model(x))
 
 
+class LlamaRMSNorm(nn.Module):
+    """Hugging Face's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + 1e-6)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """timm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+@every_tool
+@pytest.mark.parametrize("to", ["prepbn", "repbn", "unified", "power"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, LlamaRMSNorm, LayerNorm2d])
+def test_a_converted_model_goes_through_the_tools_that_take_the_plain_one(
+    tool: Callable[..., nn.Module], to: str, norm: type[nn.Module]
+) -> None:
+    first = nn.Conv2d(4, 8, 1) if norm is LayerNorm2d else nn.Linear(4, 8)
+    model = nn.Sequential(first, norm(8), nn.ReLU())
+    convert_norms(model, to)
+    drawn(model)
+    for module in model.modules():
+        if isinstance(module, PRepBN):
+            module.lam.fill_(0.3)
+    x = torch.randn(2, 4, 3, 3) if norm is LayerNorm2d else torch.randn(3, 4)
+    with torch.no_grad():
+        assert torch.allclose(tool(model, x)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_converted_model_that_torch_fx_traced_still_trains() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    convert_norms(model)
+    traced = torch.fx.symbolic_trace(model)
+    traced(torch.randn(3, 4)).sum().backward()
+    norm = traced.get_submodule("1")
+    assert isinstance(norm, PRepBN)
+    assert norm.rep.step == 1
+
+
+def test_a_scripted_norm_in_training_mode_says_that_it_cannot_train() -> None:
+    with pytest.raises(torch.jit.Error, match=r"call eval\(\)"):
+        torch.jit.script(RepBN(8))(torch.randn(3, 8))
+
+
 def test_a_tracer_passes_a_stand_in_that_is_called_by_keyword_or_with_a_mask() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stabnorm._log import printable
-from stabnorm._models.tree import Tree
+from stabnorm._models.tree import PLAIN, Tree
 from stabnorm.errors import StabNormError
 from stabnorm.nn._base import TARGETS, EvalAffineNorm, target_name
 from stabnorm.norms import NormLayer
@@ -44,7 +44,10 @@ def plan_conversion(layer: NormLayer, to: Target, options: dict[str, Any], tree:
         raise ValueError(f"{printable(layer.name)}: {error}") from error
 
     def carry_out() -> None:
+        frozen = not any(True for _ in module.parameters()) and tree.frozen_around(module)
         new = conversion.carry_out()
+        if frozen:
+            new.requires_grad_(False)
         if new is not module:
             _replace(module, new, tree)
 
@@ -63,8 +66,11 @@ def _obstacle(layer: NormLayer, tree: Tree) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the object, which nothing here can see through"
     for name in (layer.weight_name, layer.bias_name):
+        tensor = getattr(module, name, None) if name else None
         if name and isinstance(vars(module).get(name), Tensor):
             return f"its {name} is computed from other tensors (weight_norm, pruning): convert first"
+        if isinstance(tensor, Tensor) and tensor.numel() != layer.num_features:
+            return f"its {name} has {tensor.numel()} numbers, not one for each of its {layer.num_features} channels"
     shared = tree.shared(module)
     return f"{shared}: give it parameters of its own, or leave it" if shared else None
 
@@ -85,8 +91,11 @@ def _obstacle_to_replacing(old: nn.Module, tree: Tree) -> str | None:
 
 
 def _replace(old: nn.Module, new: nn.Module, tree: Tree) -> None:
-    """Put the new module under every name of the old one, and move the hooks."""
+    """Put the new module under every name of the old one, move the hooks, and keep what other code may read."""
     # The new module gets the same dictionaries, because the handles that remove a hook refer to them.
     vars(new).update((name, value) for name, value in vars(old).items() if "_hooks" in name or "full_backward" in name)
+    for name, value in vars(old).items():
+        if isinstance(value, PLAIN) and not hasattr(new, name):
+            setattr(new, name, value)
     for parent, name in tree.parents[id(old)]:
         setattr(parent, name, new)

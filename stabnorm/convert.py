@@ -1,7 +1,7 @@
 """`convert_norms`: convert a model's layer and rms norms, in place, to norms that are affine in eval.
 
-The whole conversion is planned first, and everything that can fail fails in the plan. Then the plan is carried out. So
-the model is converted as the report says or, after an error, unchanged.
+The whole conversion is planned first. Then the plan is carried out, and taken back if a norm's class does not allow it.
+So the model is converted as the report says or, after an error, unchanged.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ from torch import nn
 from stabnorm._checks import check_choice, check_has_numbers, check_loader, check_model, check_names
 from stabnorm._log import printable
 from stabnorm._models.names import compiled
+from stabnorm._models.intact import intact_on_error
 from stabnorm._models.tables import aligned
 from stabnorm._models.tree import Tree
 from stabnorm._models.wrappers import is_scripted, parallel_wrapper
@@ -22,7 +23,7 @@ from stabnorm.fit.start import fit_copies, start_from_fits
 from stabnorm.fit.sums import Affine
 from stabnorm.nn._base import TARGETS
 from stabnorm.nn._fused_path import leave_fused_paths
-from stabnorm.norms import Kind, NormSearch
+from stabnorm.norms import Kind, NormLayer, NormSearch
 
 __all__ = ["ConversionReport", "NormConversion", "Target", "convert_norms"]
 
@@ -133,7 +134,8 @@ def convert_norms(
             only one of ``init="fit"`` and `loader` is given, or they are given for another `to` than "prepbn".
         TypeError: the target has no such option, or an argument has another type.
         StabNormError: there is no norm to convert, or the model is wrapped in DDP or FSDP already; or the loader is
-            empty, or the model does not run on its batches.
+            empty, or the model does not run on its batches; or the class of a norm does not allow the conversion. The
+            model has not changed then.
 
     Source: arXiv:2405.11582 (PRepBN and RepBN), 2208.01313 (UnifiedNorm), 2003.07845 (PowerNorm).
 
@@ -175,13 +177,26 @@ def convert_norms(
     fits: Mapping[str, Affine] = {}
     if loader is not None and report.converted:
         fits = fit_copies(model, loader, set(report.converted), lambda copy: convert_norms(copy, **norm_options))
-    for plan in plans.values():
-        if plan.carry_out:
-            plan.carry_out()
-    if fits:
-        start_from_fits(model, fits)
-    leave_fused_paths(model)
+    with intact_on_error(model):
+        for layer in search.found:
+            _carry_out(plans[id(layer.module)], layer, to)
+        if fits:
+            start_from_fits(model, fits)
+        leave_fused_paths(model)
     return report
+
+
+def _carry_out(plan: Plan, layer: NormLayer, to: Target) -> None:
+    if plan.carry_out is None:
+        return
+    class_name = type(layer.module).__name__
+    try:
+        plan.carry_out()
+    except Exception as error:  # the class of the user's norm may raise anything
+        raise StabNormError(
+            f"layer {layer.name!r} ({class_name}) cannot be converted to {to}: "
+            f"{type(error).__name__}: {error}. The model has not changed. Leave the layer out with exclude="
+        ) from error
 
 
 # --- the report ---

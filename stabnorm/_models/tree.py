@@ -1,8 +1,11 @@
 """A model's modules as a tree: their parents, their parameters' owners, and how one module takes another's place."""
 
+import torch
 from torch import Tensor, nn
 
 from stabnorm._models.devices import floating_tensor_of
+
+PLAIN = (bool, int, float, str, tuple, torch.dtype, type(None))  # attributes that another module can take over
 
 
 class Tree:
@@ -43,6 +46,13 @@ class Tree:
         while id(surroundings[-1]) in self.parents:
             surroundings.append(self.parents[id(surroundings[-1])][0][0])
         return floating_tensor_of(*surroundings)
+
+    def frozen_around(self, module: nn.Module) -> bool:
+        """Whether nothing is trained in the smallest part of the model that holds the module and a parameter."""
+        while id(module) in self.parents and not any(True for _ in module.parameters()):
+            module = self.parents[id(module)][0][0]
+        parameters = list(module.parameters())
+        return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

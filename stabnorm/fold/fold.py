@@ -12,6 +12,7 @@ from stabnorm._checks import check_choice, check_flag, check_function, check_has
 from stabnorm._models.copies import copied
 from stabnorm._models.devices import device_of, floating_tensor_of
 from stabnorm._models.examples import read_examples
+from stabnorm._models.intact import intact_on_error
 from stabnorm._models.outputs import Picker
 from stabnorm._models.random_state import random_state_kept
 from stabnorm._models.wrappers import is_compiled, is_scripted
@@ -180,9 +181,10 @@ def _fold(
             )
         _warn(manifest, vacuous)
         folded = model if inplace else copied(model)
-        if inplace:  # the first change to the user's model; whatever shares memory with a weight does not change
-            own_parameters(folded, {name for edit in plan.edits for name in edit.parameters})
-        apply_plan(plan, manifest, folded)
+        with intact_on_error(folded):
+            if inplace:  # the first change to the user's model; whatever shares memory with a weight does not change
+                own_parameters(folded, {name for edit in plan.edits for name in edit.parameters})
+            apply_plan(plan, manifest, folded)
     precision = lanes.precision(error)
     return FoldResult(folded, norms, error, precision, lanes.checked_on, vacuous, plan.max_gauge, manifest)
 

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from stabnorm._checks import check_axis, check_instance
 from stabnorm._models.calls import input_name, input_of
+from stabnorm._models.tree import PLAIN
 from stabnorm.nn._base import Float32Buffers, LeavesFusedPath
-
-_PLAIN = (bool, int, float, str, tuple, torch.dtype, type(None))
 
 
 class StandIn(LeavesFusedPath):
@@ -35,7 +34,7 @@ class StandIn(LeavesFusedPath):
         """
         self.input_name = input_name(norm)
         for name, value in vars(norm).items():
-            if not name.startswith("_") and isinstance(value, _PLAIN) and not hasattr(self, name):
+            if not name.startswith("_") and isinstance(value, PLAIN) and not hasattr(self, name):
                 setattr(self, name, value)
         for name, tensor in (*norm._parameters.items(), *norm._buffers.items()):
             if not hasattr(self, name) and (tensor is None or tensor.is_floating_point()):

@@ -8,6 +8,7 @@ from torch import nn
 
 from stabnorm._checks import check_model, wrong_type
 from stabnorm._models.devices import floating_tensor_of
+from stabnorm._models.intact import intact_on_error
 from stabnorm._models.tree import replace_module
 from stabnorm.fold._activated import replace_norm
 from stabnorm.fold._plan import Plan
@@ -73,7 +74,8 @@ def apply_manifest(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
         raise ValueError(
             f"the model has no {missing[0]!r}, which the manifest names. Build it as it was before the fold"
         )
-    restructure(model, manifest)
+    with intact_on_error(model):
+        restructure(model, manifest)
     return model
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from stabnorm._models.tree import PLAIN
 from stabnorm.norms import NormLayer
 from stabnorm.ops.rows import LOW_PRECISION
 
@@ -132,6 +133,20 @@ def one_node(norm: nn.Module, x: Proxy, mask: Any) -> Any:
     """Call a norm as one node of the graph that `torch.fx` traces, as it does with torch's own modules."""
     given = (x,) if mask is None else (x, mask)
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(norm), given, {})  # type: ignore[attr-defined]
+
+
+def take_flags(new: nn.Parameter | None, *olds: nn.Parameter | None) -> None:
+    """Give a new parameter what the first of the old ones says about itself: whether it is trained, and plain marks.
+
+    Such marks are `_is_hf_initialized`, `_no_weight_decay` or `sequence_parallel`.
+    """
+    old = next((old for old in olds if old is not None), None)
+    if new is None or old is None:
+        return
+    new.requires_grad_(old.requires_grad)
+    for name, value in vars(old).items():
+        if isinstance(value, PLAIN):
+            setattr(new, name, value)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from stabnorm._models.masks import mask_for
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments, channel_affine, merge_batches
-from stabnorm.nn._base import Conversion, EvalAffineNorm, one_node, tensors_like
+from stabnorm.nn._base import Conversion, EvalAffineNorm, one_node, take_flags, tensors_like
 from stabnorm.norms import NormLayer
-from stabnorm.norms.rows import as_rows
+from stabnorm.norms.rows import as_rows, from_rows
 from stabnorm.ops.rows import moments_of_rows, widened
 
 UNSAVED = {"recent": -1.0, "loss_scale": 1.0}  # first values; -1 is no second moment, so no forward is remembered
@@ -181,7 +181,7 @@ class ChannelNorm(EvalAffineNorm):
         """Return ``rows [R, C]`` in the shape of x, contiguous if x is."""
         if self.channel_dim in (-1, x.ndim - 1):
             return rows.reshape(x.shape)
-        y = rows.reshape(x.movedim(self.channel_dim, -1).shape).movedim(-1, self.channel_dim)
+        y = from_rows(rows, x.shape, self.channel_dim)
         return y.contiguous() if x.is_contiguous() else y
 
     @torch.no_grad()
@@ -253,6 +253,10 @@ class ChannelNorm(EvalAffineNorm):
             raise StabNormError(f"its bias would be lost: {why} has no place for one")
         kept = [new._take_over("weight", layer.gain_parameter, layer.gain, exactly=not layer.gain_offset)]
         kept += [new._take_over("bias", layer.bias_parameter, layer.bias)] if new.bias is not None else []
+        gain, bias = layer.gain_parameter, layer.bias_parameter
+        take_flags(new.weight, gain, bias)
+        take_flags(new.bias, bias, gain)
+        take_flags(getattr(new, "eta", None), gain, bias)
         return Conversion(", ".join(kept), lambda: new)
 
     @classmethod

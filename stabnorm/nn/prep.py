@@ -15,7 +15,7 @@ from stabnorm import functional
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.watched import own_class
 from stabnorm.errors import StabNormError
-from stabnorm.nn._base import TARGETS, Conversion, EvalAffineNorm, Float32Buffers, one_node, tensors_like
+from stabnorm.nn._base import TARGETS, Conversion, EvalAffineNorm, Float32Buffers, one_node, take_flags, tensors_like
 from stabnorm.nn._blended import Blend, Fork, Idle, blended
 from stabnorm.nn._channel_norm import check_variant
 from stabnorm.nn.rep import RepBN
@@ -132,6 +132,7 @@ class PRepBN(EvalAffineNorm):
         with tensors_like(like):  # a PRepBN over torch's norm checks the options and builds `rep`
             options = RepBN.defaults_after(layer) | options
             twin = PRepBN(layer.num_features, channel_dim=layer.channel_dim, **options).to(like.dtype)
+        gain, bias = layer.gain_parameter, layer.bias_parameter
         base = type(module)
         try:
             made = _class_after(layer)
@@ -142,10 +143,12 @@ class PRepBN(EvalAffineNorm):
         def carry_out() -> PRepBN:
             module.__class__ = made
             assert isinstance(module, PRepBN)
-            own = list(module.parameters(recurse=False))
-            if own and not any(parameter.requires_grad for parameter in own):
-                twin.rep.requires_grad_(False)  # frozen before, frozen after
             module.adopt(twin.rep, twin.eval_mode, layer.feature_dims)
+            take_flags(module.rep.weight, gain, bias)
+            take_flags(module.rep.bias, bias, gain)
+            take_flags(module.rep.eta, gain, bias)
+            if "_is_hf_initialized" in vars(module):
+                module.rep._is_hf_initialized = module._is_hf_initialized
             return module
 
         return Conversion(f"class {made.__name__}", carry_out)
@@ -256,8 +259,10 @@ class PRepBN(EvalAffineNorm):
         given = (weight, eta) if bias is None else (weight, eta, bias)
         for_norm, for_rep, weight, eta, *offset = Fork.apply(self.lam, x, *given)  # type: ignore[no-untyped-call]
         bias = offset[0] if offset else None
-        rep = self.__rep(for_rep, mask, weight, bias, eta)  # first, because its errors are clearer
-        return Blend.apply(self.lam, self.__norm(for_norm), rep)  # type: ignore[no-any-return, no-untyped-call]
+        self.rep.rows_of(self.__flat(x), mask)  # only for its errors, which are clearer than those of the norm
+        norm = self.__norm(for_norm)  # before `rep`, whose statistics do not change if the norm raises
+        rep = self.__rep(for_rep, mask, weight, bias, eta)
+        return Blend.apply(self.lam, norm, rep)  # type: ignore[no-any-return, no-untyped-call]
 
     def __at_once(self) -> bool:
         """Whether both norms can be computed together: only in training, with torch's own LayerNorm over one axis."""
@@ -286,11 +291,12 @@ class PRepBN(EvalAffineNorm):
         return x.flatten(x.ndim - self.feature_dims) if x.ndim > self.feature_dims else x.reshape(1, -1)
 
     def __norm(self, x: Tensor) -> Tensor:
-        as_it_is = self.norm_channel_dim == self.channel_dim or self.channel_dim == x.ndim - 1
-        y: Tensor = super().forward(x if as_it_is else x.movedim(self.channel_dim, -1))
+        axis = self.channel_dim % x.ndim  # not negative: the older ONNX exporter writes axes as they are
+        as_it_is = self.norm_channel_dim == self.channel_dim or axis == x.ndim - 1
+        y: Tensor = super().forward(x if as_it_is else x.movedim(axis, x.ndim - 1))
         if as_it_is:
             return y
-        y = y.movedim(-1, self.channel_dim)
+        y = y.movedim(x.ndim - 1, axis)
         return y.contiguous() if x.is_contiguous() else y
 
     def __rep(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ def as_rows(x: Tensor, channel_dim: int, feature_dims: int = 1) -> Tensor:
     torch.Size([40, 3])
     """
     if channel_dim not in (-1, x.ndim - 1):
-        x = x.movedim(channel_dim, -1)
+        x = x.movedim(channel_dim % x.ndim, x.ndim - 1)  # not negative: the older ONNX exporter writes axes as they are
     features = x.shape[x.ndim - feature_dims :].numel()
     return x.reshape(x.numel() // max(features, 1), features)
 
@@ -26,7 +26,7 @@ def from_rows(rows: Tensor, shape: torch.Size, channel_dim: int, feature_dims: i
     if feature_dims > 1 or channel_dim in (-1, len(shape) - 1):
         return rows.reshape(shape)
     tokens = tokens_of(shape, channel_dim)
-    return rows.reshape(*tokens, rows.shape[1]).movedim(-1, channel_dim)
+    return rows.reshape(*tokens, rows.shape[1]).movedim(len(shape) - 1, channel_dim % len(shape))
 
 
 def tokens_of(shape: torch.Size, channel_dim: int, feature_dims: int = 1) -> torch.Size:

@@ -63,7 +63,9 @@ def folded(model: nn.Module, example: Any, *statuses: str) -> nn.Module:
 
 
 @every_tool
-def test_a_model_with_folded_norms_goes_through_the_tools_that_take_the_plain_one(tool: Callable[..., nn.Module]) -> None:
+def test_a_model_with_folded_norms_goes_through_the_tools_that_take_the_plain_one(
+    tool: Callable[..., nn.Module],
+) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 2))
     convert_norms(model)
     x = torch.randn(3, 4)

@@ -98,6 +98,9 @@ def convert_norms(
     other attributes of the old object are lost, and a reference outside of the module tree, such as in a list, still
     leads to the old norm.
 
+    A norm without weights may take any number of channels. Its successor learns the number from its first input, or
+    from a checkpoint; run a batch before the model is compiled or wrapped.
+
     Convert before the optimizer is built and before the model is wrapped for several processes, for instance in
     ``__init__`` or ``configure_model``. Then checkpoints of the converted model load. With "prepbn", a checkpoint from
     before the conversion loads, too. A second call changes nothing.
@@ -176,7 +179,8 @@ def convert_norms(
     search.warn(stacklevel=3)
     fits: Mapping[str, Affine] = {}
     if loader is not None and report.converted:
-        fits = fit_copies(model, loader, set(report.converted), lambda copy: convert_norms(copy, **norm_options))
+        sized = {layer.name for layer in search.found if not layer.any_width}
+        fits = fit_copies(model, loader, sized & {*report.converted}, lambda copy: convert_norms(copy, **norm_options))
     with intact_on_error(model):
         for layer in search.found:
             _carry_out(plans[id(layer.module)], layer, to)

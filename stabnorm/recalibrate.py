@@ -22,7 +22,7 @@ from stabnorm._models.random_state import random_state_kept
 from stabnorm._models.ranks import gather_over_ranks, ranks
 from stabnorm.errors import StabNormError
 from stabnorm.nn._base import EvalAffineNorm
-from stabnorm.nn._channel_norm import running_values
+from stabnorm.nn._channel_norm import ChannelNorm, running_values
 from stabnorm.norms.rows import as_rows, tokens_of
 from stabnorm.ops.rows import moments_of_rows
 
@@ -88,7 +88,8 @@ def recalibrate_norms(
     Raises:
         TypeError: an argument has another type.
         ValueError: `n_batches` is below 1, or the model has no norm with running statistics.
-        StabNormError: the loader is empty, or no such norm ran.
+        StabNormError: the loader is empty, or no such norm ran, or a norm learns its number of channels from its first
+            input and has had none.
 
     >>> from stabnorm.nn import RepBN
     >>> model = nn.Sequential(nn.Linear(4, 8), RepBN(8)).eval()
@@ -110,6 +111,10 @@ def recalibrate_norms(
             f"{type(model).__name__} has no norm with running statistics, so there is nothing to recalibrate: neither "
             "torch's BatchNorm nor a norm of stabnorm.nn; a LayerNorm keeps none"
         )
+    for target in targets:
+        for part in target.norm.modules():
+            if isinstance(part, ChannelNorm):
+                part.check_width()
     device = device_of(model)
     with _unchanged(model, device):
         before = _measured(metric, model, device)

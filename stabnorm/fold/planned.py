@@ -175,7 +175,7 @@ def plan_fold(
             warnings.simplefilter("ignore")
             run_checked(now, examples, outputs)
             switched = copied(now)
-            left = _switch(switched, to, norm_options)
+            left = _switch(switched, to, norm_options, examples)
             _measure_statistics(switched, examples)
             folded = fold_norms(switched, example, residual=residual, tied=tied, outputs=outputs, inplace=True).norms
             if not folded:
@@ -204,7 +204,7 @@ def _total(shares: Iterable[float]) -> float:
 
 
 @torch.no_grad()
-def _switch(model: nn.Module, to: Target, norm_options: dict[str, Any]) -> dict[str, str]:
+def _switch(model: nn.Module, to: Target, norm_options: dict[str, Any], examples: Sequence[Example]) -> dict[str, str]:
     """Switch the norms that can be switched, to what they are after the training; say why the others cannot."""
     tree, left = Tree(model), {}
     names = {id(module): name for name, module in model.named_modules()}
@@ -214,6 +214,9 @@ def _switch(model: nn.Module, to: Target, norm_options: dict[str, Any]) -> dict[
             plan.carry_out()
         elif not plan.done_before and layer.kind in ("layer", "rms"):
             left[names[id(layer.module)]] = plan.reason
+    if any(layer.any_width for layer, _ in plans):  # their first call tells how many channels they have
+        for example in examples:
+            run(model, example)
     for module in model.modules():
         if isinstance(module, PRepBN):
             module.lam.zero_()

@@ -62,7 +62,7 @@ class EvalAffineNorm(Float32Buffers, LeavesFusedPath):
     """Base of the norms of this package."""
 
     _in_place: ClassVar[bool] = False  # whether a conversion keeps the norm object itself
-    __jit_unused_properties__: ClassVar[list[str]] = ["sync", "fits_blended_kernels"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["sync", "fits_blended_kernels", "_channels"]
 
     # -- how it is made from a norm ------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ def tensors_like(like: Tensor) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with like.device:
+        with like.device, torch.inference_mode(False):
             yield
     finally:
         torch.set_default_dtype(before)

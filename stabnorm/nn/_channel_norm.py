@@ -20,6 +20,8 @@ from stabnorm.ops.rows import moments_of_rows, widened
 
 UNSAVED = {"recent": -1.0, "loss_scale": 1.0}  # first values; -1 is no second moment, so no forward is remembered
 
+UNKNOWN_WIDTH = 2  # a place-holder until the first call
+
 
 class ChannelNorm(EvalAffineNorm):
     """Base of the norms over one channel axis.
@@ -66,6 +68,7 @@ class ChannelNorm(EvalAffineNorm):
         check_flag("sync", sync)
         self.num_features, self.eps, self.channel_dim, self.sync = num_features, eps, channel_dim, sync
         self.counts_steps = True  # False: the training loop writes `step`
+        self.any_width = False  # True: the first input decides how many channels there are
 
     def _add_counters(self) -> None:
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -84,9 +87,11 @@ class ChannelNorm(EvalAffineNorm):
             self._begin_unsaved()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         was_meta = self.weight.is_meta
-        super()._load_from_state_dict(*args)
+        if self.any_width and prefix + "weight" in state_dict:
+            self._take_width(state_dict[prefix + "weight"].numel())
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if was_meta:
             self._begin_unsaved()
 
@@ -144,6 +149,15 @@ class ChannelNorm(EvalAffineNorm):
         """Return the input as rows ``[R, C]``, and which of them are valid, ``[R]`` bool or None for all.
 
         Raises:
+            TypeError, ValueError: see `checked_mask`.
+        """
+        valid = self.checked_mask(x, mask)
+        return as_rows(x, self.channel_dim), valid
+
+    def checked_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Check input and mask, and return which tokens are valid, ``[R]`` bool or None for all.
+
+        Raises:
             TypeError: the input is not floating, or the mask not bool.
             ValueError: the input has another number of channels, or the mask another shape.
         """
@@ -158,12 +172,13 @@ class ChannelNorm(EvalAffineNorm):
         if not x.is_floating_point():
             raise TypeError(f"{name} normalises floating point input, and x is {x.dtype}. Use x.float()")
         axis = self.channel_dim % x.ndim if -x.ndim <= self.channel_dim < x.ndim else None
+        if self.any_width and axis is not None:
+            self._take_width(x.shape[axis])
         if axis is None or x.shape[axis] != self.num_features:
             raise ValueError(
                 f"{name} has num_features={self.num_features} on axis {self.channel_dim}, but its input x has the "
                 f"shape {tuple(x.shape)}. Build it with the number of channels the input has, or set channel_dim="
             )
-        rows = as_rows(x, self.channel_dim)
         tokens = x.shape[:axis] + x.shape[axis + 1 :]
         if mask is None:
             mask = mask_for(tokens, name)
@@ -175,7 +190,33 @@ class ChannelNorm(EvalAffineNorm):
                 f"the mask has shape {tuple(mask.shape)}, but the input {tuple(x.shape)} of {name} has tokens of shape "
                 f"{tuple(tokens)}. A mask has the input's shape without the channel axis"
             )
-        return rows, None if mask is None else mask.reshape(-1)
+        return None if mask is None else mask.reshape(-1)
+
+    def check_width(self) -> None:
+        """Raise StabNormError if no call has told yet how many channels there are."""
+        if self.any_width:
+            raise StabNormError(
+                f"{type(self).__name__} learns its number of channels from its first input: run a batch"
+            )
+
+    def _take_width(self, width: int) -> None:
+        """Start anew with another number of channels; the parameters stay the same objects."""
+        self.any_width, before = False, self.num_features
+        if width == before:
+            return
+
+        def resized(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 0 or tensor.shape[-1] not in (before, 2 * before + 1) or not tensor.is_floating_point():
+                return tensor
+            last = width if tensor.shape[-1] == before else 2 * width + 1
+            return tensor.new_empty(*tensor.shape[:-1], last)
+
+        self.num_features = width
+        for parameter in self.parameters(recurse=False):
+            parameter.data = resized(parameter.data)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else resized(buffer)
+        self.reset_parameters()
 
     def like_input(self, rows: Tensor, x: Tensor) -> Tensor:
         """Return ``rows [R, C]`` in the shape of x, contiguous if x is."""
@@ -220,6 +261,7 @@ class ChannelNorm(EvalAffineNorm):
 
     def _folded(self, *statistics: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return the affine map for these statistics: the variance, and before it the mean if there is one."""
+        self.check_width()
         if not all(torch.isfinite(t).all() for t in statistics):
             raise StabNormError(
                 f"{type(self).__name__} holds non-finite running statistics, so it has no affine map. Gather them anew"
@@ -246,7 +288,8 @@ class ChannelNorm(EvalAffineNorm):
         like = floating_tensor_of(old) if like is None else like
         with tensors_like(like):
             options = cls.defaults_after(layer) | options
-            new = cls(layer.num_features, channel_dim=layer.channel_dim, **options)
+            new = cls(layer.num_features or UNKNOWN_WIDTH, channel_dim=layer.channel_dim, **options)
+            new.any_width = layer.any_width
         new.to(like.dtype).train(old.training)
         if layer.bias is not None and new.bias is None:
             why = next((f"{name}=False" for name in ("bias", "center") if options.get(name) is False), cls.__name__)

@@ -17,7 +17,7 @@ from stabnorm._models.watched import own_class
 from stabnorm.errors import StabNormError
 from stabnorm.nn._base import TARGETS, Conversion, EvalAffineNorm, Float32Buffers, one_node, take_flags, tensors_like
 from stabnorm.nn._blended import Blend, Fork, Idle, blended
-from stabnorm.nn._channel_norm import check_variant
+from stabnorm.nn._channel_norm import UNKNOWN_WIDTH, check_variant
 from stabnorm.nn.rep import RepBN
 from stabnorm.norms import Kind, NormLayer, find_norms, is_registered, register_norm
 from stabnorm.norms.rows import as_rows
@@ -131,7 +131,9 @@ class PRepBN(EvalAffineNorm):
         like = floating_tensor_of(module) if like is None else like
         with tensors_like(like):  # a PRepBN over torch's norm checks the options and builds `rep`
             options = RepBN.defaults_after(layer) | options
-            twin = PRepBN(layer.num_features, channel_dim=layer.channel_dim, **options).to(like.dtype)
+            width = layer.num_features or UNKNOWN_WIDTH
+            twin = PRepBN(width, channel_dim=layer.channel_dim, **options).to(like.dtype)
+            twin.rep.any_width = layer.any_width
         gain, bias = layer.gain_parameter, layer.bias_parameter
         base = type(module)
         try:
@@ -206,6 +208,10 @@ class PRepBN(EvalAffineNorm):
         self.start_from_norm()
 
     @property
+    def _channels(self) -> int:
+        return self.rep.num_features  # as the first call decided, where the norm takes any width
+
+    @property
     def sync(self) -> bool:
         """Whether RepBN's statistics are merged over ranks."""
         return self.rep.sync
@@ -255,11 +261,11 @@ class PRepBN(EvalAffineNorm):
                 norm: Any = self  # an nn.LayerNorm
                 y = blended(backend, self.lam, rows, valid, norm.weight, norm.bias, norm.eps, self.rep)
                 return self.rep.like_input(y, x)
+        self.rep.checked_mask(self.__flat(x), mask)  # first, because its errors are clearer than those of the norm
         weight, bias, eta = self.__rep_parameters()
         given = (weight, eta) if bias is None else (weight, eta, bias)
         for_norm, for_rep, weight, eta, *offset = Fork.apply(self.lam, x, *given)  # type: ignore[no-untyped-call]
         bias = offset[0] if offset else None
-        self.rep.rows_of(self.__flat(x), mask)  # only for its errors, which are clearer than those of the norm
         norm = self.__norm(for_norm)  # before `rep`, whose statistics do not change if the norm raises
         rep = self.__rep(for_rep, mask, weight, bias, eta)
         return Blend.apply(self.lam, norm, rep)  # type: ignore[no-any-return, no-untyped-call]
@@ -382,7 +388,7 @@ def _class_after(layer: NormLayer) -> type[PRepBN]:
     if base.forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or is_registered(base):
         return prep_class(base)
     return prep_class(
-        base, layer.kind, channel_dim=layer.channel_dim, num_features=layer.num_features, eps=layer.eps,
+        base, layer.kind, channel_dim=layer.channel_dim, num_features="_channels", eps=layer.eps,
         weight=layer.weight_name, bias=layer.bias_name, gain_offset=layer.gain_offset,
     )  # fmt: skip
 

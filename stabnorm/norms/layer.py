@@ -12,6 +12,8 @@ from stabnorm._models.masks import mask_for
 from stabnorm.functional import Kind
 from stabnorm.norms.rows import as_rows, from_rows, tokens_of
 
+SIZE_NAMES = ("num_features", "num_channels", "normalized_shape", "hidden_size", "d_model", "dim")  # of an attribute
+
 
 @dataclass(frozen=True, eq=False)
 class NormLayer:
@@ -33,6 +35,8 @@ class NormLayer:
         weight_name: Attribute that holds the weight; None when there is none. Default: "weight".
         bias_name: Attribute that holds the bias; None when there is none. Default: "bias".
         gain_offset: What is added to the weight before it multiplies; 1 for Gemma's `1 + weight`. Default: 0.
+        any_width: Whether the module takes any number of channels. `num_features` is then what the model around it
+            lets expect, 0 where that tells nothing, and the first call decides. Default: False.
 
     Example:
         >>> from stabnorm import find_norms
@@ -52,6 +56,7 @@ class NormLayer:
     weight_name: str | None = field(default="weight", repr=False)
     bias_name: str | None = field(default="bias", repr=False)
     gain_offset: float = field(default=0.0, repr=False)
+    any_width: bool = field(default=False, repr=False)
     _input_name: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:

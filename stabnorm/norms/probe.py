@@ -1,4 +1,4 @@
-"""What a module computes, found out by running a copy of it: layer norm, rms norm, or something else.
+"""What a module computes, found out by running a copy of it: layer, rms, group, instance or batch norm, or no norm.
 
 `find_norms` asks this of classes that it knows neither by registration nor by type. The user's module is only read.
 """
@@ -9,38 +9,52 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# 16 tokens whose rms runs from 1e-6 to 10: any eps of 1e-12 or more changes the outcome for some of them.
-_TOKEN_RMS = torch.logspace(-6, 1, 8, dtype=torch.float64).repeat(2)
-_LAYOUTS = ((-1, (2, 8)), (1, (2, 2, 4)), (1, (2, 8)), (1, (2, 2, 2, 2)))  # channel_dim, and the axes of the 16 tokens
+from stabnorm._models.ambient import plain_context
+from stabnorm.functional import Kind
+from stabnorm.norms.layer import SIZE_NAMES
+
+# The axes of the input, None for the channels. Sizes are drawn so that no two axes agree: a norm over another axis than
+# the channels computes something else then.
+_LAYOUTS: tuple[tuple[int | None, ...], ...] = (
+    (0, 1, None), (0, None, 1, 2), (0, None, 1), (0, None, 1, 2, 3), (0, None)
+)  # fmt: skip
+_IMAGE = (0, 1, 2, None)
+_SIZES = (3, 5, 2, 7, 11, 13)
+_ANY_WIDTH = 17  # no customary width, and none of the sizes
 _CUSTOMARY_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-7, 1e-3, torch.finfo(torch.float32).eps)
-_SIZE_NAMES = ("normalized_shape", "num_features", "num_channels", "hidden_size", "d_model", "dim")
-_NORMALIZE: dict[Literal["layer", "rms"], Callable[..., Tensor]] = {"layer": F.layer_norm, "rms": F.rms_norm}
+_RUNNING = ("running_mean", "running_var")
 
 
 class Formula(NamedTuple):
     """The norm that a module computes, and which of its tensors play which role in it."""
 
-    kind: Literal["layer", "rms"]
+    kind: Kind
     channel_dim: int
     num_features: int
     eps: float
     weight_name: str | None
     bias_name: str | None
     gain_offset: float
+    groups: int = 1
+    any_width: bool = False
 
 
 def probe(module: nn.Module) -> Formula | None:
     """Run a copy of a module on random input, and find the norm that explains its output.
 
+    A module without a tensor that has the channels' size may take any width. Then `any_width` is True, and
+    `num_features` is what an attribute says, or 0.
+
     Args:
-        module: Any module; neither it nor the random state changes.
+        module: Any module; neither it nor the random state changes. Default dtype and device, autocast, gradient,
+            inference and deterministic mode do not change the answer.
 
     Returns:
         The formula; None if the module computes anything else, cannot be copied, or raises.
@@ -56,27 +70,27 @@ def probe(module: nn.Module) -> Formula | None:
         True
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    try:
-        if not _may_run(module):
+    with plain_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if not _may_run(module):
+                return None
+            stand_ins = _stand_ins(module, generator)
+            twin = _copy(module, stand_ins)
+        except Exception:  # among it the module's own code, which may raise anything
             return None
-        stand_ins = _stand_ins(module, generator)
-        num_features = _num_features(module, stand_ins)
-        tokens = torch.randn(len(_TOKEN_RMS), num_features, generator=generator, dtype=torch.float64, device="cpu")
-        tokens = (tokens + 0.5) * _TOKEN_RMS[:, None]  # + 0.5: a mean, which tells layer norm from rms norm
-        twin = _copy(module, stand_ins)
-    except Exception:  # among it the module's own code, which may raise anything
-        return None
-    values = {name: tensor.flatten().double().cpu() for name, tensor in stand_ins.items()}
-    own_eps = [value for name, value in vars(module).items() if "eps" in name.lower() and isinstance(value, float)]
-    for channel_dim, output in _outputs(twin, tokens, stand_ins):
-        for eps, kind in itertools.product((*own_eps, *_CUSTOMARY_EPS), _NORMALIZE):
-            normalized = _NORMALIZE[kind](tokens, (num_features,), eps=eps)
-            for weight, bias, gain_offset in _roles(list(values)):
-                expected = normalized * (values[weight] + gain_offset) if weight else normalized
-                expected = expected + values[bias] if bias else expected
-                if torch.allclose(output, expected, rtol=1e-4, atol=1e-4):  # room for fp32; a wrong formula is far off
-                    return Formula(kind, channel_dim, num_features, eps, weight, bias, gain_offset)
-    return None
+        sizes = {tensor.numel() for tensor in stand_ins.values()}
+        told = _told(module)
+        if sizes:
+            told = sizes.pop()
+            formula = None if sizes or told < 2 else _explain(twin, told, stand_ins, generator)  # 1: as in ScaleNorm
+            if formula is None or formula.weight_name or formula.bias_name or formula.kind == "batch":
+                return formula  # else it does not use what it holds
+        free = [_explain(twin, _ANY_WIDTH, stand_ins, generator, layouts) for layouts in (_LAYOUTS, [_IMAGE])]
+        if free[0] is None:
+            return _explain(twin, told, stand_ins, generator) if told else None
+        # Over an axis that is not always the last one: channels, or time? Nothing here can tell.
+        return None if free[0] != free[1] else free[0]._replace(num_features=told, any_width=True)
 
 
 def _may_run(module: nn.Module) -> bool:
@@ -96,7 +110,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _stand_ins(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw a random float32 tensor for each floating one of the module: with ones, weight and 1 + weight look alike."""
     return {
-        name: (torch.rand(tensor.shape, generator=generator, device="cpu") + 0.5).to(
+        name: (torch.rand(tensor.shape, generator=generator) + 0.5).to(
             "cpu" if tensor.is_meta else tensor.device  # on meta nothing can be computed
         )
         for name, tensor in _own_tensors(module)
@@ -104,17 +118,11 @@ def _stand_ins(module: nn.Module, generator: torch.Generator) -> dict[str, Tenso
     }
 
 
-def _num_features(module: nn.Module, stand_ins: dict[str, Tensor]) -> int:
-    """Give the size that all its tensors share, or else what an attribute says; raise where neither tells."""
-    if stand_ins:
-        (num_features,) = {tensor.numel() for tensor in stand_ins.values()}
-    else:
-        sizes = (getattr(module, name, None) for name in _SIZE_NAMES)
-        shapes = ((size,) if isinstance(size, int) and size > 4 else size for size in sizes)  # up to 4 may be an axis
-        num_features = math.prod(next(shape for shape in shapes if isinstance(shape, tuple)))
-    if num_features < 2:
-        raise ValueError("one number for all channels, as in ScaleNorm: the width is not known")
-    return num_features
+def _told(module: nn.Module) -> int:
+    """Give the width that an attribute tells; 0 where none does."""
+    sizes = (getattr(module, name, None) for name in SIZE_NAMES)
+    shapes = ((size,) if isinstance(size, int) and size > 4 else size for size in sizes)  # up to 4 may be an axis
+    return math.prod(next((shape for shape in shapes if isinstance(shape, tuple) and shape), (0,)))
 
 
 def _copy(module: nn.Module, stand_ins: dict[str, Tensor]) -> nn.Module:
@@ -131,22 +139,85 @@ def _copy(module: nn.Module, stand_ins: dict[str, Tensor]) -> nn.Module:
     return copy.deepcopy(module, memo).eval()
 
 
-def _outputs(twin: nn.Module, tokens: Tensor, stand_ins: dict[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Run the copy on the tokens, in each layout that it takes."""
+def _explain(
+    twin: nn.Module,
+    width: int,
+    stand_ins: Mapping[str, Tensor],
+    generator: torch.Generator,
+    layouts: Sequence[tuple[int | None, ...]] = _LAYOUTS,
+) -> Formula | None:
+    """Run the copy in each layout that it takes, and compare its output with every norm."""
+    values = {name: tensor.flatten().double().cpu() for name, tensor in stand_ins.items() if tensor.numel() == width}
     device = next((tensor.device for tensor in stand_ins.values()), torch.device("cpu"))
-    for channel_dim, axes in _LAYOUTS:
-        x = tokens.float().reshape(*axes, -1).movedim(-1, channel_dim).contiguous().to(device)
+    own_eps = [value for name, value in vars(twin).items() if "eps" in name.lower() and isinstance(value, float)]
+    sizes, accepted = [size for size in _SIZES if size != width], False
+    for layout in layouts:
+        axis = layout.index(None)
+        x = _input([width if size is None else sizes[size] for size in layout], axis, generator)
+        channel_dim = -1 if layout[-1] is None and len(layout) > 2 else 1
         y: object = None
-        with (
-            contextlib.suppress(Exception),  # it does not take this layout
-            warnings.catch_warnings(),
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            torch.no_grad(),
-        ):
-            warnings.simplefilter("ignore")
-            y = twin(x)
-        if isinstance(y, Tensor) and y.shape == x.shape:
-            yield channel_dim, y.movedim(channel_dim, -1).reshape(tokens.shape).double().cpu()
+        with contextlib.suppress(Exception), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            y = twin(x.to(device, torch.float32, copy=True))  # an exception: it does not take this layout
+        if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
+            continue
+        if len(layout) == 2 and accepted:
+            break  # two axes are too few to tell a norm over the last one from a norm over the second
+        accepted = True
+        output = y.double().cpu().movedim(axis, -1)
+        for eps, (kind, groups) in itertools.product(dict.fromkeys((*own_eps, *_CUSTOMARY_EPS)), _kinds(twin, width)):
+            normalized = _normalized(kind, groups, x, axis, eps, values)
+            if normalized is None:
+                continue
+            for weight, bias, gain_offset in _roles([name for name in values if name not in _RUNNING]):
+                expected = normalized * (values[weight] + gain_offset) if weight else normalized
+                expected = expected + values[bias] if bias else expected
+                if torch.allclose(output, expected, rtol=1e-4, atol=1e-4):  # room for fp32; a wrong formula is far off
+                    dim = channel_dim if kind != "instance" else axis - len(layout)
+                    return Formula(kind, dim, width, eps, weight, bias, gain_offset, groups)
+    return None
+
+
+def _input(shape: Sequence[int], channel_dim: int, generator: torch.Generator) -> Tensor:
+    """Draw an input whose samples and tokens have very different scales, so that any eps of 1e-12 or more shows.
+
+    Its mean is not 0: a mean tells layer norm from rms norm.
+    """
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64) + 0.5
+    tokens = [1 if axis in (0, channel_dim) else size for axis, size in enumerate(shape)]
+    scales = torch.logspace(-6, 1, math.prod(tokens), dtype=torch.float64).reshape(tokens)
+    samples = torch.logspace(0, -5, shape[0], dtype=torch.float64)
+    if math.prod(tokens) == 1:  # no tokens but the samples
+        scales, samples = torch.ones(tokens, dtype=torch.float64), torch.logspace(1, -6, shape[0], dtype=torch.float64)
+    return x * scales * samples.reshape(-1, *[1] * (len(shape) - 1))
+
+
+def _kinds(twin: nn.Module, width: int) -> list[tuple[Kind, int]]:
+    told = (getattr(twin, name, None) for name in ("num_groups", "groups", "group"))
+    groups = {1, *(count for count in told if isinstance(count, int) and count > 0 and width % count == 0)}
+    return [
+        ("layer", 1),
+        ("rms", 1),
+        ("batch", 1),
+        *(("group", count) for count in sorted(groups)),
+        ("instance", width),
+    ]
+
+
+def _normalized(
+    kind: Kind, groups: int, x: Tensor, channel_dim: int, eps: float, values: Mapping[str, Tensor]
+) -> Tensor | None:
+    """Normalise with channels last; None where the kind does not take this layout."""
+    last = x.movedim(channel_dim, -1)
+    width = (last.shape[-1],)
+    if kind in ("layer", "rms"):
+        return F.layer_norm(last, width, eps=eps) if kind == "layer" else F.rms_norm(last, width, eps=eps)
+    if kind == "batch":
+        if all(name in values for name in _RUNNING):
+            return (last - values["running_mean"]) * torch.rsqrt(values["running_var"] + eps)
+        return F.batch_norm(last.reshape(-1, *width), None, None, training=True, eps=eps).reshape(last.shape)
+    if channel_dim != 1 or x.ndim < 3:
+        return None
+    return F.group_norm(x, groups, eps=eps).movedim(1, -1)
 
 
 def _roles(names: Sequence[str]) -> Iterator[tuple[str | None, str | None, float]]:

@@ -8,15 +8,16 @@ from torch import nn
 
 from stabnorm._checks import check_axis, check_choice, check_count, check_number, wrong_type
 from stabnorm.functional import Kind
-from stabnorm.norms.layer import NormLayer, eps_of
+from stabnorm.norms.layer import SIZE_NAMES, NormLayer, eps_of
+from stabnorm.norms.torch_own import channels_of_torch_class
 
 
 def register_norm(
     norm_class: type[nn.Module],
     kind: Kind,
     *,
-    channel_dim: int | str = -1,
-    num_features: str | int = "num_features",
+    channel_dim: int | str | None = None,
+    num_features: str | int | None = None,
     eps: str | float | None = "eps",
     weight: str | None = "weight",
     bias: str | None = "bias",
@@ -29,12 +30,14 @@ def register_norm(
     Args:
         norm_class: The class.
         kind: "layer", "rms", "batch", "group" (the module has `num_groups`) or "instance".
-        channel_dim: Axis of the input that holds the channels, or the attribute that says so. Default: -1.
+        channel_dim: Axis of the input that holds the channels, or the attribute that says so. Default: by the class,
+            where it derives from one of torch's norms; else -1 for "layer" and "rms", 1 for the others.
         num_features: Attribute with the number of channels, or the number; a shape like LayerNorm's
-            `normalized_shape` will do. Default: "num_features".
+            `normalized_shape` will do. Default: the first of "num_features", "num_channels", "normalized_shape" and
+            other customary names that the module has.
         eps: Attribute with eps, or its value; None for the dtype's own. Default: "eps".
         weight: Attribute with the weight, None when the class has none. Default: "weight".
-        bias: Attribute with the bias, None when the class has none. Default: "bias".
+        bias: Attribute with the bias, None when the class has none; an rms norm may lack it. Default: "bias".
         gain_offset: What the class adds to its weight before multiplying; 1 for `1 + weight`. Default: 0.
 
     Raises:
@@ -76,8 +79,8 @@ def is_registered(norm_class: type[nn.Module]) -> bool:
 
 class _Registration(NamedTuple):
     kind: Kind
-    channel_dim: int | str
-    num_features: str | int
+    channel_dim: int | str | None
+    num_features: str | int | None
     eps: str | float | None
     weight: str | None
     bias: str | None
@@ -92,6 +95,7 @@ def registered(name: str, module: nn.Module) -> NormLayer | None:
     entry = next((_REGISTERED[cls] for cls in type(module).__mro__ if cls in _REGISTERED), None)
     if entry is None:
         return None
+    entry = _filled_in(entry, module)
     read = {
         argument: _read(name, module, argument, value) if isinstance(value, str) else value
         for argument, value in entry._asdict().items()
@@ -116,6 +120,20 @@ def registered(name: str, module: nn.Module) -> NormLayer | None:
         entry.bias,
         entry.gain_offset,
     )
+
+
+def _filled_in(entry: _Registration, module: nn.Module) -> _Registration:
+    """Fill in what was left to the kind and the class."""
+    channel_dim, num_features, bias = entry.channel_dim, entry.num_features, entry.bias
+    if channel_dim is None:
+        channel_dim = channels_of_torch_class(module)
+    if channel_dim is None:
+        channel_dim = -1 if entry.kind in ("layer", "rms") else 1
+    if num_features is None:
+        num_features = next((name for name in SIZE_NAMES if hasattr(module, name)), "num_features")
+    if entry.kind == "rms" and bias == "bias" and not hasattr(module, bias):
+        bias = None
+    return entry._replace(channel_dim=channel_dim, num_features=num_features, bias=bias)
 
 
 def _read(name: str, module: nn.Module, argument: str, attribute: str) -> Any:

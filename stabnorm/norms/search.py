@@ -4,13 +4,17 @@ Nothing else in stabnorm asks for a norm's class. A layer is known in one of thr
 
 1. the user registered its class (`register_norm`);
 2. its class is torch's own, or a subclass that keeps torch's `forward`;
-3. its class has "norm" in the name, and a copy of it, run on random input, computes layer norm or rms norm.
+3. its class, or one that it derives from, has "norm" in the name, and a copy of it, run on random input, computes a
+   norm.
 
 The third way does not trust the name, because a `LayerNormAct2d` ends in a ReLU. A layer that is called a norm and is
-none of these is named in a warning: a layer that nobody watches must not look like a layer that is fine.
+none of these is named in a warning: a layer that nobody watches must not look like a layer that is fine. Names that
+deny it, such as `NoNorm`, or that speak of other things, such as `Normalize`, raise no warning.
 """
 
+import re
 import warnings
+from collections.abc import Hashable, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,9 +24,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from stabnorm._checks import check_model
 from stabnorm._log import printable
 from stabnorm._models.names import NameFilter, Patterns
+from stabnorm._models.tree import PLAIN
+from stabnorm._models.watched import own_class
 from stabnorm._models.wrappers import is_scripted, plain_name
 from stabnorm.norms.layer import NormLayer
-from stabnorm.norms.probe import probe
+from stabnorm.norms.probe import Formula, probe
 from stabnorm.norms.registry import registered
 from stabnorm.norms.torch_own import torch_own
 
@@ -82,21 +88,27 @@ class NormSearch:
         self.lazy: _Named = []
         self.unknown: _Named = []
         self._holds_norm: dict[int, bool] = {}
-        self._visit(model, "")
+        self._formulas: dict[Hashable, Formula | None] = {}  # of modules that differ in nothing that a probe can see
+        self._visit(model, "", ())
 
     def warn(self, stacklevel: int) -> None:
         """Name the layers that were not understood, in one `UserWarning`."""
         if self.lazy or self.unknown:
             warnings.warn(_complaint(self.lazy, self.unknown), stacklevel=stacklevel)
 
-    def _visit(self, module: nn.Module, name: str) -> bool:
-        """List the norms in `module`, and say whether it is one or holds one."""
+    def _visit(self, module: nn.Module, name: str, around: tuple[nn.Module, ...]) -> bool:
+        """List the norms in `module`, and say whether it is one or holds one. `around` holds it, innermost first."""
         if id(module) not in self._holds_norm:
             self._holds_norm[id(module)] = (
                 self._known(module, name)
                 # A list, not a generator: every child is visited, also after the first that holds a norm.
-                or any([self._visit(child, _join(name, part)) for part, child in module.named_children()])
-                or self._ask(module, name)  # last: what holds a norm, such as a PreNorm, is not one itself
+                or any(
+                    [
+                        self._visit(child, _join(name, part), (module, *around))
+                        for part, child in module.named_children()
+                    ]
+                )
+                or self._ask(module, name, around)  # last: what holds a norm, such as a PreNorm, is not one itself
             )
         return self._holds_norm[id(module)]
 
@@ -110,26 +122,69 @@ class NormSearch:
             self.found.append(layer)
         return layer is not None
 
-    def _ask(self, module: nn.Module, name: str) -> bool:
-        if not _looks_like_norm(module):
+    def _ask(self, module: nn.Module, name: str, around: tuple[nn.Module, ...]) -> bool:
+        names = _class_names(module)
+        if not any(_NORM.search(each) for each in names):
+            return False
+        formula = self._formula(module)
+        if formula is None and not any(_NORM.search(each) and not _NO_NORM.search(each) for each in names):
             return False
         if self._wanted(name):
-            formula = probe(module)
-            if formula:
-                self.found.append(NormLayer(name, module, **formula._asdict()))
-            else:
+            if formula is None:
                 self.unknown.append((name, module))
+            else:
+                if not formula.num_features:
+                    formula = formula._replace(num_features=expected_width(name, around))
+                self.found.append(NormLayer(name, module, **formula._asdict()))
         return True
+
+    def _formula(self, module: nn.Module) -> Formula | None:
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
+        plain = tuple((name, value) for name, value in vars(module).items() if isinstance(value, PLAIN))
+        same = (own_class(module), str(module), shapes, plain)
+        if "forward" in vars(module):
+            return None
+        if same not in self._formulas:
+            self._formulas[same] = probe(module)
+        return self._formulas[same]
 
 
 def _join(name: str, part: str) -> str:
     return plain_name(f"{name}.{part}" if name else part)
 
 
-def _looks_like_norm(module: nn.Module) -> bool:
+_NORM = re.compile("norm", re.IGNORECASE)
+_NO_NORM = re.compile(r"No[A-Z]?[a-z]*Norm|norm(al(?!i[sz]ation)|ed)", re.IGNORECASE)  # NoNorm, Normalize, NormedLinear
+
+
+def _class_names(module: nn.Module) -> list[str]:
+    """Give the names of the module's class and of its bases; none for what is known to be no norm."""
     if isinstance(module, nn.Identity) or type(module).__module__.startswith("torch.nn.utils."):
-        return False  # a folded norm; and weight_norm and spectral_norm, which normalise weights
-    return "norm" in str(module.original_name if is_scripted(module) else type(module).__name__).lower()
+        return []  # a folded norm; and weight_norm and spectral_norm, which normalise weights
+    if is_scripted(module):
+        return [str(module.original_name)]
+    return [cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)]
+
+
+_WIDTHS = ("hidden_size", "d_model", "embed_dim", "n_embd", "dim")
+
+
+def expected_width(name: str, around: Sequence[nn.Module]) -> int:
+    """Give the number of channels that the modules around a norm let expect, innermost first; 0 where none does.
+
+    >>> attention = nn.MultiheadAttention(8, 2)
+    >>> expected_width("attention.norm", [attention]), expected_width("attention.q_norm", [attention])
+    (8, 4)
+    """
+    per_head = bool(re.match(r"(q|k|query|key)_", name.rpartition(".")[2]))
+    for module in around:
+        for attribute in ("head_dim",) if per_head else _WIDTHS:
+            for told in (module, getattr(module, "config", None)):
+                width = getattr(told, attribute, None)
+                if isinstance(width, int) and width > 1:
+                    return width
+    return 0
 
 
 def _complaint(lazy: _Named, unknown: _Named) -> str:

@@ -29,7 +29,16 @@ def torch_own(name: str, module: nn.Module) -> NormLayer | None:
     if isinstance(module, nn.GroupNorm) and forward is nn.GroupNorm.forward:
         return NormLayer(name, module, "group", 1, module.num_channels, module.eps, groups=module.num_groups)
     if isinstance(module, _InstanceNorm) and forward is _InstanceNorm.forward:
-        channel_dim = -1 - next(dims for cls, dims in _SPATIAL_DIMS.items() if isinstance(module, cls))
-        num_features = module.num_features
+        channel_dim, num_features = channels_of_torch_class(module), module.num_features
+        assert channel_dim is not None
         return NormLayer(name, module, "instance", channel_dim, num_features, module.eps, groups=num_features)
     return None
+
+
+def channels_of_torch_class(module: nn.Module) -> int | None:
+    """Give the axis of the channels that a class of torch's, or one that derives from it, reads; None for another."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return -1
+    if isinstance(module, _BatchNorm | nn.GroupNorm):
+        return 1
+    return next((-1 - dims for cls, dims in _SPATIAL_DIMS.items() if isinstance(module, cls)), None)

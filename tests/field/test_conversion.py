@@ -174,8 +174,10 @@ def test_marks_on_module_and_parameters_stay(to: str) -> None:
     rep = norm.rep if isinstance(norm, PRepBN) else norm
     assert norm._is_hf_initialized
     assert rep._is_hf_initialized
-    assert norm.weight.sequence_parallel and rep.weight.sequence_parallel
-    assert norm.bias._no_weight_decay and rep.bias._no_weight_decay
+    assert norm.weight.sequence_parallel
+    assert rep.weight.sequence_parallel
+    assert norm.bias._no_weight_decay
+    assert rep.bias._no_weight_decay
 
 
 @every_target

@@ -1,0 +1,377 @@
+"""What `find_norms` finds depends on what a module computes, not on torch's settings, names, or sizes that agree."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stabnorm import StabNormError, convert_norms, find_norms, fold_norms, plan_fold, recalibrate_norms, register_norm
+from stabnorm.nn import PRepBN
+
+
+class T5LayerNorm(nn.Module):
+    """Hugging Face's: casts to the dtype of its weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            x = x.to(self.weight.dtype)
+        return self.weight * x
+
+
+class WeightlessRMSNorm(nn.Module):
+    """FalconMamba's: it is told one width and called with others."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class NanoChatRMSNorm(WeightlessRMSNorm):
+    """It is told no width at all."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class OverTime(nn.Module):
+    """Normalises each channel over time, whose axis is the second."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+class SeriesNorm(OverTime):
+    pass
+
+
+class ScaledSeriesNorm(OverTime):
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.weight = nn.Parameter(torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.weight
+
+
+# --- torch's settings ---
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Any:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic() -> Any:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "float64": lambda: default_dtype(torch.float64),
+    "meta device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "deterministic": deterministic,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_s_settings_change_nothing_of_what_is_found_and_converted(setting: str, dtype: torch.dtype) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), T5LayerNorm(8), NanoChatRMSNorm(), nn.LayerNorm(8)).to(dtype)
+
+    model, plain = build(), build()
+    plain.load_state_dict(model.state_dict())
+    expected = [(layer.name, layer.kind, layer.eps) for layer in find_norms(plain)]
+    convert_norms(plain)
+    with SETTINGS[setting]():
+        before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        assert [(layer.name, layer.kind, layer.eps) for layer in find_norms(model)] == expected
+        assert len(convert_norms(model).converted) == 3
+        assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+        assert model.state_dict()[key].dtype == tensor.dtype
+    x = torch.randn(4, 8, dtype=dtype)
+    y = model(x)
+    assert torch.equal(y, plain(x))
+    y.float().sum().backward()  # nothing was made in inference mode
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize("width", [2, 3, 5, 7, 8, 16])
+@pytest.mark.parametrize("norm", [SeriesNorm, ScaledSeriesNorm])
+def test_a_norm_over_another_axis_is_no_layer_norm_whatever_its_width(norm: type[nn.Module], width: int) -> None:
+    with pytest.warns(UserWarning, match=f"not understood.*\n.*{norm.__name__}"):
+        assert find_norms(nn.Sequential(nn.Linear(width, width), norm(width))) == []
+
+
+@pytest.mark.parametrize("build", [lambda: WeightlessRMSNorm(64), NanoChatRMSNorm])
+@pytest.mark.parametrize("to", ["prepbn", "repbn", "unified", "power"])
+@pytest.mark.parametrize("width", [2, 8, 64, 129])
+def test_the_first_call_tells_the_width_where_nothing_else_does(
+    build: Callable[[], nn.Module], to: str, width: int
+) -> None:
+    model = nn.Sequential(nn.Linear(4, width), build(), nn.Linear(width, 3))
+    plain = copy.deepcopy(model)
+    (layer,) = find_norms(model)
+    assert (layer.kind, layer.channel_dim, layer.any_width) == ("rms", -1, True)
+    assert convert_norms(model, to).converted == ["1"]
+    parameters = list(model.parameters())
+    x = torch.randn(6, 4)
+    y = model(x)
+    if to == "prepbn":
+        assert torch.equal(y, plain(x))
+    y.sum().backward()
+    assert [id(parameter) for parameter in model.parameters()] == [id(parameter) for parameter in parameters]
+    assert find_norms(model)[0].num_features == width
+    fresh = copy.deepcopy(plain)  # a checkpoint tells the width, too
+    convert_norms(fresh, to)
+    fresh.load_state_dict(model.state_dict())
+    for each in (model, fresh):
+        if to == "prepbn":
+            each[1].lam.zero_()
+        each.eval()
+    assert torch.equal(model(x), fresh(x))
+    result = fold_norms(model, x)
+    assert [norm.status for norm in result.norms] == ["forward"]
+
+
+def test_a_norm_that_met_another_width_says_so() -> None:
+    model = nn.Sequential(WeightlessRMSNorm(64))
+    convert_norms(model)
+    model(torch.randn(3, 8))
+    with pytest.raises(ValueError, match="num_features=8 on axis -1, but its input has the shape"):
+        model(torch.randn(3, 5))
+
+
+def test_before_the_first_call_nothing_is_folded_or_measured() -> None:
+    model = nn.Sequential(nn.Linear(4, 2), WeightlessRMSNorm(64), nn.Linear(2, 3))
+    x = torch.randn(6, 4)
+    assert [norm.status for norm in plan_fold(model, x).norms] == ["forward"]  # which runs the model first
+    convert_norms(model)
+    with pytest.raises(StabNormError, match="run a batch"):
+        recalibrate_norms(model, [x], 1)
+    model[1].lam.zero_()
+    (norm,) = fold_norms(model.eval(), x).norms
+    assert norm.status == "kept"
+    assert "learns its number of channels from its first input" in norm.reason
+
+
+def test_the_modules_around_a_norm_let_expect_a_width() -> None:
+    class Config:
+        hidden_size = 32
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head_dim, self.q_norm, self.k_norm = 8, NanoChatRMSNorm(), NanoChatRMSNorm()
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.self_attn, self.input_layernorm = Attention(), NanoChatRMSNorm()
+
+    model = nn.Sequential(Layer())
+    model.config = Config()
+    assert [layer.num_features for layer in find_norms(model)] == [8, 8, 32]
+
+
+# --- torch's other norms with a forward of their own ---
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Of diffusion models: computes in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+class FlatGroupNorm(nn.GroupNorm):
+    """Channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+
+class Instance32(nn.InstanceNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+class Batch32(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's: a batch norm by its class, and a ReLU by what it does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (GroupNorm32(4, 8, eps=1e-6), ("group", 1, 8, 4, 1e-6)),
+        (GroupNorm32(1, 8), ("group", 1, 8, 1, 1e-5)),
+        (Instance32(8, affine=True), ("instance", -3, 8, 8, 1e-5)),
+        (Batch32(8), ("batch", 1, 8, 1, 1e-5)),
+        (TokenBatchNorm(8), ("batch", -1, 8, 1, 1e-5)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_norm_of_torch_s_with_a_forward_of_its_own_is_recognised(
+    module: nn.Module, expected: tuple[str, int, int, int, float]
+) -> None:
+    (layer,) = find_norms(nn.Sequential(module))
+    assert (layer.kind, layer.channel_dim, layer.num_features, layer.groups, layer.eps) == expected
+    assert layer.gain_parameter is module.weight
+    assert layer.bias_parameter is module.bias
+
+
+@pytest.mark.parametrize("module", [BatchNormAct2d(8), FlatGroupNorm(4, 8)])
+def test_one_that_does_more_is_named(module: nn.Module) -> None:
+    with pytest.warns(UserWarning, match=f"not understood.*\n.*{type(module).__name__}"):
+        assert find_norms(nn.Sequential(module)) == []
+
+
+def test_a_class_is_registered_by_its_kind_alone() -> None:
+    class OwnGroupNorm(nn.GroupNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    class OwnInstanceNorm(nn.InstanceNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    class OwnNorm(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.hidden_size, self.eps, self.weight = width, 1e-6, nn.Parameter(torch.ones(width))
+
+    register_norm(OwnGroupNorm, "group")
+    register_norm(OwnInstanceNorm, "instance")
+    register_norm(OwnNorm, "rms")
+    model = nn.Sequential(OwnGroupNorm(4, 8), OwnInstanceNorm(8, affine=True), OwnNorm(8))
+    layers = find_norms(model)
+    assert [(x.kind, x.channel_dim, x.num_features, x.groups) for x in layers] == [
+        ("group", 1, 8, 4), ("instance", -2, 8, 8), ("rms", -1, 8, 1)
+    ]  # fmt: skip
+    assert layers[2].bias is None
+
+
+# --- names ---
+
+
+class NoNorm(nn.Module):
+    """MobileBERT's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
+class Wav2Vec2NoLayerNormConvLayer(nn.Sequential):
+    pass
+
+
+class Normalize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1)
+
+
+class NormedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class RMSNormalize(WeightlessRMSNorm):
+    pass
+
+
+def test_a_name_that_denies_a_norm_or_speaks_of_another_thing_is_no_alarm() -> None:
+    model = nn.Sequential(NoNorm(8), Wav2Vec2NoLayerNormConvLayer(nn.Conv1d(2, 2, 1)), Normalize(), NormedLinear(8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_norms(model) == []
+
+
+def test_what_computes_a_norm_is_found_whatever_its_name_says() -> None:
+    assert [layer.kind for layer in find_norms(nn.Sequential(RMSNormalize(8)))] == ["rms"]
+
+
+def test_equal_modules_are_looked_at_once() -> None:
+    calls: list[int] = []
+
+    class SlowNorm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            return super().forward(x).relu()
+
+    def run(count: int) -> int:
+        calls.clear()
+        with pytest.warns(UserWarning, match="not understood"):
+            find_norms(nn.Sequential(*(SlowNorm(8) for _ in range(count))))
+        return len(calls)
+
+    assert run(1) == run(20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["NanoChat", "FalconMamba"])
+def test_a_real_model_with_norms_without_weights_is_found_converted_and_trained(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    if name == "NanoChat":
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8}
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = convert_norms(model)
+        assert report.left == {}
+        ids = torch.randint(0, 64, (2, 6))
+        model(ids, labels=ids).loss.backward()
+    assert all(module.rep.step >= 1 for module in model.modules() if isinstance(module, PRepBN))

@@ -12,8 +12,8 @@ from torch import nn
 
 from stabnorm._checks import check_choice, check_has_numbers, check_loader, check_model, check_names
 from stabnorm._log import printable
-from stabnorm._models.names import compiled
 from stabnorm._models.intact import intact_on_error
+from stabnorm._models.names import compiled
 from stabnorm._models.tables import aligned
 from stabnorm._models.tree import Tree
 from stabnorm._models.wrappers import is_scripted, parallel_wrapper

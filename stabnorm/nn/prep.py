@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from stabnorm._checks import check_choice, check_count, check_names, check_number
 from stabnorm import functional
+from stabnorm._checks import check_choice, check_count, check_names, check_number
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.watched import own_class
 from stabnorm.errors import StabNormError

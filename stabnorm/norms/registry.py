@@ -59,9 +59,9 @@ def register_norm(
         raise TypeError(f"register_norm takes an nn.Module class, not {norm_class!r}. Pass the class, not an instance.")
     check_choice("kind", kind, get_args(Kind))
     attribute = ", or the name of the attribute that holds it"
-    if not isinstance(channel_dim, str):
+    if channel_dim is not None and not isinstance(channel_dim, str):
         check_axis("channel_dim", channel_dim)
-    if not isinstance(num_features, str):
+    if num_features is not None and not isinstance(num_features, str):
         check_count("num_features", num_features, hint=attribute)
     if eps is not None and not isinstance(eps, str):
         check_number("eps", eps, least=0, hint=attribute)

@@ -180,8 +180,8 @@ DOORS: dict[str, Door] = {
         {
             "norm_class": (None, 5, "x", nn.LayerNorm(4), int, ODD),
             "kind": (None, *NAME),
-            "channel_dim": AXIS[:3],
-            "num_features": (None, 0, -1, 1.5, ODD),
+            "channel_dim": tuple(axis for axis in AXIS[:3] if axis is not None),  # None leaves it to the class
+            "num_features": (0, -1, 1.5, ODD),
             "eps": (-1.0, NAN, [1], ODD),
             "weight": (5, [1], ODD),
             "bias": (5, [1], ODD),

@@ -174,7 +174,7 @@ def test_a_norm_that_met_another_width_says_so() -> None:
     model = nn.Sequential(WeightlessRMSNorm(64))
     convert_norms(model)
     model(torch.randn(3, 8))
-    with pytest.raises(ValueError, match="num_features=8 on axis -1, but its input has the shape"):
+    with pytest.raises(ValueError, match="num_features=8 on axis -1, but its input x has the shape"):
         model(torch.randn(3, 5))
 
 

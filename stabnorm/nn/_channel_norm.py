@@ -122,7 +122,7 @@ class ChannelNorm(EvalAffineNorm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise; in training mode also update the statistics."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.frozen(x)
         else:  # noqa: RET505  # TorchScript compiles no other branch
             return one_node(self, x, mask) if isinstance(x, Proxy) else self.compute(x, mask)

@@ -82,6 +82,7 @@ class PRepBN(EvalAffineNorm):
     feature_dims: int
     leave_out_norm: bool
     fitted: bool
+    _norm_forward: Callable[[Tensor], Tensor]  # the norm's own forward, under another name
     _made_of: tuple[Any, ...]  # the arguments of `prep_class` that made this class
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PRepBN":
@@ -232,7 +233,7 @@ class PRepBN(EvalAffineNorm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute the blend at the current lam; in training mode `rep` also updates its statistics."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.frozen(x)
         else:  # noqa: RET505  # TorchScript compiles no other branch
             return one_node(self, x, mask) if isinstance(x, Proxy) else self.compute(x, mask)

@@ -44,7 +44,7 @@ TOOLS = [script, trace_by_fx, export, quantise_by_fx]
 every_tool = pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
 
 
-def drawn(model: nn.Module) -> nn.Module:
+def drawn(model: Any) -> Any:
     """In eval, at lam = 0, with parameters and statistics that are no first values."""
     randomize_(model, 0).eval()
     for module in model.modules():
@@ -53,7 +53,7 @@ def drawn(model: nn.Module) -> nn.Module:
     return model
 
 
-def folded(model: nn.Module, example: Any, *statuses: str) -> nn.Module:
+def folded(model: Any, example: Any, *statuses: str) -> Any:
     result = fold_norms(drawn(model), example)
     assert [norm.status for norm in result.norms] == list(statuses)
     return result.model
@@ -66,7 +66,7 @@ def folded(model: nn.Module, example: Any, *statuses: str) -> nn.Module:
 def test_a_model_with_folded_norms_goes_through_the_tools_that_take_the_plain_one(
     tool: Callable[..., nn.Module],
 ) -> None:
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 2))
+    model: Any = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 2))
     convert_norms(model)
     x = torch.randn(3, 4)
     model = folded(model, x, "forward")
@@ -112,7 +112,7 @@ def test_a_converted_model_goes_through_the_tools_that_take_the_plain_one(
     tool: Callable[..., nn.Module], to: str, norm: type[nn.Module]
 ) -> None:
     first = nn.Conv2d(4, 8, 1) if norm is LayerNorm2d else nn.Linear(4, 8)
-    model = nn.Sequential(first, norm(8), nn.ReLU())
+    model: Any = nn.Sequential(first, norm(8), nn.ReLU())
     convert_norms(model, to)
     drawn(model)
     for module in model.modules():
@@ -124,7 +124,7 @@ def test_a_converted_model_goes_through_the_tools_that_take_the_plain_one(
 
 
 def test_a_converted_model_that_torch_fx_traced_still_trains() -> None:
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    model: Any = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
     convert_norms(model)
     traced = torch.fx.symbolic_trace(model)
     traced(torch.randn(3, 4)).sum().backward()
@@ -147,7 +147,7 @@ def test_a_tracer_passes_a_stand_in_that_is_called_by_keyword_or_with_a_mask() -
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return self.fc(self.second(self.fc(self.first(x, mask)), mask=mask))  # type: ignore[no-any-return]
 
-    model = drawn(Block())
+    model: Any = drawn(Block())
     model.first = FoldedNorm().in_place_of(model.first)
     model.second = FrozenAffine(torch.rand(8), torch.rand(8)).in_place_of(model.second)
     x, mask = torch.randn(3, 8), torch.ones(3, dtype=torch.bool)
@@ -182,7 +182,7 @@ def test_a_model_that_casts_to_the_dtype_of_its_norm_folds() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.mixer(self.norm(x.to(dtype=self.norm.weight.dtype)))  # type: ignore[no-any-return]
 
-    model = nn.Sequential(MambaBlock(), MambaBlock())
+    model: Any = nn.Sequential(MambaBlock(), MambaBlock())
     convert_norms(model)
     x = torch.randn(2, 3, 8)
     model = folded(model, x, "forward", "forward")
@@ -191,7 +191,7 @@ def test_a_model_that_casts_to_the_dtype_of_its_norm_folds() -> None:
 
 
 def test_merging_a_batch_norm_that_is_folded_already_changes_nothing() -> None:
-    def merged(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    def merged(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
         """What timm's `reparameterize` and its like compute."""
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         bias = torch.zeros(8) if conv.bias is None else conv.bias
@@ -204,7 +204,7 @@ def test_merging_a_batch_norm_that_is_folded_already_changes_nothing() -> None:
 
 
 def test_an_operation_on_the_weight_of_a_norm_that_is_gone_is_an_error() -> None:
-    stand_in = FoldedNorm().in_place_of(nn.LayerNorm(8))
+    stand_in: Any = FoldedNorm().in_place_of(nn.LayerNorm(8))
     with pytest.raises(RuntimeError):
         nn.functional.layer_norm(torch.randn(3, 8), stand_in.normalized_shape, stand_in.weight, stand_in.bias)
 
@@ -217,6 +217,7 @@ def test_a_swin_transformer_takes_another_input_size_after_the_fold() -> None:
     )
     convert_norms(model)
     result = fold_norms(drawn(model), torch.randn(2, 3, 32, 32))
+    each: Any
     for each in (model, result.model):
         each.set_input_size((64, 64))
     x = torch.randn(2, 3, 64, 64)

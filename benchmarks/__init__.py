@@ -1,1 +1,1 @@
-"""What the figures of the README and of docs/ come from: ratios, measured side by side in one run."""
+"""The programs that measure the figures of the README and of docs/: ratios, measured side by side in one run."""

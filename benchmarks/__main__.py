@@ -1,10 +1,10 @@
-"""The figures of the README, measured on this machine: `python -m benchmarks`, or `make bench`.
+"""Measure the figures of the README on this machine: `python -m benchmarks`, or `make bench`.
 
-Runs the benchmarks one after the other, prints what they print and writes it as one Markdown page. Where there is a
-CUDA device, on that one. On a CPU the modules and the monitor are measured twice: as they come, and with the C++
-bodies, which a compiler must be there to build. `--only` and `--rounds` shorten it.
+It runs the benchmarks one after the other, prints their output, and writes it as one Markdown page. It uses a CUDA
+device if there is one. On a CPU, modules and monitor are measured twice: with the defaults, and with the C++ backend,
+which needs a compiler. `--only` and `--rounds` make it shorter.
 
-Args: --quick: a run that only shows that all of it works; --only SECTION ...; --rounds N, --threads N,
+Args: --quick: a run that only shows that everything works; --only SECTION ...; --rounds N, --threads N,
 --device cpu|cuda, --output FILE. Default: runs/benchmarks.md.
 """
 
@@ -35,7 +35,7 @@ QUICK: dict[str, list[str]] = {
 
 
 class _Both(io.TextIOBase):
-    """Writes to the screen and to the page."""
+    """Write to the screen and to the page."""
 
     def __init__(self, page: io.StringIO, screen: io.TextIOBase) -> None:
         self.page, self.screen = page, screen
@@ -49,7 +49,7 @@ class _Both(io.TextIOBase):
 
 
 def machine(device: torch.device) -> str:
-    """In general terms."""
+    """Describe the machine in general terms."""
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} {platform.machine()} cores"
     gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     allocation = "keeps freed memory" if set(ALLOCATION) <= set(os.environ) else "the system's default"
@@ -57,7 +57,7 @@ def machine(device: torch.device) -> str:
 
 
 def settings(device: torch.device) -> Iterator[tuple[str, str]]:
-    """Settings of `use_kernels` to measure with, and a title for each."""
+    """Return the settings of `use_kernels` to measure with, and a title for each."""
     if device.type != "cpu":
         yield "auto", "as they come"
         return
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

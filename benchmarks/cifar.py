@@ -17,7 +17,7 @@ TRAIN_IMAGES, TEST_IMAGES = 10_000, 2_000
 
 
 def cifar_loaders(path: Path, batch_size: int) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
-    """The first 10 000 training and 2 000 test images, pixels from -1 to 1.
+    """Load the first 10 000 training and 2 000 test images, with pixels from -1 to 1.
 
     Args:
         path: An npz file that holds, for "train" and "test", `*_jpeg` (all files end to end), `*_offsets` and
@@ -47,7 +47,7 @@ class CifarViT(DigitsViT):
         self.positions = nn.Parameter(0.5 * torch.randn(64, dim))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The cross-entropy of a batch, each image mirrored or not."""
+        """Return the cross-entropy of a batch in which each image is mirrored at random."""
         images, labels = batch
         mirrored = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
         loss = F.cross_entropy(self(mirrored), labels)

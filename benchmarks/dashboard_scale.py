@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         wrote = time.perf_counter() - begin
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         command = [sys.executable, "-m", "benchmarks.dashboard_scale", "--folder", folder]
-        told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    took: dict[str, float] = json.loads(told)
+        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    took: dict[str, float] = json.loads(printed)
     took["bytes per step"] = size / options.steps
     size_in_words = f"{options.layers} layers x {options.statistics} statistics x {options.steps:,} steps"
     print(f"{size_in_words}, written in {wrote:.1f} s")

@@ -1,9 +1,10 @@
-"""Everything there is to test and measure on a machine with a GPU, unattended: `python -m benchmarks.gpu`, `make gpu`.
+"""Run all tests and measurements for a machine with a GPU: `python -m benchmarks.gpu`, or `make gpu`.
 
-Stages, each of which may fail without stopping the others; what they found is written as one Markdown file after each:
+It runs these stages. If one fails, the others still run. After each stage, all results are written as one Markdown
+file:
 
 * tests: `pytest -m gpu`, which also records the device, so that `auto` uses the kernels on it from then on;
-* memcheck: the kernels' tests under compute-sanitizer, where there is one;
+* memcheck: the tests of the kernels under compute-sanitizer, if it is installed;
 * kernels: `benchmarks.gpu_kernels`;
 * training: steps of ViT-S and GPT-2 small, bare, monitored, switching from LayerNorm, and switched;
 * inference: LayerNorm, folded and the norm-free floor, eager, compiled and as CUDA graphs; time and memory.
@@ -40,7 +41,7 @@ Options = argparse.Namespace
 
 
 def _run(command: Sequence[str], limit: float) -> str:
-    """The end of what a command said."""
+    """Return the end of the output of a command."""
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -50,14 +51,14 @@ def _run(command: Sequence[str], limit: float) -> str:
 
 
 def tests(options: Options) -> str:
-    """The tests that need a GPU."""
+    """Run the tests that need a GPU."""
     if options.smoke:
         return "skipped"
     return _run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], 540)
 
 
 def memcheck(options: Options) -> str:
-    """The kernels under compute-sanitizer; without torch's pool of memory, or it would see no edges."""
+    """Run the kernels under compute-sanitizer, without torch's memory pool, which would hide the ends of tensors."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if options.smoke or sanitizer is None:
         return "skipped: no compute-sanitizer"
@@ -92,7 +93,7 @@ def _models(smoke: bool) -> dict[str, tuple[Callable[[], nn.Module], Callable[[t
 
 
 class Training:
-    """A model, its optimizer, and perhaps its monitor; `run` takes some steps."""
+    """A model, its optimizer, and perhaps a monitor; `run` takes some steps."""
 
     def __init__(self, model: nn.Module, setting: str, monitored: bool, example: Tensor, fused: bool = False) -> None:
         self.model, self.setting, self.example = model.train(), setting, example
@@ -104,7 +105,7 @@ class Training:
                 self.monitor.attach()
 
     def run(self) -> None:
-        """Steps in bfloat16 by autocast."""
+        """Take steps in bfloat16 with autocast."""
         device = self.example.device
         with use_kernels(self.setting):
             for _ in range(STEPS):
@@ -127,7 +128,7 @@ def _switched(model: nn.Module, lam: float) -> nn.Module:
 
 
 def training_table(options: Options) -> str:
-    """Interleaved: every variant some steps a round."""
+    """Measure interleaved: in each round, every variant takes some steps."""
     device = torch.device("cpu" if options.smoke else "cuda")
     sections = []
     for name, (build, make_example) in _models(options.smoke).items():
@@ -188,7 +189,7 @@ def _rounds(variants: Mapping[str, Training], rounds: int, device: torch.device)
 
 
 def graphed(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """The model's forward, captured once and replayed."""
+    """Return the forward of the model, captured once and replayed."""
     fixed = example.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -218,7 +219,7 @@ def _memory(call: Callable[[Tensor], Tensor], example: Tensor) -> float:
 
 
 def inference_table(options: Options) -> str:
-    """LayerNorm, switched, folded and the floor."""
+    """Measure LayerNorm, switched, folded and the floor."""
     device = torch.device("cpu" if options.smoke else "cuda")
     dtype = torch.float32 if options.smoke else torch.bfloat16
     models = {"tiny": (lambda: ViT(24, 2), inference.MODELS["vit-tiny"][1])} if options.smoke else inference.MODELS
@@ -254,7 +255,7 @@ STAGES: dict[str, Callable[[Options], str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages; the number of those that failed."""
+    """Run the stages; return the number of failed stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--out", type=Path, default=Path("gpu.md"))

@@ -1,12 +1,12 @@
-"""The kernels against their byte floor, torch, Liger-Kernel and apex: `python -m benchmarks.gpu_kernels`.
+"""Compare the kernels with their byte floor, torch, Liger-Kernel and apex: `python -m benchmarks.gpu_kernels`.
 
-On a GPU a call is captured in a CUDA graph over inputs that together are several times the cache, and the graph is
-replayed, every contender once a round in an order that turns: what is timed is the device, not Python. An op's byte
-floor is what it must move through memory: each input read once, each output written once, and once more where a
-statistic must be known before the rest can begin. Beside the time stands the share of this machine's copy bandwidth
-that moving the floor's bytes in that time would be, and the ratio to torch's LayerNorm doing the same.
+On a GPU, calls are captured in a CUDA graph over inputs that together are several times as large as the cache. The
+graph is replayed, so the time is that of the device, not of Python. In each round every contender runs once, in a
+rotating order. The byte floor of an op is the memory traffic that it needs: each input is read once, each output is
+written once, and an input is read twice if a statistic of it must be known first. The table has the time, the share of
+this machine's copy bandwidth (floor bytes over time), and the ratio to torch's LayerNorm for the same task.
 
-Without a GPU nothing is timed: every contender runs once, to see that it does.
+Without a GPU nothing is timed: every contender runs once, to test that it works.
 
 Args: --shapes ROWSxCHANNELS ..., --dtype float32 bfloat16 float16, --rounds N, --device.
 """
@@ -38,7 +38,7 @@ Call = Callable[[Tensor, Tensor], object]  # of input and upstream gradient
 
 @dataclass
 class Contender:
-    """One way to do an op, and what it took."""
+    """One way to compute an op, and its times."""
 
     op: str
     name: str
@@ -68,7 +68,7 @@ def _compiled(module: nn.Module) -> nn.Module:
 
 
 def _others(channels: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
-    """LayerNorms of other people, where they are installed."""
+    """Return the LayerNorms of other packages that are installed."""
     for package, path, name in (
         ("liger_kernel", "liger_kernel.transformers.layer_norm", "LigerLayerNorm"),
         ("apex", "apex.normalization", "FusedLayerNorm"),
@@ -78,7 +78,7 @@ def _others(channels: int, device: torch.device, dtype: torch.dtype) -> Iterator
 
 
 class ObservedNorm(nn.LayerNorm):
-    """A LayerNorm that adds what a monitor wants to know of its input to an account, in the same pass."""
+    """A LayerNorm that also adds the moments of its input to an accumulator, in the same pass."""
 
     def __init__(self, channels: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(channels, device=device, dtype=dtype)
@@ -88,7 +88,7 @@ class ObservedNorm(nn.LayerNorm):
         self.accumulator = RawMoments(*(part[0] for part in accumulators))
 
     def forward(self, x: Tensor) -> Tensor:
-        """LayerNorm of x."""
+        """Return the LayerNorm of x."""
         with use_kernels("triton"):
             backend = backend_for(x, self.weight, self.bias, self.spec, self.accumulator)
             assert backend is not None
@@ -96,7 +96,7 @@ class ObservedNorm(nn.LayerNorm):
 
 
 def contenders(channels: int, device: torch.device, dtype: torch.dtype) -> Iterator[Contender]:
-    """Measure every op with everything that computes it."""
+    """Return every op with each way to compute it."""
     compiled = device.type == "cuda"
     accumulators = {}
     for setting in ("triton", "reference"):
@@ -163,7 +163,7 @@ def contenders(channels: int, device: torch.device, dtype: torch.dtype) -> Itera
 
 
 def _captured(call: Call, inputs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
-    """All inputs once, as a graph."""
+    """Capture one call for each input as a graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -187,7 +187,7 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy of a gigabyte."""
+    """Measure the bytes read and written per second in a copy of a gigabyte."""
     source = torch.empty(1 << 28, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
     times = [_timed(lambda: target.copy_(source)) for _ in range(10)]
@@ -195,7 +195,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def measure(rows: int, channels: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[Contender]:
-    """Take the rounds; without a GPU run everything once."""
+    """Run the rounds; without a GPU, run everything once."""
     torch.manual_seed(0)
     contestants = list(contenders(channels, device, dtype))
     bytes_of_one = rows * channels * dtype.itemsize
@@ -228,7 +228,7 @@ def measure(rows: int, channels: int, dtype: torch.dtype, device: torch.device, 
 
 
 def table(contestants: Sequence[Contender], size: int, bandwidth: float | None) -> str:
-    """The figures as Markdown; size: bytes of one tensor."""
+    """Return the figures as Markdown; `size` is that of one tensor in bytes."""
     norms = {c.op: c.seconds for c in contestants if c.op.startswith("LayerNorm") and c.name == "torch"}
     lines = [
         "| op | who | us (interquartile range) | % of copy bandwidth by the floor | x torch's LayerNorm |",
@@ -249,7 +249,7 @@ def table(contestants: Sequence[Contender], size: int, bandwidth: float | None) 
 
 
 def shape(text: str) -> tuple[int, int]:
-    """ROWSxCHANNELS."""
+    """Parse ROWSxCHANNELS."""
     rows, _, channels = text.partition("x")
     if not (rows.isdigit() and channels.isdigit() and int(rows) and int(channels)):
         raise argparse.ArgumentTypeError(f"{text!r} is no ROWSxCHANNELS such as 16384x768")

@@ -1,11 +1,11 @@
-"""What a forward costs with LayerNorm, switched, folded, and without norms: `python -m benchmarks.inference`.
+"""Measure a forward with LayerNorm, switched, folded, and without norms: `python -m benchmarks.inference`.
 
-Four copies of one network with the shapes of ViT-Tiny and GPT-2 small and random weights: `layer norm`; `switched`,
-every norm a RepBN in eval; `folded` by `fold_norms`; and the `floor`, the same network with its norms deleted. Each
-round runs every variant once, in an order that turns, so that whatever else the machine does hits all of them alike.
-Figures are ratios within a round to layer norm: the median, and the interquartile range of the rounds.
+There are four variants of one network, with the shapes of ViT-Tiny and GPT-2 small and random weights: `layer norm`;
+`switched`, where every norm is a RepBN in eval mode; `folded` by `fold_norms`; and `floor`, without norms. In each
+round every variant runs once, in a rotating order, so that other load on the machine affects all alike. The figures are
+ratios to `layer norm` within a round: the median, and the interquartile range of the rounds.
 
-The first table counts operations of the exported graphs: what is folded has those of the floor and no more.
+The first table counts operations of the exported graphs: the folded network has the operations of the floor.
 
 Args: --models, --batch N ..., --dtype, --modes eager compiled, --rounds N, --threads N, --device cpu|cuda.
 """
@@ -32,7 +32,7 @@ Example: TypeAlias = Callable[[int, torch.device, torch.dtype], Tensor]
 
 
 class GPT(nn.Module):
-    """GPT-2 small: 12 layers, 768 wide, 25 norms; the head not tied."""
+    """GPT-2 small: 12 layers of width 768, 25 norms, and a head that is not tied."""
 
     def __init__(self, vocabulary: int = 50257, dim: int = 768, depth: int = 12, heads: int = 12) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the token that comes next."""
+        """Return the logits of the next token."""
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(x))[:, -1])
         return logits
@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Example]] = {
 
 
 def replace_norms(model: nn.Module, new: Callable[[int], nn.Module]) -> nn.Module:
-    """A copy of the model with something else where its LayerNorms were."""
+    """Return a copy of the model with other modules in place of its LayerNorms."""
     model = copy.deepcopy(model)
     for name, norm in list(model.named_modules()):
         if isinstance(norm, nn.LayerNorm):
@@ -72,7 +72,7 @@ def replace_norms(model: nn.Module, new: Callable[[int], nn.Module]) -> nn.Modul
 
 
 def used_norm(channels: int) -> nn.Module:
-    """A RepBN with the parameters and statistics of some training."""
+    """Return a RepBN with parameters and statistics as after a training."""
     norm = RepBN(channels)
     with torch.no_grad():
         for parameter in norm.parameters():
@@ -84,7 +84,7 @@ def used_norm(channels: int) -> nn.Module:
 
 
 def variants(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
-    """The four, LayerNorm first."""
+    """Return the four variants, LayerNorm first."""
     switched = replace_norms(model, used_norm)
     folded = fold_norms(switched, example)
     left = [site.name for site in folded.norms if site.status not in ("forward", "backward")]
@@ -98,7 +98,7 @@ def variants(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
 
 
 def operations(model: nn.Module, example: Tensor) -> Counter[str]:
-    """How often each operation stands in the exported graph; what it only asserts of a tensor is none."""
+    """Count each operation in the exported graph, except assertions."""
     graph = torch.export.export(model, (example,)).run_decompositions({}).graph
     targets = [node.target for node in graph.nodes if node.op == "call_function"]
     names = [target.overloadpacket.__name__ for target in targets if isinstance(target, torch._ops.OpOverload)]
@@ -106,7 +106,7 @@ def operations(model: nn.Module, example: Tensor) -> Counter[str]:
 
 
 def count_table(four: dict[str, nn.Module], example: Tensor) -> str:
-    """Operations of each variant's exported graph, Markdown."""
+    """Return the operations of each variant's exported graph as Markdown."""
     counts = {name: operations(model, example) for name, model in four.items()}
     lines = ["| | operations | more than the floor |", "|---|---:|---|"]
     for name, count in counts.items():
@@ -118,7 +118,7 @@ def count_table(four: dict[str, nn.Module], example: Tensor) -> str:
 
 @torch.no_grad()
 def time_table(four: Mapping[str, Callable[[Tensor], Tensor]], inputs: Sequence[Tensor], rounds: int) -> str:
-    """Latencies, Markdown; each variant once a round."""
+    """Return latencies as Markdown; each variant runs once in a round."""
     names = list(four)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     device = inputs[0].device

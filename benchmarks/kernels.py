@@ -1,9 +1,9 @@
-"""The fused reductions beside the least that memory allows: `python -m benchmarks.kernels`.
+"""Compare the fused reductions with the limit of the memory: `python -m benchmarks.kernels`.
 
-Each op on every backend that can run here, beside plain torch and compiled torch doing the same, and beside
-Liger-Kernel and apex where they are installed. Each round runs everything once in turn. "of the copy" is the least
-number of bytes that the op must move, over what it took, as a share of what a plain copy of the same rows reaches in
-the same round.
+Each op is measured on every backend that can run here, together with plain torch and compiled torch, and with
+Liger-Kernel and apex if they are installed. In each round everything runs once. "of the copy" is the bandwidth of the
+op (the least number of bytes that it must move, over its time) as a share of the bandwidth of a plain copy of the same
+rows in the same round.
 
 Args: --rounds N, --threads N, --shapes ROWSxCHANNELS ..., --dtype float32 bfloat16, --device cpu|cuda, --no-compile.
 """
@@ -45,7 +45,7 @@ class Contender:
 
 
 def contenders(channels: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> list[Contender]:
-    """The copy first."""
+    """Return all contenders, the copy first."""
     vectors = torch.randn(4, channels, device=device)
     mean, scale, slope, offset = vectors.unbind()
     of = BatchMap(scale, slope, offset, mean)
@@ -82,7 +82,7 @@ def contenders(channels: int, dtype: torch.dtype, device: torch.device, compiled
 
 
 def layer_norms(channels: int, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
-    """torch's, and the fused ones that are installed."""
+    """Return torch's LayerNorm, and the fused ones that are installed."""
     norms: dict[str, nn.Module] = {"torch": nn.LayerNorm(channels)}
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         norms["Liger-Kernel"] = importlib.import_module("liger_kernel.transformers").LigerLayerNorm(channels)
@@ -99,7 +99,7 @@ def _there_and_back(module: nn.Module) -> Run:
 
 
 def measure(rows: int, channels: int, dtype: torch.dtype, options: argparse.Namespace) -> list[Contender]:
-    """Take the rounds."""
+    """Run the rounds."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     inputs = [torch.randn(2, rows, channels).to(device, dtype).unbind() for _ in range(3)]
@@ -125,7 +125,7 @@ def measure(rows: int, channels: int, dtype: torch.dtype, options: argparse.Name
 
 
 def table(everything: Sequence[Contender], size: int) -> str:
-    """The figures as Markdown; `size` is that of all rows in bytes."""
+    """Return the figures as Markdown; `size` is that of all rows in bytes."""
     lines = ["| op | backend | us (interquartile range) | GB/s | of the copy |", "|---|---|---:|---:|---:|"]
     per_byte = [seconds / (2 * size) for seconds in everything[0].seconds]
     for contender in everything:

@@ -1,8 +1,8 @@
-"""What norm modules and the monitor keep in memory: `python -m benchmarks.memory`.
+"""Measure the memory of norm modules and of the monitor: `python -m benchmarks.memory`.
 
-Of a module: bytes that its forward keeps for the backward, beside its input and its parameters, as a share of the
-input; counted where autograd saves them, so exact and the same on every device. Of the monitor: bytes that it holds,
-and on CUDA by how much the peak of a training step rises.
+For a module, it counts the bytes that a forward keeps for the backward, without input and parameters, as a share of the
+input. They are counted where autograd saves them, so the count is exact and the same on every device. For the monitor,
+it measures the bytes that it holds, and on CUDA how much the peak of a training step rises.
 
 Args: --shape ROWSxCHANNELS, --dtype float32|bfloat16, --batch N, --device cpu|cuda.
 """
@@ -21,7 +21,7 @@ from stabnorm import StabilityMonitor
 
 
 def kept_for_backward(forward: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps of a forward, without the input and what lives on anyway."""
+    """Return the bytes that autograd keeps of a forward, without the input and tensors that exist anyway."""
     known = {t.untyped_storage().data_ptr() for t in (x, *parameters)}
     kept: dict[int, int] = {}
 
@@ -54,7 +54,7 @@ def module_table(rows: int, channels: int, dtype: torch.dtype, device: torch.dev
 
 
 def live_bytes() -> int:
-    """Of every tensor that Python holds."""
+    """Return the bytes of every tensor that Python holds."""
     gc.collect()
     held = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta]
     tensors = [t for t in held if t.layout == torch.strided]  # others have no storage of their own
@@ -71,7 +71,7 @@ def monitor_table(batch: int, device: torch.device) -> str:
     images = torch.randn(batch, 3, 224, 224, device=device)
 
     def step() -> float:
-        """Peak bytes on a GPU."""
+        """Take a step, and return the peak bytes on a GPU."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model(images).square().mean().backward()

@@ -1,12 +1,11 @@
-"""What monitoring costs a training step: `python -m benchmarks.monitor_overhead`.
+"""Measure what monitoring adds to a training step: `python -m benchmarks.monitor_overhead`.
 
-One model, one process. Each round takes one step bare and one step with each preset at every step, in an order that
-turns from round to round, so that whatever else the machine does hits all of them alike. Two figures per preset:
+It uses one model in one process. Each round takes one bare step and one step with each preset, in a rotating order, so
+that other load on the machine affects all alike. There are two figures for each preset:
 
-* own time: the time in hooks, `step()` and flush, measured around them, as a share of the bare step. For "fused", where
-  the norms and their statistics are computed together, the time of the norms' own forwards is subtracted; it is
-  measured in a step of its own;
-* difference: to the bare step of the same round (median, and the interquartile range of the rounds).
+* own time: the time in hooks, `step()` and flush, as a share of the bare step. With "fused", norms and statistics are
+  computed together, so the time of the norms' own forwards is subtracted; it is measured in a step of its own;
+* difference: the difference to the bare step of the same round (median, and the interquartile range of the rounds).
 
 A companion is measured in addition to the economy preset: its own time, and the difference to a step with economy. With
 --peers other tools are measured, too, see `benchmarks.peers`.
@@ -48,7 +47,7 @@ WIDTHS = {"vit-tiny": (192, 3), "vit-small": (384, 6)}
 
 
 class Block(nn.Module):
-    """A Pre-LN transformer block; in a causal one no token sees those after it."""
+    """A Pre-LN transformer block; if it is causal, no token sees later tokens."""
 
     def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attention and MLP, each normalised before and added after."""
+        """Add attention and MLP, each of the normalised input."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
@@ -78,7 +77,7 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 1000)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of the class token."""
+        """Return the logits of the class token."""
         x = self.patches(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
         logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
@@ -86,11 +85,11 @@ class ViT(nn.Module):
 
 
 class Watcher(Protocol):
-    """What hooks on a model and counts its own time: a `StabilityMonitor` or a peer."""
+    """A tool with hooks on a model that counts its own time: a `StabilityMonitor` or a peer."""
 
     @property
     def seconds(self) -> float:
-        """Spent so far."""
+        """Seconds spent so far."""
 
     def attach(self) -> None:
         """Put the hooks on."""
@@ -103,7 +102,7 @@ class Watcher(Protocol):
 
 
 class NormClock:
-    """The time that a model's norms take in their forwards."""
+    """Measures the time of the forwards of a model's norms."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seconds, self._start = 0.0, 0.0
@@ -128,12 +127,12 @@ class NormClock:
             self._handles.pop().remove()
 
     def step(self, *, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing ends with a step."""
+        """Do nothing at the end of a step."""
 
 
 @dataclass
 class Variant:
-    """One way to take the step, and what it took."""
+    """One way to take a step, and its times."""
 
     name: str
     monitor: Watcher | None
@@ -144,7 +143,7 @@ class Variant:
 
 
 def measure(options: argparse.Namespace) -> list[Variant]:
-    """Take the rounds, and return bare first."""
+    """Run the rounds; return the bare variant first."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     model = ViT(*WIDTHS[options.model]).to(device)
@@ -212,7 +211,7 @@ def _inside(variant: Variant) -> float:
 
 
 def table(variants: Sequence[Variant]) -> str:
-    """The figures as Markdown."""
+    """Return the figures as Markdown."""
     presets = [variant for variant in variants if not variant.companion and variant.name != NORMS]
     bare = variants[0].seconds
     norms = next((_usual(variant) for variant in variants if variant.name == NORMS), 0.0)
@@ -245,7 +244,7 @@ def _rows(variants: Sequence[Variant], usual: float, base: Sequence[float], norm
 
 
 def _usual(variant: Variant) -> float:
-    """Inside, the mean, for a flush comes every tenth step; less the slowest twentieth: something else had the core."""
+    """Return the mean without the slowest twentieth; no median, because only every tenth step has a flush."""
     return statistics.fmean(sorted(variant.inside)[: -max(1, len(variant.inside) // 20)])
 
 

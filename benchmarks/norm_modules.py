@@ -1,12 +1,12 @@
-"""What the norm modules cost beside nn.LayerNorm and the published formulations: `python -m benchmarks.norm_modules`.
+"""Compare the norm modules with nn.LayerNorm and the published code: `python -m benchmarks.norm_modules`.
 
-One module, one process, training mode, past any warm-up. Each round runs every module once, forward and backward, in an
-order that turns from round to round, so that whatever else the machine does hits all of them alike. The figures are
-ratios within a round: the median, and the interquartile range of the rounds. PRepBN stands at lam = 0.5. Input is
-``[rows, channels]``, for the published modules (those of `stabnorm.nn.official`) ``[64, rows / 64, channels]``.
+All modules run in one process, in training mode, and after any warm-up. In each round every module runs once, forward
+and backward, in a rotating order, so that other load on the machine affects all alike. The figures are ratios within a
+round: the median, and the interquartile range of the rounds. PRepBN has lam = 0.5. The input is ``[rows, channels]``,
+and for the published modules (those of `stabnorm.nn.official`) ``[64, rows / 64, channels]``.
 
-On a CPU, glibc's default asks the system for every fresh output; `MALLOC_MMAP_THRESHOLD_=2000000000
-MALLOC_TRIM_THRESHOLD_=4000000000` in the environment stops that, and the first line printed says which it was.
+On a CPU, glibc by default gets new memory from the system for every output. `MALLOC_MMAP_THRESHOLD_=2000000000
+MALLOC_TRIM_THRESHOLD_=4000000000` in the environment prevents this; the first line of the output says which one ran.
 
 Args: --rounds N, --threads N, --shapes ROWSxCHANNELS ..., --dtype float32 bfloat16, --device cpu|cuda, --no-compile.
 """
@@ -34,7 +34,7 @@ HEAD = 64  # channels per group of PowerNorm's GroupScaling, as many groups as h
 
 @dataclass
 class Variant:
-    """One way to normalise, and what it took."""
+    """One way to normalise, and its times."""
 
     name: str
     module: Callable[[Tensor], Tensor]
@@ -45,7 +45,7 @@ class Variant:
 
 
 def variants(channels: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> list[Variant]:
-    """Every module there is, nn.LayerNorm first."""
+    """Return all modules, nn.LayerNorm first."""
     chosen: list[Variant] = []
 
     def add(name: str, module: nn.Module, published: str | None = None) -> None:
@@ -82,7 +82,7 @@ def variants(channels: int, dtype: torch.dtype, device: torch.device, compiled: 
 
 
 def measure(rows: int, channels: int, dtype: torch.dtype, options: argparse.Namespace) -> list[Variant]:
-    """Take the rounds."""
+    """Run the rounds."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     spread = torch.randn(channels).mul(0.5).exp()  # channels of different scale, or UN's published filter always fires
@@ -117,7 +117,7 @@ def measure(rows: int, channels: int, dtype: torch.dtype, options: argparse.Name
 
 
 def table(everything: Sequence[Variant]) -> str:
-    """The figures as Markdown."""
+    """Return the figures as Markdown."""
     base, by_name = everything[0], {variant.name: variant for variant in everything}
     lines = [
         f"nn.LayerNorm: forward {1e3 * statistics.median(base.forward):.2f} ms, "

@@ -1,9 +1,9 @@
-"""What people watch training with today, at equal frequency: for `benchmarks.monitor_overhead`.
+"""Other tools that watch a training, at equal frequency, for `benchmarks.monitor_overhead`.
 
-None of these can be run as it is outside its own trainer or service, except tensor-tracker, which is used where it is
-installed. Of the others the operations are written out here from their documented behaviour and source, hook by hook,
-on the same norm layers that stabnorm watches, every step; what they do afterwards with the numbers is left out, but for
-the histogram that the bolts callback hands to TensorBoard. By default they look every 25 to 1000 steps.
+Except for tensor-tracker, which is used if it is installed, none of them runs outside its own trainer or service. So
+their operations are written here from their documentation and source, hook by hook. They watch the same norm layers as
+stabnorm, at every step; by default they watch every 25 to 1000 steps. What they do with the numbers afterwards is left
+out, except for the histogram that the bolts callback passes to TensorBoard.
 """
 
 import importlib

@@ -1,11 +1,12 @@
-"""LayerNorm out after the training, or during it? `python -m benchmarks.removal_ablation`.
+"""Compare removing LayerNorm after the training with removing it during it: `python -m benchmarks.removal_ablation`.
 
-The two small transformers of the examples, trained from scratch. "after": with LayerNorm, then `remove_norms`, fitted
-and repaired on the training inputs without their labels. "during": with `ProgressiveNormCallback`. Both start from the
-same weights and see the same batches; what is judged is the final model in eval mode, without a norm that was removed.
+The two small transformers of the examples are trained from scratch. "after" trains with LayerNorm, and then runs
+`remove_norms` with a fit and a repair on the training inputs without their labels. "during" trains with
+`ProgressiveNormCallback`. Both start from the same weights and use the same batches. The final model is judged in eval
+mode, without the removed norms.
 
-Seconds are those of the whole, training and removal. Prints a table for each task, differences to LayerNorm paired by
-seed.
+Seconds are those of training and removal together. The output is a table for each task, with differences to LayerNorm
+that are paired by seed.
 
 Args: --tasks, --seeds N, --first-seed N, --steps N, --repair N (steps of the repair), --jobs N.
 """
@@ -38,7 +39,7 @@ METHODS = ("LayerNorm", "after: fit", "after: fit + repair", "during")
 
 @dataclass(frozen=True)
 class Run:
-    """What came of one method on one seed."""
+    """The result of one method on one seed."""
 
     task: str
     method: str
@@ -50,7 +51,7 @@ class Run:
 
 
 class Inputs:
-    """A training loader's inputs, without what is to be said of them."""
+    """The inputs of a training loader, without targets."""
 
     def __init__(self, loader: Any, change: Callable[[Tensor], Tensor]) -> None:
         self._loader, self._change = loader, change
@@ -60,7 +61,7 @@ class Inputs:
 
 
 def fit(model: LightningModule, loader: Any, steps: int, callbacks: Sequence[Callback] = ()) -> float:
-    """Train; the seconds it took."""
+    """Train, and return the seconds."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         Trainer(
@@ -72,7 +73,7 @@ def fit(model: LightningModule, loader: Any, steps: int, callbacks: Sequence[Cal
 
 
 def runs(job: tuple[str, int, int, int]) -> list[Run]:
-    """All methods on one seed."""
+    """Run all methods on one seed."""
     name, seed, steps, repair = job
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -110,7 +111,7 @@ def _run(task: str, method: str, seed: int, model: nn.Module, batch: Sequence[Te
 
 
 def table(finished: Sequence[Run], name: str) -> Iterator[str]:
-    """Markdown, for one task."""
+    """Return the table of one task as Markdown."""
     judged = tasks(None)[name].judged_by
     unit, digits = ("%", 1) if judged == "error" else ("nats", 3)
     base = {run.seed: getattr(run, judged) for run in finished if run.method == METHODS[0]}
@@ -122,9 +123,9 @@ def table(finished: Sequence[Run], name: str) -> Iterator[str]:
         values = [getattr(run, judged) for run in these]
         differences = [value - base[run.seed] for value, run in zip(values, these, strict=True)]
         seconds, norms = (statistics.mean(getattr(run, key) for run in these) for key in ("seconds", "norms"))
-        told = "" if method == METHODS[0] else interval(differences, digits)
+        spread = "" if method == METHODS[0] else interval(differences, digits)
         mean = f"{statistics.mean(values):.{digits}f}"
-        yield f"| {method} | {len(these)} | {mean} | {told} | {seconds:.0f} | {norms:.1f} |"
+        yield f"| {method} | {len(these)} | {mean} | {spread} | {seconds:.0f} | {norms:.1f} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Run]:

@@ -1,14 +1,15 @@
-"""How far a pretrained encoder without norms is from itself: `python -m benchmarks.removal_tradeoff`.
+"""Measure how close a pretrained encoder without norms is to the original: `python -m benchmarks.removal_tradeoff`.
 
-Two curves on the sentence encoder of `examples.sentence_encoder`, each judged by Spearman's correlation of all pairwise
-similarities, on text of the kind it was converted with and on text of another kind:
+It measures two curves on the sentence encoder of `examples.sentence_encoder`. The agreement is Spearman's correlation
+of
+all pairwise similarities, on text of the kind used for the conversion and on text of another kind:
 
-- norms kept against agreement, fitted and not repaired; the norms that are furthest from an affine map stay;
-- steps of repair against agreement, with every norm gone; each point is a training of its own, to the end of its
-  learning rate's schedule.
+- agreement over the number of kept norms, with a fit and no repair; the norms furthest from an affine map are kept;
+- agreement over the number of repair steps, with every norm removed; each point is a complete training with its own
+  schedule of the learning rate.
 
-Every point is a line of `runs/removal_tradeoff.jsonl`; points that are there are not repeated. `--picture` draws them.
-Wants the extra `[pretrained]`.
+Every point is a line of `runs/removal_tradeoff.jsonl`; existing points are not repeated. `--picture` draws them. It
+needs the extra `[pretrained]`.
 
 Args: --kept N..., --steps N..., --data FILE, --seen FILE, --unseen FILE, --out FILE, --picture FILE, --draw.
 """
@@ -45,7 +46,7 @@ SIZE, PANEL, MARGIN = (900, 330), (360, 230), 60
 
 @dataclass(frozen=True)
 class Point:
-    """One conversion, judged."""
+    """The result of one conversion."""
 
     curve: str  # "kept" or "steps"
     at: int
@@ -55,13 +56,13 @@ class Point:
 
 
 def read(path: Path) -> list[Point]:
-    """The points there are."""
+    """Return the existing points."""
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else ())
     return [Point(**line | {kind: Agreement(**line[kind]) for kind in COLOURS}) for line in lines]
 
 
 def worst_first(original: SentenceEncoder, texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """The norms, the one furthest from an affine map first."""
+    """Return the norms, the one furthest from an affine map first."""
     batches = list(Batches(pieces(texts, np.random.default_rng(0)), tokenizer))[:10]
     residuals = measure_norms(original, NormSearch(original).found, batches, Runner()).residuals
     return sorted(residuals, key=lambda name: -residuals[name])
@@ -71,7 +72,7 @@ def worst_first(original: SentenceEncoder, texts: Sequence[str], tokenizer: Toke
 
 
 def draw(points: Sequence[Point]) -> Image.Image:
-    """Both curves side by side, the vertical axis from the lowest value to 1."""
+    """Draw both curves side by side; the vertical axis goes from the lowest value to 1."""
     image = Image.new("RGB", SIZE, PAPER)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     low = min([0.99, *(min(point.seen.rank, point.unseen.rank) for point in points)])

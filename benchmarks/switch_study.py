@@ -1,17 +1,17 @@
-"""What becomes of a model whose LayerNorms are switched while it trains: `python -m benchmarks.switch_study`.
+"""Study models whose LayerNorms are switched while they train: `python -m benchmarks.switch_study`.
 
-Small transformers, trained from scratch with LayerNorm, with other norms from the first step, and with the switch of
+Small transformers are trained from scratch with LayerNorm, with other norms from the first step, and with the switch of
 `ProgressiveNormCallback`. All methods of one seed share initial weights, batches, augmentation and disturbances, so
-that differences to LayerNorm are paired. What is judged is the final model in eval mode, with running statistics: that
-is what folds. The gap is its loss minus the loss with the statistics of the test batch itself.
+differences to LayerNorm are paired. The final model is judged in eval mode, with running statistics, because this is
+the model that folds. The gap is its loss minus the loss with the statistics of the test batch.
 
 Tasks: digits (the ViT of `examples.digits`), "wide digits" (the same, twice as wide, in batches of 64), characters (the
 transformer of `examples.characters`), and with `--data DIR` also cifar (CIFAR-10 as JPEGs, `cifar10_jpeg.npz`) and
 shakespeare (`text/tinyshakespeare.txt`).
-Settings: calm, and the hostile ones of `SETTINGS`. A run is lost when it does not end finite, or ends more than 0.1
-nats (text) or 5 points of error (images) above LayerNorm with the same seed.
+Settings: calm, and the difficult ones of `SETTINGS`. A run is lost if its end is not finite, or more than 0.1 nats
+(text) or 5 points of error (images) above LayerNorm with the same seed.
 
-Every run is a line of `runs/switch_study.jsonl`; runs that are there are not repeated.
+Every run is a line of `runs/switch_study.jsonl`; existing runs are not repeated.
 
 Args: --tasks, --settings, --methods, --seeds N, --first-seed N, --steps N, --jobs N, --data DIR, --out FILE, --table.
 """
@@ -51,7 +51,7 @@ LOST = {"error": 5.0, "loss": 0.1}
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data, and what is judged: "error" in percent, or "loss" in nats."""
+    """A model, its data, and the figure that counts: "error" in percent, or "loss" in nats."""
 
     model: Callable[..., LightningModule]
     loaders: Callable[[int], Loaders]
@@ -62,7 +62,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Setting:
-    """How training is made hard. Everything but `bursts` holds at test time, too."""
+    """How the training is made difficult. All of it except `bursts` applies to the test, too."""
 
     learning_rate: float = 1.0  # times the task's
     batch: int | None = None
@@ -91,7 +91,7 @@ SWITCHED = (PUBLISHED, "linear", "adaptive")
 
 @dataclass
 class Outcome:
-    """One run's line."""
+    """The line of one run."""
 
     task: str
     setting: str
@@ -107,7 +107,7 @@ class Outcome:
 
     @property
     def key(self) -> tuple[str, str, str, int, int]:
-        """What makes it this run and no other."""
+        """The values that identify this run."""
         return self.task, self.setting, self.method, self.seed, self.steps
 
 
@@ -126,16 +126,16 @@ def tasks(data: Path | None) -> dict[str, Task]:
 
 
 class ChannelsLastBatchNorm(nn.BatchNorm1d):
-    """Plain batch norm where LayerNorm stood: over all tokens, channels last."""
+    """A plain batch norm in the place of LayerNorm: over all tokens, channels last."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., channels) to the same shape."""
+        """Map (..., channels) to the same shape."""
         y: Tensor = super().forward(x.flatten(0, -2)).view(x.shape)
         return y
 
 
 class Disturb:
-    """Makes the tokens that enter the blocks as the setting says, from a random stream of its own."""
+    """Disturb the tokens that enter the blocks, with random numbers of its own."""
 
     def __init__(self, setting: Setting, seed: int) -> None:
         self.setting = setting
@@ -143,7 +143,7 @@ class Disturb:
         self.random = torch.Generator().manual_seed(seed)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        """The disturbed tokens; a forward pre-hook."""
+        """Return the disturbed tokens, as a forward pre-hook."""
         (tokens,) = args
         how, random = self.setting, self.random
         if not module.training:
@@ -162,7 +162,7 @@ class Disturb:
 
 
 def use_norm(model: nn.Module, method: str, steps: int) -> list[Callback]:
-    """Bring the method's norms into the model, or the callback that will."""
+    """Give the model the norms of the method, or return the callback that does it."""
     from stabnorm import convert_norms
     from stabnorm.callbacks import ProgressiveNormCallback
 
@@ -185,7 +185,7 @@ def use_norm(model: nn.Module, method: str, steps: int) -> list[Callback]:
 
 
 def run(outcome: Outcome, data: Path | None) -> Outcome:
-    """Train once and fill in what came of it."""
+    """Train once, and fill in the outcome."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     task, setting = tasks(data)[outcome.task], SETTINGS[outcome.setting]
@@ -220,7 +220,7 @@ def run(outcome: Outcome, data: Path | None) -> Outcome:
 
 @torch.no_grad()
 def judge(model: nn.Module, batch: Sequence[Tensor]) -> tuple[float, float]:
-    """Mean cross-entropy in nats, and the share of wrong answers in percent."""
+    """Return the mean cross-entropy in nats, and the share of wrong answers in percent."""
     inputs, targets = batch if len(batch) == 2 else (batch[0][:, :-1], batch[0][:, 1:])
     logits = model(inputs).flatten(0, -2)
     wrong = logits.argmax(-1) != targets.flatten()
@@ -228,7 +228,7 @@ def judge(model: nn.Module, batch: Sequence[Tensor]) -> tuple[float, float]:
 
 
 def read(path: Path) -> dict[tuple[str, str, str, int, int], Outcome]:
-    """The runs there are; a line that was cut off by a kill does not count."""
+    """Return the existing runs; a line that was cut off does not count."""
     outcomes = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -240,7 +240,7 @@ def read(path: Path) -> dict[tuple[str, str, str, int, int], Outcome]:
 
 
 def tables(outcomes: Sequence[Outcome], known: Mapping[str, Task]) -> Iterator[str]:
-    """Markdown, one table for each task and setting."""
+    """Return one Markdown table for each task and setting."""
     by_key = {(o.task, o.setting, o.method, o.seed): o for o in outcomes}
     for name, setting in itertools.product(known, SETTINGS):
         here = [o for o in outcomes if (o.task, o.setting) == (name, setting)]
@@ -268,7 +268,7 @@ def tables(outcomes: Sequence[Outcome], known: Mapping[str, Task]) -> Iterator[s
 
 
 def interval(differences: Sequence[float], digits: int) -> str:
-    """Mean and half width of the 95 % interval of Student's t."""
+    """Return the mean and the half width of the 95 % interval by Student's t."""
     if len(differences) < 2 or not all(map(math.isfinite, differences)):
         return "not finite" if differences and not all(map(math.isfinite, differences)) else ""
     half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
@@ -280,7 +280,7 @@ def _work(job: tuple[Outcome, Path | None]) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
-    """Do the runs that are missing, and print the tables."""
+    """Run what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", help="default: all there is data for")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING")

@@ -1,1 +1,1 @@
-"""Runnable examples: each has a main(), and runs offline on real data that ships with a dependency."""
+"""Runnable examples. Each has a main(), and runs offline on real data that comes with a dependency."""

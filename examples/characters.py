@@ -1,8 +1,8 @@
 """A small Pre-LN character transformer on the English of Python's own documentation.
 
 The text is `pydoc_data.topics`, which comes with Python: half a million characters of prose about the language. The
-blocks are those of `examples.digits`, and as there the model and its training know nothing of stabnorm. 400 steps take
-about ten seconds on two cores.
+blocks are those of `examples.digits`. As there, the model and its training do not use stabnorm. 400 steps take about
+ten seconds on two cores.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ TEST_SHARE = 0.1
 
 
 def encode(text: str) -> Tensor:
-    """Characters as indices into `ALPHABET`; any other is a space."""
+    """Return characters as indices into `ALPHABET`; any other character counts as a space."""
     index = {character: number for number, character in enumerate(ALPHABET)}
     return torch.tensor([index.get(character, index[" "]) for character in text])
 
@@ -36,12 +36,12 @@ def encode(text: str) -> Tensor:
 def text_loaders(
     batch_size: int = 12, path: str | Path | None = None, test_windows: int = 400
 ) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
-    """Windows of `CONTEXT` characters; the last tenth of the text is to test on.
+    """Load windows of `CONTEXT` characters; the last tenth of the text is the test text.
 
     Args:
         batch_size: Windows in a training batch. The test windows come in one batch.
         path: Another text, UTF-8.
-        test_windows: How many there are to test on, spread over the test text.
+        test_windows: Number of test windows, spread over the test text.
 
     Returns:
         The training loader, shuffled by torch's global generator, and the test loader.
@@ -58,15 +58,15 @@ def text_loaders(
 
 
 class CharacterTransformer(LightningModule):
-    """A causal transformer that says the next character.
+    """A causal transformer that predicts the next character.
 
     Args:
         dim: Width of the residual stream.
-        depth: Number of blocks, each with two LayerNorms; a last one stands before the head.
+        depth: Number of blocks, each with two LayerNorms; one more LayerNorm is before the head.
         heads: Attention heads of a block.
-        lr: The learning rate at its peak, after `warmup_steps`; then a cosine down to zero at the end of the run.
+        lr: The peak learning rate, after `warmup_steps`; then it falls along a cosine to zero at the end of the run.
         warmup_steps: Optimizer steps over which the learning rate rises to `lr`.
-        weight_decay: AdamW's, of matrices.
+        weight_decay: weight decay of AdamW, for matrices.
     """
 
     def __init__(
@@ -89,27 +89,27 @@ class CharacterTransformer(LightningModule):
         self.head = nn.Linear(dim, len(ALPHABET))
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Maps characters to the logits of the next one, at every place."""
+        """Map characters to the logits of the next character, at every position."""
         tokens = self.characters(codes) + self.positions[: codes.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(tokens)))
         return logits
 
     def loss(self, windows: Tensor) -> Tensor:
-        """The mean cross-entropy of the next character, in nats."""
+        """Return the mean cross-entropy of the next character, in nats."""
         return F.cross_entropy(self(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The cross-entropy of a batch of windows."""
+        """Return the cross-entropy of a batch of windows."""
         loss = self.loss(*batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The cross-entropy of the test windows."""
+        """Log the cross-entropy of the test windows."""
         self.log("val/loss", self.loss(*batch), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, weight decay on matrices; the learning rate warms up linearly, then follows half a cosine to zero."""
+        """Use AdamW with weight decay on matrices, a linear warm-up, and then half a cosine down to zero."""
         matrices = [p for p in self.parameters() if p.ndim > 1]
         others = [p for p in self.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]

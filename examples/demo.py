@@ -1,10 +1,10 @@
 """See, switch and ship, on a small vision transformer: `python -m stabnorm.examples.demo`, or `make demo`.
 
-Three runs on scikit-learn's digit images, 600 steps each, about a minute and a half together. The first is healthy. The
-second one is the first until step 300; from there on a weight decay with its sign turned makes every weight matrix grow
-by one percent a step. Its LayerNorms divide the growth out again, and for more than fifty steps the loss goes on as if
-nothing had happened. What the norms read tells within twenty. The third is the first with `ProgressiveNormCallback()`:
-it ends without LayerNorm, and `FoldCallback()` writes it down without any norm at all.
+The demo trains three times on scikit-learn's digit images, with 600 steps each; together this takes a minute and a
+half. The first run is healthy. The second one equals the first until step 300; from then on, a weight decay with the
+wrong sign makes every weight matrix grow by one percent in each step. The LayerNorms hide this growth, so for more than
+fifty steps the loss looks normal, but the inputs of the norms show it within twenty steps. The third run is the first
+one with `ProgressiveNormCallback()`: it ends without LayerNorm, and `FoldCallback()` writes a model without any norm.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CALM = 50  # steps before the fault whose mean loss is the usual one
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a run."""
+    """The result of a run."""
 
     accuracy: float
     alerts: list[Alert]
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def loss_doubled_at(self) -> int | None:
-        """The first step after the fault whose loss, as a mean of five steps, is twice the usual one."""
+        """Return the first step after the fault at which the mean loss of five steps is twice the usual loss."""
         losses = self.record.series["loss"]
         usual = losses[FAULT_AT - CALM : FAULT_AT].mean()
         smooth = np.convolve(losses, np.ones(5) / 5)[: len(losses)]
@@ -52,14 +52,14 @@ class Run:
 
 
 def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: int = 0) -> Run:
-    """Train once with `StabilityCallback`, and say what came of it.
+    """Train once with `StabilityCallback`, and return the result.
 
     Args:
-        name: of the run, a folder under ``root``.
-        root: where TensorBoard finds the runs.
-        *others: callbacks besides.
+        name: name of the run, which is a folder in ``root``.
+        root: the folder of all runs, for TensorBoard.
+        *others: further callbacks.
         progress: False hides the progress bar.
-        seed: of weights, batches and augmentation.
+        seed: seed of weights, batches and augmentation.
     """
     seed_everything(seed, verbose=False)
     stability = StabilityCallback(flush_every=10)
@@ -84,7 +84,7 @@ def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: 
 
 
 def draw(run: Run, path: str) -> None:
-    """The scale of what each norm reads, over the run, with its alerts."""
+    """Draw the scale of each norm's input over the run, with its alerts."""
     marks = [(alert.step, alert.layer) for alert in run.alerts]
     scale = run.record.series["token_std_mean"]
     title = "token_std_mean: how large the input of each norm is"
@@ -93,14 +93,14 @@ def draw(run: Run, path: str) -> None:
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module) -> float:
-    """The share of test images read correctly, without a Trainer."""
+    """Return the share of test images that are recognised, without a Trainer."""
     ((images, digits),) = digits_loaders()[1]
     right: torch.Tensor = model.eval()(images).argmax(1) == digits
     return float(right.float().mean())
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
-    """Run all three, and print what they show."""
+    """Run all three, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="runs", help="where the runs are written (default: runs)")
     parser.add_argument("--picture", help="also write the unstable run's heat map there, the README's")

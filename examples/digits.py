@@ -1,7 +1,7 @@
 """A small Pre-LN vision transformer on scikit-learn's digit images, and a fault that ruins its training.
 
-The model and its training are as plain as Lightning lets them be and know nothing of stabnorm: this is the "before" of
-every example. One run of 600 steps takes about fifteen seconds on two cores and ends above 95 % test accuracy.
+The model and its training are as simple as Lightning allows, and do not use stabnorm: other examples start from here.
+One run of 600 steps takes about fifteen seconds on two cores and ends above 95 % test accuracy.
 """
 
 import math
@@ -25,7 +25,7 @@ TRAIN_IMAGES = 1000
 
 
 def digits_loaders(batch_size: int = 64) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
-    """The 1797 real digit images, always split into the same 1000 to train on and 797 to test on.
+    """Load the 1797 real digit images, always with the same 1000 for training and 797 for testing.
 
     Args:
         batch_size: Images in a training batch. The test images come in one batch.
@@ -43,7 +43,7 @@ def digits_loaders(batch_size: int = 64) -> tuple[DataLoader[tuple[Tensor, ...]]
 
 
 def augment(images: Tensor, shift: int = 1, noise: float = 0.1) -> Tensor:
-    """Moves each image by up to `shift` pixels either way along each axis, and adds Gaussian noise."""
+    """Move each image by up to `shift` pixels along each axis, and add Gaussian noise."""
     count, _, height, width = images.shape
     padded = F.pad(images, [shift] * 4, value=BLANK)
     top, left = torch.randint(2 * shift + 1, (2, count, 1), device=images.device)
@@ -55,7 +55,7 @@ def augment(images: Tensor, shift: int = 1, noise: float = 0.1) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens; in a causal one no token sees those after it."""
+    """Multi-head self-attention over tokens; if it is causal, no token sees later tokens."""
 
     def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
+        """Map (batch, tokens, dim) to the same shape."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, dim / heads)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A Pre-LN transformer block: each branch normalises what it reads, and the residual stream itself stays bare."""
+    """A Pre-LN transformer block: each branch normalises its input, and the residual stream is not normalised."""
 
     def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
@@ -84,14 +84,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
+        """Map (batch, tokens, dim) to the same shape."""
         x = x + self.attn(self.norm1(x))
         y: Tensor = x + self.mlp(self.norm2(x))
         return y
 
 
 def with_warmup_and_cosine(optimizer: Optimizer, warmup_steps: int, steps: int) -> OptimizerLRSchedulerConfig:
-    """Lets the learning rate rise over `warmup_steps`, then follow half a cosine down to zero at `steps`."""
+    """Let the learning rate rise over `warmup_steps`, and then fall along half a cosine to zero at `steps`."""
 
     def factor(step: int) -> float:
         warmup = (step + 1) / warmup_steps
@@ -106,12 +106,12 @@ class DigitsViT(LightningModule):
 
     Args:
         dim: Width of the residual stream.
-        depth: Number of blocks, each with two LayerNorms; a last one stands before the head.
+        depth: Number of blocks, each with two LayerNorms; one more LayerNorm is before the head.
         heads: Attention heads of a block.
-        lr: The learning rate at its peak, after `warmup_steps`. From there a cosine takes it to zero at the end of
-            the run, so the trainer must know where that is: give it `max_steps` or `max_epochs`.
+        lr: The peak learning rate, after `warmup_steps`. Then it falls along a cosine to zero at the end of the run,
+            so the trainer must know the end: give it `max_steps` or `max_epochs`.
         warmup_steps: Optimizer steps over which the learning rate rises to `lr`.
-        weight_decay: AdamW's.
+        weight_decay: weight decay of AdamW.
     """
 
     def __init__(
@@ -135,45 +135,44 @@ class DigitsViT(LightningModule):
         self.head = nn.Linear(dim, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images to the logits of the ten digits."""
+        """Map images to the logits of the ten digits."""
         tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions
         logits: Tensor = self.head(self.norm(self.blocks(tokens)).mean(dim=1))
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The cross-entropy of a freshly augmented batch."""
+        """Return the cross-entropy of a newly augmented batch."""
         images, digits = batch
         loss = F.cross_entropy(self(augment(images)), digits)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The share of test images read correctly."""
+        """Log the share of test images that are recognised."""
         images, digits = batch
         accuracy = (self(images).argmax(dim=1) == digits).float().mean()
         self.log("val/accuracy", accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW; the learning rate warms up linearly, then follows half a cosine down to zero."""
+        """Use AdamW with a linear warm-up, and then half a cosine down to zero."""
         optimizer = AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         return with_warmup_and_cosine(optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches))
 
 
 class Destabilize(Callback):
-    """A weight decay with its sign turned: from some step on, one part of the model grows instead of shrinking.
+    """A weight decay with the wrong sign: from some step on, one part of the model grows instead of shrinking.
 
-    Where AdamW multiplies every weight matrix by `1 - lr * weight_decay` at each step, this multiplies those of one
-    submodule by `growth` besides. Nothing else is touched, and up to `start` the run is the healthy one, bit for bit.
+    In each step AdamW multiplies every weight matrix by `1 - lr * weight_decay`. This callback also multiplies those of
+    one submodule by `growth`. It changes nothing else, and until `start` the run has the bits of the healthy one.
 
-    The fault is quiet at first. What the branches add to the residual stream grows, the next LayerNorm divides the
-    growth out again, and for some twenty steps the loss is as good as the healthy run's. It takes sixty or more until
-    it has doubled. What the norms *read* shows the fault within fifteen.
+    At first the fault cannot be seen in the loss. The branches add more and more to the residual stream, but the next
+    LayerNorm divides by the growth again. So for some twenty steps the loss equals that of the healthy run, and it
+    takes sixty or more until it has doubled. The *inputs* of the norms show the fault within fifteen steps.
 
     Args:
         target: Name of the submodule, such as "blocks.3"; "" is the whole model.
-        start: Optimizer steps that stay healthy.
-        growth: The factor per step. A real slip is smaller and takes longer: the default shows in a minute what a day
-            would.
+        start: Number of healthy optimizer steps.
+        growth: The factor per step. A real fault is smaller and takes longer; the default shows it within a minute.
     """
 
     def __init__(self, target: str = "", start: int = 300, growth: float = 1.01) -> None:
@@ -183,7 +182,7 @@ class Destabilize(Callback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Grows the weights where AdamW is about to decay them: with the gradients done, before the update."""
+        """Let the weights grow after the backward and before the update, at the place where AdamW decays them."""
         if trainer.global_step >= self.start:
             for parameter in pl_module.get_submodule(self.target).parameters():
                 if parameter.ndim > 1:  # gains and biases have no decay to get wrong

@@ -1,7 +1,7 @@
-"""Lightning Fabric, watched: `python -m stabnorm.examples.fabric`, or with `--devices 2` in two processes.
+"""Watch a training with Lightning Fabric: `python -m stabnorm.examples.fabric`, or `--devices 2` for two processes.
 
-Fabric wraps model, optimizer and data; the loop stays yours. Every process has a monitor, which is stepped after the
-optimizer. What they measure is merged, and the first process writes it.
+Fabric wraps model, optimizer and data; the loop is your own. Every process has a monitor, and calls its `step` after
+the optimizer step. The measurements of all processes are merged, and the first process writes them.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from stabnorm.examples.digits import DigitsViT, augment, digits_loaders
 
 
 def main(arguments: Sequence[str] | None = None) -> FabricMonitor:
-    """Train, and say what was seen."""
+    """Train, and print what the monitor found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/fabric"), help="where the record goes")
     parser.add_argument("--epochs", type=int, default=10)

@@ -1,8 +1,8 @@
-"""Takes LayerNorm out of a model that was trained with it, by fine-tuning: `python -m stabnorm.examples.finetune`.
+"""Remove LayerNorm from a trained model by fine-tuning: `python -m stabnorm.examples.finetune`.
 
-First a small vision transformer is trained on digit images with LayerNorm, and saved. Then the checkpoint is loaded,
-and trained on for a while with `ProgressiveNormCallback`, which converts the norms and moves lam from 1 to 0. A minute
-on two cores.
+First a small vision transformer with LayerNorm is trained on digit images and saved. Then the checkpoint is loaded, and
+the training goes on with `ProgressiveNormCallback`, which converts the norms and moves lam from 1 to 0. This takes a
+minute on two cores.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from stabnorm.examples.digits import DigitsViT, digits_loaders
 def fit(
     model: DigitsViT, steps: int, callbacks: list[Callback], root: Path, *, progress: bool
 ) -> tuple[Trainer, float]:
-    """Train, and give the accuracy of the result; lam's record goes to the root."""
+    """Train, and return the accuracy of the result; the record with lam is written to the root."""
     train, test = digits_loaders()
     trainer = Trainer(
         accelerator="cpu", max_steps=steps, limit_val_batches=0, logger=False, callbacks=callbacks,
@@ -32,7 +32,7 @@ def fit(
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
-    """Train, save, load, convert, fine-tune; give both accuracies."""
+    """Train, save, load, convert and fine-tune; return both accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/finetune"), help="where checkpoint and record go")
     parser.add_argument("--steps", type=int, default=400, help="of the training; the fine-tuning takes as many")

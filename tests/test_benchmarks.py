@@ -72,8 +72,8 @@ def test_a_study_leaves_nothing_but_its_outcomes(tmp_path: Path, monkeypatch: py
 
 
 def test_the_removal_ablation_ends_without_norms_and_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
-    found = removal_ablation.main(["--tasks", "digits", "--seeds", "1", "--steps", "6", "--repair", "2", "--jobs", "1"])
-    assert [run.norms for run in found] == [9, 0, 0, 0]
+    runs = removal_ablation.main(["--tasks", "digits", "--seeds", "1", "--steps", "6", "--repair", "2", "--jobs", "1"])
+    assert [run.norms for run in runs] == [9, 0, 0, 0]
     assert "| after: fit + repair | 1 |" in capsys.readouterr().out
 
 

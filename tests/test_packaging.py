@@ -16,12 +16,12 @@ FOLDERS = {"stabnorm": "stabnorm", "stabnorm.callbacks": "callbacks", "stabnorm.
 def test_every_package_is_listed() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     listed = set(pyproject["tool"]["setuptools"]["packages"])
-    found = {
+    packages = {
         ".".join([package, *init.parent.relative_to(ROOT / folder).parts])
         for package, folder in FOLDERS.items()
         for init in (ROOT / folder).rglob("__init__.py")
     }
-    assert found == listed
+    assert packages == listed
 
 
 @pytest.mark.parametrize("folder", ["callbacks", "examples"])

@@ -45,9 +45,9 @@ def chain() -> nn.Sequential:
 
 def batches(seed: int = 5) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    found = [torch.randn(16, WIDTH, generator=generator) + 2 for _ in range(BATCHES)]
-    found[3] *= 300  # a burst
-    return found
+    data = [torch.randn(16, WIDTH, generator=generator) + 2 for _ in range(BATCHES)]
+    data[3] *= 300  # a burst
+    return data
 
 
 def statistics_in_float64(model: nn.Sequential, x: Tensor) -> dict[str, list[Tensor]]:
@@ -284,7 +284,7 @@ def test_batches_come_as_tensors_tuples_or_mappings() -> None:
             y: Tensor = self.norm(x)
             return y
 
-    found = []
+    statistics = []
     pair = collections.namedtuple("pair", "x y")
     wraps: list[tuple[Any, Any]] = [
         (lambda x: x, None),
@@ -296,9 +296,9 @@ def test_batches_come_as_tensors_tuples_or_mappings() -> None:
     for wrap, forward in wraps:
         model = Named()
         recalibrate_norms(model, [wrap(x) for x in batches()], BATCHES, forward=forward)
-        found.append(model.norm.running_var)
-    for other in found[1:]:
-        assert torch.equal(found[0], other)
+        statistics.append(model.norm.running_var)
+    for other in statistics[1:]:
+        assert torch.equal(statistics[0], other)
 
 
 def test_a_compiled_model_is_measured_too() -> None:

@@ -67,8 +67,8 @@ def test_the_example_converts_and_exports_an_encoder(tmp_path: Path, monkeypatch
 def test_the_encoder_converts_to_something_close_to_itself() -> None:
     model, texts = encoder(), training_texts(None, None)
     result = convert(model, texts, Counting(), 0, progress=False)  # type: ignore[arg-type]
-    found, wanted = (embeddings(part, texts[:64], Counting()) for part in (result.model, model))  # type: ignore[arg-type]
-    assert agreement(found, wanted).mean > 0.98
+    vectors, wanted = (embeddings(part, texts[:64], Counting()) for part in (result.model, model))  # type: ignore[arg-type]
+    assert agreement(vectors, wanted).mean > 0.98
     assert agreement(wanted, wanted).rank == pytest.approx(1)
 
 
@@ -100,8 +100,8 @@ def test_names_of_a_published_bert_become_the_encoders() -> None:
         "encoder.layer.0.output.dense": "blocks.0.down",
         "encoder.layer.0.output.LayerNorm": "blocks.0.norm2",
     }
-    for theirs, mine in places.items():
-        published |= {f"{theirs}.{part}": ours[f"{mine}.{part}"] for part in ("weight", "bias")}
+    for theirs, own in places.items():
+        published |= {f"{theirs}.{part}": ours[f"{own}.{part}"] for part in ("weight", "bias")}
     assert set(renamed(published)) == set(ours)
     assert all(value is ours[name] for name, value in renamed(published).items())
 

@@ -168,6 +168,6 @@ def _next_event(view: memoryview, start: int) -> int:
         crcs = ~crcs
         masked = ((crcs >> 15) | (crcs << 17)) + np.uint32(0xA282EAD8)
         stored = sum((piece[8 + i : 8 + i + places].astype(np.uint32) << (8 * i) for i in range(4)), np.uint32(0))
-        if len(found := np.flatnonzero(masked == stored)):
-            return first + int(found[0])
+        if len(offsets := np.flatnonzero(masked == stored)):
+            return first + int(offsets[0])
     return len(view)

@@ -1,4 +1,4 @@
-"""From LayerNorm to RepBN while a model trains: schedules, the gate, lam, and `ProgressiveSwitch` over them."""
+"""Switch a model from LayerNorm to RepBN while it trains: schedules, the gate, lam, and `ProgressiveSwitch`."""
 
 from typing import TYPE_CHECKING
 

@@ -12,13 +12,13 @@ from stabnorm.companions.readiness import MEASURE_EVERY as MEASURE_EVERY
 from stabnorm.errors import StabNormError
 from stabnorm.switch.schedules import schedule_end
 
-_TUNED_FRACTION = 0.8  # the shares of the training below were found with the switch ending there
+_TUNED_FRACTION = 0.8  # the constants were found with switches that end at this share of the training
 
 Array = npt.NDArray[np.float64]
 
 
 class Change(NamedTuple):
-    """What the gate decided about a layer, and why."""
+    """A decision of the gate about a layer, and the reason."""
 
     step: int
     layer: str
@@ -28,33 +28,33 @@ class Change(NamedTuple):
 
 
 class AffineGate:
-    """Decide for each layer when it is switched: when its LayerNorm is nearly affine. Where it never is, it stays.
+    """Switch each layer when its LayerNorm is nearly affine; a layer whose LayerNorm never is keeps it.
 
     The signal is the *affine residual* A of the statistics catalogue, 1 - mean_c corr(x_c, norm(x)_c)^2: the share of
     the norm's output that no affine map per channel reproduces. It depends on the norm's input alone, so it can be
     measured at any lam. The states of a layer, with S the optimizer steps of the training:
 
     - *wait*: lam is 1, at least until 0.06 S. When A < 0.30, the layer runs. After 0.45 S it is refused.
-    - *run*: lam falls in a straight line, from where it stands to exactly 0 at 0.8 S. When A > 0.50, the layer holds
-      (before 0.45 S) or is refused (between 0.45 S and 0.65 S).
-    - *hold*: lam stays where it is until A is at most 0.50.
-    - *refused*: lam climbs back to 1, and the layer keeps its norm for good.
+    - *run*: lam falls linearly from its present value to exactly 0 at 0.8 S. When A > 0.50, the layer holds (before
+      0.45 S) or is refused (between 0.45 S and 0.65 S).
+    - *hold*: lam does not change until A is at most 0.50.
+    - *refused*: lam rises to 1 again, and the layer keeps its norm to the end.
 
-    With another `fraction` than 0.8 these shares stretch with it, and `start` moves them all. The constants come from a
+    With another `fraction` than 0.8 these shares scale with it, and `start` shifts them. The constants come from a
     study on small models. There was a wide gap between layers that can be switched (A below 0.13) and layers that
     cannot (above 0.46).
 
-    Give every `MEASURE_EVERY`-th step's residuals to `observe`, and ask `advance` for the lam of each step. The
-    residuals may arrive some steps late.
+    Pass the residuals of every `MEASURE_EVERY`-th step to `observe`, and call `advance` for the lam of each step.
+    Residuals may arrive some steps late.
 
     Args:
-        layers: their names.
+        layers: names of the layers.
         total: optimizer steps of the training, S.
         start: the step at which the schedule begins. Default: 0.
-        fraction: its length as a share of `total`. Default: 0.8.
-        on: a layer runs when A is below. Default: 0.30.
-        off: a running layer holds when A is above. Default: 0.50.
-        warm: share of S before anything is decided. Default: 0.06.
+        fraction: length of the schedule as a share of `total`. Default: 0.8.
+        on: a layer runs when A is below this. Default: 0.30.
+        off: a running layer holds when A is above this. Default: 0.50.
+        warm: share of S before the first decision. Default: 0.06.
         last_start: share of S after which no layer starts or holds. Default: 0.45.
         last_refusal: share of S after which no layer is refused. Default: 0.65.
 
@@ -103,7 +103,7 @@ class AffineGate:
         )
         self._climb = 6 / (self.end - start)  # back to 1 in at most a sixth of the schedule
         self.step = 0
-        self.changes: list[Change] = []  # whoever reports them removes them
+        self.changes: list[Change] = []  # the reader removes the changes that it has reported
         count = len(self.layers)
         self._lam: Array = np.ones(count)
         self._residual: Array = np.full(count, np.nan)  # running average; NaN: never measured
@@ -112,27 +112,27 @@ class AffineGate:
 
     @property
     def lam(self) -> list[float]:
-        """Each layer's lam at `step`."""
+        """The lam of each layer at `step`."""
         return list(self._lam.tolist())
 
     @property
     def residuals(self) -> list[float]:
-        """Each layer's affine residual, a running average; NaN where it was never measured."""
+        """The running average of each layer's affine residual; NaN if it was never measured."""
         return list(self._residual.tolist())
 
     @property
     def states(self) -> list[str]:
-        """Each layer's "wait", "run", "hold" or "refused"."""
+        """The state of each layer: "wait", "run", "hold" or "refused"."""
         return list(self._state.tolist())
 
     @property
     def reasons(self) -> list[str]:
-        """Why each layer is in that state."""
+        """The reason for the state of each layer."""
         return list(self._reasons)
 
     @property
     def settled(self) -> bool:
-        """Whether no lam will change any more: each layer is switched, or back at its norm for good."""
+        """Whether no lam will change any more, because each layer is switched or has its norm again."""
         switched, back = self._lam == 0, (self._state == "refused") & (self._lam == 1)
         return bool((switched & (self.step >= self.end) | back).all())
 
@@ -153,7 +153,7 @@ class AffineGate:
         self._residual = np.where(np.isfinite(new), average, self._residual)
 
     def advance(self, step: int) -> list[float]:
-        """Go on to a step and give each layer's lam there; it is idempotent for the same step.
+        """Advance to a step and return each layer's lam; a second call for the same step returns the same.
 
         Raises:
             ValueError: the gate is already past this step.
@@ -175,7 +175,7 @@ class AffineGate:
             return
         waiting, holding = self._state == "wait", self._state == "hold"
         moving = (self._state == "run") | holding
-        affine, unaffine = self._residual < self.on, self._residual > self.off  # both False where never measured
+        affine, unaffine = self._residual < self.on, self._residual > self.off  # both are False for NaN
         may_wait, may_refuse = now <= self._last_start, now < self._last_refusal
         limit, strict = f"{self.on:.2f}", f"{self.off:.2f}"
         self._set(now, waiting & affine, "run", "affine residual {residual} fell below " + limit + " by {when}")
@@ -205,7 +205,7 @@ class AffineGate:
             self.changes.append(Change(now, self.layers[index], state, lam, reason))
 
     def state_dict(self) -> dict[str, Any]:
-        """The gate's state, as plain containers."""
+        """Return the gate's state as plain containers."""
         return {
             "version": 1,
             "layers": list(self.layers),

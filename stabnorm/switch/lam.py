@@ -1,6 +1,6 @@
-"""What a training tells the norms of a converted model: lam, how many steps were done, and the loss scale.
+"""Functions that pass lam, the number of steps and the loss scale to the norms of a converted model.
 
-Plain functions for any training loop. `ProgressiveSwitch` calls them, and so does the callback for Lightning.
+They work in any training loop. `ProgressiveSwitch` calls them, and so does the callback for Lightning.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""`ProgressiveSwitch`: carries a converted model from LayerNorm to RepBN while it trains, in any training loop."""
+"""`ProgressiveSwitch` switches a converted model from LayerNorm to RepBN while it trains, in any training loop."""
 
 import re
 import warnings
@@ -21,13 +21,13 @@ from stabnorm.switch.schedules import Order, check_plan, make_schedule
 
 
 class SwitchRecorder(Protocol):
-    """Receives what happens at each step."""
+    """Receives the events of each step."""
 
     def add(self, row: int, lam: list[float], gap: Tensor | None) -> None:
-        """Take in a step that is over: its lam, and every few steps the branch gap, on the device."""
+        """Record a finished step: its lam, and every few steps the branch gap, on the device."""
 
     def change(self, row: int, change: Change) -> None:
-        """Take in a decision of the gate."""
+        """Record a decision of the gate."""
 
 
 class ProgressiveSwitch:
@@ -203,18 +203,18 @@ class ProgressiveSwitch:
         if self._monitor is not None:
             self._monitor.detach()
 
-    # -- what came of it -----------------------------------------------------------------------------------------------
+    # -- the result ----------------------------------------------------------------------------------------------------
 
     @property
     def kept(self) -> dict[str, str]:
-        """The layers that the gate has refused, and why."""
+        """The layers that the gate has refused, with the reasons."""
         if self.gate is None:
             return {}
         decisions = zip(self.layers, self.gate.states, self.gate.reasons, strict=True)
         return {layer: reason for layer, state, reason in decisions if state == "refused"}
 
     def summary(self) -> str:
-        """A short table: how many layers were switched, and why the others were not."""
+        """Return a short table: how many layers were switched, and why the others were not."""
         switched = [layer for layer, lam in zip(self.layers, self.lam, strict=True) if lam == 0]
         lines = [f"{len(switched)} of {len(self.layers)} layers switched to RepBN, which is affine in eval"]
         names = {layer: norm_class(norm).__name__ for layer, norm in self.norms.items()}
@@ -228,7 +228,7 @@ class ProgressiveSwitch:
     # -- resume --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the switch, as plain containers."""
+        """Return the state of the switch as plain containers."""
         return {
             "version": 1,
             "layers": list(self.layers),
@@ -267,9 +267,9 @@ class ProgressiveSwitch:
 
 
 def _own_monitor(model: nn.Module, layers: tuple[str, ...]) -> StabilityMonitor:
-    """A monitor of nothing but the affine residual."""
+    """Return a monitor of the affine residual alone."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # which other layers look like norms was said by the conversion
+        warnings.simplefilter("ignore")  # the conversion has already named other layers that look like norms
         return StabilityMonitor(
             model, [AFFINE_RESIDUAL], include=[f"^{re.escape(layer)}$" for layer in layers], gradients=False
         )

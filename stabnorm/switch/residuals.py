@@ -1,4 +1,4 @@
-"""`ResidualFeed`: a monitor's affine residuals for a gate, some steps late and without a wait for the device."""
+"""`ResidualFeed` passes affine residuals from a monitor to a gate, some steps late and without a sync."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from stabnorm.switch.gate import MEASURE_EVERY, AffineGate
 
 
 def watches(monitor: StabilityMonitor, layers: Sequence[str]) -> bool:
-    """Whether the monitor has the affine residual of all these layers, and of the batches of all processes."""
+    """Whether the monitor measures the affine residual of all these layers, on the batches of all processes."""
     if ranks() > 1 and monitor.sync is not True:
         return False
     return AFFINE_RESIDUAL in [statistic.name for statistic in monitor.statistics] and set(layers) <= set(
@@ -23,17 +23,17 @@ def watches(monitor: StabilityMonitor, layers: Sequence[str]) -> bool:
 
 
 class ResidualFeed:
-    """Takes the affine residuals of every `MEASURE_EVERY`-th step from a monitor and hands them to a gate when asked.
+    """Take the affine residuals of every `MEASURE_EVERY`-th step from a monitor, and pass them to a gate.
 
-    A step's residuals start for the host when the monitor ends the step. Asked at the end of every `MEASURE_EVERY`-th
-    step, the feed has had some steps' time, and waits for nothing; and it is always the same step's residuals that
-    decide, however fast the device is: the lam of step t rests on residuals up to step 4 (t // 4) - 4.
+    An asynchronous copy of the residuals to the host starts when the monitor ends the step. `deliver` is called some
+    steps later, so it does not wait. The result does not depend on the speed of the device: the lam of step t depends
+    on residuals of steps up to 4 (t // 4) - 4.
 
-    With several processes the residual is that of the whole batch, the same on all, so all decide alike.
+    With several processes the residual is that of the whole batch, so all processes decide alike.
 
     Args:
-        monitor: one for which `watches` holds.
-        gate: its layers are those to watch.
+        monitor: a monitor for which `watches` is true.
+        gate: the gate, whose layers are watched.
     """
 
     def __init__(self, monitor: StabilityMonitor, gate: AffineGate) -> None:
@@ -44,7 +44,7 @@ class ResidualFeed:
         monitor.listeners.append(self._listen)
 
     def close(self) -> None:
-        """Take no more; what was not handed over yet can still be saved."""
+        """Take no more residuals; those that were not delivered can still be saved."""
         if self._listen in self._monitor.listeners:
             self._monitor.listeners.remove(self._listen)
 
@@ -53,14 +53,14 @@ class ResidualFeed:
             self._pending = step, AsyncCopy(statistics[:, self._column][self._rows])
 
     def deliver(self) -> None:
-        """Hand over what is there."""
+        """Pass the last residuals to the gate, if there are new ones."""
         if self._pending is not None:
             (step, copy), self._pending = self._pending, None
             (residuals,) = copy.wait()
             self._gate.observe(step, residuals.double().numpy())
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured and not handed over yet."""
+        """Return the residuals that were not delivered yet."""
         if self._pending is None:
             return {}
         step, copy = self._pending
@@ -68,6 +68,6 @@ class ResidualFeed:
         return {"step": step, "residuals": residuals.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from a state."""
         if state:
             self._pending = int(state["step"]), AsyncCopy(torch.tensor(state["residuals"]))

@@ -1,8 +1,9 @@
-"""When a norm is switched: lam, its share of LayerNorm, as a function of the optimizer step.
+"""Schedules of the switch: lam, the share of LayerNorm, as a function of the optimizer step.
 
-`linear`, `cosine` and `constant` are pure: 1 before ``start``, exactly 0 from ``start + fraction * total`` on.
-`make_schedule` prepares one of them, or a function of the user's, for a run. `stabnorm.switch.gate` is the closed loop,
-which also looks at the layers' inputs. This file does not import torch.
+`linear`, `cosine` and `constant` are pure functions: 1 before ``start``, and exactly 0 from
+``start + fraction * total`` on. `make_schedule` prepares one of them, or a function of the user, for a training.
+`stabnorm.switch.gate` is the closed loop, which also looks at the inputs of the layers. This file does not import
+torch.
 """
 
 import math
@@ -12,11 +13,11 @@ from typing import Any, Literal, get_args
 from stabnorm._checks import check_choice, check_count, check_number
 
 Order = Literal["together", "shallow_first", "deep_first"]
-STAGGER = 0.5  # share of the schedule that one layer takes when they go one after the other
+STAGGER = 0.5  # share of the schedule that one layer takes if the layers are switched one after the other
 
 
 def schedule_end(total: int, *, start: int = 0, fraction: float = 0.8) -> int:
-    """The step from which lam is 0: ``start + fraction * total``, rounded.
+    """Return the step from which lam is 0: ``start + fraction * total``, rounded.
 
     Args:
         total: optimizer steps of the training.
@@ -51,17 +52,17 @@ def linear(
     fraction: float = 0.8,
     order: Order = "together",
 ) -> float:
-    r"""Lam in a straight line, :math:`1 - u` with u the share of the schedule that is over (arXiv:2405.11582, SLAB).
+    r"""Return :math:`1 - u` with u the share of the schedule that is over (arXiv:2405.11582, SLAB).
 
     Args:
         step: optimizer steps done.
         total: optimizer steps of the training.
-        layer: which of the `layers` it is for, counted from the input. Default: 0.
-        layers: how many there are. Default: 1.
+        layer: index of the layer, counted from the input. Default: 0.
+        layers: number of layers. Default: 1.
         start: the step at which the switch begins. Default: 0.
-        fraction: how long it takes, as a share of `total`. Default: 0.8.
-        order: "together", or one layer after the other, "shallow_first" or "deep_first": each takes half of the
-            schedule, and their beginnings are spread over the first half. Default: "together".
+        fraction: length of the switch as a share of `total`. Default: 0.8.
+        order: "together", or one layer after the other, "shallow_first" or "deep_first". In these two orders each layer
+            takes half of the schedule, and layers begin at equal distances in the first half. Default: "together".
 
     Raises:
         ValueError: an argument is out of range, or the schedule is longer than the training.
@@ -84,7 +85,7 @@ def cosine(
     fraction: float = 0.8,
     order: Order = "together",
 ) -> float:
-    r"""Lam along half a cosine, :math:`(1 + \cos \pi u) / 2`; arguments as for `linear`.
+    r"""Return half a period of a cosine, :math:`(1 + \cos \pi u) / 2`; arguments as for `linear`.
 
     >>> round(cosine(2, 10), 4), cosine(8, 10)
     (0.8536, 0.0)
@@ -103,9 +104,9 @@ def constant(
     fraction: float = 0.8,
     order: Order = "together",
 ) -> float:
-    """Lam is 0 as soon as the layer's turn comes: no transition; arguments as for `linear`.
+    """Return 0 as soon as the switch of the layer begins, without a transition; arguments as for `linear`.
 
-    With `start` 0 and all together it is RepBN from the first step.
+    With `start` 0 and the order "together", the model has RepBN from the first step.
 
     >>> constant(0, 10), constant(4, 10, start=5, fraction=0.5)
     (0.0, 1.0)
@@ -117,7 +118,7 @@ SCHEDULES: Mapping[str, Callable[..., float]] = {"linear": linear, "cosine": cos
 
 
 def _elapsed(step: int, total: int, layer: int, layers: int, start: int, fraction: float, order: str) -> float:
-    """The share of the layer's schedule that is over: below 0 before it begins, 1 or more after it has ended."""
+    """Return the share of the layer's schedule that is over; below 0 before it begins, 1 or more after its end."""
     end = schedule_end(total, start=start, fraction=fraction)
     check_order(order)
     check_count("step", step, 0)
@@ -126,7 +127,7 @@ def _elapsed(step: int, total: int, layer: int, layers: int, start: int, fractio
     if layer >= layers:
         raise ValueError(f"layer={layer} is not one of {layers} layers. Count from 0")
     if step >= end:
-        return 1.0  # whatever rounding says
+        return 1.0  # independent of rounding
     begin, length = float(start), float(end - start)
     if order != "together" and layers > 1:
         turn = layer if order == "shallow_first" else layers - 1 - layer
@@ -173,13 +174,13 @@ def make_schedule(
     fraction: float = 0.8,
     order: Order = "together",
 ) -> Callable[[int], list[float]]:
-    """A function of the step that gives lam of every layer.
+    """Return a function of the step that gives the lam of every layer.
 
     Args:
-        schedule: "linear", "cosine", "constant", or a function of the step, which is all layers' lam and has to be 0 at
-            the end of the training; the arguments below do not concern it.
+        schedule: "linear", "cosine", "constant", or a function of the step. Such a function is the lam of all layers
+            and must be 0 at the end of the training; only `total` and `layers` apply to it.
         total: optimizer steps of the training.
-        layers: how many layers there are. Default: 1.
+        layers: number of layers. Default: 1.
         start: the step at which the switch begins. Default: 0.
         fraction: how long it takes, as a share of `total`. Default: 0.8.
         order: see `linear`. Default: "together".

@@ -95,16 +95,16 @@ def draw_a_number(*_: Any) -> None:
 
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
 def test_it_changes_no_bit_of_the_training_in_both_namespaces(tmp_path: Path, namespace: str) -> None:
-    found = []
+    results = []
     for callbacks in ([ProgressiveNormCallback()], [ProgressiveNormCallback(), folding()]):
         pytorch_lightning.seed_everything(3, verbose=False)
         model = module(namespace)
         model.net.register_forward_pre_hook(draw_a_number)
         fit(trainer(tmp_path, *callbacks, namespace=namespace), model)
-        found.append((model.losses, model.state_dict(), torch.rand(3)))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
-    assert torch.equal(found[0][2], found[1][2])
+        results.append((model.losses, model.state_dict(), torch.rand(3)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(value, results[1][1][name]) for name, value in results[0][1].items())
+    assert torch.equal(results[0][2], results[1][2])
 
 
 def test_a_checkpoint_of_the_run_trains_on_and_folds_again(tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def test_norms_without_lam_count_optimizer_steps_and_know_the_loss_scale(tmp_pat
     assert isinstance(model.net[1], UnifiedNorm)
     assert model.net[1].step == BATCHES // 3
     assert model.net[1].counts_steps  # by itself again
-    assert [mine for mine, _ in scales] == [theirs for _, theirs in scales]
-    assert len({mine for mine, _ in scales}) > 1
+    assert [own for own, _ in scales] == [theirs for _, theirs in scales]
+    assert len({own for own, _ in scales}) > 1
 
 
 def test_several_optimizers_count_as_global_step_does(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_used_for_another_run_it_starts_afresh_and_a_switched_model_stays_switch
 
 
 def test_arguments_out_of_range_are_refused_at_once() -> None:
-    for options, said in (
+    for options, message in (
         ({"fraction": 0.0}, "fraction=0.0 is out of range"),
         ({"fraction": 1.2}, "fraction=1.2 is out of range"),
         ({"start": -1}, "start=-1 is out of range"),
@@ -211,7 +211,7 @@ def test_arguments_out_of_range_are_refused_at_once() -> None:
         ({"to": "unified", "schedule": "cosine"}, "say how lam moves, and to='unified' has none"),
         ({"total_steps": 0}, "total_steps=0 is out of range"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ProgressiveNormCallback(**options)
 
 
@@ -235,7 +235,7 @@ def optimizer_of_before() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "error", "said"),
+    ("make", "options", "error", "message"),
     [
         (no_norms, {}, StabNormError, "Module has no norm to convert"),
         (module, {"start": 5}, ValueError, r"ends at step 15 .start=5, and then 0.8 of 12 steps.* at step 12"),
@@ -248,10 +248,10 @@ def optimizer_of_before() -> Any:
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_batch(
-    tmp_path: Path, make: Any, options: dict[str, Any], error: type[Exception], said: str
+    tmp_path: Path, make: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     model = make()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         fit(trainer(tmp_path, LinearSwitch(**options)), model)
     assert model.losses == []
     assert "configure_model" not in vars(model)
@@ -274,10 +274,10 @@ class Stop(pytorch_lightning.Callback):
 
 
 def said(run: Any, model: Any) -> list[str]:
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         run.fit(model, loader(), loader())
-    return [str(warning.message) for warning in found if "judges the model" in str(warning.message)]
+    return [str(warning.message) for warning in warned if "judges the model" in str(warning.message)]
 
 
 def test_a_model_judged_before_the_end_of_the_switch_is_warned_of(tmp_path: Path) -> None:

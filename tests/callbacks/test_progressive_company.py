@@ -43,7 +43,7 @@ def check_record(model: Any, record: Record) -> None:
 
 @pytest.mark.slow
 def test_alone_or_beside_the_monitor_in_either_order_the_run_and_the_record_are_the_same(tmp_path: Path) -> None:
-    found = []
+    outcomes = []
     for order in ("alone", "first", "second"):
         switch = ProgressiveNormCallback(schedule="adaptive")
         callbacks: dict[str, list[Any]] = {
@@ -57,11 +57,11 @@ def test_alone_or_beside_the_monitor_in_either_order_the_run_and_the_record_are_
         decisions = [event.data for event in record.events if event.kind == "hold"]
         assert [(d["layer"], d["state"]) for d in decisions] == [("net.1", "run"), ("net.5", "refused")]
         assert decisions[1]["reason"].endswith("keeps its norm")
-        found.append(
+        outcomes.append(
             (model.lams, model.losses, [event.data["reason"] for event in record.events if event.kind == "hold"])
         )
         assert hooks(model) == 0
-    assert found[0] == found[1] == found[2]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
     assert model.lam() == [0.0, 1.0]
 
 
@@ -243,14 +243,14 @@ def test_a_compiled_model_that_has_run_before_is_switched_and_measured(tmp_path:
     compiled: Any = torch.compile(model.net, backend="eager")
     compiled(torch.randn(4, 6, 24))
     model.net = compiled
-    found = []
+    outcomes = []
     for made in (eager, model):
         switch = ProgressiveNormCallback(schedule="adaptive")
         fit(trainer(tmp_path, switch, *callbacks, max_epochs=4), made)
         assert switch.switch is not None
         assert switch.switch.gate is not None
-        found.append((switch.switch.layers, switch.switch.gate.residuals, made.lams))
-    assert found[0][0] == found[1][0] == ("net.1", "net.5")
-    assert found[0][2] == found[1][2]
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
+        outcomes.append((switch.switch.layers, switch.switch.gate.residuals, made.lams))
+    assert outcomes[0][0] == outcomes[1][0] == ("net.1", "net.5")
+    assert outcomes[0][2] == outcomes[1][2]
+    np.testing.assert_allclose(outcomes[0][1], outcomes[1][1], rtol=1e-5)
     assert model.lam() == [0.0, 1.0]

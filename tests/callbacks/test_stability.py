@@ -340,9 +340,9 @@ def test_mixed_precision_gives_finite_statistics_and_gradients_free_of_the_loss_
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
     fit(trainer(tmp_path, mixed, **options), module())
-    mine, theirs = watched(mixed).history(), watched(plain).history()
+    of_mixed, theirs = watched(mixed).history(), watched(plain).history()
     for name in ("token_std_mean", "grad_gain", "grad_shift"):
-        torch.testing.assert_close(mine[name], theirs[name], rtol=0.1, atol=1e-3, equal_nan=True)
+        torch.testing.assert_close(of_mixed[name], theirs[name], rtol=0.1, atol=1e-3, equal_nan=True)
 
 
 class Shared(pytorch_lightning.Callback):

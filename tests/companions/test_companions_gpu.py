@@ -44,6 +44,6 @@ def test_companions_never_wait_for_the_device() -> None:
 
 
 def test_figures_are_those_of_the_cpu() -> None:
-    here, there = train("cpu"), train("cuda")
+    here, on_gpu = train("cpu"), train("cuda")
     for name, values in here.items():
-        torch.testing.assert_close(there[name], values, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(on_gpu[name], values, rtol=1e-3, atol=1e-4, msg=name)

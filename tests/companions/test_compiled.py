@@ -104,5 +104,5 @@ def test_a_compiled_optimizer_step_is_not_seen_runs_as_ever_and_that_is_said(cap
     assert model.head.weight.grad is not None
     torch.testing.assert_close(model.head.weight.detach(), before - 0.1 * model.head.weight.grad)
     assert monitor.companions["weights"].history()["update_ratio"].isnan().all()
-    said = [record.getMessage() for record in caplog.records if record.name == "stabnorm"]
-    assert sum("no optimizer step was seen on tokens.weight" in text for text in said) == 2
+    messages = [record.getMessage() for record in caplog.records if record.name == "stabnorm"]
+    assert sum("no optimizer step was seen on tokens.weight" in text for text in messages) == 2

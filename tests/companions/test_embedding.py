@@ -32,12 +32,12 @@ def test_figures_are_those_of_float64() -> None:
     model = Text()
     with torch.no_grad():
         model.tokens.weight.mul_(torch.arange(1, 14)[:, None]).add_(1e3)
-    found = train(model)
+    history = train(model)
     vectors = model.tokens.weight.detach().double().numpy()
-    assert found["token_embedding_variability"] == pytest.approx(vectors.std(1).mean(), rel=1e-4)
+    assert history["token_embedding_variability"] == pytest.approx(vectors.std(1).mean(), rel=1e-4)
     all_norms = norms(model)
     own = all_norms.pop("tokens.weight")
-    assert found["embedding_gradient_ratio"] == pytest.approx(own / np.median(list(all_norms.values())), rel=1e-5)
+    assert history["embedding_gradient_ratio"] == pytest.approx(own / np.median(list(all_norms.values())), rel=1e-5)
 
 
 def test_loss_scale_and_clipping_drop_out() -> None:
@@ -60,8 +60,8 @@ def test_embedding_and_matrices_may_have_different_optimizers() -> None:
         monitor.step()
     all_norms = norms(model)
     own = all_norms.pop("tokens.weight")
-    found = monitor.companions["embedding"].history()["embedding_gradient_ratio"].item()
-    assert found == pytest.approx(own / np.median(list(all_norms.values())), rel=1e-5)
+    ratio = monitor.companions["embedding"].history()["embedding_gradient_ratio"].item()
+    assert ratio == pytest.approx(own / np.median(list(all_norms.values())), rel=1e-5)
 
 
 def test_sparse_gradients_are_summed_up() -> None:
@@ -94,7 +94,7 @@ def test_another_first_layer_is_named_and_has_no_variability() -> None:
 def test_a_frozen_embedding_has_no_ratio_and_no_complaint(caplog: pytest.LogCaptureFixture) -> None:
     model = Text()
     model.tokens.requires_grad_(False)
-    found = train(model)
-    assert np.isnan(found["embedding_gradient_ratio"])
-    assert found["token_embedding_variability"] > 0
+    history = train(model)
+    assert np.isnan(history["embedding_gradient_ratio"])
+    assert history["token_embedding_variability"] > 0
     assert caplog.text == ""

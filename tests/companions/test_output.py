@@ -39,8 +39,8 @@ def test_padding_does_not_count() -> None:
     model, x = Text(), batch(4, 7)
     valid = torch.rand(4, 7) < 0.6
     with valid_tokens(valid):
-        found = figures(model, lambda: model(x), tokens=None)
-    assert found == pytest.approx(expected(model(x).detach()[valid]), rel=2e-6)
+        measured = figures(model, lambda: model(x), tokens=None)
+    assert measured == pytest.approx(expected(model(x).detach()[valid]), rel=2e-6)
 
 
 @pytest.mark.parametrize("garbage", [1e6, float("inf"), float("nan")])
@@ -48,8 +48,8 @@ def test_what_stands_in_padding_has_no_part_in_any_figure(garbage: float) -> Non
     logits, valid = torch.randn(4, 7, 5), torch.rand(4, 7) < 0.6
     padded = sums_of_logits(torch.where(valid[..., None], logits, garbage), valid)
     packed = sums_of_logits(logits[valid])
-    for name, found in padded._asdict().items():
-        torch.testing.assert_close(found, getattr(packed, name), rtol=1e-12, atol=1e-12, msg=name)
+    for name, value in padded._asdict().items():
+        torch.testing.assert_close(value, getattr(packed, name), rtol=1e-12, atol=1e-12, msg=name)
 
 
 def test_logits_of_classes_are_looked_at_whole() -> None:

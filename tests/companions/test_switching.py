@@ -59,8 +59,8 @@ def test_readiness_is_1_where_the_gate_runs_a_layer_and_0_where_it_holds_one() -
 
 
 def test_readiness_needs_no_statistic_of_the_monitor() -> None:
-    found = watched(inputs(), "economy").companions["switch"].history()["switch_readiness"]
-    assert found[0].tolist() == [1, 0, 1]
+    readiness = watched(inputs(), "economy").companions["switch"].history()["switch_readiness"]
+    assert readiness[0].tolist() == [1, 0, 1]
 
 
 def test_a_norm_that_the_monitor_leaves_out_or_that_did_not_run_has_no_readiness() -> None:

@@ -31,12 +31,12 @@ def train(model: nn.Module, optimizer: Any, monitor: StabilityMonitor, batches: 
 
 
 def test_unknown_companions_are_refused_with_the_nearest_name() -> None:
-    for wrong, said in (
+    for wrong, message in (
         (["atention"], "unknown companion 'atention'; did you mean 'attention'"),
         (["norms"], "unknown companion 'norms'.*known: attention, weights, embedding, output"),
         (["weights", "weights"], "companion 'weights' is given 2 times"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             StabilityMonitor(Text(), companions=wrong)
     refused = "a companion is a name or an object of class Companion, got 3; names: attention, "
     with pytest.raises(TypeError, match=refused):
@@ -66,9 +66,9 @@ def test_what_ran_between_steps_is_discarded() -> None:
         model(batch())
         monitor.discard()
         monitor.step()
-    found = figures(monitor)
+    measured = figures(monitor)
     for name in ("attention_entropy", "attention_logit_max", "output_log_z", "update_ratio"):
-        assert found[name].isnan().all()
+        assert measured[name].isnan().all()
 
 
 class NoReads(TorchDispatchMode):

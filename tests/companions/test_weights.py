@@ -196,9 +196,9 @@ def test_the_top_singular_value_is_found_and_followed() -> None:
     weights = [model.get_parameter("0.weight"), model.get_parameter("3.weight")]
 
     def errors() -> list[float]:
-        found = companion.take().singular
+        singular = companion.take().singular
         exact = [torch.linalg.matrix_norm(p.detach().double().flatten(1), 2) for p in weights]
-        return [abs(float(f / e) - 1) for f, e in zip(found, exact, strict=True)]
+        return [abs(float(f / e) - 1) for f, e in zip(singular, exact, strict=True)]
 
     assert max(errors()) < 0.1
     for _ in range(150):

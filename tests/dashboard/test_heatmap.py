@@ -21,8 +21,8 @@ def cells(image: np.ndarray, layers: int) -> np.ndarray:
     left = int(np.flatnonzero(area[top:bottom].sum(axis=0) > 0.5 * (bottom - top))[0])
     row = (bottom - top) / layers
     middles = [int(top + (i + 0.5) * row) for i in range(layers)]
-    found: np.ndarray = image[middles, left : left + WIDTH]
-    return found
+    colours: np.ndarray = image[middles, left : left + WIDTH]
+    return colours
 
 
 def has(image: np.ndarray, colour: tuple[int, int, int] | np.ndarray) -> np.ndarray:

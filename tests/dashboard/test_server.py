@@ -91,9 +91,9 @@ def test_a_layers_card_has_every_statistic_at_the_step(page: Page) -> None:
 
 
 def test_one_range_holds_all_runs(page: Page) -> None:
-    found = answer(page, "/data/range?statistic=token_std_mean")
-    assert found["high"] == pytest.approx(growing().max(), rel=1e-6)
-    assert found["low"] == pytest.approx(min(calm().min(), growing().min()), rel=1e-6)
+    reply = answer(page, "/data/range?statistic=token_std_mean")
+    assert reply["high"] == pytest.approx(growing().max(), rel=1e-6)
+    assert reply["low"] == pytest.approx(min(calm().min(), growing().min()), rel=1e-6)
 
 
 def test_a_table_of_every_step_can_be_saved(page: Page) -> None:

@@ -69,9 +69,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tensorboard(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """TensorBoard on this machine, which finds the tab through its entry point."""
-    found = entry_points(group="tensorboard_plugins", name="stabnorm")
+    plugins = entry_points(group="tensorboard_plugins", name="stabnorm")
     path = [str(ROOT)]
-    if not found:  # a checkout that was installed before there was a tab
+    if not plugins:  # a checkout that was installed before there was a tab
         installed = tmp_path_factory.mktemp("installed")
         information = installed / "stabnorm_tab-0.dist-info"
         information.mkdir()

@@ -206,8 +206,8 @@ class LlamaLayer(nn.Module):
     ) -> None:
         super().__init__()
 
-        def norm_if(there: bool) -> nn.Module:
-            return norm(WIDTH) if there else nn.Identity()
+        def norm_if(wanted: bool) -> nn.Module:
+            return norm(WIDTH) if wanted else nn.Identity()
 
         self.self_attn = LlamaAttention(qk_norm)
         self.mlp = Experts() if experts else LlamaMLP()

@@ -38,12 +38,12 @@ def model() -> nn.Module:
 @pytest.mark.parametrize("verb", VERBS)
 def test_such_an_example_is_refused_and_nothing_changes(verb: str, bad: str) -> None:
     example, says = BAD[bad]
-    mine = model()
-    before, classes = copy.deepcopy(mine.state_dict()), [type(each) for each in mine.modules()]
+    model_ = model()
+    before, classes = copy.deepcopy(model_.state_dict()), [type(each) for each in model_.modules()]
     with pytest.raises(ValueError, match=f"on the example the model returns {says}.*Pass inputs with at least one row"):
-        VERBS[verb](mine, example)
-    assert [type(each) for each in mine.modules()] == classes
-    assert all(torch.equal(t, before[name]) for name, t in mine.state_dict().items())
+        VERBS[verb](model_, example)
+    assert [type(each) for each in model_.modules()] == classes
+    assert all(torch.equal(t, before[name]) for name, t in model_.state_dict().items())
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("plan_fold", "fold_norms, strict")])

@@ -18,8 +18,8 @@ from tests.pretrained.nets import batches, converted_pair, post_norm
 
 
 def feeders(model: nn.Module, x: object) -> dict[str, tuple[str, ...]]:
-    found = order_of(model.eval(), NormSearch(model).found, x, Runner()).feeders
-    return {name: feeder.names for name, feeder in found.items()}
+    chosen = order_of(model.eval(), NormSearch(model).found, x, Runner()).feeders
+    return {name: feeder.names for name, feeder in chosen.items()}
 
 
 def test_a_post_norm_model_has_them_everywhere() -> None:

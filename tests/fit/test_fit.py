@@ -33,12 +33,12 @@ def least_squares(x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def rows(model: nn.Module, name: str, seen: list[Batch], *, read: bool) -> Tensor:
     (layer,) = [layer for layer in NormSearch(model).found if layer.name == name]
-    found = []
+    parts = []
     for batch in seen:
         (call,) = seen_in(model, [layer], batch, Runner())[name]
         assert call.valid is not None
-        found.append((call.read if read else call.written)[call.valid])
-    return torch.cat(found)
+        parts.append((call.read if read else call.written)[call.valid])
+    return torch.cat(parts)
 
 
 def test_each_norm_is_the_least_squares_fit_of_what_the_converted_model_reads() -> None:
@@ -231,12 +231,12 @@ def test_a_model_that_draws_in_eval_is_told_apart() -> None:
 # --- ranks ---
 
 
-def _fitted(mine: list[Batch]) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _fitted(own_batches: list[Batch]) -> tuple[dict[str, Tensor], dict[str, float]]:
     original, model, levels = converted_pair(post_norm(), batches())
-    measure = measure_norms(original, NormSearch(original).found, mine, Runner())
+    measure = measure_norms(original, NormSearch(original).found, own_batches, Runner())
     linear = {name: feeder for name, feeder in measure.feeders.items() if feeder.kind == "linear"}
     assert len(linear) == 2
-    fits = fit_norms(model, original, mine, levels, Runner(), measure.calls, linear)
+    fits = fit_norms(model, original, own_batches, levels, Runner(), measure.calls, linear)
     left = {name: fit.residual for name, fit in fits.items() if isinstance(fit, Affine)}
     return model.state_dict(), measure.residuals | {f"{name}, left": value for name, value in left.items()}
 
@@ -244,10 +244,10 @@ def _fitted(mine: list[Batch]) -> tuple[dict[str, Tensor], dict[str, float]]:
 def _one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mine = batches(24, 32)[:5] if rank == 0 else batches(24, 32)[5:]  # not as many each
+    own_batches = batches(24, 32)[:5] if rank == 0 else batches(24, 32)[5:]  # not as many each
     own = batches(2, seed=30 + rank)
-    removed = remove_norms(post_norm(), mine, steps=2, tolerance=1.0, held_out=own)
-    torch.save((*_fitted(mine), removed.model.state_dict(), removed.error), f"{folder}/{rank}.pt")
+    removed = remove_norms(post_norm(), own_batches, steps=2, tolerance=1.0, held_out=own)
+    torch.save((*_fitted(own_batches), removed.model.state_dict(), removed.error), f"{folder}/{rank}.pt")
     dist.barrier()
     leave()
 
@@ -255,10 +255,10 @@ def _one_rank(rank: int, folder: str) -> None:
 def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(_one_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
     state, residuals = _fitted(batches(24, 32))
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, value in state.items():
-        assert torch.equal(found[0][0][name], found[1][0][name]), name
-        torch.testing.assert_close(found[0][0][name], value, rtol=1e-4, atol=1e-5, msg=name)
-    assert found[0][1] == pytest.approx(residuals, abs=1e-6)
-    assert found[0][3] == found[1][3] > 0
-    assert all(torch.equal(value, found[1][2][name]) for name, value in found[0][2].items())
+        assert torch.equal(of_ranks[0][0][name], of_ranks[1][0][name]), name
+        torch.testing.assert_close(of_ranks[0][0][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert of_ranks[0][1] == pytest.approx(residuals, abs=1e-6)
+    assert of_ranks[0][3] == of_ranks[1][3] > 0
+    assert all(torch.equal(value, of_ranks[1][2][name]) for name, value in of_ranks[0][2].items())

@@ -51,14 +51,14 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def relative_error(found: Any, expected: Any) -> float:
+def relative_error(actual: Any, expected: Any) -> float:
     """Of tensors, or of tuples of tensors: the largest, each relative to its largest element."""
     if isinstance(expected, dict):
-        expected, found = list(expected.values()), list(found.values())
+        expected, actual = list(expected.values()), list(actual.values())
     if isinstance(expected, Tensor):
-        error: Tensor = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+        error: Tensor = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
         return float(error)
-    return max(relative_error(one, other) for one, other in zip(found, expected, strict=True))
+    return max(relative_error(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @torch.no_grad()

@@ -76,9 +76,9 @@ def test_onnx_has_the_operators_of_a_network_without_norms_and_its_runtime_agree
         operators[kind] = exported(each, args, kwargs, path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {i.name: value.numpy() for i, value in zip(session.get_inputs(), [*args, *kwargs.values()], strict=True)}
-        (found,) = session.run(None, feed)
+        (output,) = session.run(None, feed)
         with torch.no_grad():
-            errors[kind] = relative_error(torch.from_numpy(found), each(*args, **kwargs))
+            errors[kind] = relative_error(torch.from_numpy(output), each(*args, **kwargs))
     assert not [op for op in operators["folded"] if "Norm" in op]
     left = sum(isinstance(module, FrozenAffine) for module in folded.modules())
     more = operators["folded"] - operators["bare"]

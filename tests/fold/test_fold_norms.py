@@ -145,10 +145,10 @@ def test_norms_that_normalise_stay_and_are_named() -> None:
     model = ready(nn.Sequential(*parts, nn.BatchNorm1d(C, track_running_stats=False), nn.Linear(C, D)))
     result = fold_norms(model, draw(3, C))
     assert statuses(result) == {"0": "forward", **{str(i): "kept" for i in range(2, 7)}}
-    said = {norm.name: norm.reason for norm in result.norms}
-    assert "convert_norms" in said["2"]
-    assert "lam=1" in said["5"]
-    assert "running statistics" in said["6"]
+    reasons = {norm.name: norm.reason for norm in result.norms}
+    assert "convert_norms" in reasons["2"]
+    assert "lam=1" in reasons["5"]
+    assert "running statistics" in reasons["6"]
     assert "6 norms: 1 forward, 5 kept" in str(result)
 
 

@@ -68,8 +68,8 @@ def test_folded_in_float32_and_then_cast_to_bfloat16_it_is_no_worse_than_the_unf
             model = calibrated(family, seed)
             truth, examples = copy.deepcopy(model).double(), [family.example(seed) for seed in range(6)]
             folded = fold_norms(model, tuple(examples[0])).model
-            own, found = (distance(each.bfloat16(), truth, examples) for each in (model, folded))
-            ratios.append(found / own)
+            own, of_fold = (distance(each.bfloat16(), truth, examples) for each in (model, folded))
+            ratios.append(of_fold / own)
     assert math.prod(ratios) ** (1 / len(ratios)) < 1
     assert max(ratios) < 1.6
 

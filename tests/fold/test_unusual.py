@@ -272,8 +272,8 @@ def test_it_folds_exactly_or_says_why_not(case: Case) -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         for inputs in (case.inputs, tuple(map(other, case.inputs))):
-            found, expected = result.model(*inputs), model(*inputs)
-            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+            actual, expected = result.model(*inputs), model(*inputs)
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
 # --- what a norm's output can hide in ---
@@ -321,9 +321,9 @@ def test_complex_outputs_are_compared() -> None:
 class Says(nn.Module):
     """A module that says of itself what it is told to."""
 
-    def __init__(self, said: Any) -> None:
+    def __init__(self, returned: Any) -> None:
         super().__init__()
-        self.said = said
+        self.said = returned
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
@@ -342,13 +342,13 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize(("said", "why"), SAID.values(), ids=list(SAID))
+@pytest.mark.parametrize(("returned", "why"), SAID.values(), ids=list(SAID))
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_fold_affine_that_is_none_is_told_what_it_should_be(said: Any, why: str, backward: bool) -> None:
+def test_a_fold_affine_that_is_none_is_told_what_it_should_be(returned: Any, why: str, backward: bool) -> None:
     fc = nn.Linear(C, C)
     model = nn.Sequential()
-    model.add_module("fc" if backward else "norm", fc if backward else Says(said))
-    model.add_module("norm" if backward else "fc", Says(said) if backward else fc)
+    model.add_module("fc" if backward else "norm", fc if backward else Says(returned))
+    model.add_module("norm" if backward else "fc", Says(returned) if backward else fc)
     with pytest.raises((TypeError, StabNormError), match=why):
         fold_norms(model.double().eval(), draw(3, 4, C))
 

@@ -86,20 +86,20 @@ def guarded(loader: list[Any], forward: Forward = None) -> Any:
 def test_a_batch_is_read_alike_by_all_that_take_a_loader(read: Callable[..., Any]) -> None:
     expected = read([inputs(0), inputs(1)])
     for name, batch in BATCHES.items():
-        found = read([batch(inputs(0)), batch(inputs(1))])
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
+        outputs = read([batch(inputs(0)), batch(inputs(1))])
+        torch.testing.assert_close(outputs, expected, rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("read", [recalibrated, removed, guarded])
 def test_a_forward_says_what_else_the_model_takes(read: Callable[..., Any]) -> None:
     expected = read([3 * inputs(0), 3 * inputs(1)])
-    found = read([(inputs(0), SCALE), (inputs(1), SCALE)], lambda model, batch: model(*batch))
-    torch.testing.assert_close(found, expected)
-    found = read([{"x": inputs(0), "scale": SCALE}, {"x": inputs(1), "scale": SCALE}])
-    torch.testing.assert_close(found, expected)
+    outputs = read([(inputs(0), SCALE), (inputs(1), SCALE)], lambda model, batch: model(*batch))
+    torch.testing.assert_close(outputs, expected)
+    outputs = read([{"x": inputs(0), "scale": SCALE}, {"x": inputs(1), "scale": SCALE}])
+    torch.testing.assert_close(outputs, expected)
     named = [Pair(inputs(0), SCALE), Pair(inputs(1), SCALE)]
-    found = read(named, lambda model, batch: model(batch.inputs, batch.targets))
-    torch.testing.assert_close(found, expected)
+    outputs = read(named, lambda model, batch: model(batch.inputs, batch.targets))
+    torch.testing.assert_close(outputs, expected)
 
 
 # --- examples ---

@@ -96,9 +96,9 @@ def main(folder: Path, kills: int, seed: int = 0) -> int:
                 assert now is not None
                 assert_holds(now, then)
             before[name] = now
-    found = [record.steps[-1] + 1 for record in before.values() if record is not None]
-    assert found, "nothing was ever flushed: the kills came too early"
-    steps = int(max(found)) + 4
+    ends = [record.steps[-1] + 1 for record in before.values() if record is not None]
+    assert ends, "nothing was ever flushed: the kills came too early"
+    steps = int(max(ends)) + 4
     train(folder, steps)
     train(folder / "whole", steps)
     for name in RECORDS:
@@ -115,8 +115,8 @@ def assert_holds(now: Record, then: Record) -> None:
     assert set(then.steps) <= set(now.steps)
     rows = np.searchsorted(now.steps, then.steps)
     for name, values in then.series.items():
-        there = ~np.isnan(values)
-        np.testing.assert_allclose(now.series[name][rows][there], values[there], rtol=1e-5, atol=1e-6, err_msg=name)
+        known = ~np.isnan(values)
+        np.testing.assert_allclose(now.series[name][rows][known], values[known], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 if __name__ == "__main__":

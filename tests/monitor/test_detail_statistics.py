@@ -94,13 +94,13 @@ def test_independent_tokens_count_in_full_and_copies_once() -> None:
 
 def test_effective_samples_foretell_how_the_batch_mean_varies() -> None:
     torch.manual_seed(0)
-    said, means = [], []
+    recorded, means = [], []
     for _ in range(300):
         x = 0.5 * torch.randn(16, 1, 8) + torch.randn(16, 25, 8)  # an intraclass correlation of 0.2
-        said.append(float(watched([nn.LayerNorm(8)], [x], ["effective_samples"])["effective_samples"]))
+        recorded.append(float(watched([nn.LayerNorm(8)], [x], ["effective_samples"])["effective_samples"]))
         means.append(x.mean((0, 1)))
     measured = 1.25 / float(torch.stack(means).var(0).mean())
-    assert float(np.median(said)) == pytest.approx(measured, rel=0.15)
+    assert float(np.median(recorded)) == pytest.approx(measured, rel=0.15)
 
 
 def test_one_sequence_says_nothing_about_its_certainty() -> None:

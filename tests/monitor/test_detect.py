@@ -109,8 +109,8 @@ def test_a_non_finite_step_does_not_blind_the_detector_for_what_follows() -> Non
     values = calm(600)
     values[500] = torch.nan
     values[505:, 3, 0] *= 1000
-    found = [(alert.step, alert.layer, alert.statistic) for alert in run(values, torch.isnan(values[..., 0]))]
-    assert found == [(500, "a", "nonfinite"), (505, "d", "token_std_mean")]
+    raised = [(alert.step, alert.layer, alert.statistic) for alert in run(values, torch.isnan(values[..., 0]))]
+    assert raised == [(500, "a", "nonfinite"), (505, "d", "token_std_mean")]
 
 
 def test_a_nan_without_a_non_finite_input_is_not_an_event() -> None:

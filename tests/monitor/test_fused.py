@@ -122,13 +122,13 @@ def test_padding_has_an_output_and_does_not_count_and_a_row_does_not_depend_on_t
 def test_a_second_derivative_goes_through_torch() -> None:
     norm, x, dy = nn.LayerNorm(11), torch.randn(7, 11), torch.randn(7, 11)
     nn.init.normal_(norm.weight)
-    found = []
+    gradients = []
     for fused in (True, False):
         given = x.clone().requires_grad_()
         with StabilityMonitor(norm, fused=fused):
             (dx,) = torch.autograd.grad(norm(given), given, dy, create_graph=True)
-        found.append(torch.autograd.grad(dx.square().sum(), [given, norm.weight]))
-    for got, want in zip(*found, strict=True):
+        gradients.append(torch.autograd.grad(dx.square().sum(), [given, norm.weight]))
+    for got, want in zip(*gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -138,24 +138,24 @@ def test_a_batch_of_gradients_and_a_forward_derivative_are_torchs() -> None:
     nn.init.normal_(norm.weight)
     wanted = torch.autograd.functional.jacobian(norm, x)
     with StabilityMonitor(norm, fused=True, gradients=False):
-        found = torch.autograd.functional.jacobian(norm, x, vectorize=True)
+        jacobian = torch.autograd.functional.jacobian(norm, x, vectorize=True)
         with torch.autograd.forward_ad.dual_level():
             dual = norm(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
             tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(jacobian, wanted)
     torch.testing.assert_close(tangent, torch.einsum("abcd,cd->ab", wanted, torch.ones_like(x)))
 
 
 def test_a_hook_on_the_input_runs_once_in_a_second_derivative() -> None:
     norm, x, dy = nn.LayerNorm(5), torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
-    found = []
+    outcomes = []
     for fused in (False, True):
         given = x * 1.0
         given.register_hook(lambda g: 2 * g)
         with StabilityMonitor(norm, fused=fused):
             (dx,) = torch.autograd.grad(norm(given), x, dy, create_graph=True)
-        found.append(dx)
-    torch.testing.assert_close(found[1], found[0])
+        outcomes.append(dx)
+    torch.testing.assert_close(outcomes[1], outcomes[0])
 
 
 def test_an_activation_in_place_may_follow(fused_calls: list[torch.Size]) -> None:

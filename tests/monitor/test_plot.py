@@ -64,15 +64,15 @@ def test_companions_have_plots_too(monitor: StabilityMonitor, pyplot: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"statistic": "amx"}, "did you mean 'amax'"),
         ({"companion": "weight"}, "did you mean 'weights'"),
         ({"colour": "red"}, "times, value, sigmas"),
     ],
 )
-def test_what_is_unknown_is_refused(monitor: StabilityMonitor, arguments: dict[str, str], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_is_unknown_is_refused(monitor: StabilityMonitor, arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         monitor.plot(**arguments)  # type: ignore[arg-type]
 
 

@@ -59,9 +59,9 @@ EVERY_CASE = [*CASES, *(pytest.param(case, marks=needs_fsdp_on_cpu) for case in 
 class Sayings(logging.Handler):
     """Keeps what is said."""
 
-    def __init__(self, said: list[str]) -> None:
+    def __init__(self, lines: list[str]) -> None:
         super().__init__()
-        self.said = said
+        self.said = lines
 
     def emit(self, record: logging.LogRecord) -> None:
         self.said.append(record.getMessage())
@@ -94,11 +94,11 @@ def now_and_then(rank: int, ranks_: int) -> History:
             x[1] -= 3
             if step == 3:
                 x[1, 2] = torch.nan
-            mine = range(2) if ranks_ == 1 else [rank]
-            for share in mine:
+            parts = range(2) if ranks_ == 1 else [rank]
+            for share in parts:
                 y = norms["both"](x[share]) + (norms["one"](2 * x[share]) if share == 0 else 0)
-                y.backward(dy[share] / len(mine))  # the loss is a mean over shares, as over ranks
-            norms["batch"](x[mine].flatten(0, 1))
+                y.backward(dy[share] / len(parts))  # the loss is a mean over shares, as over ranks
+            norms["batch"](x[parts].flatten(0, 1))
             monitor.step()
             norms.zero_grad()
     return monitor.history()
@@ -107,25 +107,25 @@ def now_and_then(rank: int, ranks_: int) -> History:
 def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, (make, options) in (CASES | SHARDED_CASES if HAS_SHARDING else CASES).items():
         calls = counted_gathers()
-        found[name] = train(make(), rank=rank, ranks=2, **options)
+        results[name] = train(make(), rank=rank, ranks=2, **options)
         assert next(calls) == STEPS, name
-    found["now and then"] = now_and_then(rank, 2)
+    results["now and then"] = now_and_then(rank, 2)
     alone = StabilityMonitor(net := Net(), ["amax"], sync=False)
-    found["alone"] = train(net, rank=rank, ranks=2, monitor=alone)
+    results["alone"] = train(net, rank=rank, ranks=2, monitor=alone)
     pairs: list[Any] = [dist.new_group([member]) for member in range(2)]
     of_one = StabilityMonitor(net := Net(), ["amax"], sync=pairs[rank])
-    found["group of one"] = train(net, rank=rank, ranks=2, monitor=of_one)
+    results["group of one"] = train(net, rank=rank, ranks=2, monitor=of_one)
     if HAS_SHARDING:
         monitor = StabilityMonitor(net := sharded(Net()), ["amax", "grad_gain"], sync=False)  # type: ignore[assignment]
-        found["sharded, alone"] = train(net, rank=rank, ranks=2, monitor=monitor)
-    found["record"] = recorded(rank)
+        results["sharded, alone"] = train(net, rank=rank, ranks=2, monitor=monitor)
+    results["record"] = recorded(rank)
     with pytest.raises(StabNormError) as refused:
         StabilityMonitor(Net(), include="norm1" if rank else "norm2").attach()
-    found["refused"] = str(refused.value)
-    torch.save(found, f"{folder}/{rank}.pt")
+    results["refused"] = str(refused.value)
+    torch.save(results, f"{folder}/{rank}.pt")
     leave()
 
 
@@ -152,8 +152,8 @@ def counted_gathers() -> Any:
 
 def recorded(rank: int) -> Any:
     model, record = nn.Sequential(nn.LayerNorm(8)), Memory()
-    said: list[str] = []
-    logging.getLogger("stabnorm").addHandler(Sayings(said))
+    lines: list[str] = []
+    logging.getLogger("stabnorm").addHandler(Sayings(lines))
     with StabilityMonitor(model, ["amax"], flush_every=4) as monitor:
         monitor.records.append(record)
         for step in range(10):
@@ -163,7 +163,7 @@ def recorded(rank: int) -> Any:
             model(x)
             monitor.step(loss=float(10 * step + rank))
     losses = [loss for block in record.blocks for loss in block.series["loss"].tolist()]
-    return losses, record.events, [alert.as_dict() for alert in monitor.alerts], said
+    return losses, record.events, [alert.as_dict() for alert in monitor.alerts], lines
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_the_share_of_variance_between_ranks(both: tuple[Any, Any], plain: dict[
 
 def test_without_sync_or_in_a_group_of_one_a_rank_sees_its_share(both: tuple[Any, Any]) -> None:
     for case in ("alone", "group of one"):
-        tokens = [found[case]["tokens"] for found in both]
+        tokens = [of_rank[case]["tokens"] for of_rank in both]
         assert not torch.equal(*tokens)
         assert torch.equal(sum(tokens, torch.zeros(())), both[0]["ddp"]["tokens"])
 
@@ -227,18 +227,18 @@ def test_the_gradient_of_a_sharded_parameter_is_not_known_to_one_rank(both: tupl
 
 
 def test_only_the_first_rank_writes_and_speaks_and_the_loss_is_the_mean(both: tuple[Any, Any]) -> None:
-    losses, events, alerts, said = both[0]["record"]
+    losses, events, alerts, lines = both[0]["record"]
     assert losses == [10 * step + 0.5 for step in range(10)]
     assert events == ["alert 6"]
-    assert len(said) == 1
+    assert len(lines) == 1
     assert str(both[1]["record"]) == str(([], [], alerts, []))  # a NaN is not equal to itself
     assert [alert["statistic"] for alert in alerts] == ["nonfinite"]
 
 
 def test_ranks_that_watch_different_layers_are_refused_on_each(both: tuple[Any, Any]) -> None:
-    for found in both:
-        assert "rank 1 watches other layers or statistics than rank 0" in found["refused"]
-        assert "blocks.0.norm1" in found["refused"]
+    for of_rank in both:
+        assert "rank 1 watches other layers or statistics than rank 0" in of_rank["refused"]
+        assert "blocks.0.norm1" in of_rank["refused"]
 
 
 # -- the rules, for any number of ranks --------------------------------------------------------------------------------

@@ -218,9 +218,9 @@ def test_a_gradient_that_overflows_is_no_part_of_what_later_ones_are_compared_wi
                 monitor.step()
                 model.zero_grad()
         rows.append({name: values[2:] for name, values in monitor.history().items()})
-    for name, found in rows[0].items():
-        assert bool(found.isfinite().all()), name
-        torch.testing.assert_close(found, rows[1][name])
+    for name, value in rows[0].items():
+        assert bool(value.isfinite().all()), name
+        torch.testing.assert_close(value, rows[1][name])
 
 
 def test_the_catalogue_is_whole() -> None:

@@ -64,8 +64,8 @@ def test_the_default_dtype_changes_no_figure(name: str, dtype: torch.dtype, low:
         want = run(first, 3 * x + 1, dy)
         with default_dtype(dtype):
             got = run(second, 3 * x + 1, dy)
-        for mine, theirs in zip(got, want, strict=True):
-            assert torch.equal(mine, theirs)
+        for own, theirs in zip(got, want, strict=True):
+            assert torch.equal(own, theirs)
     for key, value in state(second).items():
         assert torch.equal(value, state(first)[key]), key
 

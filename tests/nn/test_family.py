@@ -88,9 +88,9 @@ def test_t6_padding_changes_neither_output_nor_gradient(name: str, garbage: floa
         if name != "prep" and not name.endswith("groups"):  # layer norm's own gradient of garbage is its own
             assert torch.equal(dx_padded[:, 6:], torch.zeros_like(tail))
     close_states(norm, padded, 1e-5)
-    for mine, theirs in zip(norm.parameters(), padded.parameters(), strict=True):
+    for own, theirs in zip(norm.parameters(), padded.parameters(), strict=True):
         if torch.isfinite(torch.tensor(garbage)) or name not in ("prep", "power, groups"):
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
 @every

@@ -201,8 +201,8 @@ def test_a_norm_left_out_still_answers_with_gradients_of_zero() -> None:
     x, dy = inputs(True)
     for got, want in zip(run(norm, x, dy), run(alone, x, dy), strict=True):
         assert torch.equal(got, want)
-    for mine, theirs in zip(norm.rep.parameters(), alone.parameters(), strict=True):
-        assert torch.equal(bits(mine.grad), bits(theirs.grad))
+    for own, theirs in zip(norm.rep.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(bits(own.grad), bits(theirs.grad))
     for name in ("weight", "bias"):  # DistributedDataParallel waits for them
         assert torch.equal(bits(norm.get_parameter(name).grad), bits(torch.zeros(8)))
     norm.requires_grad_(False)

@@ -23,7 +23,7 @@ def modules() -> dict[str, nn.Module]:
     torch.manual_seed(3)
     half = PRepBN(6, sync=True)
     half.lam.fill_(0.5)
-    found: dict[str, nn.Module] = {
+    norms: dict[str, nn.Module] = {
         "unified": UnifiedNorm(6, warmup_steps=3, sync=True),
         "rep": RepBN(6, sync=True),
         "rep, scale only": RepBN(6, center=False, sync=True),
@@ -31,10 +31,10 @@ def modules() -> dict[str, nn.Module]:
         "prep": half,
         "power": PowerNorm(6, warmup_steps=3, sync=True),
     }
-    for norm in found.values():
+    for norm in norms.values():
         for parameter in norm.parameters():
             nn.init.normal_(parameter, 1.0, 0.3)
-    return found
+    return norms
 
 
 def batch(step: int, masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -63,17 +63,17 @@ def trained(norm: nn.Module, rows: slice, masked: bool) -> list[tuple[Tensor, Te
 def one_rank(rank: int, folder: str, masked: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {}
+    tensors = {}
     rows = slice(0, 5) if rank == 0 else slice(5, 8)  # uneven
     for name, norm in modules().items():
         results = trained(norm, rows, masked)
-        found[name] = (results, state(norm), [p.grad for p in norm.parameters()])
+        tensors[name] = (results, state(norm), [p.grad for p in norm.parameters()])
     model = DistributedDataParallel(UnifiedNorm(6, warmup_steps=2, sync=True))
     for step in range(6):
         x, dy, _ = batch(step, False)
         model(x[rows]).backward(dy[rows])
-    found["ddp"] = ([], state(model.module), [])
-    torch.save(found, f"{folder}/{rank}.pt")
+    tensors["ddp"] = ([], state(model.module), [])
+    torch.save(tensors, f"{folder}/{rank}.pt")
     leave()
 
 

@@ -149,8 +149,8 @@ READERS = [
 def test_an_input_is_found_by_position_and_by_keyword_beside_a_mask(read: Callable[[Model], Any], name: str) -> None:
     expected = read(Model(NamedX, calls("x")["positional"]))
     for how, call in calls(name).items():
-        found = read(Model(CLASSES[name], call))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=how)
+        names_read = read(Model(CLASSES[name], call))
+        torch.testing.assert_close(names_read, expected, rtol=1e-5, atol=1e-6, msg=how)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -97,7 +97,7 @@ def trained(name: str, dtype: torch.dtype, masked: bool) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype) / 4)
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     scale, offset = torch.rand(2, 48, generator=generator) + 0.5
     for step in range(3):
         # The same numbers in every dtype, so that only the computing differs.
@@ -107,9 +107,9 @@ def trained(name: str, dtype: torch.dtype, masked: bool) -> dict[str, Tensor]:
         y = module(x, mask)
         y.backward(dy if mask is None else dy * mask[..., None])
         assert x.grad is not None
-        found[f"y {step}"], found[f"dx {step}"] = y.detach(), x.grad
-    found |= {f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return found | {name: b for name, b in module.named_buffers() if name.startswith("running")}
+        results[f"y {step}"], results[f"dx {step}"] = y.detach(), x.grad
+    results |= {f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return results | {name: b for name, b in module.named_buffers() if name.startswith("running")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

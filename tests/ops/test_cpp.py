@@ -67,18 +67,18 @@ def test_nothing_is_built_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
         backends(["cpu"])
 
 
-@pytest.mark.parametrize(("compiler_", "said"), [("false", "false failed: exit status 1"), ("nowhere/c++", "nowhere")])
+@pytest.mark.parametrize(("compiler_", "why"), [("false", "false failed: exit status 1"), ("nowhere/c++", "nowhere")])
 def test_without_a_working_compiler_aten_run_and_one_warning_says_why(
-    compiler_: str, said: str, not_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    compiler_: str, why: str, not_loaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", compiler_)
     x = torch.randn(9, 8)
     with use_kernels("cpp"), caplog.at_level(logging.WARNING, "stabnorm"):
         assert moments_of_rows.chosen(x) == "aten"
         RepBN(8)(x)
-        assert said in str(backends(["cpu"]))
+        assert why in str(backends(["cpu"]))
     assert len(caplog.records) == 1
-    assert said in caplog.text
+    assert why in caplog.text
     assert list(not_loaded.iterdir()) == []
 
 
@@ -153,20 +153,20 @@ def test_what_was_built_is_found_again(not_loaded: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_threads_change_nothing_but_the_last_digits(dtype: torch.dtype) -> None:
     x, dy = (torch.randn(2, 3001, 70) * 3 + 1).to(dtype).unbind()
-    before, found = torch.get_num_threads(), []
+    before, outcomes = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             moments = moments_of_rows(x, None, center=True)
             mean, square = moments.mean, moments.square
             assert mean is not None
-            found.append(torch.stack([mean, square, *sums_of_rows(dy, x, mean, None)]))
+            outcomes.append(torch.stack([mean, square, *sums_of_rows(dy, x, mean, None)]))
             again = moments_of_rows(x, None, center=True)
             assert torch.equal(again.square, square)
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=3e-3)  # of sums around 500
+    for other in outcomes[1:]:
+        torch.testing.assert_close(other, outcomes[0], rtol=1e-6, atol=3e-3)  # of sums around 500
 
 
 @pytest.mark.usefixtures("cpp")
@@ -329,13 +329,13 @@ def test_powernorm_takes_one_pass_past_its_warm_up_only_and_trains_as_with_two(m
     for step in range(5):
         x, dy = torch.randn(2, 40 + step, 19).unbind()
         mask = torch.rand(40 + step) < 0.8
-        found = []
+        outcomes = []
         for module, setting in ((norm, "cpp"), (other, "reference")):
             given = x.clone().requires_grad_()
             with use_kernels(setting):
                 y = module(given, mask)
-                found.append([y, *torch.autograd.grad(y, [given, *module.parameters()], dy)])
-        for got, want in zip(*found, strict=True):
+                outcomes.append([y, *torch.autograd.grad(y, [given, *module.parameters()], dy)])
+        for got, want in zip(*outcomes, strict=True):
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
     assert calls == [42, 43, 44]  # and none of the warm-up
     for name, value in other.state_dict().items():

@@ -188,11 +188,11 @@ def test_outliers_of_an_output_are_counted_per_channel(dtype: torch.dtype, chann
     count_outliers_(y, None, accumulator.counts, accumulator.outputs, channel_dim)
     count_outliers_(y, valid, accumulator.counts, accumulator.outputs, channel_dim)
     rows = as_rows(y, channel_dim)
-    found = rows.abs() >= 6
-    assert accumulator.outputs.tolist() == (found.sum(0) + found[valid.flatten()].sum(0)).tolist()
+    outlying = rows.abs() >= 6
+    assert accumulator.outputs.tolist() == (outlying.sum(0) + outlying[valid.flatten()].sum(0)).tolist()
     assert accumulator.counts[OUTPUTS] == len(rows) + valid.sum()
     tokens, plain = outlier_counts(rows, valid.flatten())
-    assert (int(tokens), plain.tolist()) == (int(valid.sum()), found[valid.flatten()].sum(0).tolist())
+    assert (int(tokens), plain.tolist()) == (int(valid.sum()), outlying[valid.flatten()].sum(0).tolist())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

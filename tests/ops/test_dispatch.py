@@ -33,8 +33,8 @@ def test_the_environment_variable_is_read_at_import(setting: str) -> None:
     code = "from stabnorm.ops import dispatch; print(dispatch.kernels())"
     environment = os.environ | {"STABNORM_KERNELS": setting}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    said = ran.stderr if setting == "fast" else ran.stdout
-    assert ("STABNORM_KERNELS='fast' is unknown" if setting == "fast" else "reference\n") in said
+    output = ran.stderr if setting == "fast" else ran.stdout
+    assert ("STABNORM_KERNELS='fast' is unknown" if setting == "fast" else "reference\n") in output
 
 
 def test_a_setting_holds_until_the_block_ends() -> None:
@@ -93,13 +93,13 @@ def test_what_no_backend_takes_is_left_to_the_formula() -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """A GPU that is there as far as the record is concerned."""
-    mine = {"device": "some GPU", "capability": "9.0", "torch": "2", "triton": "3", "kernels": "abc"}
+    own = {"device": "some GPU", "capability": "9.0", "torch": "2", "triton": "3", "kernels": "abc"}
     monkeypatch.setenv("STABNORM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tested, "fingerprint", lambda device: mine)
+    monkeypatch.setattr(tested, "fingerprint", lambda device: own)
     monkeypatch.setattr(tested, "has_triton", lambda: True)
     tested.read_again()
-    return mine
+    return own
 
 
 @pytest.mark.usefixtures("gpu")

@@ -39,12 +39,12 @@ def test_the_kernels_have_the_same_layout() -> None:
 
 
 def test_the_sources_in_cpp_have_the_same_layout() -> None:
-    found = enums(MOMENTS_CPP)
-    assert [*CHANNEL, "CHANNEL_ROWS"] in found
-    assert [*TOKEN, "TOKEN_ROWS"] in found
-    assert [kind.upper() for kind in sorted(KINDS, key=KINDS.__getitem__)] in found
+    declared = enums(MOMENTS_CPP)
+    assert [*CHANNEL, "CHANNEL_ROWS"] in declared
+    assert [*TOKEN, "TOKEN_ROWS"] in declared
+    assert [kind.upper() for kind in sorted(KINDS, key=KINDS.__getitem__)] in declared
     names = {"FLOAT": torch.float32, "BFLOAT16": torch.bfloat16, "HALF": torch.float16}
-    (types,) = [found for found in enums((library.FOLDER / "vectors.h").read_text()) if "HALF" in found]
+    (types,) = [declared for declared in enums((library.FOLDER / "vectors.h").read_text()) if "HALF" in declared]
     assert {names[name]: number for number, name in enumerate(types)} == library.TYPES
 
 

@@ -38,8 +38,8 @@ def test_both_norms_of_a_prepbn_there_and_back(
     check = checks_of(blended_norm)[lam]
     wanted = truth(check, case)
     with use_kernels("triton"):
-        found = check(case)
-    for name, (got, _, of_rows) in found.items():
+        results = check(case)
+    for name, (got, _, of_rows) in results.items():
         want, natural, _ = wanted[name]
         tolerance = got if of_rows else got.float()
         assert_close(tolerance.to(dtype if of_rows else torch.float32), want, natural, of_rows=of_rows)

@@ -133,7 +133,7 @@ def test_a_norm_with_its_moments_equals_float64_at_full_size(
         assert backend == "triton"
         y = observed_norm(given, weight, None, spec, valid, into, backend)
         dx, of_weight = torch.autograd.grad(y, [given, weight], dy)
-        found = merge_accumulators(accumulators)
+        merged = merge_accumulators(accumulators)
     gain = weight.detach().double().requires_grad_()
     want = functional.normalize_tokens(wide, kind, 1e-5) * gain
     wanted_dx, wanted_weight = torch.autograd.grad(want, [wide, gain], dy.double())
@@ -141,10 +141,10 @@ def test_a_norm_with_its_moments_equals_float64_at_full_size(
     assert_close(dx, wanted_dx, float(wanted_dx.abs().amax()), of_rows=True)
     assert_close(of_weight, wanted_weight, size[0] ** 0.5 * 20, of_rows=True)
     moments = functional.raw_moments(x.double(), kind, 1e-5, valid=valid)
-    assert int(found.seen) == int(moments.seen)
-    assert_close(found.channel[0, VAR_X : VAR_N + 1], moments.channel[VAR_X : VAR_N + 1], 10.0)
-    assert torch.equal(found.channel[0, MAX:].double(), moments.channel[MAX:])
-    assert_close(found.token[0], moments.token, 3.0)
+    assert int(merged.seen) == int(moments.seen)
+    assert_close(merged.channel[0, VAR_X : VAR_N + 1], moments.channel[VAR_X : VAR_N + 1], 10.0)
+    assert torch.equal(merged.channel[0, MAX:].double(), moments.channel[MAX:])
+    assert_close(merged.token[0], moments.token, 3.0)
 
 
 @pytest.mark.usefixtures("no_sync")

@@ -39,8 +39,8 @@ def test_norm_moments_and_gradients_in_two_forwards(
     check = checks_of(norm_with_moments)[kind]
     wanted = truth(check, case)
     with use_kernels("triton"):
-        found, again = (check(case) for _ in range(2))
-    for name, (got, _, of_rows) in found.items():
+        once, again = (check(case) for _ in range(2))
+    for name, (got, _, of_rows) in once.items():
         want, natural, _ = wanted[name]
         in_dtype = got.to(dtype if of_rows else torch.float32)
         assert_close(in_dtype, want, natural, of_rows=of_rows)

@@ -30,8 +30,8 @@ def test_a_map_and_the_sums_of_what_it_reads(shape: tuple[int, int], dtype: torc
     (check,) = checks_of(affine_with_square)
     wanted = truth(check, case)
     with use_kernels("triton"):
-        found = check(case)
-    for name, (got, _, of_rows) in found.items():
+        results = check(case)
+    for name, (got, _, of_rows) in results.items():
         want, natural, _ = wanted[name]
         assert_close(got.to(dtype if of_rows else torch.float32), want, natural, of_rows=of_rows)
 
@@ -43,7 +43,7 @@ def trained(setting: str, dtype: torch.dtype, masked: bool, recompute: bool) -> 
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter, 1.0, 0.3)
     norm.to(dtype)
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for step in range(5):
         x = random_rows(30, 20).to(dtype).requires_grad_()
         dy = torch.randn(30, 20).to(DEVICE, dtype)
@@ -57,8 +57,8 @@ def trained(setting: str, dtype: torch.dtype, masked: bool, recompute: bool) -> 
             y = checkpoint(norm, x, mask, use_reentrant=False) if recompute else norm(x, mask)
             gradients = torch.autograd.grad(y, [x, *norm.parameters()], dy)
         if step != 3:
-            found |= {f"{step} {i}": t.detach() for i, t in enumerate((y, *gradients))}
-    return found | {name: buffer for name, buffer in norm.named_buffers() if name != "recent"}
+            results |= {f"{step} {i}": t.detach() for i, t in enumerate((y, *gradients))}
+    return results | {name: buffer for name, buffer in norm.named_buffers() if name != "recent"}
 
 
 def test_past_the_warm_up_nothing_is_done_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_moments_and_sums(shape: tuple[int, int], dtype: torch.dtype, masked: bo
     with use_kernels("triton"):
         moments = [moments_of_rows(x, valid, center=center) for center in (True, False)]
         mean = moments[0].mean
-        found = [sums_of_rows(dy, x, m, valid) for m in (mean, None)]
+        of_kernel = [sums_of_rows(dy, x, m, valid) for m in (mean, None)]
     for got, center in zip(moments, (True, False), strict=True):
         want = functional.batch_moments(x.double(), valid, center=center)
         assert got.rows == want.rows
@@ -50,7 +50,7 @@ def test_moments_and_sums(shape: tuple[int, int], dtype: torch.dtype, masked: bo
             assert got.mean is not None
             assert_close(got.mean, want.mean)
     assert mean is not None
-    for sums, deviations in zip(found, (x.double() - mean, x.double()), strict=True):
+    for sums, deviations in zip(of_kernel, (x.double() - mean, x.double()), strict=True):
         size = (dy * deviations.nan_to_num(0)).square().sum(0).sqrt() + dy.double().square().sum(0).sqrt()
         for got_sum, want_sum in zip(sums, functional.upstream_sums(dy.double(), deviations, valid), strict=True):
             assert_close(got_sum, want_sum, size)
@@ -90,12 +90,12 @@ def test_no_valid_row_gives_zeros_and_a_bad_number_stays_in_its_channel() -> Non
     x[7, 2], x[0, 4] = torch.nan, torch.inf
     with use_kernels("triton"):
         nothing = moments_of_rows(x, torch.zeros(40, dtype=torch.bool, device=DEVICE), center=True)
-        found = [moments_of_rows(x, None, center=center).square for center in (True, False)]
+        squares = [moments_of_rows(x, None, center=center).square for center in (True, False)]
     assert nothing.rows == 0
     assert nothing.mean is not None
     assert not nothing.mean.any()
     assert not nothing.square.any()
-    for square in found:
+    for square in squares:
         assert torch.isfinite(square).tolist() == [True, True, False, True, False, True]
 
 

@@ -19,8 +19,8 @@ def test_three_batches_one_of_them_not_finite(channels: int) -> None:
     (check,) = checks_of(track_batch_)
     wanted = truth(check, case)
     with use_kernels("triton"):
-        found = check(case)
-    for name, (got, natural, _) in found.items():
+        results = check(case)
+    for name, (got, natural, _) in results.items():
         assert_close(got.float(), wanted[name][0], natural)
 
 

@@ -285,10 +285,10 @@ def test_the_result_exports_without_a_norm_and_computes_the_same(tmp_path: Path)
     operators = exported(result.model, (), dict(batch), path)
     assert not [name for name in operators if "Normalization" in name]
     session = onnxruntime.InferenceSession(path)
-    (found,) = session.run(None, {name: value.numpy() for name, value in batch.items()})
+    (output,) = session.run(None, {name: value.numpy() for name, value in batch.items()})
     with torch.no_grad():
         expected = result.model(**batch)
-    assert np.abs(found - expected.numpy()).max() < 1e-5 * float(expected.abs().max())
+    assert np.abs(output - expected.numpy()).max() < 1e-5 * float(expected.abs().max())
 
 
 # --- the fit as the start of a switch ---

@@ -35,8 +35,8 @@ def test_the_loss_is_the_formula() -> None:
             hook.remove()
     parts = [(h - target).square().sum() / target.square().sum() for h, target in zip(*states, strict=True)]
     expected = torch.stack(parts).mean()
-    found = Repair(model, original, 5).loss(batch)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    computed = Repair(model, original, 5).loss(batch)
+    assert computed.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("weights", ["all", "affine"])
@@ -265,9 +265,9 @@ def test_what_it_refuses() -> None:
 def test_the_relative_error_leaves_padding_out_and_wants_something_to_compare() -> None:
     from stabnorm import valid_tokens
 
-    wanted, found = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
-    found[1, 2] = torch.nan
+    wanted, output = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+    output[1, 2] = torch.nan
     with valid_tokens(torch.tensor([[True] * 3, [True, True, False]])):
-        assert relative_error({"logits": found}, {"logits": wanted}) == 0
+        assert relative_error({"logits": output}, {"logits": wanted}) == 0
     with pytest.raises(StabNormError, match="without a floating tensor"):
         relative_error(torch.ones(2, dtype=torch.long), torch.ones(2, dtype=torch.long))

@@ -48,13 +48,13 @@ def walk(seed: int, total: int) -> list[float]:
     """Residuals that wander over all thresholds; now and then a layer does not run."""
     draw = random.Random(seed)
     level, slope = draw.uniform(0, 1), draw.uniform(-1.5, 1.5) / total
-    found = []
+    lams = []
     for step in range(total + 1):
         if step % (total // 5) == 0:
             slope = draw.uniform(-4, 4) / total
         level = min(max(level + slope, 0.0), 1.0)
-        found.append(math.nan if draw.random() < 0.05 else min(max(level + draw.gauss(0, 0.05), 0.0), 1.0))
-    return found
+        lams.append(math.nan if draw.random() < 0.05 else min(max(level + draw.gauss(0, 0.05), 0.0), 1.0))
+    return lams
 
 
 @pytest.mark.parametrize(("total", "start", "fraction"), [(400, 0, 0.8), (333, 40, 0.6), (200, 0, 1.0)])
@@ -78,12 +78,12 @@ def test_each_layer_follows_the_rule(total: int, start: int, fraction: float) ->
 
 
 def run(gate: AffineGate, residuals: list[float], steps: range) -> list[list[float]]:
-    found = []
+    lams = []
     for step in steps:
-        found.append(gate.advance(step))
+        lams.append(gate.advance(step))
         if step % MEASURE_EVERY == 0:
             gate.observe(step, residuals)
-    return found
+    return lams
 
 
 def test_on_plain_data_it_is_the_linear_schedule_from_the_end_of_the_warm_up() -> None:
@@ -122,8 +122,8 @@ def test_a_layer_that_gets_worse_waits_goes_on_or_goes_back() -> None:
     assert min(back) == pytest.approx(1 - (526 - 60) / (800 - 60))  # seven residuals of 0.9 take the average there
     assert back[1000] == 1.0
     assert max(b - a for a, b in itertools.pairwise(back)) == pytest.approx(6 / 800)
-    told = [(change.layer, change.state) for change in gate.changes]
-    assert told == [
+    changes = [(change.layer, change.state) for change in gate.changes]
+    assert changes == [
         ("waits", "run"),
         ("goes back", "run"),
         ("waits", "hold"),
@@ -154,11 +154,11 @@ def test_resumed_from_plain_containers_it_goes_on_to_the_same_numbers(stop: int)
     names = [str(i) for i in range(layers)]
 
     def go(gate: AffineGate, steps: range) -> list[list[float]]:
-        found = []
+        lams = []
         for step in steps:
-            found.append(gate.advance(step))
+            lams.append(gate.advance(step))
             gate.observe(step, [values[step] for values in series])
-        return found
+        return lams
 
     whole = AffineGate(names, total)
     wanted = go(whole, range(total + 1))

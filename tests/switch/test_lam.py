@@ -66,9 +66,9 @@ def test_the_loss_scale_reaches_running_gradient_statistics(scale: Any) -> None:
         x, dy = torch.randn(2, 32, 6)
         plain(x).backward(dy)
         scaled(x).backward(1024 * dy)
-    for mine, theirs in zip(scaled.parameters(), plain.parameters(), strict=True):
-        assert mine.grad is not None
-        torch.testing.assert_close(mine.grad / 1024, theirs.grad)
+    for own, theirs in zip(scaled.parameters(), plain.parameters(), strict=True):
+        assert own.grad is not None
+        torch.testing.assert_close(own.grad / 1024, theirs.grad)
 
 
 def test_the_gap_is_that_of_a_step_in_float64_with_its_micro_batches_and_without_padding() -> None:
@@ -117,8 +117,8 @@ def test_measuring_the_gap_changes_no_bit_of_the_training() -> None:
     assert torch.equal(results[0][0], results[1][0])
     for y, _ in results:
         y.backward(dy)
-    for mine, theirs in zip(watched.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(*(t.grad for t in (mine, theirs)))  # type: ignore[arg-type]
+    for own, theirs in zip(watched.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(*(t.grad for t in (own, theirs)))  # type: ignore[arg-type]
     for a, b in zip(watched.buffers(), plain.buffers(), strict=True):
         assert torch.equal(a, b)
 

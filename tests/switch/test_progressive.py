@@ -112,7 +112,7 @@ def test_the_gate_is_fed_every_fourth_step_and_decides_four_steps_later(shared: 
 
 
 def test_with_one_monitor_or_its_own_the_decisions_are_the_same() -> None:
-    found = []
+    values = []
     for shared in (True, False):
         torch.manual_seed(1)
         model = two()
@@ -120,10 +120,10 @@ def test_with_one_monitor_or_its_own_the_decisions_are_the_same() -> None:
         if watch is not None:
             watch.attach()
         switch = ProgressiveSwitch(model, 60, "adaptive", monitor=watch)
-        found.append((train(model, switch, range(60), monitor=watch), switch.gate.residuals))  # type: ignore[union-attr]
+        values.append((train(model, switch, range(60), monitor=watch), switch.gate.residuals))  # type: ignore[union-attr]
         switch.close()
         assert not model.plain._forward_pre_hooks or shared
-    assert found[0] == found[1]
+    assert values[0] == values[1]
 
 
 def test_a_monitor_that_lacks_a_layer_or_the_statistic_is_not_relied_on() -> None:

@@ -93,15 +93,15 @@ def test_a_schedule_longer_than_the_training_is_refused_with_both_ends() -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"schedule": "linaer"}, r"schedule='linaer' is unknown. Choose one of 'linear', 'cosine', 'constant', 'adap"),
         ({"start": -1}, r"start=-1 is out of range. Give a whole number of 0 or more"),
         ({"order": "deep"}, r"order='deep' is unknown. Choose one of 'together', 'shallow_first', 'deep_first'"),
     ],
 )
-def test_other_arguments_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_other_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make_schedule(**{"schedule": "linear", "total": 100, **options})
     with pytest.raises(ValueError, match="layer=3 is not one of 3 layers"):
         linear(0, 10, 3, 3)

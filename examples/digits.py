@@ -128,7 +128,7 @@ class DigitsViT(LightningModule):
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
         self.patches = nn.Conv2d(1, dim, kernel_size=2, stride=2)
-        # As loud as the patches themselves: tokens are averaged at the end, and only this tells them apart.
+        # As large as the patches themselves: tokens are averaged at the end, and only this distinguishes them.
         self.positions = nn.Parameter(0.5 * torch.randn(16, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)

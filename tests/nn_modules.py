@@ -56,3 +56,15 @@ def run(norm: nn.Module, x: Tensor, upstream: Tensor, mask: Tensor | None = None
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     return y.detach(), dx
+
+
+def batches(count: int, *shape: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and upstream gradients of one shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)) for _ in range(count)]
+
+
+def close_states(first: nn.Module, second: nn.Module, tolerance: float = 1e-6) -> None:
+    theirs = state(second)
+    for name, value in state(first).items():
+        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, msg=name)

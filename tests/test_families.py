@@ -1,4 +1,4 @@
-"""The look-alikes are what they claim: so many norms, each of which the output depends on, for either input."""
+"""The model families are what they claim: their number of norms, and that the output depends on each."""
 
 import pytest
 import torch

@@ -30,7 +30,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def chain() -> nn.Sequential:
-    """Every running norm behind another, so that a wrong input to one shows in the next."""
+    """A chain of all norms with running statistics, so that a wrong input of one changes the next."""
     prep = PRepBN(WIDTH)
     model = nn.Sequential(
         nn.Linear(WIDTH, WIDTH), RepBN(WIDTH), nn.Dropout(0.5), nn.Linear(WIDTH, WIDTH), prep, nn.GELU(),

@@ -50,17 +50,19 @@ def heatmap(
 ) -> Pixels:
     """Draw one statistic of all layers over the run.
 
-    Several steps that share a column show their largest value, so that a spike of one step is seen. Colours span what
-    most of the map holds, and values beyond have the end colours. NaN is grey, the infinities are magenta.
+    A column that stands for several steps shows their largest value, so that a spike of one step can be seen. The
+    colours span most values of the map; larger and smaller values have the end colours. NaN is grey, and infinite
+    values are magenta.
 
     Args:
         values: [steps, layers].
         steps: the step of each row, or of the first one.
-        layers: names, drawn from the top.
-        title: drawn above.
-        unit: said after the numbers of the colour bar. Default: none.
-        marks: (step, layer) of the cells that get a frame, the layer by name or index; what lies outside is left out.
-        log: logarithmic colours. Default: if no value is negative, and the positive ones span over two decades.
+        layers: names of the layers, from top to bottom.
+        title: title of the picture.
+        unit: unit of the numbers at the colour bar. Default: none.
+        marks: step and layer of the cells that get a frame; a layer is a name or an index. Marks outside of the map are
+            left out. Default: none.
+        log: whether colours are logarithmic. Default: if no value is negative, and positive values span two decades.
 
     Returns:
         uint8 [height, width, 3].
@@ -114,9 +116,9 @@ def heatmap(
 
 @dataclass(frozen=True)
 class _Scale:
-    """From values to 0..1."""
+    """Maps values to [0, 1]."""
 
-    low: float  # both in the logarithm's domain when `log`
+    low: float  # both are logarithms if `log`
     high: float
     log: bool
     clips_low: bool = False
@@ -166,9 +168,9 @@ def _equal(low: float, high: float) -> bool:
 
 
 def _columns(values: Floats) -> Floats:
-    """Return [WIDTH, layers]: the largest of the steps that share a column, or one step for several columns."""
+    """Return [WIDTH, layers]: the largest value of the steps of a column; a step may have several columns."""
     starts = np.arange(WIDTH) * len(values) // WIDTH
-    infinite = np.where(np.isinf(values), np.inf, values)  # -inf is no small value either
+    infinite = np.where(np.isinf(values), np.inf, values)  # -inf must be seen, too
     columns: Floats = np.fmax.reduceat(infinite, starts, axis=0)  # where starts repeat, it takes the value itself
     return columns
 

@@ -1,4 +1,4 @@
-"""The formulas of the detail moments: what the costlier statistics need beside `RawMoments`.
+"""The formulas of the detail moments, which the costlier statistics need in addition to `RawMoments`.
 
 Shape legend: R rows (tokens), C channels, B sequences (entries of the input's first axis). Every field is a sum, an
 extreme, a mean or a mean with a variance, so that micro-batches and ranks merge exactly: `DETAIL` says which is which.

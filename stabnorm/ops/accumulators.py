@@ -13,15 +13,15 @@ from stabnorm.ops.moments import add_moments_
 
 
 def empty_accumulators(layers: int, channels: int, device: torch.device, splits: int = 0) -> RawMoments:
-    """Accumulators of layers: ``seen [L]``, or ``[L, S]`` where a kernel fills splits.
+    """Create accumulators of layers: ``seen [L]``, or ``[L, S]`` if a kernel fills splits.
 
-    Splits of a layer stay apart until `merge_accumulators` merges those of all layers in one launch.
+    `merge_accumulators` later merges the splits of all layers in one launch.
 
     Args:
-        layers: L.
-        channels: of the widest.
-        device: where.
-        splits: how many another kernel fills; 0: there is no other.
+        layers: number of layers.
+        channels: number of channels of the widest layer.
+        device: device of the accumulators.
+        splits: number of splits that another kernel needs. Default: 0, there is no other kernel.
 
     >>> empty_accumulators(2, 3, torch.device("cpu")).seen.shape
     torch.Size([2])
@@ -35,7 +35,7 @@ def empty_accumulators(layers: int, channels: int, device: torch.device, splits:
 
 
 def merge_accumulators(accumulators: RawMoments) -> RawMoments:
-    """One accumulator for each layer, ``seen [L]``; the same where there are no splits."""
+    """Return one accumulator for each layer, ``seen [L]``; accumulators without splits are returned as they are."""
     return accumulators if accumulators.seen.ndim == 1 else merge_splits(*accumulators)
 
 

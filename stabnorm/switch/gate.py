@@ -1,4 +1,4 @@
-"""`AffineGate`: it switches a layer when the LayerNorm is nearly affine, and keeps the norm where it never is."""
+"""`AffineGate` switches a layer when its LayerNorm is nearly affine; a layer whose LayerNorm never is keeps it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

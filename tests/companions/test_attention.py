@@ -122,7 +122,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Grouped(nn.Module):
-    """Four heads that share two key heads; how many it has is said by its config."""
+    """Four heads that share two key heads; the config has the number of heads."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -78,7 +78,7 @@ class Gpt(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """PEFT's layout: what was there, and a low-rank path beside it, both reading the norm."""
+    """The layout of PEFT: the original layer and a low-rank path, which both read the norm."""
 
     def __init__(self, base_layer: nn.Linear, rank: int = 2) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class LlamaMLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture whose experts are slices of one bare Parameter, as Llama 4 and gpt-oss have them."""
+    """A mixture whose experts are slices of one Parameter, as in Llama 4 and gpt-oss."""
 
     def __init__(self, experts: int = 3) -> None:
         super().__init__()

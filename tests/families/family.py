@@ -50,7 +50,7 @@ class Family:
 
 
 def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter and running statistic anew, so that none is 0, 1 or negligible; in place.
+    """Draw new values of every parameter and running statistic in place, so that none is 0, 1 or negligible.
 
     Gains, layer scales and variances are away from 0 and of order 1; matrices suit a fan-in of about ten.
     """

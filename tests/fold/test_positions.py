@@ -61,7 +61,7 @@ def before_conv(conv: nn.Module, channels: int) -> Callable[[], nn.Module]:
 
 
 class PostNorm(nn.Module):
-    """Two blocks of post-norm, in the middle of which a layer scale may stand."""
+    """Two post-norm blocks, between which there may be a layer scale."""
 
     def __init__(self, layer_scale: bool) -> None:
         super().__init__()

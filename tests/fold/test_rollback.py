@@ -1,4 +1,4 @@
-"""Each of the three folds, done a thousandth wrong: it is seen, taken back and said, and the model stays right."""
+"""Each of the three folds with an error of a thousandth: it is noticed, undone and reported, and the model is right."""
 
 import dataclasses
 from collections.abc import Callable

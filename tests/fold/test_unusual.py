@@ -1,4 +1,4 @@
-"""Models nobody would write on purpose: each folds exactly, or is left with a reason that helps."""
+"""Unusual models: each folds exactly, or is left as it is with a helpful reason."""
 
 import copy
 from collections import deque
@@ -319,7 +319,7 @@ def test_complex_outputs_are_compared() -> None:
 
 
 class Says(nn.Module):
-    """A module that says of itself what it is told to."""
+    """A module whose `fold_affine` returns what the test wants."""
 
     def __init__(self, returned: Any) -> None:
         super().__init__()

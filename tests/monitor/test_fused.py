@@ -169,7 +169,7 @@ def test_an_activation_in_place_may_follow(fused_calls: list[torch.Size]) -> Non
 
 
 class Own(nn.LayerNorm):
-    """Somebody's subclass, of which torch's kernel may be half."""
+    """A subclass of a user, which may call torch's kernel for a part of its work."""
 
 
 def replaced() -> nn.Module:

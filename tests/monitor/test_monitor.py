@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,13 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 import stabnorm
 from stabnorm import StabilityMonitor, valid_tokens
-from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.record import Block
 from stabnorm.ops import use_kernels
 
 
 class Net(nn.Module):
-    """Two transformer-like blocks with dropout, an in-place activation behind a frozen norm, one norm used twice."""
+    """Two transformer-like blocks with dropout, an in-place activation, and a norm that is used twice."""
 
     def __init__(self, dim: int = 16) -> None:
         super().__init__()
@@ -386,44 +384,6 @@ def test_errors_come_before_training_and_say_what_to_do() -> None:
         StabilityMonitor(Net(), ["affine_residuum"])
     with pytest.raises(ValueError, match="holds gradient statistics only"):
         StabilityMonitor(Net(), ["grad_gain"], gradients=False)
-
-
-def test_it_says_what_it_costs() -> None:
-    model = Net()
-    with StabilityMonitor(model) as monitor:
-        for _ in range(5):
-            model(torch.randn(8, 6, 4)).square().mean().backward()
-            monitor.step()
-        monitor.flush()
-    cost = monitor.cost
-    assert cost.hooks > 0
-    assert cost.step > 0
-    assert cost.flush > 0
-    assert cost.percent > 0
-    assert "ms per step" in str(cost)
-
-
-def test_the_first_step_is_no_part_of_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = 0.0
-    monkeypatch.setattr("stabnorm.monitor.cost.time", SimpleNamespace(perf_counter=lambda: clock))
-    watch = Stopwatch()
-    hooks = 0.0
-    for number in range(5):
-        clock += 0.100 if number else 7.0
-        hooks += 0.002 if number else 3.0
-        clock += 0.002 if number else 3.0
-        began = watch.begin_step(hooks)
-        clock += 0.001 if number else 5.0
-        watch.end_step(began, hooks)
-    assert watch.cost(hooks) == Cost(*map(pytest.approx, (2.0, 1.0, 0.0, 3.0)))  # type: ignore[arg-type]
-    watch.flushes += 0.004
-    assert watch.cost(hooks) == Cost(*map(pytest.approx, (2.0, 1.0, 1.0, 4.0)))  # type: ignore[arg-type]
-
-
-def test_of_one_step_there_is_no_cost_to_say() -> None:
-    watch = Stopwatch()
-    watch.end_step(watch.begin_step(0.0), 0.0)
-    assert str(watch.cost(0.0)) == "unknown: too few steps to say"
 
 
 def test_the_package_offers_what_it_promises() -> None:

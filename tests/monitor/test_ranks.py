@@ -57,7 +57,7 @@ EVERY_CASE = [*CASES, *(pytest.param(case, marks=needs_fsdp_on_cpu) for case in 
 
 
 class Sayings(logging.Handler):
-    """Keeps what is said."""
+    """Keeps all log messages."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def test_ranks_that_watch_different_layers_are_refused_on_each(both: tuple[Any, 
 
 
 def exact(rows: Tensor) -> RawMoments:
-    """Float32 moments of rows that are as exact as they can be; of none, those of an account nobody wrote to."""
+    """Return float32 moments of rows, computed in float64; without rows, those of an empty accumulator."""
     if not len(rows):
         return RawMoments(*(part[0] for part in empty_moments(1, rows.shape[1])))
     whole = raw_moments(rows.double(), "layer", 1e-5)

@@ -1,30 +1,20 @@
-"""What holds for every norm module: state, masks, precision, recomputes, layouts, copies, errors."""
+"""What holds for every norm module: state, masks, precision, layouts, copies, errors."""
 
 import copy
 import io
 import pickle
-import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stabnorm import StabilityMonitor, find_norms, valid_tokens
 from stabnorm.errors import StabNormError
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm, no_decay_groups
-from stabnorm.ops import use_kernels
-from stabnorm.ops.cpp import library
-from tests.nn_modules import COUNTERS, MODULES, built, run, state
+from tests.nn_modules import COUNTERS, MODULES, batches, built, close_states, run, state
 
 every = pytest.mark.parametrize("name", list(MODULES))
-
-
-def batches(count: int, *shape: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)) for _ in range(count)]
 
 
 def same_state(norm: nn.Module, before: dict[str, Tensor], but: tuple[str, ...] = ()) -> None:
@@ -35,12 +25,6 @@ def same_state(norm: nn.Module, before: dict[str, Tensor], but: tuple[str, ...] 
         if but and name.endswith("progress"):
             value, was = value[::2], was[::2]  # the one between counts with the skips
         assert torch.equal(value, was), name
-
-
-def close_states(first: nn.Module, second: nn.Module, tolerance: float = 1e-6) -> None:
-    theirs = state(second)
-    for name, value in state(first).items():
-        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 @every
@@ -168,58 +152,6 @@ def test_under_autocast_statistics_are_float32(name: str) -> None:
         y, dx = run(norm, x.bfloat16(), dy.float() if name == "prep" else dy.bfloat16())
     assert dx.dtype == torch.bfloat16
     assert y.dtype == torch.bfloat16 or name == "prep"  # autocast runs layer norm in float32
-
-
-@pytest.fixture(params=["aten", "cpp"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "cpp" and (reason := library.why_not()) is not None:
-        pytest.skip(reason)
-    with use_kernels(request.param):
-        yield
-
-
-@every
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_t7_a_recompute_changes_no_state_and_returns_the_first_output(name: str, reentrant: bool) -> None:
-    plain = built(name)
-    seen: list[Tensor] = []
-
-    def recording(norm: nn.Module) -> nn.Module:
-        norm.register_forward_hook(lambda m, a, y: seen.append(y.detach().clone()))
-        return norm
-
-    again = recording(copy.deepcopy(plain))
-    for x, dy in batches(8, 4, 6, 8):
-        y, _ = run(plain, x, dy)
-        seen.clear()
-        x = x.requires_grad_()
-        out = checkpoint(lambda t: again(t).tanh(), x, use_reentrant=reentrant)
-        out.backward(dy)
-        assert len(seen) == 2
-        assert torch.equal(seen[0], seen[1])
-        assert torch.equal(seen[0], y)
-        x.grad = None
-    for key in ("step", "skips", "rep.step"):
-        if key in state(plain):
-            assert torch.equal(state(plain)[key], state(again)[key])
-    forward = [key for key in state(plain) if "gradient" not in key and key != "nu"]
-    for key in forward:
-        assert torch.equal(state(plain)[key], state(again)[key]), key
-
-
-@every
-def test_t7_two_checkpointed_forwards_before_one_backward(name: str) -> None:
-    plain = built(name)
-    again = copy.deepcopy(plain)
-    for pair in zip(batches(6, 4, 6, 8), batches(6, 4, 6, 8, seed=1), strict=True):
-        (a, da), (b, db) = pair
-        a, b = a.requires_grad_(), b.requires_grad_()
-        expected = torch.autograd.grad([plain(a), plain(b)], [a, b], [da, db])
-        outputs = [checkpoint(again, t, use_reentrant=False) for t in (a, b)]
-        for got, want in zip(torch.autograd.grad(outputs, [a, b], [da, db]), expected, strict=True):
-            torch.testing.assert_close(got, want)
-    close_states(plain, again)
 
 
 @every
@@ -393,23 +325,3 @@ def test_gradient_statistics_are_free_of_the_loss_scale(name: str) -> None:
     for key in ("average_gradient", "nu"):
         if key in state(norm):
             assert torch.equal(state(norm)[key], state(scaled)[key])
-
-
-@pytest.mark.parametrize("order", range(3))
-def test_recomputes_come_in_any_order(order: int) -> None:
-    norm = UnifiedNorm(8, warmup_steps=0)
-    for x, dy in batches(6, 4, 6, 8):
-        run(norm, x, dy)
-    inputs = [x.requires_grad_() for x, _ in batches(5, 4, 6, 8, seed=1)]
-    seen: dict[int, list[Tensor]] = {i: [] for i in range(5)}
-
-    def forward(x: Tensor, index: int) -> Tensor:
-        y: Tensor = norm(x)
-        seen[index].append(y.detach().clone())
-        return y.tanh()
-
-    outputs = [checkpoint(forward, x, i, use_reentrant=False) for i, x in enumerate(inputs)]
-    for index in random.Random(order).sample(range(5), 5):
-        outputs[index].backward(torch.randn_like(outputs[index]))
-    for first, second in seen.values():
-        assert torch.equal(first, second)

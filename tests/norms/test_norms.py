@@ -21,7 +21,7 @@ from stabnorm.norms import registry as classes
 
 
 class PlusOneNorm(nn.RMSNorm):
-    """A norm that only its output tells: torch's, but for the gain."""
+    """A norm that can only be recognised by its output: torch's, with another gain."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None

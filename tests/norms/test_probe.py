@@ -136,7 +136,7 @@ class StdNorm(nn.LayerNorm):
 
 
 class ScaleNorm(nn.Module):
-    """One gain for all channels, so that nothing tells how many there are."""
+    """A norm with one gain for all channels, so that the number of channels is not known."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every backend equals its formula in float64 within one table by dtype; and so do the modules, there and back."""
+"""Every backend equals its formula in float64 within one table by dtype; so do the modules, both ways."""
 
 from collections.abc import Callable
 from pathlib import Path

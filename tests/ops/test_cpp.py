@@ -1,4 +1,4 @@
-"""The C++ backend for CPUs: built only when asked for, kept, missed without harm, and the same in compiled graphs."""
+"""The C++ backend for CPUs: it is built only on request, kept, may be missing, and is the same in compiled graphs."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""The layout of the moments and the signatures in C++ exist once; what must repeat them is compared with them here."""
+"""The layout of the moments and the signatures in C++ are declared once, and all copies of them are compared here."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""The kernels behind `ops.blended`, `ops.blend` and GroupScaling equal the formulas in float64."""
+"""The kernels of `ops.blended`, `ops.blend` and GroupScaling equal the formulas in float64."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The kernel behind a hook and the one behind a step equal `functional` in float64; see tests/triton_kernels.py."""
+"""The kernels of a hook and of a step equal `functional` in float64; see tests/triton_kernels.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernel behind `ops.observed` equals the formulas in float64; see tests/triton_kernels.py."""
+"""The kernel of `ops.observed` equals the formulas in float64; see tests/triton_kernels.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernels behind `ops.rows` equal the formulas in float64; see tests/triton_kernels.py for how they run."""
+"""The kernels of `ops.rows` equal the formulas in float64; see tests/triton_kernels.py for how they run."""
 
 import pytest
 import torch

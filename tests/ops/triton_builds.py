@@ -26,7 +26,7 @@ from stabnorm.ops.triton import accumulators, blend, blended, groups, moments, o
 
 
 class Driver:
-    """Names a target, and is never asked to run anything."""
+    """Names a target; it cannot run anything."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -45,7 +45,7 @@ class Driver:
 
 
 def compile_only(kernel: Any) -> Any:
-    """What stands for a kernel: a launch compiles."""
+    """Return a replacement for a kernel whose launch only compiles."""
 
     class Launch:
         def __getitem__(self, grid: object) -> Any:

@@ -1,4 +1,4 @@
-"""The switch in a plain training loop: lam's sequence, the gate that is fed with a lag, resume, and what is said."""
+"""The switch in a plain training loop: the sequence of lam, the gate with delayed residuals, resume, and messages."""
 
 import copy
 import functools

@@ -20,7 +20,7 @@ def merge(seen: Tensor, channel: Tensor, token: Tensor) -> RawMoments:
         token.new_empty(layers, token.shape[2]),
     )
     tile = split_tile(splits)
-    with torch.cuda.device_of(channel):  # a kernel is launched on the current device, whatever it is given
+    with torch.cuda.device_of(channel):  # a kernel runs on the current device, whatever the device of its arguments
         grid = triton.cdiv(channels, tile["CHANNELS"]), layers
         merge_layers[grid](seen, channel, token, *out, splits, channels, **tile)
     return out

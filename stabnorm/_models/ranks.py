@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_library = torch.library.Library("stabnorm", "FRAGMENT")
-_library.define("gather_over_ranks(Tensor x) -> Tensor")
+from stabnorm._registration import registered
 
 
 def ranks(group: "dist.ProcessGroup | None" = None) -> int:
@@ -15,14 +14,13 @@ def ranks(group: "dist.ProcessGroup | None" = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+@registered(lambda x: x.new_empty((ranks(), *x.shape)))
 def gather_over_ranks(x: Tensor) -> Tensor:
     """Stack every rank's ``x``: ``[...] -> [W, ...]``. It is not summed, so that ranks can merge by Chan's rule.
 
     >>> gather_over_ranks(torch.ones(3)).shape
     torch.Size([1, 3])
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.stabnorm.gather_over_ranks.default(x)  # type: ignore[no-any-return]
     return gather_in_group(x)
 
 
@@ -43,14 +41,6 @@ def _gathering_device(device: torch.device, group: "dist.ProcessGroup | None") -
     if backends.get(device.type) not in (None, "gloo"):
         return device
     return torch.device("cpu" if "cpu" in backends else next(iter(backends)))
-
-
-_library.impl("gather_over_ranks", gather_in_group, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("stabnorm::gather_over_ranks")  # type: ignore[untyped-decorator]
-def _(x: Tensor) -> Tensor:
-    return x.new_empty((ranks(), *x.shape))
 
 
 def is_distributed(x: Tensor) -> bool:

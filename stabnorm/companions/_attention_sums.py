@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stabnorm._registration import returns_nothing
 from stabnorm.companions.companion import merged, sampled, wide
 from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
-from stabnorm.ops.registration import returns_nothing
 
 HIDDEN = -5e3  # a key counts as hidden if a mask lowers its logit by more; masks use -1e4, -1e9, -inf, ...
 

@@ -14,10 +14,10 @@ from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
 from stabnorm._models.watched import unwatch_class, watch_class
 from stabnorm._models.wrappers import plain_name, unwrapped
+from stabnorm._registration import returns_nothing
 from stabnorm.companions.companion import Companion, HookedWatch, Place, merged, sampled, wide
 from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
-from stabnorm.ops.registration import returns_nothing
 from stabnorm.statistic import Statistic
 
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stabnorm._registration import returns_nothing
 from stabnorm.functional.detail import OUTPUTS, DetailMoments, detail_moments, merge_detail_, outlier_counts
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
-from stabnorm.ops.registration import returns_nothing
 
 
 class DetailRequest(NamedTuple):

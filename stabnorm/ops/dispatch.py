@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from stabnorm._checks import check_choice
+from stabnorm._registration import define
 from stabnorm.ops import admission, tested
-from stabnorm.ops.registration import define
 
 KERNELS = ("auto", "aten", "cpp", "triton", "reference")
 VARIABLE = "STABNORM_KERNELS"

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stabnorm._registration import returns_nothing
 from stabnorm.functional import Kind, RawMoments, merge_moments_, normalize_groups, raw_moments
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops.dispatch import op
-from stabnorm.ops.registration import returns_nothing
 
 
 class Request(NamedTuple):

@@ -14,10 +14,10 @@ whether the warm-up is over.
 import torch
 from torch import Tensor
 
+from stabnorm._registration import returns_nothing
 from stabnorm.functional import geometric_mean, is_burst
 from stabnorm.ops.dispatch import op
 from stabnorm.ops.moments import is_recompute
-from stabnorm.ops.registration import returns_nothing
 
 REMEMBERED = 16  # forwards that are remembered for a recompute; an older one is recomputed with its own statistics
 

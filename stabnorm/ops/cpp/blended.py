@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from stabnorm._registration import registered
 from stabnorm.ops.aten import blended as aten
 from stabnorm.ops.blended import (
     BlendedSums,
@@ -14,7 +15,6 @@ from stabnorm.ops.blended import (
 )
 from stabnorm.ops.cpp import rows as rows_
 from stabnorm.ops.cpp.library import call, maybe_whole, shape_of
-from stabnorm.ops.registration import registered
 from stabnorm.ops.rows import BatchMap
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from stabnorm._registration import registered
 from stabnorm.ops.cpp.library import call, empty_like, like, shape_of
 from stabnorm.ops.groups import gradient_of_groups, scaled_groups
-from stabnorm.ops.registration import registered
 
 
 @scaled_groups.backend("cpp", in_graphs=True)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from stabnorm._registration import registered
 from stabnorm.functional import BatchMoments
 from stabnorm.ops.cpp.library import call, empty_like, like, maybe_vector, maybe_whole, shape_of, vector
-from stabnorm.ops.registration import registered
 from stabnorm.ops.rows import BatchMap, affine_of_rows, gradient_of_rows, moments_of_rows, sums_of_rows
 
 

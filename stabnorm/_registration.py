@@ -83,7 +83,7 @@ def define(name: str, like: Callable[..., Any], run: Callable[..., Any], mutates
 
 
 def registered(fake: Callable[..., Any]) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Register a function of a backend. Eager calls run the function; compiled graphs call the op."""
+    """Register a function as an op. Eager calls run the function; compiled graphs call the op."""
 
     def register(run: Callable[_P, _T]) -> Callable[_P, _T]:
         node = define(run.__name__, run, run, (), fake)

@@ -1,11 +1,12 @@
-"""When to raise an alert: absolute alarms of the catalogue, a robust z-score against the layer's own past, non-finite.
+"""Detectors, which raise alerts: absolute alarms, a robust z-score against the layer's own past, and NaN or infinity.
 
-The z-score works on logarithms against median and median absolute deviation of the last 128 steps. Three things keep
-it quiet on a healthy run: a least scale per statistic (`Statistic.floor`; six of them are the smallest change that can
-fire), outliers that enter the past clipped, and a score that must hold for two steps unless it is twice too high.
-The constants, and the choice of this detector instead of CUSUM, EWMA or fitted quantiles, come from a study of 168
-injected faults on three small models. In 35,256 calm steps it raised no alert. So on such models there are, with 95 %
-confidence, at most 0.85 false alarms in 10,000 steps (exact binomial bound). Other models may have more.
+The z-score compares the logarithm of a value with median and median absolute deviation of the last 128 steps. Three
+rules prevent false alarms in a healthy run. Each statistic has a least scale (`Statistic.floor`), and only a change of
+six times this scale can raise an alert. Outliers are clipped before they enter the past. A score must hold for two
+steps unless it is twice as high as the bound. The constants, and the choice of this detector instead of CUSUM, EWMA or
+fitted quantiles, come from a study of 168 injected faults on three small models. In 35,256 calm steps it raised no
+alert. So on such models there are, with 95 % confidence, at most 0.85 false alarms in 10,000 steps (exact binomial
+bound). Other models may have more.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -20,13 +21,13 @@ from stabnorm.monitor.windows import COMPARES_FROM
 from stabnorm.statistic import Statistic
 
 _PAST = 128  # steps in the window
-_REFRESH = 16  # steps between two looks at median and scale
-_LEARNT = 48  # steps before they are looked at first
+_REFRESH = 16  # steps between two updates of median and scale
+_LEARNT = 48  # steps before their first update
 _BOUND = 6.0  # robust standard deviations
 _CLIP = 4.0
-_QUIET = 100  # calm steps before the same kind of alert is raised again
-_ENOUGH = 32  # tokens in a step before an absolute alarm is believed
-_NEAR = 0.6  # of the highest score: the first layer in depth order that reaches it is named, not a later, louder one
+_QUIET = 100  # calm steps before an alert of the same kind can be raised again
+_ENOUGH = 32  # fewest tokens in a step for an absolute alarm
+_NEAR = 0.6  # share of the highest score: the alert names the first layer in depth order that reaches it
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Alert:
 
     Attributes:
         step: optimizer step, counted from 0 like the loggers' x axis.
-        layer: the layer's name.
-        statistic: the catalogue's name, or "nonfinite".
-        value: the statistic of that layer at that step.
-        threshold: the bound it crossed.
+        layer: name of the layer.
+        statistic: name of the statistic, or "nonfinite".
+        value: value of the statistic of this layer at this step.
+        threshold: the bound that it crossed.
         reason: one sentence that says what happened and where to look.
     """
 
@@ -55,12 +56,12 @@ class Alert:
 
 
 class Detector(Protocol):
-    """Reads every step of every row, in order, and says when something is wrong. Runs on the host, at a flush.
+    """Reads every step of every row, in order, and raises alerts. It runs on the host, at a flush.
 
-    Another one takes the place of `RobustDetector` as ``StabilityMonitor(model, detector=...)``: a class, or a function
-    that makes one, called with the statistics, the names of the rows, and the names of layers whose own norm a schedule
-    takes away. The monitor makes one for its norms and one for each companion. What it remembers has to be in its
-    state, so that a resumed run raises the same alerts.
+    ``StabilityMonitor(model, detector=...)`` uses another detector than `RobustDetector`. The argument is a class, or a
+    function that returns a detector. It is called with the statistics, the names of the rows, and the names of layers
+    whose own norm a schedule removes. The monitor makes a detector for its norms and one for each companion. All that a
+    detector remembers must be in its state, so that a resumed run raises the same alerts.
 
     >>> import stabnorm
     >>> class TooLarge:
@@ -92,13 +93,13 @@ class Detector(Protocol):
 
         Args:
             first_step: the step of row 0.
-            values: ``[steps, rows, statistics]`` on the CPU; NaN where a row has no value.
-            tokens: ``[steps, rows]``, how many valid tokens the layer saw; infinite where the rows are no norms.
-            nonfinite: ``[steps, rows]`` bool, whether the layer's input held a NaN or an infinity.
+            values: ``[steps, rows, statistics]`` on the CPU; NaN if a row has no value.
+            tokens: ``[steps, rows]``, number of valid tokens of the layer; infinite if the rows are not norms.
+            nonfinite: ``[steps, rows]`` bool, whether the layer's input had a NaN or an infinity.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, as tensors and plain containers."""
+        """Return the state as tensors and plain containers."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state.
@@ -112,12 +113,12 @@ MakeDetector = Callable[[Sequence[Statistic], Sequence[str], Collection[str]], D
 
 
 class RobustDetector:
-    """The detector of this package: alarms, a robust z-score against each row's own past, and what is not finite.
+    """The detector of this package: alarms, a robust z-score against each row's own past, and NaN or infinity.
 
     Args:
-        statistics: what the columns of the values are.
-        layers: the rows' names, in depth order.
-        fading: layers whose own norm a schedule takes away, and its gradients with it: those raise no alert there.
+        statistics: the statistics in the columns of the values.
+        layers: names of the rows, in depth order.
+        fading: layers whose own norm a schedule removes. Their gradients vanish with it, so they raise no alert.
             Default: none.
     """
 
@@ -135,9 +136,9 @@ class RobustDetector:
         shape = (len(self._layers), len(self._watched))
         self._past = _host(torch.nan).repeat(_PAST, *shape)
         self._center, self._scale, self._before = (_host(value).repeat(shape) for value in (0.0, 1.0, 0.0))
-        self._seen = _host(0).repeat(shape)  # steps with a value: a layer that starts late learns late
+        self._seen = _host(0).repeat(shape)  # steps with a value, for each layer, because a layer may start late
         self._steps = 0
-        # Calm steps to wait before the same is raised again; an alarm, which may stand for ever, mutes only itself.
+        # Calm steps to wait before the same alert can be raised again. An alarm may last, and mutes only itself.
         self._quiet = {"nonfinite": 0, "past": 0}
         self._quiet_alarms = _host(0).repeat(len(self._layers), len(self._alarmed))
 
@@ -147,7 +148,7 @@ class RobustDetector:
         return bool((self._seen > COMPARES_FROM).any())
 
     def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
-        """Take in the next steps and return their alerts, at most one of a kind per step; see `Detector.update`."""
+        """Read the next steps and return their alerts, at most one of a kind in each step; see `Detector.update`."""
         values = values.double()
         alerts = []
         for offset in range(len(values)):
@@ -165,7 +166,7 @@ class RobustDetector:
         return alerts
 
     def _score(self, row: Tensor) -> Tensor:
-        """How many robust standard deviations each watched statistic is off its past, for two steps running."""
+        """Return by how many robust standard deviations each statistic is off its past in two successive steps."""
         log = row.log()
         known = torch.isfinite(log)
         if self._steps >= _LEARNT and (self._steps - _LEARNT) % _REFRESH == 0:
@@ -204,7 +205,7 @@ class RobustDetector:
         return layer, "nonfinite", float("nan"), 0.0, reason
 
     def _alarm(self, row: Tensor, tokens: Tensor) -> tuple[int, str, float, float, str] | None:
-        # What is not finite is an event of its own, and a handful of tokens jump about by nature.
+        # A non-finite value is another kind of alert, and statistics of few tokens vary too much.
         over = (row > self._alarms) & torch.isfinite(row) & (tokens >= _ENOUGH)[:, None]
         firing = over & (self._quiet_alarms == 0)
         self._quiet_alarms = torch.where(over, _QUIET, (self._quiet_alarms - 1).clamp(min=0))
@@ -240,7 +241,7 @@ class RobustDetector:
         return layer, statistic.name, value, threshold, reason
 
     def state_dict(self) -> dict[str, Any]:
-        """Baselines and cool-downs as tensors and plain containers."""
+        """Return baselines and waiting times as tensors and plain containers."""
         return {
             "past": self._past.clone(),
             "center": self._center.clone(),
@@ -273,5 +274,5 @@ class RobustDetector:
 
 
 def _host(values: Any) -> Tensor:
-    """Float64 on the CPU, whatever the defaults are set to."""
+    """Return a float64 tensor on the CPU, independent of torch's defaults."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")

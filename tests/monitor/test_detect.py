@@ -42,7 +42,7 @@ def run(values: Tensor, nonfinite: Tensor | None = None, chunk: int = 50, fading
 
 
 def test_the_documented_bound_on_false_alarms_follows_from_the_calm_steps() -> None:
-    text = detect.__doc__ or ""
+    text = " ".join((detect.__doc__ or "").split())
     (calm_steps,) = re.findall(r"In ([\d,]+) calm steps it raised no alert", text)
     (bound,) = re.findall(r"at most ([\d.]+) false alarms in 10,000 steps", text)
     exact = stats.binomtest(0, int(calm_steps.replace(",", "")), alternative="less").proportion_ci(0.95).high

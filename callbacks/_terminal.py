@@ -31,7 +31,7 @@ def short_verdict(monitor: StabilityMonitor) -> str:
     if monitor.alerts:
         last, count = monitor.alerts[-1], len(monitor.alerts)
         return f"{count} alert{'s'[: count > 1]}, last at {last.step} in {last.layer}"
-    return "calm" if monitor.steps_done >= ARMED else f"learning {monitor.steps_done}/{ARMED}"
+    return "calm" if monitor.compared else f"learning {monitor.steps_done}/{ARMED}"
 
 
 class VerdictInBar:

@@ -17,7 +17,8 @@ from stabnorm._models.examples import Example, first_rows, read_examples
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._outputs import begin_run, log_text, output_directory
-from stabnorm.callbacks._trainer import described, state_to_pickle
+from stabnorm.callbacks._trainer import described, logged_steps, state_to_pickle
+from stabnorm.callbacks.stability import StabilityCallback
 from stabnorm.errors import StabNormError
 from stabnorm.fold import FoldResult, fold_norms
 from stabnorm.fold.fold import check_options as check_fold_options
@@ -206,6 +207,9 @@ class FoldCallback(Callback):
             return
         self.result, self.directory = result, directory
         guard = Guard()
+        if (stability := StabilityCallback.of(trainer)) is not None and stability.monitor is not None:
+            monitor, last = stability.monitor, max(0, logged_steps(trainer) - 1)
+            monitor.outputs.write_event(monitor.records, "fold_report", last, {"norms": _described(result)})
         guard.attempt("the report of the fold cannot be printed", print, result)
         log_text(trainer, guard, "stability/fold", f"```\n{result}\n```", trainer.global_step)
         if directory is not None:
@@ -217,6 +221,14 @@ class FoldCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return state_to_pickle(self, result=None, _examples=None, _fitting=False)
+
+
+def _described(result: FoldResult) -> list[dict[str, str]]:
+    """Say for the record what became of each norm."""
+    return [
+        {"name": norm.name, "status": norm.status, "into": ", ".join(norm.into), "reason": norm.reason}
+        for norm in result.norms
+    ]
 
 
 def _may_fold(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from stabnorm._checks import check_state
 from stabnorm._models.names import NameFilter
 from stabnorm.callbacks._lightning import Callback
+from stabnorm.callbacks._live import REPORT, LiveReport
 from stabnorm.callbacks._masks import BatchMask
 from stabnorm.callbacks._outputs import (
     begin_run,
@@ -23,6 +24,7 @@ from stabnorm.callbacks._outputs import (
     record_writers,
     summary_writers,
 )
+from stabnorm.callbacks._terminal import logger, show_messages
 from stabnorm.callbacks._trainer import described, learning_rate, logged_steps, loss_scale, state_to_pickle
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
@@ -110,6 +112,7 @@ class StabilityCallback(Callback):
         self.include, self.exclude = include, exclude
         self.monitor: StabilityMonitor | None = None
         self.directory: Path | None = None
+        self._live: LiveReport | None = None
         self._saved: dict[str, Any] | None = None
         self._batch_mask = BatchMask(mask)
         self._step = _OpenStep()
@@ -157,6 +160,9 @@ class StabilityCallback(Callback):
             alerts, overhead = (lambda: len(monitor.alerts)), (lambda: monitor.cost.percent)
             monitor.records = record_writers(trainer, monitor.outputs, self.directory)
             monitor.records += headline_writers(trainer, monitor.outputs, names, alerts, overhead)
+            show_messages()
+            self._live = LiveReport(trainer, monitor, self.directory)
+            monitor.records.append(self._live.writer)
         monitor.attach()
         self._fitting, self._counted = True, False
 
@@ -185,6 +191,8 @@ class StabilityCallback(Callback):
 
     def _release(self) -> None:
         self._batch_mask.leave()
+        if self._live is not None:
+            self._live.leave_bar()
         if self.monitor is not None:
             self.monitor.detach()
 
@@ -250,9 +258,9 @@ class StabilityCallback(Callback):
             return
         guard = monitor.outputs
         rows = guard.attempt("the closing table cannot be made", self._rows, monitor, steps)
-        if rows is not None:
-            guard.attempt("the closing table cannot be printed", self._print_table, monitor, rows, len(steps))
-        guard.attempt("the cost cannot be printed", print, f"monitoring cost {monitor.cost}")
+        if self._live is not None:
+            self._live.close(int(steps[-1]))
+        guard.attempt("the closing words cannot be logged", self._say, trainer, monitor, rows, len(steps))
         if self.directory is None:
             return
         for name, meaning in _PICTURES.items():
@@ -263,22 +271,23 @@ class StabilityCallback(Callback):
             guard.attempt(what, log_companion, trainer, guard, track, monitor.alerts, self.directory)
         if rows is not None:
             guard.attempt("the closing table cannot be logged", self._log_table, trainer, monitor, rows, steps)
-        guard.attempt("the folder cannot be printed", self._say_where, trainer, guard, self.directory)
 
-    @staticmethod
-    def _print_table(monitor: StabilityMonitor, rows: list[Row], steps: int) -> None:
-        print(format_table(rows, steps=steps, compared=monitor.compared))
+    def _say(self, trainer: "Trainer", monitor: StabilityMonitor, rows: list[Row] | None, steps: int) -> None:
+        """Log the closing table, the cost, and where everything lies, as one message."""
+        words = [] if rows is None else [format_table(rows, steps=steps, compared=monitor.compared)]
+        words.append(f"monitoring cost {monitor.cost}")
+        places = [str(writer.log_dir) for writer in summary_writers(trainer, monitor.outputs)]
+        if self.directory is not None and self.directory.exists():
+            places.append(str(self.directory))
+            words.append(f"stabnorm: the report is {self.directory / REPORT}")
+        if places:
+            words.append(f"stabnorm: record and pictures are in {', '.join(places)}; `stabnorm view` shows them")
+        logger.info("%s", "\n".join(words))
 
     @staticmethod
     def _log_table(trainer: "Trainer", monitor: StabilityMonitor, rows: list[Row], steps: npt.NDArray[Any]) -> None:
         markdown = markdown_table(rows, steps=len(steps), compared=monitor.compared)
         log_text(trainer, monitor.outputs, "stability/closing_table", markdown, int(steps[-1]))
-
-    @staticmethod
-    def _say_where(trainer: "Trainer", guard: Guard, directory: Path) -> None:
-        places = [str(writer.log_dir) for writer in summary_writers(trainer, guard)]
-        places += [str(directory)] if directory.exists() else []
-        print(f"stabnorm: record and pictures are in {', '.join(places)}")
 
     def _rows(self, monitor: StabilityMonitor, steps: npt.NDArray[Any]) -> list[Row]:
         history = {name: values.numpy() for name, values in monitor.history().items()}
@@ -324,7 +333,7 @@ class StabilityCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         saved = self.state_dict().get("monitor")
-        return state_to_pickle(self, monitor=None, _fitting=False, _step=_OpenStep(), _saved=saved)
+        return state_to_pickle(self, monitor=None, _live=None, _fitting=False, _step=_OpenStep(), _saved=saved)
 
 
 def _bounds(statistics: Sequence[Statistic]) -> dict[str, dict[str, tuple[float, str]]]:

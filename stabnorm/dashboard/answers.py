@@ -210,11 +210,15 @@ class Answers:
         values = self._values(run, statistic, companion)
         where = np.array([at])
         baseline = run.baseline(statistic, companion)
+        scores = baseline.scores(values[at : at + 1], where)[0, column]
+        lam = None if companion else run.series("lam")
+        if lam is not None and definition(statistic).axis == _GRADIENTS and lam[at, column] < 1:
+            scores = np.nan  # a layer whose own norm is taken away loses its gradients, as it should
         return {
             "statistic": statistic,
             "value": _number(values[at, column]),
             "usual": _number(baseline.usual(where)[0, column]),
-            "sigmas": _number(baseline.scores(values[at : at + 1], where)[0, column]),
+            "sigmas": _number(scores),
         }
 
     def _profile(self, run: Run, statistic: str, companion: str, at: int) -> Answer:

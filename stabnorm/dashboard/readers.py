@@ -19,6 +19,7 @@ from stabnorm.monitor._record_files import block_number, unpack_arrays, unpack_l
 from stabnorm.monitor._record_format import PLUGIN_NAME, description_of, event_files
 from stabnorm.monitor.record import Event
 
+_FLOAT32 = 1  # TensorFlow's number of the type
 _AT_ONCE = 32 << 20  # bytes that are read at once
 _VALIDATION = re.compile(r"val(id(ation)?)?[/_.]", re.IGNORECASE)  # scalars of a logger that the timeline shows
 
@@ -60,24 +61,26 @@ class EventReader:
         self._offsets: dict[Path, int] = {}
         self._contents: dict[str, dict[str, Any]] = {}
         self._undescribed: dict[str, list[_TensorAt]] = {}
+        self._same: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._events: list[Event] = []
 
     def pieces(self) -> Iterator[tuple[str, str, Piece]]:
         """Yield (companion, series, piece) of what was written since the last time."""
-        for path, offset, length, event in self._new_events():
+        for path, offset, body, event in self._new_events():
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == PLUGIN_NAME:
                     self._describe(path, value.tag, value.metadata.plugin_data.content)
-                place = _TensorAt(path, offset, length, event.step, value.tag)
+                place = _TensorAt(path, offset, len(body), event.step, value.tag)
                 if value.tag in self._contents:
-                    for earlier in [*self._undescribed.pop(value.tag, []), place]:
-                        yield from self._piece(earlier, value if earlier is place else earlier.value())
+                    for earlier in self._undescribed.pop(value.tag, []):
+                        yield from self._piece(earlier, earlier.value_in(earlier.body()), earlier.body())
+                    yield from self._piece(place, value, body)
                 elif value.tag.startswith(f"{PLUGIN_NAME}/") and value.HasField("tensor"):
                     self._undescribed.setdefault(value.tag, []).append(place)  # its description was damaged
                 elif _VALIDATION.match(value.tag) and value.WhichOneof("value") == "simple_value":
                     self.validation.setdefault(value.tag, {})[event.step] = value.simple_value
 
-    def _piece(self, place: "_TensorAt", value: Any) -> Iterator[tuple[str, str, Piece]]:
+    def _piece(self, place: "_TensorAt", value: Any, body: bytes) -> Iterator[tuple[str, str, Piece]]:
         from tensorboard.util.tensor_util import make_ndarray
 
         content = self._contents[value.tag]
@@ -86,12 +89,19 @@ class EventReader:
                 data = json.loads(make_ndarray(value.tensor).item())
                 self._events.append(Event(content["event"], place.step, data))
                 return
-            num_steps = value.tensor.tensor_shape.dim[0].size
+            shape = tuple(int(axis.size) for axis in value.tensor.tensor_shape.dim)
+            num_steps = shape[0]
         except (IndexError, TypeError, ValueError):
             self._note(f"A value of {value.tag} is not as its tag describes it, and is left out.")
             return
-        piece = Piece(place.step - num_steps + 1, num_steps, tuple(content["layers"]), place.array)
+        load = place.numbers(body, value.tensor, shape) or place.array
+        piece = Piece(place.step - num_steps + 1, num_steps, self._layers(content["layers"]), load)
         yield content.get("companion", ""), content["series"], piece
+
+    def _layers(self, layers: list[str]) -> tuple[str, ...]:
+        """Return one tuple for all pieces of the same layers."""
+        names = tuple(layers)
+        return self._same.setdefault(names, names)
 
     def _describe(self, path: Path, tag: str, content: bytes) -> None:
         try:
@@ -108,7 +118,7 @@ class EventReader:
         if note not in self.notes:
             self.notes.append(note)
 
-    def _new_events(self) -> Iterator[tuple[Path, int, int, Any]]:
+    def _new_events(self) -> Iterator[tuple[Path, int, bytes, Any]]:
         for path in event_files(self._directory):
             try:
                 if path.stat().st_size > self._offsets.get(path, 0):
@@ -116,7 +126,7 @@ class EventReader:
             except OSError as error:
                 self._note(f"{path.name} cannot be read: {error}.")
 
-    def _new_events_of(self, path: Path) -> Iterator[tuple[Path, int, int, Any]]:
+    def _new_events_of(self, path: Path) -> Iterator[tuple[Path, int, bytes, Any]]:
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from tensorboard.compat.proto.event_pb2 import Event as ProtoEvent
 
@@ -134,7 +144,7 @@ class EventReader:
                     if event is None or body is None:
                         self._note(f"{path.name} is damaged near byte {begin + start:,}; what was there is left out.")
                     else:
-                        yield path, begin + start, len(body), event
+                        yield path, begin + start, body, event
                     read_to = end
                 begin += read_to
                 self._offsets[path] = begin
@@ -157,21 +167,45 @@ class _TensorAt(NamedTuple):
     step: int
     tag: str
 
-    def value(self) -> Any:
-        """Read the value that holds the tensor."""
-        from tensorboard.compat.proto.event_pb2 import Event as ProtoEvent
+    def numbers(self, body: bytes, tensor: Any, shape: tuple[int, ...]) -> Callable[[], npt.NDArray[Any]] | None:
+        """Return what reads the tensor's numbers without parsing; None if they do not lie there as float32."""
+        content = tensor.tensor_content
+        if tensor.dtype != _FLOAT32 or not content or len(content) != 4 * int(np.prod(shape)):
+            return None
+        within = body.rfind(content)
+        return _NumbersAt(self.path, self.offset + within, shape).array if within >= 0 else None
 
+    def body(self) -> bytes:
+        """Read the event."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            event = ProtoEvent.FromString(file.read(self.length))
-        return next(value for value in event.summary.value if value.tag == self.tag)
+            return file.read(self.length)
+
+    def value_in(self, body: bytes) -> Any:
+        """Return the value that holds the tensor."""
+        from tensorboard.compat.proto.event_pb2 import Event as ProtoEvent
+
+        return next(value for value in ProtoEvent.FromString(body).summary.value if value.tag == self.tag)
 
     def array(self) -> npt.NDArray[Any]:
         """Read the array."""
         from tensorboard.util.tensor_util import make_ndarray
 
-        array: npt.NDArray[Any] = make_ndarray(self.value().tensor)
+        array: npt.NDArray[Any] = make_ndarray(self.value_in(self.body()).tensor)
         return array
+
+
+class _NumbersAt(NamedTuple):
+    """The place of a tensor's numbers in a file, which need not be parsed."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+
+    def array(self) -> npt.NDArray[Any]:
+        """Read the array."""
+        count = int(np.prod(self.shape))
+        return np.fromfile(self.path, "<f4", count, offset=self.offset).reshape(self.shape)
 
 
 class FileReader:

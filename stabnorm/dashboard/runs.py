@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.readers import EventReader, FileReader, Piece, Reader
+from stabnorm.monitor._folders import FOLDER
 from stabnorm.monitor._record_format import PLUGIN_NAME
 from stabnorm.monitor.baseline import Baseline
 from stabnorm.monitor.record import SIDE_SERIES, Event, check_shape
@@ -24,6 +26,7 @@ from stabnorm.monitor.record import SIDE_SERIES, Event, check_shape
 Array = npt.NDArray[np.float32]
 
 CACHE_BYTES = 256 * 2**20  # of series in memory, for each run
+_BASELINES = 40  # in memory, for each run
 _SKIPPED = re.compile(r"checkpoints|\.git|__pycache__|wandb-core")
 
 
@@ -65,7 +68,8 @@ class Run:
         self._pieces: dict[tuple[str, str], list[Piece]] = {}
         self._reader = reader
         self._rows: dict[str, Rows] = {}
-        self._cache = OrderedDict[tuple[str, str], tuple[Array, Baseline]]()
+        self._cache = OrderedDict[tuple[str, str], Array]()
+        self._baselines: dict[tuple[str, str], Baseline] = {}
         self._known_events: set[str] = set()
 
     def __bool__(self) -> bool:
@@ -88,6 +92,7 @@ class Run:
             self.events.sort(key=lambda event: event.step)
             self._rows.clear()
             self._cache.clear()
+            self._baselines.clear()
             self.version += 1
         return found
 
@@ -144,21 +149,25 @@ class Run:
         """Return a series, ``[steps, ...]``, NaN where there is no value; None if the record does not have it."""
         if (companion, name) not in self._pieces:
             return None
-        return self._cached(name, companion)[0]
+        return self._kept((companion, name), lambda: self._stitch(self._pieces[companion, name], self.rows(companion)))
 
     def baseline(self, name: str, companion: str = "") -> Baseline:
-        """Return what was usual in a series of the record."""
-        return self._cached(name, companion)[1]
+        """Return what was usual in a series of the record, ``[steps, layers]``."""
+        if (companion, name) not in self._baselines:
+            values = self.series(name, companion)
+            assert values is not None
+            baseline = Baseline(values.shape[1], definition(name).floor)
+            baseline.extend(values)
+            self._baselines[companion, name] = baseline
+            if len(self._baselines) > _BASELINES:
+                self._baselines.pop(next(iter(self._baselines)))
+        return self._baselines[companion, name]
 
-    def _cached(self, name: str, companion: str) -> tuple[Array, Baseline]:
-        key = companion, name
+    def _kept(self, key: tuple[str, str], make: Callable[[], Array]) -> Array:
+        """Return a series from memory, where the ones that were used last are kept."""
         if key not in self._cache:
-            values = self._stitch(self._pieces[key], self.rows(companion))
-            baseline = Baseline(values.shape[1] if values.ndim == 2 else 1, definition(name).floor)
-            if values.ndim <= 2:
-                baseline.extend(values.reshape(len(values), -1))
-            self._cache[key] = values, baseline
-            while len(self._cache) > 1 and sum(a.nbytes for a, _ in self._cache.values()) > CACHE_BYTES:
+            self._cache[key] = make()
+            while len(self._cache) > 1 and sum(values.nbytes for values in self._cache.values()) > CACHE_BYTES:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
@@ -214,7 +223,7 @@ def run_folders(root: Path) -> dict[str, Path]:
         real = os.path.realpath(path)
         inner[:] = [] if real in visited else sorted(name for name in inner if not _SKIPPED.fullmatch(name))
         if real not in visited and any(_of_a_record(name) for name in names):
-            run = path.parent if path.name == PLUGIN_NAME and path != root else path
+            run = path.parent if path.name in (PLUGIN_NAME, FOLDER) and path != root else path
             name = run.relative_to(root).as_posix()
             folders[root.resolve().name if name == "." else name] = path
         visited.add(real)

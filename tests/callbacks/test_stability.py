@@ -389,9 +389,9 @@ def test_copies_and_pickles_carry_state_and_no_model(tmp_path: Path) -> None:
         assert "log" not in vars(twin)
 
 
-def test_the_closing_table_and_the_cost_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_closing_table_and_the_cost_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit(trainer(tmp_path, StabilityCallback()), module())
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert "12 steps" in printed
     assert "monitoring cost" in printed
     assert "ms per step" in printed
@@ -420,7 +420,7 @@ def test_lightning_cli_takes_it_by_name(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_full_and_statistics_of_your_own_are_fed_by_the_trainer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = Statistic("power", compute=lambda now, past: now.mean_over_channels(now.second_moment), threshold=1e-9)
     callback = StabilityCallback([*PRESETS["full"], own])
@@ -430,7 +430,7 @@ def test_full_and_statistics_of_your_own_are_fed_by_the_trainer(
     history, record = watched(callback).history(), record_of(callback)
     for name in ("power", "adam_staleness", "gradient_to_eps", "gain_spread", "effective_samples"):
         assert history[name].isfinite().all(), name
-    assert "over 1e-9 in most of the run's last tenth" in " ".join(capsys.readouterr().out.split())
+    assert "over 1e-9 in most of the run's last tenth" in " ".join(caplog.text.split())
     for name, values in history.items():
         torch.testing.assert_close(torch.from_numpy(record.series[name]), values, equal_nan=True)
 

@@ -30,7 +30,7 @@ def test_a_run_has_one_folder_for_record_pictures_and_folded_model_and_names_it(
     which: str,
     order: tuple[int, ...],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ours = callbacks()
@@ -43,7 +43,7 @@ def test_a_run_has_one_folder_for_record_pictures_and_folded_model_and_names_it(
     assert ("record.json" in names) == (which != "tensorboard")
     assert len(list(tmp_path.rglob("stabnorm_logs"))) == 1
     assert not list(tmp_path.rglob("stabnorm"))
-    assert f"record and pictures are in {stability.directory}" in capsys.readouterr().out or which == "tensorboard"
+    assert f"record and pictures are in {stability.directory}" in caplog.text or which == "tensorboard"
 
 
 @pytest.mark.parametrize("which", ["none", "here"])

@@ -51,7 +51,7 @@ export function drawControls(place, store) {
       about.formula ? `: ${about.formula}.` : '', about.bad_when ? ` Bad when: ${about.bad_when}.` : ''),
     element('h2', {}, 'Colour'),
     choice('colour', [['times', '\u00d7 own past', 'value divided by what was usual for this layer'], ['value', 'value', 'the value itself'],
-      ['sigmas', '\u03c3', 'robust standard deviations off the layer\u2019s own past']], state.colour, (colour) => store.set({ colour })),
+      ['sigmas', '\u03c3', 'robust standard deviations off the layer\u2019s own past']], store.colour, (colour) => store.set({ colour })),
     element('h2', {}, 'Rows'),
     choice('order', [['depth', 'depth'], ['worst', 'worst first']], state.order, (order) => store.set({ order })),
     filter,

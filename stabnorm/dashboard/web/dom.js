@@ -56,6 +56,20 @@ export function visible(name) {
 }
 
 /**
+ * Counts the letters that all names have in front, up to a dot: they tell nothing, and need not be shown.
+ * @param {string[]} names
+ * @returns {number}
+ */
+export function shared(names) {
+  if (names.length < 2) return 0;
+  let length = names[0].lastIndexOf('.') + 1;
+  for (const name of names) {
+    while (length && !name.startsWith(names[0].slice(0, length))) length = names[0].lastIndexOf('.', length - 2) + 1;
+  }
+  return length;
+}
+
+/**
  * Cuts the middle out of a name until it fits.
  * @param {CanvasRenderingContext2D} context - with its font set.
  * @param {string} name

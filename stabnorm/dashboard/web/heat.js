@@ -1,9 +1,9 @@
 // The map of layers by steps: one picture of all layers.
 import { Axis, RIGHT } from './axis.js';
 import { columnOf } from './arrays.js';
-import { element, fitted, number, sharp, stepText, visible } from './dom.js';
+import { element, fitted, number, shared, sharp, stepText, visible } from './dom.js';
 import { LOST, css, missing, scaleOf, themeColours } from './colours.js';
-import { cellOf, cellValue, rowsOf } from './rows.js';
+import { MOST, cellOf, cellValue, rowsOf } from './rows.js';
 import { drawMarks } from './timeline.js';
 
 const TOP = 2;
@@ -18,7 +18,8 @@ const BOTTOM = 20;
 export function leftOf(names, width) {
   const context = document.createElement('canvas').getContext('2d');
   context.font = 'bold 11px system-ui, sans-serif'; // as the chosen one is written
-  const longest = Math.max(40, ...names.map((name) => context.measureText(visible(name)).width));
+  const hidden = shared(names);
+  const longest = names.reduce((most, name) => Math.max(most, context.measureText(visible(name.slice(hidden))).width), 40) + (names.length > MOST ? 24 : 0);
   return Math.ceil(Math.min(longest + 12, width * 0.3));
 }
 
@@ -33,12 +34,18 @@ export class HeatMap {
    */
   constructor(canvas, store, map, range, { left, width }) {
     Object.assign(this, { canvas, store, map, left, width });
-    this.scale = scaleOf(store.state.colour, range);
-    this.rows = rowsOf(map, store.state, this.scale.rank);
+    this.scale = scaleOf(store.colour, range);
+    this.rows = rowsOf(map, { ...store.state, colour: store.colour }, this.scale.rank);
     this.axis = new Axis(left, width, map.edges[0], map.edges[map.edges.length - 1]);
     this.rowHeight = Math.min(30, Math.max(7, Math.floor(420 / Math.max(1, this.rows.length))));
     this.height = this.rows.length * this.rowHeight;
     this.draw();
+  }
+
+  /** Whether the detector compares this statistic with the past. */
+  get watched() {
+    const { floor } = this.store.definition(this.store.state.statistic);
+    return floor !== null && floor !== undefined;
   }
 
   draw() {
@@ -49,7 +56,7 @@ export class HeatMap {
     const picture = new ImageData(columns, Math.max(1, rows.length));
     rows.forEach((row, y) => {
       for (let x = 0; x < columns; x++) {
-        const at = cellOf(map, row, x, store.state.colour, this.scale.rank);
+        const at = cellOf(map, row, x, store.colour, this.scale.rank);
         picture.data.set([...this.colour(at), 255], 4 * (y * columns + x));
       }
     });
@@ -75,17 +82,16 @@ export class HeatMap {
   colour(at) {
     const { map, store } = this;
     if (map.lost[at] || Math.abs(map.high[at]) === Infinity || map.low[at] === -Infinity) return LOST;
-    const value = cellValue(map, store.state.colour, at);
+    const value = cellValue(map, store.colour, at);
     return Number.isNaN(value) ? missing() : this.scale.colour(value);
   }
 
   /** Hatches where no alert against the past is possible: while a layer learns, and when its own norm is gone. */
   hatchAll(context, colours) {
-    const { map, rows, rowHeight, axis, store } = this;
-    const definition = store.definition(store.state.statistic);
+    const { map, rows, rowHeight, axis } = this;
     rows.forEach((row, y) => {
       const armed = map.armed[row.layers[0]], faded = map.faded[row.layers[0]];
-      if (definition.floor !== null && definition.floor !== undefined) this.hatch(context, axis.first, armed ?? axis.end, y * rowHeight, colours.faint);
+      if (this.watched) this.hatch(context, axis.first, armed ?? axis.end, y * rowHeight, colours.faint);
       if (faded !== null) this.hatch(context, faded, axis.end, y * rowHeight, colours.accent);
     });
   }
@@ -113,6 +119,7 @@ export class HeatMap {
   names(context, colours) {
     const { rows, rowHeight, left, store } = this;
     const every = Math.ceil(11 / rowHeight);
+    const hidden = shared(this.map.layers);
     context.textAlign = 'right';
     context.textBaseline = 'middle';
     rows.forEach((row, y) => {
@@ -120,7 +127,7 @@ export class HeatMap {
       if (y % every && !chosen) return;
       context.fillStyle = chosen ? colours.alert : colours.text;
       context.font = `${chosen ? 'bold ' : ''}11px system-ui, sans-serif`;
-      context.fillText(fitted(context, row.name, left - 10), left - 6, TOP + (y + 0.5) * rowHeight);
+      context.fillText(fitted(context, row.name.slice(hidden), left - 10), left - 6, TOP + (y + 0.5) * rowHeight);
     });
     context.font = '11px system-ui, sans-serif';
   }
@@ -154,7 +161,7 @@ export class HeatMap {
     const pointed = this.axis.step(x);
     const column = columnOf(this.map.edges, pointed);
     if (column < 0) return null;
-    const at = cellOf(this.map, row, column, this.store.state.colour, this.scale.rank);
+    const at = cellOf(this.map, row, column, this.store.colour, this.scale.rank);
     const layer = this.map.layers[at % this.map.layers.length];
     return { row, layer, column, at, step: this.map.step[at] >= 0 ? this.map.step[at] : pointed };
   }
@@ -190,10 +197,11 @@ export class HeatMap {
     const entry = (colour, text) => element('span', { class: 'entry' }, element('i', { style: `background:${css(colour)}` }), text);
     const has = (values, test) => values.some(test);
     place.replaceChildren(
-      element('span', { class: 'entry' }, ends[0], ramp, ends[2], ends[1] && kind !== 'value' ? `(middle: ${ends[1]})` : ends[1]),
+      element('span', { class: 'entry' }, ends[0], ramp, ends[2], kind === 'value' ? ` ${ends[1]}` : ` (middle: ${ends[1]})`),
       has(this.map.value, Number.isNaN) || has(this.map.usual, Number.isNaN) ? entry(missing(), 'no value, or nothing usual known yet') : '',
       has(this.map.lost, Boolean) || has(this.map.high, (x) => x === Infinity) ? entry(LOST, 'NaN or infinite') : '',
-      element('span', { class: 'entry' }, element('i', { class: 'hatched' }), 'no alert against the past here'),
+      this.watched ? element('span', { class: 'entry' }, element('i', { class: 'hatched' }), 'no alert against the past here') : '',
+      kind !== 'value' && !has(this.map.usual, (x) => x > 0) && has(this.map.value, Number.isFinite) ? element('span', { class: 'entry' }, element('b', {}, 'Nothing usual is known here (too early, or values that are not positive): choose the colour \u201cvalue\u201d.')) : '',
       this.map.faded.some((step) => step !== null) ? element('span', { class: 'entry' }, element('i', { class: 'hatched faded' }), 'its own norm is gone') : '',
     );
   }

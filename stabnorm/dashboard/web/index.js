@@ -153,14 +153,14 @@ class Page {
       const [lines, map, range, gate] = await Promise.all([
         source.ask('lines', { run, ...window, columns }),
         source.ask('map', { run, statistic, companion, ...window, columns }),
-        state.colour === 'value' ? source.ask('range', { statistic, companion }) : {},
+        store.colour === 'value' ? source.ask('range', { statistic, companion }) : {},
         source.ask('switch', { run, ...window, columns: 300 }),
       ]);
       if (turn !== this.turn) return;
       const definition = store.definition(statistic);
       const plain = definition.plain[0].toUpperCase() + definition.plain.slice(1);
       const how = { times: 'times its own past', value: `value${definition.unit && definition.unit !== '1' ? `, in ${definition.unit}` : ''}`, sigmas: 'robust \u03c3 off its own past' };
-      parts.heading.replaceChildren(`${plain} of each ${state.companion ? 'row' : 'norm'}, ${how[state.colour]} `, element('small', {}, statistic));
+      parts.heading.replaceChildren(`${plain} of each ${state.companion ? 'row' : 'norm'}, ${how[store.colour]} `, element('small', {}, statistic));
       const ends = { first: map.edges[0], end: map.edges[map.edges.length - 1] };
       this.axis = drawTimeline(parts.timeline, parts.lineLegend, store, lines, { ...plot, ...ends });
       this.heat = new HeatMap(parts.map, store, map, range, plot);

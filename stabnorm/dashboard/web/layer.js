@@ -34,7 +34,7 @@ function drawBand(canvas, answer, store) {
   const colours = themeColours();
   const { band, edges } = answer;
   const steps = new Axis(LEFT, WIDTH - LEFT - 8, edges[0], edges[edges.length - 1]);
-  const spread = [...band.low, ...band.high, ...band.usual];
+  const spread = [...band.low, ...band.high, ...(store.hasPast ? band.usual : [])];
   const vertical = verticalAxis(spread, 6, bottom);
   if (!vertical) return;
   const x = (i) => steps.x((edges[i] + edges[i + 1]) / 2);
@@ -43,7 +43,7 @@ function drawBand(canvas, answer, store) {
   context.rect(LEFT, 0, WIDTH - LEFT - 8, bottom);
   context.clip();
   context.fillStyle = colours.band;
-  [...band.under].forEach((under, i) => {
+  if (store.hasPast) [...band.under].forEach((under, i) => {
     const above = vertical.y(band.over[i]), below = vertical.y(under);
     if (Number.isFinite(above + below)) context.fillRect(steps.x(edges[i]), above, (WIDTH - LEFT) / band.under.length + 1, below - above);
   });
@@ -128,10 +128,10 @@ function drawChannels(canvas, answer) {
 
 /** Whether a value lies beyond a bound of the catalogue, or far off the layer's own past. */
 function stands({ statistic, value, sigmas }, store) {
-  const { threshold, least } = store.definition(statistic);
+  const { threshold, least, floor } = store.definition(statistic);
   const given = (bound) => bound !== null && bound !== undefined;
   if ((given(threshold) && Number(value) > threshold) || (given(least) && Number(value) < least)) return 'bad';
-  return Math.abs(Number(sigmas)) > store.overview.bound ? 'far' : '';
+  return given(floor) && Math.abs(Number(sigmas)) > store.overview.bound ? 'far' : '';
 }
 
 function table(measures, store) {
@@ -178,7 +178,7 @@ export function drawLayer(place, store, answer) {
   if (withChannels) drawChannels(channels, answer);
   place.replaceChildren(
     element('h2', { class: 'layer-name' }, visible(answer.layer), ' ', element('small', {}, `${layers.indexOf(answer.layer) + 1} of ${layers.length} in depth`)),
-    element('p', { class: 'faint' }, `${plain}; grey: what is usual \u00b1 6 robust \u03c3`), band,
+    element('p', { class: 'faint' }, store.hasPast ? `${plain}; grey: what is usual \u00b1 6 robust \u03c3` : plain), band,
     element('h2', {}, `At step ${stepText(answer.step)}`), ...tables(answer, store),
     element('h2', {}, `${plain} over depth`), element('p', { class: 'faint' }, 'line: this step; dashed: what was usual'), profile,
     ...(Object.keys(answer.others).length ? [element('h2', {}, 'The same layer in all runs'), others, element('div', { class: 'legend' }, ...legend)] : []),

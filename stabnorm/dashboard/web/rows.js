@@ -55,7 +55,7 @@ export function rowsOf(map, state, rank) {
   }
   return [...blocks].flatMap(([block, layers]) => (state.open.has(block) || layers.length === 1
     ? layers.map((i) => ({ name: map.layers[i], layers: [i], block: layers.length > 1 ? block : null }))
-    : [{ name: `${block}  (${layers.length} layers)`, layers, block }]));
+    : [{ name: `${block} (${layers.length})`, layers, block }]));
 }
 
 /**

@@ -15,6 +15,8 @@
  * @property {Set<string>} open - blocks whose layers are shown one by one.
  */
 
+const VALUES = ['lam', 'branch_gap', 'tokens']; // have no past that would be usual
+
 /** Keeps the state, and tells who listens about changes. */
 export class Store {
   /** @param {Object} start - what the address held. */
@@ -51,7 +53,8 @@ export class Store {
     if (!this.part) return;
     if (!this.part.layers.includes(state.layer)) {
       const { statistic, step } = state; // an address may name them and no layer
-      this.lookAt(this.run.onsets[0]);
+      if (state.companion) [state.layer] = this.part.layers;
+      else this.lookAt(this.run.onsets[0]);
       if (this.part.statistics.includes(statistic)) state.statistic = statistic;
       state.step = step ?? state.step;
     }
@@ -87,6 +90,16 @@ export class Store {
   /** Layers and statistics of the norms, or of the companion that is looked at. */
   get part() {
     return this.run && this.run.parts.find(({ companion }) => companion === this.state.companion);
+  }
+
+  /** The colours that are shown: of some series only the value means anything. */
+  get colour() {
+    return this.hasPast ? this.state.colour : 'value';
+  }
+
+  /** Whether the statistic has a past that later values may be compared with. */
+  get hasPast() {
+    return !VALUES.includes(this.state.statistic);
   }
 
   /** What is known of a statistic. */

@@ -8,8 +8,10 @@ one with `ProgressiveNormCallback()`: it ends without LayerNorm, and `FoldCallba
 """
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,15 +106,18 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="runs", help="where the runs are written (default: runs)")
     parser.add_argument("--picture", help="also write the unstable run's heat map there, the README's")
-    parser.add_argument("--no-progress", action="store_true", help="hide the progress bars")
+    parser.add_argument("--no-progress", action="store_true", help="hide the bars (default: shown in a terminal)")
     options = parser.parse_args(arguments)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its hints would bury what there is to see
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    progress = sys.stderr.isatty() and not options.no_progress
     print("--- healthy: a small vision transformer on digit images ---")
-    healthy = watch("healthy", options.root, progress=not options.no_progress)
+    healthy = watch("healthy", options.root, progress=progress)
     print(f"--- unstable: the same, with a weight decay whose sign is turned from step {FAULT_AT} on ---")
-    unstable = watch("unstable", options.root, Destabilize(start=FAULT_AT), progress=not options.no_progress)
+    unstable = watch("unstable", options.root, Destabilize(start=FAULT_AT), progress=progress)
     print("--- switched: the healthy one, whose norms leave LayerNorm while it trains ---")
     callback, fold = ProgressiveNormCallback(), FoldCallback()
-    switched = watch("switched", options.root, callback, fold, progress=not options.no_progress)
+    switched = watch("switched", options.root, callback, fold, progress=progress)
     assert callback.switch is not None
     assert fold.result is not None
     print("--- what there was to see ---")

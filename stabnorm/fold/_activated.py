@@ -51,18 +51,18 @@ def norm_inside(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     return scale, shift
 
 
-def replace_norm(model: nn.Module, name: str, new: nn.Module, *, goes_on: bool) -> None:
+def replace_norm(model: nn.Module, name: str, new: StandIn, *, goes_on: bool, contiguous: bool) -> None:
     """Put `new` where a norm of this name stands; with `goes_on` the norm's children follow it."""
     norm = model.get_submodule(name)
-    if isinstance(new, StandIn):
-        new.in_place_of(norm)
+    new.in_place_of(norm).contiguous = contiguous
+    after: nn.Module = new
     if goes_on:
         children = OrderedDict(norm.named_children())
         for child in children.values():
             if getattr(child, "inplace", False):
                 child.inplace = False  # type: ignore[assignment]  # it would write into what the norm read
-        new = nn.Sequential(OrderedDict([("norm", new), *children.items()]))
-    replace_module(model, name, new)
+        after = nn.Sequential(OrderedDict([("norm", new), *children.items()]))
+    replace_module(model, name, after)
 
 
 def _run(module: nn.Module, channels: int) -> tuple[list[Tensor], list[Tensor]] | None:

@@ -140,6 +140,9 @@ class _Follow(Following):
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             self.pauses -= 1
             self._return(index, out)
+            name, read = self.trace.sites[index].name, tensors_of(args)
+            if read and isinstance(out, Tensor) and out.is_contiguous() and not read[0].is_contiguous():
+                self.trace.reordered += [name] if name not in self.trace.reordered else []
 
         return hook
 

@@ -13,7 +13,7 @@ channel: v = A u + C. This is the whole algebra:
 Going the other way, a norm that reads nothing but a linear layer's outputs is taken into that layer's rows (backward).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from stabnorm.fold._index import NONE, SEVERAL, Index
 from stabnorm.fold._readers import Linear, View
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Trace
-from stabnorm.fold.result import FoldedSite, Status
+from stabnorm.fold.result import FOLDED, FoldedSite, Status
 
 UNSEEN = "no example reaches it, so nothing about it can be verified: pass one that does"
 VANISHING = 1e-6  # of the largest scale in a stream: dividing a branch by less loses its digits
@@ -70,6 +70,7 @@ class Plan:
         untied: Parameters that get a copy of their own.
         neutral: Norms that stay and give up their gain and bias.
         going_on: Of the norms that go, those whose children stay, such as an activation.
+        contiguous: Of the norms that go, those whose output must still be contiguous.
         max_gauge: The largest factor by which a residual stream's channels are scaled, either way; 1 where none is.
     """
 
@@ -79,6 +80,7 @@ class Plan:
     untied: list[str] = field(default_factory=list)
     neutral: list[Site] = field(default_factory=list)
     going_on: list[str] = field(default_factory=list)
+    contiguous: list[str] = field(default_factory=list)
     max_gauge: float = 1.0
 
 
@@ -90,6 +92,7 @@ def plan_folds(
     untie: bool = True,
     refused: Mapping[str, str] | None = None,
     fixed: Mapping[str, str] | None = None,
+    contiguous: Sequence[str] = (),
 ) -> Plan:
     """Decide what happens to each norm and each weight.
 
@@ -100,6 +103,7 @@ def plan_folds(
         untie: Whether such a parameter may get a copy of its own. Default: True.
         refused: Norms that must not be folded, and why. Default: none.
         fixed: Norms that must not even become one multiply-add, and why. Default: none.
+        contiguous: Norms in whose place the memory must be rewritten, as the norm did. Default: none.
     """
     index = Index(trace, tied or {}, untie)
     unseen = {site.name: UNSEEN for site, calls in zip(trace.sites, index.calls, strict=True) if not calls}
@@ -112,7 +116,10 @@ def plan_folds(
     decisions.refuse_by_residuals(residual)
     decisions.settle()
     decisions.refuse_unreached()
-    return decisions.plan()
+    plan = decisions.plan()
+    gone = {fold.name for fold in plan.folds if fold.status in FOLDED or fold.name in plan.affine}
+    plan.contiguous = [name for name in contiguous if name in gone]
+    return plan
 
 
 class _Decisions:

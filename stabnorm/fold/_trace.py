@@ -63,7 +63,7 @@ class Trace:
     """The records. Tags count from 1: first the norms' channels, site by site, then the features of each `Linear`.
 
     `unreached` are obstacles, too: what did not run, and could read these tags. `functional` names the function that a
-    module's own forward normalises with.
+    module's own forward normalises with. `reordered` are norms whose output is contiguous where their input is not.
     """
 
     sites: Sequence[Site]
@@ -75,6 +75,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     functional: dict[str, str] = field(default_factory=dict)
+    reordered: list[str] = field(default_factory=list)
     next_tag: int = 1
 
     def new_tags(self, count: int) -> int:

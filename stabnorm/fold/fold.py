@@ -19,13 +19,14 @@ from stabnorm._models.wrappers import is_compiled, is_scripted
 from stabnorm.errors import StabNormError
 from stabnorm.fold._activated import replace_norm
 from stabnorm.fold._apply import apply_plan, set_gain
-from stabnorm.fold._lanes import Lanes, make_lanes, try_on
-from stabnorm.fold._plan import Plan, plan_folds
+from stabnorm.fold._lanes import Lanes, make_lanes
+from stabnorm.fold._plan import Plan
+from stabnorm.fold._settle import settle
 from stabnorm.fold._sites import HOOKED, Site, find_gains, find_sites, is_under
 from stabnorm.fold._verify import largest_error, run_all
 from stabnorm.fold.folded import FrozenAffine
 from stabnorm.fold.manifest import manifest_of, own_parameters
-from stabnorm.fold.result import FOLDED, FoldedSite, FoldResult
+from stabnorm.fold.result import FoldedSite, FoldResult
 
 
 def fold_norms(
@@ -165,7 +166,7 @@ def _fold(
         residual = not any(p.dtype == torch.float16 for p in model.parameters())
     with random_state_kept(device_of(model)), torch.inference_mode(False):
         lanes = make_lanes(model, sites, examples, others, outputs)
-        plan, error = _settle(lanes, {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}, outputs)
+        plan, error = settle(lanes, {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}, outputs)
         vacuous = not _shows_faults(lanes, plan, outputs)
         norms = _report(model, plan, {**staying, **_functional(lanes, [*staying, *(site.name for site in sites)])})
         kept = [norm for norm in norms if norm.status == "kept"]
@@ -242,35 +243,7 @@ def check_model(model: nn.Module, is_eval: bool = True) -> None:
             raise StabNormError(f"{where} is compiled, so its operations cannot be followed. Fold first, then compile")
 
 
-# --- plan, try, roll back ---
-
-
-def _settle(lanes: Lanes, options: dict[str, Any], outputs: Picker) -> tuple[Plan, float]:
-    """Find the plan that holds, and its error in the first lane."""
-    refused: dict[str, str] = {}
-    fixed: dict[str, str] = {}
-    while True:
-        plan = plan_folds(lanes.trace, **options, refused=refused, fixed=fixed)
-        error, problem = _try(plan, lanes, outputs)
-        if not problem:
-            return plan, error
-        folded = [fold.name for fold in plan.folds if fold.status in FOLDED or fold.into]
-        if not folded and not plan.affine:  # nothing was changed, and yet the output differs
-            raise ValueError("the model returns something else each time it is copied and run: state outside of it?")
-        culprits = {}
-        for name in [*folded, *plan.affine]:
-            others = {site.name: "not on trial" for site in lanes.trace.sites if site.name != name}
-            as_it_is = {} if name in folded else {name: "on trial as one multiply-add"}
-            alone = plan_folds(lanes.trace, **options, refused=as_it_is, fixed=others)
-            fault = _try(alone, lanes, outputs)[1]
-            if fault:
-                culprits[name] = fault
-        for name, fault in (culprits or dict.fromkeys(folded or plan.affine, problem)).items():
-            (refused if name in folded else fixed)[name] = fault
-
-
-def _try(plan: Plan, lanes: Lanes, outputs: Picker) -> tuple[float, str]:
-    return try_on(lanes, lambda copy: apply_plan(plan, manifest_of(plan), copy), outputs)
+# --- what is said about it ---
 
 
 def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
@@ -287,7 +260,7 @@ def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
         scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
         if site.gain is None:
             affine = FrozenAffine(scale.to(like), shift.to(like), site.channel_dim)
-            replace_norm(faulty, site.name, affine, goes_on=site.goes_on)
+            replace_norm(faulty, site.name, affine, goes_on=site.goes_on, contiguous=site.name in plan.contiguous)
         else:
             set_gain(faulty, site, scale, shift)
     error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)

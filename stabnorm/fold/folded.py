@@ -1,6 +1,6 @@
 """Modules that take a folded norm's place: the identity, or one multiply-add. No class here names a normalization."""
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,13 @@ class StandIn(LeavesFusedPath):
     """What stands in a norm's place: it is called as the norm was, and answers code that reads the norm's attributes.
 
     `forward` has one argument, so that `torch.fx` and TorchScript can read it. The call takes the input by whatever
-    name the norm had for it; further arguments, such as a mask, are ignored.
+    name the norm had for it; further arguments, such as a mask, are ignored. Where `contiguous` is True, the output is
+    contiguous, as the norm's was, for a `view` that comes after it.
     """
 
     input_name = ""
+    contiguous = False
+    __constants__: ClassVar = ["contiguous"]  # for TorchScript, which does not look at a class's attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call `forward` with the input alone."""
@@ -68,7 +71,7 @@ class FoldedNorm(StandIn, nn.Identity):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the input."""
-        return input
+        return input.contiguous() if self.contiguous else input
 
     def _answer(self, name: str, norm: nn.Module, tensor: Tensor) -> Tensor:
         eps = getattr(norm, "eps", None)
@@ -120,7 +123,8 @@ class FrozenAffine(StandIn, Float32Buffers):
         # Transposed, not reshaped by the input's number of axes: torch.fx traces without knowing it.
         x = input if self.channel_dim == -1 else input.transpose(self.channel_dim, -1)
         y = torch.addcmul(self.shift, x, self.scale).to(input.dtype)
-        return y if self.channel_dim == -1 else y.transpose(self.channel_dim, -1)
+        y = y if self.channel_dim == -1 else y.transpose(self.channel_dim, -1)
+        return y.contiguous() if self.contiguous else y
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """Give ``(scale, shift, channel_dim)`` in float64: it can be folded again after a change of the model."""

@@ -13,6 +13,7 @@ from stabnorm._models.tree import replace_module
 from stabnorm.fold._activated import replace_norm
 from stabnorm.fold._plan import Plan
 from stabnorm.fold._readers import NewBias
+from stabnorm.fold._ties import drop_ties
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
 from stabnorm.fold.result import FOLDED
 from stabnorm.nn._fused_path import leave_fused_paths
@@ -33,6 +34,7 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
         "biases": {f"{b.owner}.{b.attribute}".lstrip("."): b.size for b in new if isinstance(b, NewBias)},
         "untied": plan.untied,
         "going_on": plan.going_on,
+        "contiguous": plan.contiguous,
     }
 
 
@@ -82,25 +84,23 @@ def apply_manifest(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
 def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     """Replace norms, register biases and copy tied parameters as a manifest says; numbers come later."""
     own_parameters(model, manifest["untied"])
-    config = getattr(model, "config", None)
-    if config is not None and manifest["untied"] and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # else saving the model would tie them again
+    drop_ties(model, manifest["untied"])
     for name, size in manifest["biases"].items():
         owner, attribute = _owner(model, name)
         if owner._parameters.get(attribute) is None:
             _register_zeros(owner, attribute, size)
         if isinstance(owner, nn.MultiheadAttention) and owner.out_proj.bias is None:
             _register_zeros(owner.out_proj, "bias", owner.embed_dim)  # the fast path needs both biases or none
-    going_on = manifest.get("going_on", ())
+    going_on, contiguous = manifest.get("going_on", ()), manifest.get("contiguous", ())
     for name in manifest["folded"]:
-        replace_norm(model, name, FoldedNorm(), goes_on=name in going_on)
+        replace_norm(model, name, FoldedNorm(), goes_on=name in going_on, contiguous=name in contiguous)
     for name, sizes in manifest["affine"].items():
         norm = model.get_submodule(name)
         like = floating_tensor_of(norm)
         dtype = torch.promote_types(like.dtype, torch.float32)
         scale = torch.ones(sizes["num_features"], dtype=dtype, device=like.device)
         affine = FrozenAffine(scale, torch.zeros_like(scale), sizes["channel_dim"])
-        replace_norm(model, name, affine, goes_on=name in going_on)
+        replace_norm(model, name, affine, goes_on=name in going_on, contiguous=name in contiguous)
     for name, sizes in manifest.get("rms", {}).items():
         like = floating_tensor_of(model.get_submodule(name), model)
         replace_module(

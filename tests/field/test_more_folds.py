@@ -112,3 +112,48 @@ def test_experts_in_one_grouped_product_are_linear_layers() -> None:
     assert result.norms[0].status == "forward"
     x = draw(6, 16, seed=1).float()
     torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+# --- memory that the norm had rewritten ---
+
+
+class Viewed(nn.Module):
+    """Patches in channels-first memory, a norm, and a view that needs the norm's contiguous output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm, self.out = nn.Conv2d(3, C, 4, 4), RepBN(C), nn.Linear(2 * C, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.patch(x).relu().flatten(2).transpose(1, 2)).contiguous()
+        y: Tensor = self.out(x.view(len(x), -1, 2 * C))
+        return y
+
+
+class ViewedAtOnce(Viewed):
+    """The same, where only the norm made the memory contiguous."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Rewritten.apply_to(self.norm, self.patch(x).relu().flatten(2).transpose(1, 2))
+        y: Tensor = self.out(x.view(len(x), -1, 2 * C))
+        return y
+
+
+class Rewritten(RepBN):
+    """Returns contiguous memory, as LayerNorm does."""
+
+    @staticmethod
+    def apply_to(norm: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = norm(x)
+        return y
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask).contiguous()
+
+
+@pytest.mark.parametrize("model", [Viewed, ViewedAtOnce])
+def test_a_view_behind_a_norm_finds_the_memory_that_the_norm_returned(model: type[Viewed]) -> None:
+    built = model()
+    built.norm = Rewritten(C)
+    norm = folds(ready(built), draw(2, 3, 8, 8))
+    assert norm.status == "forward"

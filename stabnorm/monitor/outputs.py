@@ -66,21 +66,20 @@ class Guard:
 class Outputs(Guard):
     """Hands blocks and events to record writers, each of which fails for itself.
 
-        >>> from stabnorm._log import logger
-    from stabnorm.monitor.record import Block
-        >>> class Flaky:
-        ...     full, blocks = True, []
-        ...
-        ...     def write_block(self, block):
-        ...         if self.full:
-        ...             raise OSError("no space left")
-        ...         self.blocks.append(block.first_step)
-        >>> outputs, writer = Outputs(), Flaky()
-        >>> outputs.write_block([writer], Block(0, (), {"loss": [0.5]}))
-        >>> writer.full = False
-        >>> outputs.write_block([writer], Block(1, (), {"loss": [0.4]}))
-        >>> writer.blocks
-        [0, 1]
+    >>> from stabnorm.monitor.record import Block
+    >>> class Flaky:
+    ...     full, blocks = True, []
+    ...
+    ...     def write_block(self, block):
+    ...         if self.full:
+    ...             raise OSError("no space left")
+    ...         self.blocks.append(block.first_step)
+    >>> outputs, writer = Outputs(), Flaky()
+    >>> outputs.write_block([writer], Block(0, (), {"loss": [0.5]}))
+    >>> writer.full = False
+    >>> outputs.write_block([writer], Block(1, (), {"loss": [0.4]}))
+    >>> writer.blocks
+    [0, 1]
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ Loggers are told apart by their methods, because their classes exist twice, once
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -61,8 +61,7 @@ def output_directory(trainer: "Trainer") -> Path:
 
 
 def _new_directory(trainer: "Trainer") -> Path:
-    own = next((d for logger in trainer.loggers if (d := getattr(logger, "log_dir", None))), None)
-    shared = next((d for logger in trainer.loggers if (d := getattr(logger, "save_dir", None))), None)
+    own, shared = (next(filter(None, _folders(trainer, name)), None) for name in ("log_dir", "save_dir"))
     root = own or shared or trainer.default_root_dir
     folder = _local(root)
     if own and folder:
@@ -85,6 +84,11 @@ def _new_directory(trainer: "Trainer") -> Path:
             pass
         return runs / f"run_{number}"
     raise AssertionError("numbers do not end")
+
+
+def _folders(trainer: "Trainer", name: str) -> Iterator[str | None]:
+    for logger in trainer.loggers:
+        yield Guard().attempt(f"{type(logger).__name__} does not tell its {name}", getattr, logger, name, None)
 
 
 def _local(root: str) -> Path | None:

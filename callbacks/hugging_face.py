@@ -89,7 +89,7 @@ class StabilityTrainerCallback(TrainerCallback):
         }
         self.mask = mask
         self.monitor: StabilityMonitor | None = None
-        self.learning_rate: float | None = None
+        self.learning_rate: float | Tensor | None = None
         self._open: valid_tokens | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -116,7 +116,8 @@ class StabilityTrainerCallback(TrainerCallback):
         """Begin a step, whose micro-batches count as one."""
         assert self.monitor is not None
         self.monitor.discard()
-        self.learning_rate = kwargs["lr_scheduler"].get_last_lr()[0]
+        what = "the scheduler does not tell the learning rate"
+        self.learning_rate = self.monitor.outputs.attempt(what, _last_rate, kwargs.get("lr_scheduler"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End a step, because the optimizer has stepped."""
@@ -153,3 +154,9 @@ class StabilityTrainerCallback(TrainerCallback):
         if self._open is not None:
             self._open.__exit__(None, None, None)
             self._open = None
+
+
+def _last_rate(scheduler: Any) -> float | Tensor:
+    """Return the learning rate of the step that begins; a tensor is copied, because the scheduler changes it."""
+    rate = scheduler.get_last_lr()[0]
+    return rate.detach().clone() if isinstance(rate, Tensor) else float(rate)

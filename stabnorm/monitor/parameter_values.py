@@ -1,7 +1,7 @@
 """Gains, biases and what the optimizer keeps of them, of all layers at once: tensors of `[L, C]`, padded with NaN."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,7 @@ def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], de
         for parameter in group["params"]
         if parameter in wanted
         and parameter.grad is not None
-        and {"exp_avg_sq", "step"} <= optimizer.state.get(parameter, {}).keys()
-        and {"betas", "eps"} <= group.keys()
+        and _is_of_adam(optimizer.state.get(parameter, {}), group, parameter.grad)
     ]
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if not held:
@@ -138,3 +137,11 @@ def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], de
     sizes = column([float(grad.numel()) for _, grad, _, _ in held])
     count = torch.zeros(len(norms), 1, device=device, dtype=dtype).index_add_(0, layer, sizes)
     return torch.where(count > 0, sums / count, torch.nan).sqrt()
+
+
+def _is_of_adam(state: Mapping[str, Any], group: Mapping[str, Any], gradient: Tensor) -> bool:
+    """Whether an optimizer keeps what Adam keeps; some keep one second moment for several elements, or another eps."""
+    if not {"exp_avg_sq", "step"} <= state.keys() or not {"betas", "eps"} <= group.keys():
+        return False
+    whole = getattr(state["exp_avg_sq"], "shape", None) == gradient.shape
+    return whole and isinstance(group["eps"], int | float | Tensor)

@@ -23,8 +23,9 @@ def logger(which: str, folder: Path) -> Any:
     return made[which](folder) if which in made else CSVLogger(".", name="", version="") if which == "here" else False
 
 
-@pytest.mark.parametrize("which", ["none", "csv", "tensorboard", "here"])
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize(
+    ("which", "order"), [("none", (0, 1, 2)), ("csv", (2, 1, 0)), ("tensorboard", (1, 0, 2)), ("here", (2, 0, 1))]
+)
 def test_a_run_has_one_folder_for_record_pictures_and_folded_model_and_names_it(
     tmp_path: Path,
     which: str,

@@ -1,10 +1,13 @@
 """Carry a plan out on a model: its numbers in float64, written in the parameters' own precision."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from stabnorm.fold._plan import Edit, Plan
-from stabnorm.fold._readers import NewBias, View
+from stabnorm.fold._readers import Joined, NewBias, Slot, View
 from stabnorm.fold._sites import Site
 from stabnorm.fold.folded import FrozenAffine
 from stabnorm.fold.manifest import restructure
@@ -46,16 +49,23 @@ def _edit(model: nn.Module, edit: Edit) -> None:
     added = torch.einsum("gi,gio->go", in_shift, over_kernel)
     groups, inputs, outputs = weight.shape[:3]
     weight.copy_(wide * in_scale.view(groups, inputs, 1, *kernel) * out_scale.view(groups, 1, outputs, *kernel))
-    bias = _bias(model, linear.bias, edit)
-    if bias is not None:
-        bias.copy_(out_scale * (bias.double() + added) + out_shift)
+    for bias, part in _biases(model, linear.bias, edit):
+        bias.copy_(out_scale[:, part] * (bias.double() + added[:, part]) + out_shift[:, part])
 
 
-def _bias(model: nn.Module, slot: object, edit: Edit) -> Tensor | None:
+def _biases(model: nn.Module, slot: Slot, edit: Edit) -> Iterator[tuple[Tensor, slice]]:
+    """Give the parameters that hold a bias as ``[groups, outputs]``, and which outputs each holds."""
+    groups, _, outputs = edit.linear.size
     if isinstance(slot, View):
-        return slot.of(model.get_parameter(slot.name))
-    if isinstance(slot, NewBias) and edit.shifts:
-        groups, _, outputs = edit.linear.size
-        bias = model.get_parameter(f"{slot.owner}.{slot.attribute}" if slot.owner else slot.attribute)
-        return bias[slot.start : slot.start + groups * outputs].view(groups, outputs)
-    return None
+        yield slot.of(model.get_parameter(slot.name)), slice(None)
+    elif isinstance(slot, NewBias) and slot in edit.new_biases:
+        yield slot.of(model)[slot.start : slot.start + groups * outputs].view(groups, outputs), slice(None)
+    elif isinstance(slot, Joined):
+        start = 0
+        for each in slot.parts:
+            count = math.prod(each.size) if isinstance(each, View) else each.size
+            if isinstance(each, View):
+                yield each.of(model.get_parameter(each.name)).view(1, -1), slice(start, start + count)
+            elif each in edit.new_biases:
+                yield each.of(model).view(1, -1), slice(start, start + count)
+            start += count

@@ -27,7 +27,7 @@ from stabnorm._models.hooks import hooked
 from stabnorm._models.outputs import Picker, tensors_in
 from stabnorm.errors import StabNormError
 from stabnorm.fold._following import Following, storage_of, tensors_of
-from stabnorm.fold._readers import Linear, Operands, Slot, View, new_bias, operands
+from stabnorm.fold._readers import Joined, Linear, NewBias, Operands, Slot, View, new_bias, operands, views_in
 from stabnorm.fold._shadow import Shadow, averaged, columns, function_of, moved
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Obstacle, Residual, Trace, Use
@@ -97,6 +97,7 @@ class _Follow(Following):
         self.linear_of_view: dict[View, int] = {}
         self.buffers = list(model.buffers())  # held, so that no activation gets the address of a freed buffer
         self.constant_storages = {*self.owners, *map(storage_of, self.buffers)}
+        self.joined = WeakTensorKeyDictionary()  # by a tensor, the bias that it is
         self.constants = WeakTensorKeyDictionary()  # what was computed from parameters and buffers alone
 
     # --- modules ---
@@ -212,6 +213,13 @@ class _Follow(Following):
         operands_ = self._linear(func, args, kwargs, out) if parameters else []
         if not operands_ and any(t in self.shadows for t in inputs):
             operands_ = self._pass(func, args, kwargs, out)
+        for t in inputs:
+            if t in self.joined and not any(t is operand for operand in operands_):
+                self.trace.uses += [Use(part, None, self._where(func)) for part in views_in(self.joined[t])]
+        joined = self._joined(func, args)
+        if joined is not None:
+            self.joined[out] = joined
+            parameters = []
         aliases = {storage_of(t) for t in outs}  # making a view reads no number
         for t in parameters:
             if storage_of(t) not in aliases and not any(t is operand for operand in operands_):
@@ -368,9 +376,9 @@ class _Follow(Following):
         if operation.bias is None:
             return [operation.weight]
         self.stop([operation.bias], f"{linear} adds it to its own output")
-        if isinstance(linear.bias, View):
-            self._use(operation.bias, index, where)
-        return [operation.weight, *([operation.bias] if isinstance(linear.bias, View) else [])]
+        for part in views_in(linear.bias):
+            self.trace.uses.append(Use(part, index, where))
+        return [operation.weight, *([operation.bias] if views_in(linear.bias) else [])]
 
     def _index_of(self, func: Any, view: View, operation: Operands, out: Tensor) -> tuple[int, int]:
         """Give the number of a linear operation, and the first tag of its outputs: with its bias, or before it."""
@@ -392,9 +400,28 @@ class _Follow(Following):
             linear.problem = "it is used in two ways"
         return index, linear.outputs
 
+    def _joined(self, func: Any, args: tuple[Any, ...]) -> Joined | None:
+        """Give the bias that an operation joins from vectors that are parameters or buffers; None if it does not."""
+        if func.overloadpacket is not aten.cat or any(t.ndim != 1 or not t.numel() for t in args[0]):
+            return None
+        parts = [self.view_of(t) or self._buffer(t) for t in args[0]]
+        known = [part for part in parts if part is not None]
+        return Joined(tuple(known)) if len(known) == len(parts) and any(isinstance(p, View) for p in known) else None
+
+    def _buffer(self, t: Tensor) -> NewBias | None:
+        """Give the place of a parameter that could stand for this buffer."""
+        for name, buffer in self.model.named_buffers():
+            if buffer is t:
+                owner, _, attribute = name.rpartition(".")
+                return NewBias(owner, attribute, t.numel(), 0)
+        return None
+
     def _slot(self, view: View, operation: Operands, out: Tensor) -> Slot:
         if operation.bias is None:
             return new_bias(self.model, view, self.paths[-1])
+        if operation.bias in self.joined:
+            fits = view.size[0] == 1 and operation.bias.numel() == view.size[2]
+            return self.joined[operation.bias] if fits else "its bias is not one number for each output"
         bias = self.view_of(operation.bias)
         if bias is None:
             return "its bias is computed, not a Parameter"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stabnorm.fold._readers import Linear, View
+from stabnorm.fold._readers import Linear, View, views_in
 from stabnorm.fold._trace import Call, Trace
 
 NONE, SEVERAL = -1, -2
@@ -92,7 +92,7 @@ class Index:
             bare = self.bare & (self.linear == index)
             if bool((bare & ((self.obstacle != NONE) | (self.stream != NONE) | (self.reader != NONE))).any()):
                 return "it is used in two ways: its output is also read before its bias is added"
-        return self._problem(index, linear.bias) if isinstance(linear.bias, View) else ""
+        return next(filter(None, (self._problem(index, view) for view in views_in(linear.bias))), "")
 
     def rows_problem(self, features: Tensor) -> str:
         """Say why these features cannot be scaled; empty if they can."""

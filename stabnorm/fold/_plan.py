@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stabnorm.fold._index import NONE, SEVERAL, Index
-from stabnorm.fold._readers import Linear, View
+from stabnorm.fold._readers import Joined, Linear, NewBias, Slot, views_in
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Call, Trace
 from stabnorm.fold.result import FOLDED, FoldedSite, Status
@@ -48,6 +48,15 @@ class Edit:
         return bool((self.in_shift != 0).any() or (self.out_shift != 0).any())
 
     @property
+    def new_biases(self) -> list[NewBias]:
+        """The parameters that must be registered: those that hold a shift, and constants that are scaled."""
+        bias = self.linear.bias
+        parts: list[Slot] = [bias] if self.shifts else []
+        if isinstance(bias, Joined):
+            parts = list(bias.parts) if self.shifts or bool((self.out_scale != 1).any()) else []
+        return [part for part in parts if isinstance(part, NewBias)]
+
+    @property
     def changes(self) -> bool:
         """Whether any number changes."""
         return self.shifts or bool((self.in_scale != 1).any() or (self.out_scale != 1).any())
@@ -55,8 +64,7 @@ class Edit:
     @property
     def parameters(self) -> list[str]:
         """Names of the parameters that exist already and change."""
-        bias = self.linear.bias
-        return [self.linear.weight.name, *([bias.name] if isinstance(bias, View) else [])]
+        return [self.linear.weight.name, *(view.name for view in views_in(self.linear.bias))]
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """Linear operations on activations, whatever module they run in, and the part of a parameter each one uses."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from stabnorm.fold._shadow import Columns
 
@@ -57,8 +58,47 @@ class NewBias:
     size: int
     start: int
 
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return f"{self.owner}.{self.attribute}".lstrip(".")
 
-Slot = View | NewBias | str  # the last: why there is none
+    def of(self, model: nn.Module) -> Tensor:
+        """The parameter, once it is registered."""
+        return model.get_parameter(self.name)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A bias that a forward joins from parameters and buffers; a buffer becomes a parameter when it changes."""
+
+    parts: tuple[View | NewBias, ...]
+
+    def named(self, rename: Callable[[str], str]) -> "Joined":
+        """Give the same bias of another module."""
+        return Joined(tuple(_named(part, rename) for part in self.parts))
+
+
+Slot = View | NewBias | Joined | str  # the last: why there is none
+
+
+def renamed(slot: Slot, rename: Callable[[str], str]) -> Slot:
+    """Give a bias's place in another module."""
+    if isinstance(slot, Joined):
+        return slot.named(rename)
+    return slot if isinstance(slot, str) else _named(slot, rename)
+
+
+def _named(slot: View | NewBias, rename: Callable[[str], str]) -> View | NewBias:
+    if isinstance(slot, View):
+        return replace(slot, name=rename(slot.name))
+    return replace(slot, owner=rename(slot.owner))
+
+
+def views_in(slot: Slot) -> tuple[View, ...]:
+    """List the parts of existing parameters that a bias consists of."""
+    parts = slot.parts if isinstance(slot, Joined) else (slot,)
+    return tuple(part for part in parts if isinstance(part, View))
 
 
 @dataclass(eq=False)
@@ -230,10 +270,7 @@ def _convolution(args: tuple[Any, ...]) -> Operands:
     )  # fmt: skip
 
 
-_ADDS_ITS_BIAS = {
-    nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.ConvTranspose1d.forward,
-    nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward,
-}  # fmt: skip
+_MAY_ADD_A_BIAS = (nn.Linear, _ConvNd)  # a subclass's own forward may leave it out: then the check takes it back
 _PROJECTIONS = {"in_proj_weight": 0, "q_proj_weight": 0, "k_proj_weight": 1, "v_proj_weight": 2}
 
 
@@ -253,7 +290,7 @@ def new_bias(model: nn.Module, weight: View, path: str) -> NewBias | str:
         and path == parent_name
         and isinstance(model.get_submodule(parent_name), nn.MultiheadAttention)
     )
-    if attribute == "weight" and owner._parameters.get("bias", owner) is None and type(owner).forward in _ADDS_ITS_BIAS:
+    if attribute == "weight" and owner._parameters.get("bias", owner) is None and isinstance(owner, _MAY_ADD_A_BIAS):
         if path == owner_name or is_projection:
             return NewBias(owner_name, "bias", outputs, 0)
         return f"its weight is used by '{path}' itself, which would leave an added bias out"

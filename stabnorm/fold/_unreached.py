@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from stabnorm.fold._readers import Linear, NewBias, Slot, View
+from stabnorm.fold._readers import Linear, Slot, View, renamed, views_in
 from stabnorm.fold._trace import Obstacle, Trace, Use
 
 _UNNAMED = (nn.ModuleList, nn.ParameterList)  # two siblings must agree, because a list may also be a chain
@@ -167,16 +167,16 @@ def _form(model: nn.Module, name: str) -> list[tuple[object, ...]]:
 def _moved(linear: Linear, old: str, new: str) -> Linear:
     """Give a linear operation as it would be in a sibling."""
 
-    def renamed(name: str) -> str:
+    def rename(name: str) -> str:
         return new + name[len(old) :] if name == old or name.startswith(f"{old}.") else name
 
-    bias: Slot = linear.bias
-    if isinstance(bias, View):
-        bias = replace(bias, name=renamed(bias.name))
-    elif isinstance(bias, NewBias):
-        bias = replace(bias, owner=renamed(bias.owner))
-    weight = replace(linear.weight, name=renamed(linear.weight.name))
-    return replace(linear, path=renamed(linear.path), weight=weight, bias=bias, reads=list(linear.reads))
+    return replace(
+        linear,
+        path=rename(linear.path),
+        weight=replace(linear.weight, name=rename(linear.weight.name)),
+        bias=renamed(linear.bias, rename),
+        reads=list(linear.reads),
+    )
 
 
 def _add(trace: Trace, linear: Linear) -> None:
@@ -184,9 +184,8 @@ def _add(trace: Trace, linear: Linear) -> None:
     linear.outputs = trace.new_tags(count)
     linear.biased = linear.biased and trace.new_tags(count)
     trace.linears.append(linear)
-    for view in (linear.weight, linear.bias):
-        if isinstance(view, View):
-            trace.uses.append(Use(view, len(trace.linears) - 1, f"{linear.op} in '{linear.path}'"))
+    for view in (linear.weight, *views_in(linear.bias)):
+        trace.uses.append(Use(view, len(trace.linears) - 1, f"{linear.op} in '{linear.path}'"))
 
 
 # --- slices of one parameter ---

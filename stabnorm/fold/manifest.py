@@ -12,7 +12,6 @@ from stabnorm._models.intact import intact_on_error
 from stabnorm._models.tree import replace_module
 from stabnorm.fold._activated import replace_norm
 from stabnorm.fold._plan import Plan
-from stabnorm.fold._readers import NewBias
 from stabnorm.fold._ties import drop_ties
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
 from stabnorm.fold.result import FOLDED
@@ -23,7 +22,6 @@ FORMAT = 1
 
 def manifest_of(plan: Plan) -> dict[str, Any]:
     """Give the structural part of a plan."""
-    new = [edit.linear.bias for edit in plan.edits if edit.shifts]
     return {
         "format": FORMAT,
         "folded": [fold.name for fold in plan.folds if fold.status in FOLDED],
@@ -31,7 +29,7 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
             name: {"num_features": scale.numel(), "channel_dim": channel_dim}
             for name, (scale, _, channel_dim) in plan.affine.items()
         },
-        "biases": {f"{b.owner}.{b.attribute}".lstrip("."): b.size for b in new if isinstance(b, NewBias)},
+        "biases": {bias.name: bias.size for edit in plan.edits for bias in edit.new_biases},
         "untied": plan.untied,
         "going_on": plan.going_on,
         "contiguous": plan.contiguous,
@@ -124,5 +122,8 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _register_zeros(owner: nn.Module, attribute: str, size: int) -> None:
     like = next(owner.parameters())
-    zeros = torch.zeros(size, dtype=like.dtype, device=like.device)
-    owner.register_parameter(attribute, nn.Parameter(zeros, requires_grad=like.requires_grad))
+    value = torch.zeros(size, dtype=like.dtype, device=like.device)
+    if attribute in owner._buffers:  # the constant part of a bias that a forward joins
+        value = owner.get_buffer(attribute).detach().clone()
+        delattr(owner, attribute)
+    owner.register_parameter(attribute, nn.Parameter(value, requires_grad=like.requires_grad))

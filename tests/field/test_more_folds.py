@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabnorm import fold_norms
+from stabnorm import apply_manifest, fold_norms
 from stabnorm.nn import RepBN
 from tests.fold.nets import Net, draw, error_of, ready
 
@@ -157,3 +157,65 @@ def test_a_view_behind_a_norm_finds_the_memory_that_the_norm_returned(model: typ
     built.norm = Rewritten(C)
     norm = folds(ready(built), draw(2, 3, 8, 8))
     assert norm.status == "forward"
+
+
+# --- a bias that is joined on the way ---
+
+
+class JoinsItsBias(nn.Module):
+    """As in BEiT and EVA-02: queries and values have a bias, keys have zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = RepBN(C), nn.Linear(C, 3 * C, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
+        self.register_buffer("k_bias", torch.zeros(C), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(self.norm(x), self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+        q, k, v = y.chunk(3, -1)
+        return (q @ k.mT).softmax(-1) @ v + k
+
+
+def test_a_bias_joined_from_parameters_and_zeros_takes_the_shift_in() -> None:
+    model = ready(JoinsItsBias())
+    model.k_bias.zero_()  # type: ignore[union-attr, operator]
+    assert folds(model, draw(2, 3, C)).status == "forward"
+    result = fold_norms(model, draw(2, 3, C))
+    fresh = apply_manifest(JoinsItsBias().double().eval(), result.manifest)
+    fresh.load_state_dict(result.model.state_dict(), strict=True)
+    assert torch.equal(fresh(draw(2, 3, C)), result.model(draw(2, 3, C)))
+    assert not isinstance(model.k_bias, nn.Parameter)
+
+
+def test_a_joined_bias_that_is_read_elsewhere_keeps_its_norm() -> None:
+    class Reads(JoinsItsBias):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.q_bias.exp()
+
+    norm = folds(ready(Reads()), draw(2, 3, C))
+    assert norm.status == "affine"
+    assert "'q_bias' is also read by" in norm.reason
+
+
+# --- linear layers of other classes ---
+
+
+class OwnLinear(nn.Linear):
+    """As in Falcon: the same, in two operations."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class LeavesItsBiasOut(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T
+
+
+def test_a_linear_layer_of_another_class_gets_a_bias_if_it_adds_it() -> None:
+    assert folds(net(lambda m, x: m.fc(m.norm(x)), fc=OwnLinear(C, D, bias=False)), draw(3, C)).status == "forward"
+    norm = folds(net(lambda m, x: m.fc(m.norm(x)), fc=LeavesItsBiasOut(C, D, bias=False)), draw(3, C))
+    assert norm.status == "affine"
+    assert "rolled back" in norm.reason

@@ -17,7 +17,6 @@ LEFT = {
     "swin, padded windows": (4, 0),
     "pvt v2": (3, 0),
     "mixer": (8, 8),  # token mixing contracts positions
-    "eva-02": (2, 0),  # its qkv bias is put together on the way
     "distilbert": (1, 1),  # returned, as in the next three
     "albert": (1, 1),
     "t5": (1, 1),

@@ -44,12 +44,12 @@ class PlannedNorm(FoldedSite):
     """What would become of one norm; see `FoldedSite` for the rest.
 
     Args:
-        kind: What it is now: "layer", "rms", "batch", "group", "instance", or "affine" for a module of which only its
-            `fold_affine` is known.
+        kind: What it is now: "layer", "rms", "batch", "group", "instance", "affine" for a module of which only its
+            `fold_affine` is known, or "unknown" for one that normalises in a way that was not understood.
         affine_residual: What switching it would lose: the share of its output that no affine map per channel
             reproduces, in [0, 1]. NaN for a norm that did not run, and for one that is no layer or rms norm.
         tokens: The number of tokens this was measured on. With N tokens it reads up to about 1 / (N - 1) too low.
-        share: Its share of the time of a forward; NaN for a norm that did not run.
+        share: Its share of the time of a forward; NaN for a norm that did not run, or is unknown.
     """
 
     kind: str = "affine"
@@ -191,8 +191,9 @@ def plan_fold(
         module = modules[site.name]
         loss, tokens = residuals.get(id(module), (float("nan"), 0))
         reason = left.get(site.name, site.reason) if site.status == "kept" else site.reason
-        kind = kinds.get(id(module), "affine")
-        norms.append(PlannedNorm(site.name, site.status, site.into, reason, kind, loss, tokens, shares[site.name]))
+        kind = kinds.get(id(module), "unknown" if site.status == "kept" else "affine")
+        share = float("nan") if kind == "unknown" else shares[site.name]  # its forward may be more than the norm
+        norms.append(PlannedNorm(site.name, site.status, site.into, reason, kind, loss, tokens, share))
     return FoldPlan(norms, to, seconds)
 
 
@@ -263,16 +264,19 @@ def _affine_residuals(
 def _time(
     model: nn.Module, names: Sequence[str], examples: Sequence[Example], device: torch.device
 ) -> tuple[float, dict[str, float]]:
-    """Measure the seconds of a forward on all examples, and each norm's share of it; medians."""
+    """Measure the seconds of a forward on all examples, the median, and each norm's share of a forward.
+
+    The shares are those of one forward, the median one, so that they never add up to more than one.
+    """
     modules = dict(model.named_modules())
     norms = {name: modules[name] for name in names}
     _seconds(model, norms, examples, device)  # warm up
     whole, parts = [], []
     for _ in range(ROUNDS):  # in turn, so that a busy moment slows both
         whole.append(_seconds(model, {"": model}, examples, device)[""])
-        parts.append(_seconds(model, norms, examples, device))
-    seconds = statistics.median(whole)
-    return seconds, {name: statistics.median(part[name] for part in parts) / seconds for name in names}
+        parts.append(_seconds(model, {"": model, **norms}, examples, device))
+    middle = sorted(parts, key=lambda part: part[""])[ROUNDS // 2]
+    return statistics.median(whole), {name: middle[name] / middle[""] for name in names}
 
 
 def _seconds(

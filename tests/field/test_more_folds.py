@@ -165,6 +165,8 @@ def test_a_view_behind_a_norm_finds_the_memory_that_the_norm_returned(model: typ
 class JoinsItsBias(nn.Module):
     """As in BEiT and EVA-02: queries and values have a bias, keys have zeros."""
 
+    k_bias: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.qkv = RepBN(C), nn.Linear(C, 3 * C, bias=False)
@@ -179,7 +181,7 @@ class JoinsItsBias(nn.Module):
 
 def test_a_bias_joined_from_parameters_and_zeros_takes_the_shift_in() -> None:
     model = ready(JoinsItsBias())
-    model.k_bias.zero_()  # type: ignore[union-attr, operator]
+    model.get_buffer("k_bias").zero_()
     assert folds(model, draw(2, 3, C)).status == "forward"
     result = fold_norms(model, draw(2, 3, C))
     fresh = apply_manifest(JoinsItsBias().double().eval(), result.manifest)

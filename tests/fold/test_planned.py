@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stabnorm import StabNormError, convert_norms, fold_norms, plan_fold
@@ -169,6 +170,33 @@ def test_the_gain_is_the_time_inside_a_norm_over_that_of_a_forward(monkeypatch: 
         "twice": pytest.approx(1 / 3),
     }
     assert plan.share == pytest.approx(sum(norm.share for norm in plan.norms if norm.status in FOLDED))
+
+
+def test_shares_never_add_up_to_more_than_a_forward_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, forwards = [0.0], [0]
+
+    class SlowNorm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            clock[0] += 1.0 if forwards[0] % 2 else 5.0
+            return super().forward(x)
+
+    def counted(m: Any, x: Tensor) -> Any:
+        forwards[0] += 1
+        clock[0] += 0.5
+        return m.head(m.after(m.norm(x)))
+
+    monkeypatch.setattr("stabnorm.fold.planned.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    plan = plan_fold(Net(counted, norm=SlowNorm(8), after=SlowNorm(8), head=nn.Linear(8, 2)), torch.randn(30, 8))
+    assert 0.5 < sum(norm.share for norm in plan.norms) < 1
+
+
+def test_a_function_that_normalises_is_in_the_plan_and_is_not_timed() -> None:
+    model = Net(lambda m, x: m.fc(F.group_norm(m.norm(x), 2)), norm=nn.LayerNorm(8), fc=nn.Linear(8, 2))
+    plan = plan_fold(nn.Sequential(nn.Linear(8, 8), model), torch.randn(30, 8))
+    function, norm = plan.norms
+    assert (function.name, function.kind, function.status, norm.kind) == ("1", "unknown", "kept", "layer")
+    assert np.isnan(function.share)
+    assert 0 < norm.share < 1
 
 
 # --- it changes nothing ---

@@ -49,7 +49,7 @@ def contenders(channels: int, dtype: torch.dtype, device: torch.device, compiled
     vectors = torch.randn(4, channels, device=device)
     mean, scale, slope, offset = vectors.unbind()
     of = BatchMap(scale, slope, offset, mean)
-    account = RawMoments(*(part[0] for part in empty_moments(1, channels, device)))
+    accumulator = RawMoments(*(part[0] for part in empty_moments(1, channels, device)))
     target: dict[torch.Size, Tensor] = {}
 
     def copy(x: Tensor, dy: Tensor) -> None:
@@ -64,7 +64,7 @@ def contenders(channels: int, dtype: torch.dtype, device: torch.device, compiled
             "monitor, all moments",
             add_moments_,
             1,
-            lambda x, dy: accumulate_moments_(x, None, *account, "layer", -1, fresh=True),
+            lambda x, dy: accumulate_moments_(x, None, *accumulator, "layer", -1, fresh=True),
         ),
         ("affine map", affine_of_rows, 2, lambda x, dy: affine_of_rows(x, scale, mean)),
         ("upstream sums", sums_of_rows, 2, lambda x, dy: sums_of_rows(dy, x, mean, None)),

@@ -113,7 +113,7 @@ class FoldCallback(Callback):
             begin_run(trainer)
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Check what can be checked now: whatever converts or builds the model has done so."""
+        """Check all that can be checked now, when the model is built and converted."""
         sharding = _SHARDING.intersection(cls.__name__ for cls in type(trainer.strategy).__mro__)
         if sharding:
             raise StabNormError(
@@ -141,7 +141,7 @@ class FoldCallback(Callback):
     def on_train_batch_start(
         self, trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        """Else make the example from the first batch of the training."""
+        """Make the example from the first batch of the training, unless there is one."""
         self._take(trainer, pl_module, batch)
 
     def _part(self, pl_module: "LightningModule") -> nn.Module:
@@ -160,7 +160,7 @@ class FoldCallback(Callback):
         self._try(pl_module, [few, examples])
 
     def _try(self, pl_module: "LightningModule", candidates: list[list[Example]]) -> None:
-        """Fold on the first of these that the model runs on, and keep it for the end."""
+        """Fold with the first of these examples on which the model runs, and keep it for the end."""
         error: ValueError | None = None
         for examples in candidates:
             try:
@@ -216,7 +216,7 @@ class FoldCallback(Callback):
             guard.attempt("the folder cannot be printed", print, f"the folded model is in {directory}")
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
-        """A model whose training failed is not folded."""
+        """Do not fold a model whose training failed."""
         self._fitting = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class ProgressiveNormCallback(Callback):
     # -- before the training: convert, and say what cannot work --------------------------------------------------------
 
     def setup(self, trainer: "Trainer", pl_module: "LightningModule", stage: str) -> None:
-        """Convert the norms that exist, and arrange that those which `configure_model` builds are converted, too."""
+        """Convert the norms that exist, and make `configure_model` convert those that it builds."""
         if stage == "fit":
             begin_run(trainer)
             if trainer.global_step == 0:  # nothing of an earlier run, also where a tuner saves and restores it
@@ -187,19 +187,19 @@ class ProgressiveNormCallback(Callback):
             warn_of_early_judges(trainer, end)
 
     def _schedule(self, trainer: "Trainer") -> tuple[str | Callable[[int], float], int]:
-        """Schedule and start; a `fast_dev_run` goes through the whole switch in its few steps."""
+        """Make the schedule and start; a `fast_dev_run` does the whole switch in its few steps."""
         short = bool(getattr(trainer, "fast_dev_run", False))
         too_long = callable(self.schedule) or self.schedule == "adaptive" or self.start > 0
         return ("linear", 0) if short and too_long else (self.schedule, self.start)
 
     def _resumed(self, trainer: "Trainer") -> dict[str, Any] | None:
-        """The state of the run this one goes on with: from a checkpoint, or of the same Trainer's last fit."""
+        """Return the state of the run that this one continues: from a checkpoint, or the last fit of this Trainer."""
         return self._saved if self._loaded or trainer.global_step > 0 else None
 
     # -- the training --------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Put the hooks on, and set lam for this step."""
+        """Register the hooks, and set lam for this step."""
         stability = StabilityCallback.of(trainer)
         monitor = None if stability is None else stability.monitor
         schedule, start = self._schedule(trainer)
@@ -280,7 +280,7 @@ class ProgressiveNormCallback(Callback):
             log_text(trainer, guard, "stability/switch", f"```\n{self.report()}\n```", last)
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Write lam once more: a callback that averages weights has put an average of the buffers into the model."""
+        """Write lam again, because a callback that averages weights also averages the buffers."""
         if self.switch is not None:
             self.switch.write()
 
@@ -309,7 +309,7 @@ class ProgressiveNormCallback(Callback):
             record.flush()
 
     def report(self) -> str:
-        """Say which layers were switched, which kept their norm, and why, in the current run or the last one."""
+        """Return a text: which layers were switched, which kept their norm, and why, in the current or the last run."""
         if self.switch is None:
             return "nothing was trained yet"
         lines = [self.switch.summary()]
@@ -355,7 +355,7 @@ def _configure_and_convert(
     reports: list[ConversionReport],
     required: bool,
 ) -> None:
-    """What stands for a module's `configure_model`; a copy of the module gets one of its own."""
+    """Replaces a module's `configure_model`; a copy of the module gets a replacement of its own."""
     if own is None:
         type(pl_module).configure_model(pl_module)
     else:
@@ -368,7 +368,7 @@ def _configure_and_convert(
 
 
 def _unwrap(pl_module: "LightningModule") -> None:
-    """Give a module its own `configure_model` back."""
+    """Restore a module's own `configure_model`."""
     wrapper = vars(pl_module).get("configure_model")
     if isinstance(wrapper, functools.partial) and wrapper.func is _configure_and_convert:
         del pl_module.__dict__["configure_model"]

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from stabnorm import StabilityMonitor
+from stabnorm.callbacks import StabilityCallback
+from stabnorm.monitor.record import Record, read_record
+
 BATCHES = 12
 
 
@@ -85,3 +89,13 @@ def fit(run: Any, model: Any, **options: Any) -> None:
 def hooks(model: nn.Module) -> int:
     on_modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     return on_modules + sum(len(getattr(p, "_post_accumulate_grad_hooks", None) or ()) for p in model.parameters())
+
+
+def watched(callback: StabilityCallback) -> StabilityMonitor:
+    assert callback.monitor is not None
+    return callback.monitor
+
+
+def record_of(callback: StabilityCallback) -> Record:
+    assert callback.directory is not None
+    return read_record(callback.directory)

@@ -53,8 +53,9 @@ class StabilityCallback(Callback):
 
     It writes the full record to TensorBoard, or with another logger to files beside the logger's. Every ``flush_every``
     steps it writes a dozen scalars to every logger. It warns when a layer's statistics leave the range of their own
-    past. At the end of the training it writes heat maps of layer by step, and a table of the layers that you should
-    look at. It changes no bit of the training.
+    past, and then draws every layer against its own past and writes ``report.md`` into the run's folder. At the end of
+    the training it does so again, and writes further heat maps and a table of the layers that you should look at. It
+    changes no bit of the training.
 
     The hooks are registered at the start of `fit`, after checkpoint loading and wrapping, and errors are raised then,
     before the first batch. The hooks are removed at the end of `fit` and on an exception. Validation, sanity check and

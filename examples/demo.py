@@ -24,7 +24,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from stabnorm import Alert, find_norms
 from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityCallback
-from stabnorm.dashboard.heatmap import heatmap
+from stabnorm.dashboard.relative_map import relative_map
+from stabnorm.dashboard.runs import open_run
 from stabnorm.examples.digits import Destabilize, DigitsViT, digits_loaders
 from stabnorm.monitor.record import Record, read_record
 
@@ -85,12 +86,14 @@ def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: 
     return Run(accuracy, stability.monitor.alerts, read_record(logger.log_dir), str(stability.monitor.cost), model)
 
 
-def draw(run: Run, path: str) -> None:
-    """Draw the scale of each norm's input over the run, with its alerts."""
-    marks = [(alert.step, alert.layer) for alert in run.alerts]
-    scale = run.record.series["token_std_mean"]
-    title = "token_std_mean: how large the input of each norm is"
-    Image.fromarray(heatmap(scale, run.record.steps, run.record.layers, title, marks=marks)).save(path, optimize=True)
+def draw(name: str, root: str, path: str) -> None:
+    """Draw every norm of a run against its own past, with its alerts."""
+    (folder,) = Path(root, name).iterdir()
+    run = open_run(name, folder)
+    run.refresh()
+    image = relative_map(run)
+    assert image is not None
+    Image.fromarray(image).save(path, optimize=True)
 
 
 @torch.no_grad()
@@ -105,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
     """Run all three, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="runs", help="where the runs are written (default: runs)")
-    parser.add_argument("--picture", help="also write the unstable run's heat map there, the README's")
+    parser.add_argument("--picture", help="also draw the unstable run's norms against their past there, for the README")
     parser.add_argument("--no-progress", action="store_true", help="hide the bars (default: shown in a terminal)")
     options = parser.parse_args(arguments)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its hints would bury what there is to see
@@ -137,9 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
     )
     print("(A model this small pays the most for being watched; `make bench` measures a ViT-Tiny.)")
     if options.picture:
-        draw(unstable, options.picture)
+        draw("unstable", options.root, options.picture)
     tensorboard = Path(sys.executable).with_name("tensorboard")  # the one that make installed
-    print(f"Look at them:  {os.path.relpath(tensorboard)} --logdir {options.root}")
+    print(f"Look at them:  {os.path.relpath(tensorboard)} --logdir {options.root}   (the tab Stability)")
+    print(f"or, without TensorBoard:  {os.path.relpath(tensorboard.with_name('stabnorm'))} view {options.root}")
     return healthy, unstable, switched
 
 

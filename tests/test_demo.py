@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning")
 def test_an_alert_comes_before_the_loss_has_doubled_and_none_on_the_healthy_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     healthy, unstable, switched = demo.main(["--root", str(tmp_path), "--no-progress"])
     assert healthy.alerts == []
@@ -27,11 +27,11 @@ def test_an_alert_comes_before_the_loss_has_doubled_and_none_on_the_healthy_run(
     assert all(norm.lam == 0 for norm in switched.model.modules() if isinstance(norm, PRepBN))
     assert sum(isinstance(norm, PRepBN) for norm in switched.model.modules()) == 9
     printed = capsys.readouterr().out
-    assert "stabnorm: nothing alarming was seen in 600 steps" in printed
-    assert "monitoring cost" in printed
+    assert "stabnorm: nothing alarming was seen in 600 steps" in caplog.text
+    assert "monitoring cost" in caplog.text
     assert "9 of 9 norms are affine now" in printed
     assert "9 norms: 9 forward" in printed
     assert f"folded: 0 norms left, accuracy {100 * switched.accuracy:.1f} %" in printed
-    assert len(list(tmp_path.glob("switched/*/stabnorm/folded*"))) == 3
+    assert len(list(tmp_path.glob("switched/*/stabnorm_logs/folded*"))) == 3
     assert f"tensorboard --logdir {tmp_path}" in printed
     assert {path.parts[-3] for path in tmp_path.rglob("events*")} == {"healthy", "unstable", "switched"}

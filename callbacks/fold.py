@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from stabnorm._checks import check_instance, check_names, nearest
+from stabnorm._checks import check_function, check_instance, check_names, nearest
 from stabnorm._models.batches import arguments_of
 from stabnorm._models.copies import copied
 from stabnorm._models.examples import Example, first_rows, read_examples
@@ -93,6 +93,8 @@ class FoldCallback(Callback):
         if options is not None:
             check_names("fold_norms", options, known)
             check_fold_options(**options)
+        if callable(example):
+            check_function("example", example, "batch")
         self.module, self.options = module, dict(options or {})
         self._of_batch: Callable[[Any], Any] = example if callable(example) else arguments_of
         self._given = None if example is None or callable(example) else read_examples("example", example)

@@ -336,7 +336,7 @@ class ProgressiveNormCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what was saved until the training starts; in a training only a tuner restores, which is no resume."""
-        check_state(state_dict, "ProgressiveNormCallback", ["layers", "gate", "total_steps"] if state_dict else [])
+        check_state(state_dict, "ProgressiveNormCallback", ["layers", "gate", "total_steps"], empty=True)
         if self._training:
             return
         self._saved, self._loaded, self.switch = state_dict or None, bool(state_dict), None

@@ -324,7 +324,7 @@ class StabilityCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the layers exist; in a training only a tuner restores, which is no resume."""
-        check_state(state_dict, "StabilityCallback", ["monitor"] if state_dict else [])
+        check_state(state_dict, "StabilityCallback", ["monitor"], empty=True)
         if self._fitting and self._counted:
             return
         self._saved = state_dict.get("monitor")

@@ -6,10 +6,12 @@ missing; a check of something of torch's imports it.
 """
 
 import difflib
+import inspect
 import math
 import numbers
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -169,7 +171,7 @@ def check_count(name: str, value: Any, least: int = 1, *, hint: str = "") -> Non
 
     Raises:
         TypeError: it is no whole number.
-        ValueError: it is smaller than `least`.
+        ValueError: it is smaller than `least`, or larger than any index.
 
     >>> check_count("steps", 1.5)
     Traceback (most recent call last):
@@ -179,7 +181,7 @@ def check_count(name: str, value: Any, least: int = 1, *, hint: str = "") -> Non
     wanted = f"a whole number of {least} or more{hint}"
     if not is_whole(value):
         raise wrong_type(name, value, wanted)
-    if operator.index(value) < least:
+    if not least <= operator.index(value) <= sys.maxsize:
         raise ValueError(f"{name}={value!r} is out of range. Give {wanted}")
 
 
@@ -301,6 +303,11 @@ def check_instance(name: str, value: Any, kind: type[Any] | tuple[type[Any], ...
         raise wrong_type(name, value, wanted)
 
 
+def is_collection(value: Any) -> bool:
+    """Whether a value is a string or a collection of several things, and not an array or a tensor."""
+    return isinstance(value, Collection) and not isinstance(value, bytes) and not hasattr(value, "ndim")
+
+
 def check_all(name: str, values: Any, kind: type[Any], wanted: str) -> None:
     """Check the class of each item of a sequence.
 
@@ -313,7 +320,7 @@ def check_all(name: str, values: Any, kind: type[Any], wanted: str) -> None:
     Raises:
         TypeError: it is no collection, or an item is of another class.
     """
-    if not isinstance(values, Collection) or isinstance(values, str | bytes):
+    if isinstance(values, str) or not is_collection(values):
         raise wrong_type(name, values, wanted)
     for value in values:
         if not isinstance(value, kind):
@@ -332,7 +339,7 @@ def list_of(name: str, values: Any, kind: type[Item]) -> list[Item]:
         TypeError: it cannot be iterated over, or an item is of another class.
     """
     wanted = f"a list of {kind.__name__} modules, as convert_norms makes them"
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Iterable) or hasattr(values, "ndim"):
         raise wrong_type(name, values, wanted)
     listed = list(values)
     for value in listed:
@@ -341,19 +348,33 @@ def list_of(name: str, values: Any, kind: type[Item]) -> list[Item]:
     return listed
 
 
-def check_function(name: str, value: Any, of: str) -> None:
-    """Check that a value can be called.
+def check_function(name: str, value: Any, *arguments: str) -> None:
+    """Check that a value can be called with these arguments.
 
     Args:
         name: of the argument.
         value: what was given.
-        of: its arguments, for the message, such as "(model, batch)".
+        *arguments: what it will be called with, for the message.
 
     Raises:
-        TypeError: it cannot be called.
+        TypeError: it cannot be called, or takes another number of arguments.
+
+    >>> check_function("forward", lambda batch: batch, "model", "batch")
+    Traceback (most recent call last):
+    ...
+    TypeError: forward=<function <lambda> at ...> cannot be called so. Give a function of (model, batch)
     """
-    if not isinstance(value, Callable):  # type: ignore[arg-type]
-        raise wrong_type(name, value, f"a function of {of}")
+    wanted = f"a function of ({', '.join(arguments)})"
+    if not callable(value):
+        raise wrong_type(name, value, wanted)
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # what is written in C need not say what it takes
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name}={shown(value)} cannot be called so. Give {wanted}") from error
 
 
 def check_loader(name: str, value: Any) -> None:
@@ -362,23 +383,24 @@ def check_loader(name: str, value: Any) -> None:
     Raises:
         TypeError: it cannot be iterated over, or it is a single batch.
     """
-    from torch import Tensor, nn
+    from torch import nn
 
     wanted = "a DataLoader or a list of batches"
-    if isinstance(value, Tensor | Mapping):
+    if isinstance(value, Mapping) or hasattr(value, "ndim"):
         raise wrong_type(name, value, f"{wanted}: [batch] is a list of one")
     iterable = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
     if not iterable or isinstance(value, str | bytes | type | nn.Module):
         raise wrong_type(name, value, wanted)
 
 
-def check_state(value: Any, of: str, parts: Collection[str]) -> None:
+def check_state(value: Any, of: str, parts: Collection[str], *, empty: bool = False) -> None:
     """Check a state that is to be loaded, before anything of it is.
 
     Args:
         value: what was given.
         of: whose state it is to be, for the message.
         parts: the entries that it must have.
+        empty: whether one without entries will do, which says nothing. Default: False.
 
     Raises:
         TypeError: it is no mapping.
@@ -395,5 +417,5 @@ def check_state(value: Any, of: str, parts: Collection[str]) -> None:
             f"the state of {of} is a dict, got {shown(value)} of type {type(value).__name__}. Give {wanted}"
         )
     missing = [part for part in parts if part not in value]
-    if missing:
+    if missing and (value or not empty):
         raise ValueError(f"the state lacks {missing[0]!r}, so it is not one of {of}. Give {wanted}")

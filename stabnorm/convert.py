@@ -235,7 +235,8 @@ def _table(norms: Iterable[NormConversion]) -> list[str]:
 
 
 def _asks_for_fit(to: Target, loader: Iterable[Any] | None, options: dict[str, Any]) -> bool:
-    fit = options.get("init") == "fit"
+    init = options.get("init")
+    fit = isinstance(init, str) and init == "fit"
     if fit and to != "prepbn":
         raise ValueError(f"init='fit' is for to='prepbn', not {to!r}: what it fits to is the norm beside RepBN")
     if fit and loader is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stabnorm._checks import check_count, check_function, check_has_numbers, check_loader, check_model
+from stabnorm._checks import check_count, check_function, check_has_numbers, check_loader, check_model, check_scalar
 from stabnorm._models.batches import Forward, moved, run_batch
 from stabnorm._models.calls import input_name, mask_of, tensor_input_of
 from stabnorm._models.devices import device_of
@@ -101,9 +101,9 @@ def recalibrate_norms(
     check_loader("loader", loader)
     check_count("n_batches", n_batches, hint=": 50 are plenty")
     if metric is not None:
-        check_function("metric", metric, "the model")
+        check_function("metric", metric, "model")
     if forward is not None:
-        check_function("forward", forward, "(model, batch)")
+        check_function("forward", forward, "model", "batch")
     check_has_numbers(model, "to recalibrate")
     targets, left = _running_norms(model)
     if not targets:
@@ -255,7 +255,9 @@ def _measured(metric: Callable[[nn.Module], float] | None, model: nn.Module, dev
         return None
     model.eval()
     with torch.no_grad():
-        value = float(metric(model))
+        given = metric(model)
+    check_scalar("metric", given)
+    value = float(given)
     if ranks() == 1:
         return value
     return float(gather_over_ranks(torch.tensor(value, dtype=torch.float64, device=device)).mean())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabnorm._checks import is_whole, nearest, wrong_type
+from stabnorm._checks import check_function, is_whole, nearest, shown, wrong_type
 
 MaskOfBatch = Callable[[Any], Tensor | Sequence[Tensor]] | int | str | None
 
@@ -122,7 +122,9 @@ def check_mask(mask: Any) -> None:
     Raises:
         TypeError: it is neither a key, an index nor a function.
     """
-    if mask is not None and not isinstance(mask, str) and not is_whole(mask) and not callable(mask):
+    if callable(mask):
+        check_function("mask", mask, "batch")
+    elif mask is not None and not isinstance(mask, str) and not is_whole(mask):
         raise wrong_type("mask", mask, "a key of the batch, an index, or a function of the batch")
 
 
@@ -134,6 +136,7 @@ def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
         mask: a key or an index of the batch, or a function of the batch; None: the batch has no mask.
 
     Raises:
+        TypeError: the entry, or what the function returned, is neither a tensor nor a list.
         ValueError: the batch has no such entry, or the function returned None.
     """
     if mask is None:
@@ -153,6 +156,9 @@ def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
     if masks is None:
         raise ValueError("the mask function returned None; it returns a bool tensor, True = valid token")
     if not isinstance(masks, Tensor):
+        if not isinstance(masks, list | tuple):
+            given = f"mask={shown(mask)} gives {shown(masks)} of type {type(masks).__name__}"
+            raise TypeError(f"{given}. It is to give a bool tensor, True = valid token, or a list of them")
         return masks
     # A key names what the tokenizer made, often 0 and 1. A function's answer is used as it is.
     return (masks if callable(mask) else masks.bool(),)

@@ -1,9 +1,9 @@
 """Which modules a user means: regular expressions that are searched for in names."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from stabnorm._checks import wrong_type
+from stabnorm._checks import is_collection, wrong_type
 
 Patterns = str | Sequence[str] | None
 
@@ -41,7 +41,7 @@ def compiled(argument: str, given: str | Sequence[str]) -> list[re.Pattern[str]]
         ValueError: one is no regular expression.
     """
     wanted = "a regular expression as a string, or a list of them"
-    if not isinstance(given, Collection) or isinstance(given, bytes):
+    if not is_collection(given):
         raise wrong_type(argument, given, wanted)
     patterns = []
     for pattern in [given] if isinstance(given, str) else given:

@@ -1,8 +1,8 @@
 """The companions by name, and a table of what they measure."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from stabnorm._checks import wrong_type
+from stabnorm._checks import is_collection, wrong_type
 from stabnorm.companions.attention import AttentionCompanion
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.embedding import EmbeddingCompanion
@@ -30,7 +30,7 @@ def resolve_companions(companions: Sequence[str | Companion]) -> tuple[Companion
     """
     if isinstance(companions, str):
         companions = [companions]
-    if not isinstance(companions, Collection):
+    if not is_collection(companions):
         raise wrong_type("companions", companions, "a list of names, or of objects of stabnorm.companions")
     known = {name: kind() for name, kind in known_companions().items()}
     chosen = tuple(by_name(asked, known, Companion, "companion") for asked in companions)

@@ -146,6 +146,9 @@ def fit_norms(
         raise wrong_type("levels", levels, "a list of lists of names")
     for level in levels:
         check_all("levels", level, str, "a list of lists of names")
+    for argument, value in (("calls", calls), ("feeders", feeders)):
+        if value is not None:
+            check_instance(argument, value, Mapping, "a dict by the names of norms, from measure_norms")
     originals = {layer.name: layer for layer in NormSearch(original).found}
     converted = {layer.name: layer for layer in NormSearch(model).found}
     for name in (name for level in levels for name in level):

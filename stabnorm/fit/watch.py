@@ -37,7 +37,7 @@ class Runner:
 
     def __init__(self, forward: Forward | None = None, mask: MaskOfBatch = None) -> None:
         if forward is not None:
-            check_function("forward", forward, "(model, batch)")
+            check_function("forward", forward, "model", "batch")
         check_mask(mask)
         self.forward, self.mask = forward or run_batch, mask
 

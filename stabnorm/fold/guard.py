@@ -178,7 +178,7 @@ def guard_folds(
     """
     check_loader("loader", loader)
     if forward is not None:
-        check_function("forward", forward, "(model, batch)")
+        check_function("forward", forward, "model", "batch")
     handle = FoldGuard(model, guard, margin)
     try:
         with torch.inference_mode(False), torch.no_grad(), without_fused_layers():

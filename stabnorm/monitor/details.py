@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from stabnorm._checks import shown
+from stabnorm._checks import is_collection, shown
 from stabnorm.functional.detail import DetailMoments, clear_detail_, empty_detail, merge_detail_
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.parameter_values import Parameters, adam_figures
@@ -104,7 +104,7 @@ def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
     Raises:
         TypeError: one of them is not an optimizer.
     """
-    optimizers = tuple(given) if isinstance(given, Iterable) else (given,)
+    optimizers = tuple(given) if is_collection(given) else (given,)
     for one in optimizers:
         if not isinstance(one, Optimizer):
             raise TypeError(f"optimizer is a torch.optim.Optimizer, or several of them, got {shown(one)}")

@@ -125,6 +125,7 @@ class RobustDetector:
     def __init__(self, statistics: Sequence[Statistic], layers: Sequence[str], fading: Collection[str] = ()) -> None:
         check_all("statistics", statistics, Statistic, "a list of Statistic objects")
         check_all("layers", layers, str, "a list of names")
+        check_all("fading", fading, str, "a list of names")
         self._statistics, self._layers = tuple(statistics), tuple(layers)
         self._alarmed = [i for i, s in enumerate(self._statistics) if s.alarm is not None]
         self._watched = [i for i, s in enumerate(self._statistics) if s.floor is not None]

@@ -61,7 +61,7 @@ def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any
     check_flag("gradients", gradients)
     check_flag("fused", fused)
     if detector is not None:
-        check_function("detector", detector, "(statistics, rows, fading), or a class")
+        check_function("detector", detector, "statistics", "rows", "fading")
 
 
 class StabilityMonitor:
@@ -261,6 +261,8 @@ class StabilityMonitor:
             if value is not None:
                 check_scalar(name, value)
         if grad_scale is not None:
+            if isinstance(grad_scale, Mapping) and not optimizers_of(list(grad_scale)):
+                raise ValueError("grad_scale={} names no optimizer. Give one number, or a number for each optimizer")
             for scale in grad_scale.values() if isinstance(grad_scale, Mapping) else [grad_scale]:
                 check_scalar("grad_scale", scale, above=0)
         optimizers = optimizers_of(optimizer)
@@ -271,7 +273,7 @@ class StabilityMonitor:
         scalars = torch.full((len(SCALARS),), torch.nan, dtype=torch.float32, device=state.device)
         for column, scalar in enumerate((loss, learning_rate)):
             if scalar is not None:
-                scalars[column] = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else scalar
+                scalars[column] = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else float(scalar)
         raw, gradient = self._accumulators.take(state.device)
         if isinstance(grad_scale, Mapping):
             gradient = gradient / stacked(layer_scales(self._norms, self._model, grad_scale), gradient)

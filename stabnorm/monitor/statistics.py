@@ -8,9 +8,9 @@ Of the survey's list, N1 is not here: the gradient noise scale needs every examp
 is a backward hook with input and output gradient at each norm, which is neither cheap nor possible in a compiled graph.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from stabnorm._checks import check_all, check_flag, check_number, nearest, wrong_type
+from stabnorm._checks import check_all, check_flag, check_number, is_collection, nearest, wrong_type
 from stabnorm.companions.names import known_companions
 from stabnorm.monitor.catalogue.affinity import AFFINITY
 from stabnorm.monitor.catalogue.depth import DEPTH
@@ -57,14 +57,14 @@ def resolve(preset: str | Sequence[str | Statistic]) -> tuple[Statistic, ...]:
             hint = single if preset in CATALOGUE else nearest(preset, PRESETS)
             raise ValueError(f"unknown preset {preset!r}: the presets are {', '.join(PRESETS)}{hint}")
         preset = PRESETS[preset]
-    if not isinstance(preset, Collection) or isinstance(preset, Mapping):
+    if not is_collection(preset) or isinstance(preset, Mapping):
         raise wrong_type("preset", preset, f"one of {', '.join(map(repr, PRESETS))}, or a list of statistics")
     chosen: dict[str, Statistic] = {}
     for asked in preset:
         if isinstance(asked, str) and asked in _of_companions():
             raise ValueError(f"{asked!r} is not in the catalogue: ask for companions=[{_of_companions()[asked]!r}]")
         statistic = by_name(asked, CATALOGUE, Statistic, "statistic")
-        if CATALOGUE.get(statistic.name) is not statistic:
+        if not any(statistic is known for known in CATALOGUE.values()):
             _check_own(statistic)
         if chosen.setdefault(statistic.name, statistic) is not statistic:
             raise ValueError(f"two different statistics are called {statistic.name!r}; give each a name of its own")
@@ -92,7 +92,8 @@ def _check_own(statistic: Statistic) -> None:
         if value is not None:
             check_number(f"{bound} of statistic {name!r}", value, above=0 if bound == "floor" else None)
     check_flag(f"remembers of statistic {name!r}", statistic.remembers)
-    needs = (statistic.needs,) if isinstance(statistic.needs, str) else statistic.needs or ()
+    needs = () if statistic.needs is None else statistic.needs
+    needs = (needs,) if isinstance(needs, str) else needs
     check_all(f"needs of statistic {name!r}", needs, str, f"one or several of {', '.join(NEEDS)}")
     unknown = sorted(statistic.needs_all - set(NEEDS))
     if unknown:

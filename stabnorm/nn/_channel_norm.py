@@ -54,7 +54,7 @@ class ChannelNorm(EvalAffineNorm):
 
     def __new__(cls, *args: Any, variant: str | None = None, **options: Any) -> Any:
         """Create an instance of the class that `variant` names; None, as for a copy, means this class."""
-        made = next((c for c in (cls, *cls.__subclasses__()) if variant in (None, c.variant)), None)
+        made = next((c for c in (cls, *cls.__subclasses__()) if variant is None or str(variant) == c.variant), None)
         if made is None:
             check_variant(variant)
             raise ValueError(f"{cls.__name__} has no variant={variant!r}. Leave it out")

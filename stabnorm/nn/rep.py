@@ -197,7 +197,7 @@ class RepBN(ChannelNorm):
 
 def check_filtration(filtration: Any, known: tuple[str, ...] = ("calibrated",)) -> None:
     """Raise ValueError for an unknown `filtration`."""
-    if filtration == "official" and filtration not in known:
+    if isinstance(filtration, str) and filtration == "official" and filtration not in known:
         raise ValueError(
             "filtration='official' belongs to UnifiedNorm(variant='official'); by itself it skips nearly every batch "
             "or none. Use filtration='calibrated', or that variant"

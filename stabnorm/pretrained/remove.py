@@ -187,7 +187,7 @@ def remove_norms(
     if held_out is not None:
         check_loader("held_out", held_out)
     if loss is not None:
-        check_function("loss", loss, "(output, original_output)")
+        check_function("loss", loss, "output", "original_output")
     if recipe is not None:
         check_instance("recipe", recipe, Recipe, "a Recipe, such as Recipe(lr=1e-4)")
     check_flag("progress", progress)

@@ -103,7 +103,7 @@ class Recipe:
         check_order(self.order)
         check_count("accumulate", self.accumulate)
         check_count("seed", self.seed, 0)
-        if self.precision not in (None, torch.bfloat16):
+        if self.precision is not None and self.precision is not torch.bfloat16:
             raise ValueError(f"precision={self.precision} is not torch.bfloat16, the only one that needs no loss scale")
 
 
@@ -180,7 +180,7 @@ class Repair:
         if recipe is not None:
             check_instance("recipe", recipe, Recipe, "a Recipe, such as Recipe(lr=1e-4)")
         if loss is not None:
-            check_function("loss", loss, "(output, original_output)")
+            check_function("loss", loss, "output", "original_output")
         if run is not None:
             check_instance("run", run, Runner, "a Runner, or leave it out")
         self.model, self.original, self.steps = model, original, steps

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from stabnorm._checks import check_choice, check_count, check_number
+from stabnorm._checks import check_choice, check_count, check_function, check_number
 
 Order = Literal["together", "shallow_first", "deep_first"]
 STAGGER = 0.5  # share of the schedule that one layer takes if the layers are switched one after the other
@@ -149,7 +149,9 @@ def check_order(order: str) -> None:
 
 def check_schedule(schedule: str | Callable[[int], float]) -> None:
     """Raise ValueError unless `schedule` is a name there is, or a function."""
-    if not callable(schedule):
+    if callable(schedule):
+        check_function("schedule", schedule, "step")
+    else:
         check_choice("schedule", schedule, (*SCHEDULES, "adaptive"), ", or give a function of the step")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,15 +40,26 @@ ODD = Odd()
 # --- what is none, by kind of argument ---
 
 MODULE = (None, 5, "model", nn.Linear, [nn.Linear(2, 2)], {"weight": torch.zeros(2, 2)}, torch.zeros(2, 2), len, ODD)
-COUNT = (None, 0, -1, 1.5, NAN, INF, "5", [1], ODD, torch.zeros(2))  # of 1 or more
+COUNT = (None, 2**70, 0, -1, 1.5, NAN, INF, "5", [1], ODD, torch.zeros(2))  # of 1 or more
 INDEX = (None, -1, 1.5, NAN, INF, "5", [1], ODD, torch.zeros(2))  # of 0 or more
 NUMBER = (None, "x", [1.0], NAN, 1j, ODD, torch.zeros(2))
 FLAG: tuple[Any, ...] = (None, "x", 2, 0.5, [], ODD)
 NAME = ("nonsense", "", 5, ["layer"], ODD)
-PATTERN = (5, 1.5, "(", b"norm", [5], [None], ODD, torch.zeros(2))
-FUNCTION = (5, "x", [len], ODD)
-MASK: tuple[Any, ...] = (1.5, [], {}, b"mask", ODD, torch.ones(2, dtype=torch.bool))
-LOADER = (None, 5, "batches", {"x": torch.zeros(2, 4)}, torch.zeros(8, 4), nn.Linear(2, 2), len, ODD)
+PATTERN = (5, 1.5, "(", b"norm", [5], [None], ODD, torch.zeros(2), torch.zeros(()))
+FUNCTION = (5, "x", [len], ODD, lambda: None)  # of one argument or more
+MASK: tuple[Any, ...] = (lambda: None, 1.5, [], {}, b"mask", ODD, torch.ones(2, dtype=torch.bool))
+LOADER = (
+    None,
+    5,
+    np.float64(1),
+    np.zeros((8, 4)),
+    "batches",
+    {"x": torch.zeros(2, 4)},
+    torch.zeros(8, 4),
+    nn.Linear(2, 2),
+    len,
+    ODD,
+)
 EXAMPLE: tuple[Any, ...] = (None, 5, "x", [], [5], len, ODD)
 STATE: tuple[Any, ...] = (None, 5, "x", [], {}, {"nonsense": 1}, ODD)
 OPTIONS = (5, "x", [1], {"nonsense": 1}, {5: 1}, ODD)
@@ -295,7 +307,7 @@ DOORS: dict[str, Door] = {
         {
             "loss": ("x", [1.0], ODD, torch.zeros(2)),
             "learning_rate": ("x", [1.0], ODD, torch.zeros(2)),
-            "grad_scale": ("x", 0, -1, NAN, [1.0], ODD, torch.zeros(2)),
+            "grad_scale": ("x", {}, {"a": 1}, 0, -1, NAN, [1.0], ODD, torch.zeros(2)),
             "optimizer": (None, 5, "x", [5], torch.optim.SGD, ODD),
         },
     ),
@@ -330,7 +342,7 @@ DOORS: dict[str, Door] = {
             "model": MODULE,
             "loader": (*LOADER, [], [5]),
             "n_batches": COUNT,
-            "metric": FUNCTION,
+            "metric": (*FUNCTION, lambda model: None, lambda model: "x"),
             "forward": FUNCTION,
         },
     ),

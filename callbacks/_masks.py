@@ -1,7 +1,12 @@
 """The masks of a batch, from a callback's argument `mask=`."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from stabnorm._checks import shown
+from stabnorm._log import logger
 from stabnorm._models.masks import MaskOfBatch, check_mask, masks_of, valid_tokens
 
 __all__ = ["BatchMask", "MaskOfBatch"]
@@ -18,13 +23,28 @@ class BatchMask:
         check_mask(mask)
         self.mask = mask
         self._open: valid_tokens | None = None
+        self._asked = False
 
     def enter(self, batch: Any) -> None:
         """Open the masks of a batch; first close those of an earlier batch that did not end."""
         self.leave()
         if self.mask is not None:
-            self._open = valid_tokens(*masks_of(batch, self.mask))
+            masks = masks_of(batch, self.mask)
+            self._open = valid_tokens(*masks)
             self._open.__enter__()
+            if not self._asked:
+                self._asked = True
+                self._ask(masks)
+
+    def _ask(self, masks: Sequence[Tensor]) -> None:
+        """Ask whether the mask is inverted if it leaves out most of the first batch; later ones are not read."""
+        valid, every = (sum(numbers) for numbers in zip(*((int(m.sum()), m.numel()) for m in masks), strict=True))
+        if valid < every / 2:
+            logger.warning(
+                "mask=%s leaves out %.0f %% of the first batch's tokens. Is it inverted? True means a valid token: if "
+                "yours is True for padding, give a function that inverts it, such as lambda batch: ~batch['padding']",
+                shown(self.mask), 100 * (1 - valid / every),
+            )  # fmt: skip
 
     def leave(self) -> None:
         """Close the masks of the batch, if any are open."""
@@ -33,4 +53,4 @@ class BatchMask:
             self._open = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mask": self.mask, "_open": None}
+        return {"mask": self.mask, "_open": None, "_asked": self._asked}

@@ -32,7 +32,7 @@ from stabnorm.monitor.outputs import Guard, Outputs
 from stabnorm.monitor.record import RecordWriter
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam
 from stabnorm.switch.progressive import ProgressiveSwitch
-from stabnorm.switch.schedules import Order, check_plan, check_span, make_schedule, schedule_end
+from stabnorm.switch.schedules import FRACTION, Order, check_plan, make_schedule, schedule_end
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -107,10 +107,9 @@ class ProgressiveNormCallback(Callback):
         norm_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_plan(schedule, order)
-        check_span(start, fraction)
+        check_plan(schedule, start, fraction, order)
         check_target(to)
-        if to != "prepbn" and (schedule, start, fraction, order) != ("adaptive", 0, 0.8, "together"):
+        if to != "prepbn" and (schedule, start, fraction, order) != ("adaptive", 0, FRACTION, "together"):
             given = f"schedule={schedule!r}, start={start}, fraction={fraction}, order={order!r}"
             raise ValueError(f"{given} say how lam moves, and to={to!r} has none. Leave them out")
         if total_steps is not None:

@@ -186,6 +186,8 @@ def remove_norms(
     check_loader("loader", loader)
     if held_out is not None:
         check_loader("held_out", held_out)
+        if tolerance is None:
+            raise ValueError("held_out= would not be used: it is what tolerance= is judged on. Give a tolerance, too")
     if loss is not None:
         check_function("loss", loss, "output", "original_output")
     if recipe is not None:

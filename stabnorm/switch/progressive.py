@@ -86,7 +86,7 @@ class ProgressiveSwitch:
     ) -> None:
         check_model("model", model)
         check_count("total_steps", total_steps)
-        check_plan(schedule, order)
+        check_plan(schedule, start, fraction, order)
         if monitor is not None:
             check_instance("monitor", monitor, StabilityMonitor, "a StabilityMonitor, or leave it out")
         self.norms, self._running = progressive_norms(model), running_norms(model)

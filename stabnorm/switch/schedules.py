@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args
 from stabnorm._checks import check_choice, check_count, check_function, check_number
 
 Order = Literal["together", "shallow_first", "deep_first"]
+FRACTION = 0.8  # the default: the last fifth of the training belongs to the finished model
 STAGGER = 0.5  # share of the schedule that one layer takes if the layers are switched one after the other
 
 
-def schedule_end(total: int, *, start: int = 0, fraction: float = 0.8) -> int:
+def schedule_end(total: int, *, start: int = 0, fraction: float = FRACTION) -> int:
     """Return the step from which lam is 0: ``start + fraction * total``, rounded.
 
     Args:
@@ -49,7 +50,7 @@ def linear(
     layers: int = 1,
     *,
     start: int = 0,
-    fraction: float = 0.8,
+    fraction: float = FRACTION,
     order: Order = "together",
 ) -> float:
     r"""Return :math:`1 - u` with u the share of the schedule that is over (arXiv:2405.11582, SLAB).
@@ -82,7 +83,7 @@ def cosine(
     layers: int = 1,
     *,
     start: int = 0,
-    fraction: float = 0.8,
+    fraction: float = FRACTION,
     order: Order = "together",
 ) -> float:
     r"""Return half a period of a cosine, :math:`(1 + \cos \pi u) / 2`; arguments as for `linear`.
@@ -101,7 +102,7 @@ def constant(
     layers: int = 1,
     *,
     start: int = 0,
-    fraction: float = 0.8,
+    fraction: float = FRACTION,
     order: Order = "together",
 ) -> float:
     """Return 0 as soon as the switch of the layer begins, without a transition; arguments as for `linear`.
@@ -155,10 +156,16 @@ def check_schedule(schedule: str | Callable[[int], float]) -> None:
         check_choice("schedule", schedule, (*SCHEDULES, "adaptive"), ", or give a function of the step")
 
 
-def check_plan(schedule: str | Callable[[int], float], order: str) -> None:
-    """Raise ValueError unless schedule and order are known, and the schedule follows the order."""
+def check_plan(schedule: str | Callable[[int], float], start: int, fraction: float, order: str) -> None:
+    """Raise an error unless all of them are in range, and the schedule follows the others."""
     check_schedule(schedule)
+    check_span(start, fraction)
     check_order(order)
+    if callable(schedule) and (start, fraction) != (0, FRACTION):
+        raise ValueError(
+            f"start={start} and fraction={fraction} would not be followed: a function of the step says itself when it "
+            "begins and ends. Leave them out, or name a schedule"
+        )
     if order != "together" and schedule not in SCHEDULES:
         what = "a function of the step gives one lam for all layers"
         if schedule == "adaptive":
@@ -173,7 +180,7 @@ def make_schedule(
     layers: int = 1,
     *,
     start: int = 0,
-    fraction: float = 0.8,
+    fraction: float = FRACTION,
     order: Order = "together",
 ) -> Callable[[int], list[float]]:
     """Return a function of the step that gives the lam of every layer.
@@ -196,7 +203,7 @@ def make_schedule(
     >>> make_schedule(lambda step: max(0.0, 1 - step / 5), 10, 2)(1)
     [0.8, 0.8]
     """
-    check_plan(schedule, order)
+    check_plan(schedule, start, fraction, order)
     check_count("layers", layers, 0)
     if not callable(schedule):
         formula = SCHEDULES[schedule]

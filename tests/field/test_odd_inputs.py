@@ -1,14 +1,19 @@
 """Whatever is odd about an input is said where it comes in, in our words: the argument, the value, what to do."""
 
 import copy
+import functools
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import stabnorm
 from stabnorm import StabNormError
+from stabnorm.callbacks._masks import BatchMask
 from tests.field.odd_inputs import DOORS, X, converted, plain, verdicts
 
 
@@ -112,6 +117,42 @@ def test_an_order_that_the_schedule_would_not_follow_is_refused(schedule: Any) -
 def test_a_target_without_lam_takes_no_course_of_lam(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="say how lam moves, and to='unified' has none"):
         stabnorm.callbacks.ProgressiveNormCallback(to="unified", **options)
+
+
+@pytest.mark.parametrize("options", [{"start": 5}, {"fraction": 0.5}])
+def test_a_function_of_the_step_takes_no_span(options: dict[str, Any]) -> None:
+    for make in (functools.partial(stabnorm.ProgressiveSwitch, converted(), 10), callback_of):
+        with pytest.raises(ValueError, match="would not be followed: a function of the step says itself when"):
+            make(schedule=lambda step: 0.0, **options)
+
+
+def callback_of(**options: Any) -> Any:
+    return stabnorm.callbacks.ProgressiveNormCallback(**options)
+
+
+def test_batches_that_nothing_would_be_judged_on_are_refused() -> None:
+    with pytest.raises(ValueError, match="held_out= would not be used"):
+        stabnorm.remove_norms(plain(), [X], held_out=[X])
+
+
+# --- an inverted mask ---
+
+
+@pytest.mark.parametrize(("inverted", "share"), [(True, "75 %"), (False, "")])
+def test_a_mask_that_leaves_out_most_of_the_first_batch_is_asked_about_once(
+    inverted: bool, share: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    valid = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    mask = BatchMask("padding")
+    with caplog.at_level(logging.WARNING, "stabnorm"):
+        for _ in range(3):
+            mask.enter({"padding": ~valid if inverted else valid})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                mask.leave()
+    assert len(caplog.records) == int(inverted)
+    assert share in caplog.text
+    assert ("mask='padding' leaves out" in caplog.text) == inverted
 
 
 def test_norm_options_are_checked_when_the_callback_is_built() -> None:

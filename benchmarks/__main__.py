@@ -19,16 +19,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import inference, kernels, memory, monitor_overhead, norm_modules
+from benchmarks import inference, kernels, memory, monitor_overhead, norm_modules, switched_step
 from stabnorm.ops import backends, use_kernels
 from stabnorm.ops.cpp import library
 
-SECTIONS = ("kernels", "modules", "monitor", "memory", "inference")
+SECTIONS = ("kernels", "modules", "monitor", "switch", "memory", "inference")
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 QUICK: dict[str, list[str]] = {
     "kernels": ["--rounds", "2", "--shapes", "128x16", "--dtype", "float32", "--no-compile"],
     "modules": ["--rounds", "2", "--shapes", "128x16", "--dtype", "float32", "--no-compile"],
     "monitor": ["--rounds", "2", "--batch", "1"],
+    "switch": ["--rounds", "2", "--models", "tiny", "--modes", "eager"],
     "memory": ["--shape", "128x16", "--batch", "1"],
     "inference": ["--rounds", "2", "--models", "vit-tiny", "--batch", "1", "--dtype", "float32", "--modes", "eager"],
 }
@@ -96,6 +97,8 @@ def run(options: argparse.Namespace) -> None:
             if "monitor" in chosen:
                 peers = ["--peers"] if title == "as they come" else []
                 section("monitor", f"Monitor, {title}", monitor_overhead.main, [*timed, *peers])
+            if "switch" in chosen:
+                section("switch", f"Training step while norms are switched, {title}", switched_step.main, timed)
     if "memory" in chosen:
         section("memory", "Memory", memory.main, common)
     if "inference" in chosen:

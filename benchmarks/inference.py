@@ -117,9 +117,9 @@ def count_table(four: dict[str, nn.Module], example: Tensor) -> str:
 
 
 @torch.no_grad()
-def time_table(four: Mapping[str, Callable[[Tensor], Tensor]], inputs: Sequence[Tensor], rounds: int) -> str:
-    """Return latencies as Markdown; each variant runs once in a round."""
-    names = list(four)
+def time_table(variants: Mapping[str, Callable[[Tensor], object]], inputs: Sequence[Tensor], rounds: int) -> str:
+    """Return latencies as Markdown, in units of the first variant; each runs once in a round."""
+    names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     device = inputs[0].device
 
@@ -132,7 +132,7 @@ def time_table(four: Mapping[str, Callable[[Tensor], Tensor]], inputs: Sequence[
         for turn in range(len(names)):
             name = names[(number + turn) % len(names)]
             start = now()
-            four[name](inputs[number % len(inputs)])
+            variants[name](inputs[number % len(inputs)])
             took = now() - start
             if number >= WARM_UP:
                 seconds[name].append(took)

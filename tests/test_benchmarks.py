@@ -85,14 +85,23 @@ def test_fine_tuning_keeps_to_its_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "here" / "layernorm.ckpt").exists()
 
 
+HEADINGS = (
+    "Kernels", "Norm modules, as they come", "Monitor, as they come",
+    "Training step while norms are switched, as they come", "Memory", "Inference",
+)  # fmt: skip
+ROWS = (
+    "| column moments | aten |", "| PRepBN, eager |", "| switching |", "| standard |", "| folded |", "| economy |"
+)  # fmt: skip
+
+
 def test_make_bench_runs_every_section_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "new" / "page.md"
     suite.main(["--quick", "--device", "cpu", "--output", str(page)])
     written = page.read_text(encoding="utf-8")
     assert written in capsys.readouterr().out
-    for heading in ("Kernels", "Norm modules, as they come", "Monitor, as they come", "Memory", "Inference"):
+    for heading in HEADINGS:
         assert f"## {heading}\n" in written
-    for row in ("| column moments | aten |", "| PRepBN, eager |", "| standard |", "| folded |", "| economy |"):
+    for row in ROWS:
         assert row in written
     for peer in peers.peers(torch.nn.LayerNorm(2)):
         assert f"| {peer.name} |" in written

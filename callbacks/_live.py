@@ -33,8 +33,9 @@ class LiveReport:
         self._trainer, self._guard, self._directory = trainer, monitor.outputs, directory
         run = directory.parent if directory.name == FOLDER else directory
         self.writer = LivePicture(self._draw, self._tell, run.name)
-        self._bar = VerdictInBar(lambda: short_verdict(monitor))
-        self._bar.put_on(trainer)
+        no_words = "the progress bar has no verdict"
+        self._bar = VerdictInBar(lambda: self._guard.attempt(no_words, short_verdict, monitor) or "")
+        self._guard.attempt(no_words, self._bar.put_on, trainer)
 
     def _draw(self, image: npt.NDArray[np.uint8], step: int) -> None:
         log_picture(self._trainer, self._guard, PICTURE, image, step, self._directory)
@@ -58,4 +59,4 @@ class LiveReport:
 
     def leave_bar(self) -> None:
         """Give the progress bar its own metrics back."""
-        self._bar.take_off()
+        self._guard.attempt("the progress bar keeps its verdict", self._bar.take_off)

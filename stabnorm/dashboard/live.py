@@ -11,6 +11,7 @@ from stabnorm.dashboard.readers import MemoryReader
 from stabnorm.dashboard.relative_map import SCALES, relative_map
 from stabnorm.dashboard.report import markdown_report
 from stabnorm.dashboard.runs import Run
+from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.record import Block, Event
 
 EVERY = 20  # flushes between two pictures of a calm run
@@ -46,6 +47,7 @@ class LivePicture:
         name: str = "run",
     ) -> None:
         self._draw, self._tell, self._name = draw, tell, name
+        self._guard = Guard()
         self._blocks = deque[Block]()
         self._bytes = 0
         self._events: list[Event] = []
@@ -65,14 +67,17 @@ class LivePicture:
             self._bytes -= _size(self._blocks.popleft())
         self._flushes += 1
         if self._flushes % EVERY == 0:
-            self._show()
+            self._guard.attempt("no picture is drawn while the run trains", self._show)
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
         """Draw and tell an alert, once for all alerts of a flush that come before the next block."""
         self._events.append(Event(kind, step, data))
-        if kind == "alert":
-            self._tell(markdown_report([self._run(SHOWN)]), step)
-            self._show()
+        if kind == "alert":  # a block or an event is kept once, whatever comes of its picture
+            self._guard.attempt("nothing is told of an alert", self._report_alert, step)
+            self._guard.attempt("no picture is drawn while the run trains", self._show)
+
+    def _report_alert(self, step: int) -> None:
+        self._tell(markdown_report([self._run(SHOWN)]), step)
 
     def close(self) -> None:
         """Do nothing, because the end of a training has a picture of its own."""

@@ -47,9 +47,7 @@ def file_name(text: str) -> str:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole: whatever happens, the file has its old content or all of the new one."""
-    draft = _draft(path, content)
-    os.replace(draft, path)
-    _keep_names(path.parent)
+    os.replace(_draft(path, content), path)
 
 
 def create_file(path: Path, content: bytes) -> None:
@@ -68,7 +66,6 @@ def create_file(path: Path, content: bytes) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-    _keep_names(path.parent)
 
 
 def remove_drafts(folder: Path, pattern: str) -> None:
@@ -90,13 +87,3 @@ def _draft(path: Path, content: bytes) -> Path:
             draft.unlink(missing_ok=True)
         raise
     return draft
-
-
-def _keep_names(folder: Path) -> None:
-    """Write the names in a folder to the disk, where the system can do that."""
-    with contextlib.suppress(OSError):  # Windows opens no folders
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)

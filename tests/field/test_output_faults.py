@@ -331,3 +331,26 @@ def test_a_disk_that_fills_up_in_a_switch_costs_neither_the_switch_nor_the_fold(
     assert model.lam() == [0.0, 0.0]
     assert any("FileRecord cannot write" in said for said in complaints(caplog))
     assert any("Forgetful does not take lam" in said for said in complaints(caplog))
+
+
+def test_a_picture_of_an_alert_that_fails_keeps_each_block_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise TypeError("load_default() takes 0 positional arguments but 1 was given")
+
+    for part in ("relative_map", "markdown_report", "EVERY"):
+        monkeypatch.setattr(f"stabnorm.dashboard.live.{part}", 2 if part == "EVERY" else fail)
+    monkeypatch.setattr("stabnorm.callbacks._live.short_verdict", fail)
+    callback, model = StabilityCallback(flush_every=2), module()
+    with torch.no_grad():
+        model.net[1].weight[0, 0] = torch.nan
+    run = trainer(tmp_path, callback, enable_progress_bar=True, log_every_n_steps=1)
+    fit(run, model)
+    assert callback.monitor is not None
+    assert callback.monitor.alerts
+    assert callback._live is not None
+    kept = [block.first_step for block in callback._live.writer._blocks]
+    assert kept == list(range(0, BATCHES, 2))
+    told = [said for said in complaints(caplog) if "load_default() takes 0" in said]
+    assert len(told) == len(set(told)) >= 3

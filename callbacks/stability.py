@@ -249,6 +249,21 @@ class StabilityCallback(Callback):
             )
             self._step = _OpenStep()
 
+    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Forget a step that the last epoch left open; automatic optimization drops its gradients, too."""
+        if pl_module.automatic_optimization:
+            self._step = _OpenStep()
+
+    def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Count no forward of a validation, also where the model stays in training mode, as for MC dropout."""
+        if self.monitor is not None:
+            self.monitor.pause()
+
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Go on with the open step."""
+        if self.monitor is not None:
+            self.monitor.resume()
+
     # -- the closing report --------------------------------------------------------------------------------------------
 
     def _close(self, trainer: "Trainer") -> None:

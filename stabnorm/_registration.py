@@ -77,9 +77,26 @@ def define(name: str, like: Callable[..., Any], run: Callable[..., Any], mutates
     arguments = _Arguments(like)
     changed = [field for argument in mutates for field in arguments.fields[argument]]
     _library.define(name + torch.library.infer_schema(arguments.prototype, mutates_args=changed))
-    _library.impl(name, arguments.taken_by(run), "CompositeExplicitAutograd")
+    flat_run = arguments.taken_by(run)
+    if fake is returns_nothing:
+        names = list(inspect.signature(arguments.prototype).parameters)
+        flat_run = _unversioned(flat_run, {names.index(field) for field in changed})
+    _library.impl(name, flat_run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"stabnorm::{name}", arguments.taken_by(fake))
     return arguments.given_to(getattr(torch.ops.stabnorm, name).default)
+
+
+def _unversioned(run: Callable[..., None], changed: set[int]) -> Callable[..., None]:
+    """Let an op that only changes its arguments do so behind autograd's back.
+
+    A checkpoint in a compiled graph saves what goes into it, accumulators as well, and autograd refuses a saved tensor
+    that was changed. No gradient depends on what such an op changes. The accumulators of all layers share one version.
+    """
+
+    def call(*args: Any) -> None:
+        run(*(arg.data if i in changed and arg is not None else arg for i, arg in enumerate(args)))
+
+    return call
 
 
 def registered(fake: Callable[..., Any]) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:

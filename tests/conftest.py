@@ -10,6 +10,8 @@ os.environ.setdefault("STABNORM_KERNELS", "aten")
 import pytest
 import torch
 
+from stabnorm._models import masks
+
 if not torch.cuda.is_available():  # before anything imports Triton: it decides once what its functions are
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -17,6 +19,12 @@ if not torch.cuda.is_available():  # before anything imports Triton: it decides 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _ask_about_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tests have masks that leave out more than half."""
+    monkeypatch.setattr(masks, "_unasked", 0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,8 +49,8 @@ def hooked(registrations: Iterable[RemovableHandle]) -> Iterator[None]:
         take_off(handles)
 
 
-def take_off(handles: list[RemovableHandle]) -> None:
-    """Remove these hooks from their modules, and empty the list."""
+def take_off(handles: list[Any]) -> None:
+    """Remove these hooks, or whatever else has `remove`, and empty the list."""
     for handle in handles:
         handle.remove()
     handles.clear()

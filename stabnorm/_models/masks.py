@@ -1,5 +1,6 @@
 """Which tokens count: the masks that are active, and the one that fits a layer."""
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -12,8 +13,23 @@ from stabnorm._checks import check_function, is_whole, nearest, shown, wrong_typ
 
 MaskOfBatch = Callable[[Any], Tensor | Sequence[Tensor]] | int | str | None
 
-_masks: list[Tensor] = []  # a plain list, which Dynamo can follow, as it cannot follow a context variable
-_contexts: list["valid_tokens"] = []
+_everywhere: list["valid_tokens"] = []  # the open contexts of all threads
+
+
+class _Open(threading.local):
+    """The open contexts of a thread: trainings in several threads have masks of their own.
+
+    An autograd thread, which nobody has started in Python, runs the recomputed forwards of activation checkpointing. It
+    sees the contexts of all threads. These are plain lists, which Dynamo can follow, as it cannot follow a context
+    variable.
+    """
+
+    def __init__(self) -> None:
+        known = any(thread.ident == threading.get_ident() for thread in threading.enumerate())
+        self.contexts: list[valid_tokens] = [] if known else _everywhere
+
+
+_open = _Open()
 
 
 class valid_tokens:  # used like a function: `with valid_tokens(mask):`
@@ -45,26 +61,53 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
             if not mask.ndim:
                 raise ValueError(f"a mask has one entry for each token, got the single value {bool(mask)}")
         # Hugging Face's [batch, 1, 1, length] masks say the same as [batch, length].
-        self._pushed = [mask.reshape([mask.shape[0], *(n for n in mask.shape[1:] if n != 1)]) for mask in masks]
+        self.masks = [mask.reshape([mask.shape[0], *(n for n in mask.shape[1:] if n != 1)]) for mask in masks]
         self.asked = self.taken = False
 
     def __enter__(self) -> "valid_tokens":
-        _masks.extend(reversed(self._pushed))  # the last one here is tried first
-        _contexts.append(self)
+        _ask_about(self.masks)
+        self._own = _open.contexts
+        self._own.append(self)
+        if self._own is not _everywhere:
+            _everywhere.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del _masks[len(_masks) - len(self._pushed) :]
-        _contexts.remove(self)
+        self._own.remove(self)
+        if self._own is not _everywhere:
+            _everywhere.remove(self)
         if error is None and self.asked and not self.taken:
-            shapes = ", ".join(str(tuple(mask.shape)) for mask in self._pushed)
+            shapes = ", ".join(str(tuple(mask.shape)) for mask in self.masks)
             warnings.warn(
                 f"no monitored layer has tokens that a mask of shape {shapes} fits, so padding counted: a mask has the "
                 "shape of the norm's input without the channel axis",
                 stacklevel=2,
             )
+
+
+_unasked = 10  # how many more contexts are looked at: on a GPU that waits for the device
+
+
+def _ask_about(masks: Sequence[Tensor]) -> None:
+    """Ask once about a mask that leaves out more than half of a batch: it may say which tokens are padding."""
+    global _unasked
+    if not _unasked or torch.compiler.is_compiling():
+        return
+    _unasked -= 1
+    for mask in masks:
+        kept = mask.count_nonzero().item() / max(mask.numel(), 1) if mask.device.type != "meta" else 1.0
+        if kept < 1:
+            _unasked = 0  # which of its tokens are padding is known now
+        if kept < 0.5:
+            warnings.warn(
+                f"the first padded mask, of shape {tuple(mask.shape)}, leaves out {100 * (1 - kept):.0f} % of the "
+                "tokens. Does True mean valid token there? If it means padding, as in PyTorch's key_padding_mask, pass "
+                "~mask",
+                stacklevel=3,
+            )
+            return
 
 
 def mask_for(tokens: torch.Size, name: str) -> Tensor | None:
@@ -77,22 +120,24 @@ def mask_for(tokens: torch.Size, name: str) -> Tensor | None:
     Raises:
         ValueError: a mask has as many axes as the tokens, but is transposed or of another length.
     """
-    if not _masks:
+    contexts = _open.contexts
+    masks = [mask for context in reversed(contexts) for mask in context.masks]
+    if not masks:
         return None
     if not torch.compiler.is_compiling():
-        for context in _contexts:
+        for context in contexts:
             context.asked = True
-    for mask in reversed(_masks):
+    for mask in masks:
         fitted = _fit(mask, tokens)
         if fitted is not None:
             if not torch.compiler.is_compiling():
-                for context in _contexts:
+                for context in contexts:
                     context.taken = True
             return fitted
-    for mask in reversed(_masks):
+    for mask in masks:
         transposed = mask.ndim == len(tokens) > 1 and mask.shape == tokens[::-1]
         if transposed or (mask.ndim == len(tokens) > 1 and mask.shape[0] == tokens[0]):
-            for context in _contexts:
+            for context in contexts:
                 context.taken = True  # this error says it; a warning at the end would say it twice
             hint = (
                 "Give its transpose" if transposed else "Give a mask of that shape (a class token needs an entry, too)"

@@ -15,6 +15,7 @@ Dynamo takes `F.multi_head_attention_forward` into its graph without looking ins
 
 import functools
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -48,24 +49,33 @@ class Viewer(Protocol):
         """Read a call of `softmax`."""
 
 
-_running: list[Viewer] = []  # the watched modules whose forward runs, outermost first; a plain list: Dynamo follows it
+class _Running(threading.local):
+    """The watched modules whose forward runs in this thread, outermost first; a plain list, which Dynamo can follow."""
+
+    def __init__(self) -> None:
+        self.viewers: list[Viewer] = []
+
+
+_running = _Running()
 _attached: set[int] = set()  # watches, by id
 _replaced: list[tuple[dict[str, Any], str, Any]] = []
 
 
 def enter(viewer: Viewer) -> None:
     """Note that the viewer's module begins its forward."""
-    _running.append(viewer)
+    _running.viewers.append(viewer)
 
 
 def leave(viewer: Viewer) -> None:
     """Note that the forward of the viewer's module has returned or raised."""
-    _running[:] = [running for running in _running if running is not viewer]  # Dynamo of torch 2.6 knows no remove
+    viewers = _running.viewers
+    viewers[:] = [running for running in viewers if running is not viewer]  # Dynamo of torch 2.6 knows no remove
 
 
 def _innermost() -> list[Viewer]:
     """Return the viewers of the innermost running module; there are two if two monitors watch it."""
-    return [viewer for viewer in _running if viewer.module is _running[-1].module]
+    viewers = _running.viewers
+    return [viewer for viewer in viewers if viewer.module is viewers[-1].module]
 
 
 _attention, _softmax, _multi_head = F.scaled_dot_product_attention, F.softmax, F.multi_head_attention_forward

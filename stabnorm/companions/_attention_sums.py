@@ -65,7 +65,7 @@ def sums_of_logits(logits: Tensor, biased: Tensor, visible: Tensor | None, valid
     # A row that sees nothing is NaN, and taken out below; 0 x -inf is nothing where only a key is not seen.
     log_weights = biased.log_softmax(-1)
     entropy = -(log_weights.exp() * log_weights.clamp(min=-1e4)).sum(-1)
-    share = entropy / keys.clamp(min=2).log()
+    share = entropy / keys.clamp(min=2).to(entropy.dtype).log()
     heads = logits.shape[-3]
     dtype = wide(logits.device)
 

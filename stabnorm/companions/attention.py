@@ -19,6 +19,7 @@ from stabnorm._log import logger, printable
 from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
 from stabnorm._models.names import NameFilter
+from stabnorm._models.watched import Watcher, Watching
 from stabnorm._models.wrappers import plain_name, unwrapped
 from stabnorm.companions import _attention_calls as calls
 from stabnorm.companions._attention_sums import (
@@ -149,8 +150,7 @@ class AttentionWatch(HookedWatch[AttentionSums]):
             place = _Attention(self, name, module, slice(first, first + heads))
             first += heads
             self._places.append(place)
-            self._handles.append(module.register_forward_pre_hook(_Enter(place)))
-            self._handles.append(module.register_forward_hook(_Leave(place), always_call=True))
+            self._handles.append(Watching(module, Watcher(_Enter(place), _Leave(place), at_error=True)))
         self.discard()
 
     def detach(self) -> None:
@@ -251,8 +251,8 @@ class _Enter(Hook):
     def __init__(self, place: _Attention) -> None:
         self.place = place
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.place.watch.model.training:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.place.watch.counts(self.place.watch.model, module):
             calls.enter(self.place)
 
 
@@ -262,7 +262,7 @@ class _Leave(Hook):
     def __init__(self, place: _Attention) -> None:
         self.place = place
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.leave(self.place)
 
 

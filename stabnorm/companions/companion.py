@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from stabnorm._models.devices import device_of
 from stabnorm._models.hooks import take_off
 from stabnorm._models.names import NameFilter, Patterns
+from stabnorm._models.watched import Watching
 from stabnorm.statistic import Statistic
 
 Sums = TypeVar("Sums", bound=tuple[Tensor, ...])
@@ -29,10 +29,12 @@ class Watch(ABC):
     Attributes:
         rows: names of the rows, in the order of the model.
         seconds: spent in hooks so far, on the host; not counted in a compiled graph.
+        paused: whether forwards do not count now, for example those of a validation.
     """
 
     rows: tuple[str, ...]
     seconds: float = 0.0
+    paused: bool = False
 
     @abstractmethod
     def attach(self) -> None:
@@ -61,6 +63,10 @@ class Watch(ABC):
             layers: their names.
             now: their moments, of which `Companion.needs` are gathered.
         """
+
+    def counts(self, model: nn.Module, module: nn.Module) -> bool:
+        """Whether a forward of a module in the model counts now. A module in eval mode does not train."""
+        return model.training and module.training and not self.paused
 
     def without(self, values: Tensor, statistic: int) -> list[str]:
         """The rows for which a statistic has no value in any step."""
@@ -122,7 +128,7 @@ class HookedWatch(Watch, Generic[Sums]):
     def __init__(self, kind: type[Sums], rows: Sequence[str]) -> None:
         self.rows, self._kind = tuple(rows), kind
         self._sums: dict[torch.device, Sums] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Watching] = []
         self._places: list[Place[Sums]] = []
 
     def sums(self, device: torch.device) -> Sums:

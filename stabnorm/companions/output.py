@@ -12,7 +12,7 @@ from stabnorm._checks import check_all, check_count, check_model, nearest
 from stabnorm._log import logger
 from stabnorm._models.hooks import Hook
 from stabnorm._models.masks import mask_for
-from stabnorm._models.watched import unwatch_class, watch_class
+from stabnorm._models.watched import Watcher, Watching
 from stabnorm._models.wrappers import plain_name, unwrapped
 from stabnorm._registration import returns_nothing
 from stabnorm.companions.companion import Companion, HookedWatch, Place, merged, sampled, wide
@@ -187,15 +187,8 @@ class OutputWatch(HookedWatch[OutputSums]):
             # Rows of one element, not of none: Dynamo takes a number that stands alone for one it might specialise on.
             place = Place(self, module, slice(row, row + 1), self.model)
             self._places.append(place)
-            watch_class(module)
-            self._handles.append(module.register_forward_hook(_OutputHook(self, place, name)))
+            self._handles.append(Watching(module, Watcher(after=_OutputHook(self, place, name))))
         self.discard()
-
-    def detach(self) -> None:
-        """Remove the hooks."""
-        for _, module in self._layers if self._handles else ():
-            unwatch_class(module)
-        super().detach()
 
     def complaint(self, values: Tensor) -> str | None:
         """Name the layers that were not called."""
@@ -215,8 +208,8 @@ class _OutputHook(Hook):
         self.watch, self.place, self.name = watch, place, name
         self.refused = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.watch.model.training:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self.watch.counts(self.watch.model, module):
             return
         why_not = _not_understood(output)
         if why_not is not None:

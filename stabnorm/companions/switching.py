@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from stabnorm._checks import check_model, list_of
 from stabnorm._models.calls import input_of, mask_of
 from stabnorm._models.hooks import Hook, take_off
 from stabnorm._models.names import NameFilter
+from stabnorm._models.watched import Watcher, Watching
 from stabnorm.companions._optimizer_steps import Indices
 from stabnorm.companions.companion import Companion, NormMoments, Watch
 from stabnorm.companions.readiness import HOLD_ABOVE, MEASURE_EVERY, MOMENTUM, RUN_BELOW
@@ -199,20 +199,18 @@ class BranchGap:
         self.seconds = 0.0  # in hooks, on the host
         self._norms = list_of("norms", norms, PRepBN)
         self._squares: dict[int, Tensor] = {}  # of the difference and of the norm, [2]
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Watching] = []
 
     def attach(self) -> None:
         """Put the hooks on."""
         self.detach()
-        self._handles = [
-            norm.register_forward_pre_hook(_GapHook(self, index), with_kwargs=True)
-            for index, norm in enumerate(self._norms)
-        ]
+        self._handles = [Watching(norm, Watcher(_GapHook(self, index))) for index, norm in enumerate(self._norms)]
 
     def detach(self) -> None:
         """Take the hooks off."""
         take_off(self._handles)
 
+    @torch.no_grad()
     def add(self, index: int, module: PRepBN, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add one forward of a layer."""
         start = time.perf_counter()
@@ -229,7 +227,7 @@ class BranchGap:
     def take_squares(self) -> Tensor:
         """Return squared distance of the branches and squared norm size, ``[layers, 2]``; NaN if it did not run."""
         device = self._norms[0].lam.device
-        nothing = torch.full((2,), torch.nan, device=device)
+        nothing = torch.full((2,), torch.nan, dtype=torch.float32, device=device)
         squares = torch.stack([self._squares.get(i, nothing).to(device) for i in range(len(self._norms))])
         self.discard()
         return squares

@@ -280,5 +280,5 @@ class WeightWatch(Watch):
 
 def _unit_vectors(sizes: Sequence[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)  # the user's random state is not ours
-    vectors = [torch.randn(size, generator=generator, device="cpu") for size in sizes]
+    vectors = [torch.randn(size, generator=generator, device="cpu", dtype=torch.float32) for size in sizes]
     return [vector / torch.linalg.vector_norm(vector) for vector in vectors]

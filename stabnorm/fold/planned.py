@@ -245,14 +245,13 @@ def _affine_residuals(
     model: nn.Module, layers: Sequence[NormLayer], examples: Sequence[Example]
 ) -> dict[int, tuple[float, int]]:
     """Measure residual and tokens of the layer and rms norms, by their `id`."""
-    layer_of = {f"0.{layer.name}".rstrip("."): layer for layer in layers if layer.kind in ("layer", "rms")}
+    layer_of = {layer.name: layer for layer in layers if layer.kind in ("layer", "rms")}
     if not layer_of:
         return {}
-    # A monitor counts the forwards of a model in training mode: here of a holder, whose child is in eval mode.
-    holder = nn.ModuleList([model]).train(False)
-    holder.training = True
     watched = [f"^{re.escape(name)}$" for name in layer_of]
-    with StabilityMonitor(holder, [AFFINE_RESIDUAL], include=watched, gradients=False) as monitor:
+    monitor = StabilityMonitor(model, [AFFINE_RESIDUAL], include=watched, gradients=False)
+    monitor.count_in_eval()
+    with monitor:
         for example in examples:
             run(model, example)
         monitor.step()

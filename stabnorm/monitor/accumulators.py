@@ -1,13 +1,13 @@
 """The accumulators that hooks fill: raw moments and gradient sums of all layers since the last step, on each device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from stabnorm._models.hooks import Hook
 from stabnorm._models.wrappers import unwrapped
 from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
+from stabnorm.monitor.outputs import say
 from stabnorm.norms import NormLayer
 from stabnorm.ops.accumulators import empty_accumulators, merge_accumulators
 from stabnorm.ops.observed import splits_for
@@ -25,6 +25,12 @@ class Accumulators:
 
     Attributes:
         seconds: spent in hooks so far, on the host; not counted in a compiled graph.
+        paused: whether forwards do not count now, for example those of a validation.
+        in_eval: whether those of modules in eval mode count, too.
+        steps: number of times that the accumulators were emptied.
+        at_gain, at_output: the layers whose gradient was read there since the last step.
+        on_take: called before the gradients are taken.
+        backward: the last backward, as autograd's number, and whether it adds to gradients.
     """
 
     def __init__(
@@ -42,6 +48,13 @@ class Accumulators:
         self.tokens, self.normalized, self.merged, self.fused = tokens, normalized, merged, fused
         self.width = max(layer.num_features for layer in layers)
         self.seconds = 0.0
+        self.paused = self.in_eval = False
+        self.steps = 0
+        self.at_gain: set[int] = set()
+        self.at_output: set[int] = set()
+        self.on_take: list[Callable[[], None]] = []
+        self.backward = (-1, False)
+        self._refused: set[int] = set()
         self._slabs: dict[torch.device, RawMoments] = {}
         self._gradients: dict[torch.device, Tensor] = {}
 
@@ -61,8 +74,21 @@ class Accumulators:
         """Gradient sums ``[L, 2, C]`` on a device, see `past.Moments`; NaN where none came since the last step."""
         if device not in self._gradients:
             shape = (len(self.layers), 2, self.width)
-            self._gradients[device] = torch.full(shape, torch.nan, device=device)
+            self._gradients[device] = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
         return self._gradients[device]
+
+    def read_at_gain(self, index: int, device: torch.device) -> None:
+        """Note that a layer's gradient is read at its gain; what was read at its output does not count then."""
+        self.at_gain.add(index)
+        if index in self.at_output:
+            self.at_output.remove(index)
+            self.gradients(device)[index].fill_(torch.nan)
+
+    def refuse(self, index: int, reason: str) -> None:
+        """Say once that a layer is not counted."""
+        if index not in self._refused:
+            self._refused.add(index)
+            say("norm %s is not counted: %s", self.layers[index].name, reason)
 
     def take(self, device: torch.device) -> tuple[RawMoments, Tensor]:
         """Merged moments of all layers and gradient sums, on one device; views of the slabs."""
@@ -71,6 +97,8 @@ class Accumulators:
             if other != device:
                 moments = (part.to(device, non_blocking=True) for part in merge_accumulators(slab))
                 merge_moments_(merged, RawMoments(*moments))
+        for settle in self.on_take:
+            settle()
         gradients = self.gradients(device)
         for other, sums in self._gradients.items():
             if other != device:
@@ -83,15 +111,6 @@ class Accumulators:
             clear_moments_(slab)
         for sums in self._gradients.values():
             sums.fill_(torch.nan)
-
-
-class LayerHook(Hook):
-    """A hook of one layer.
-
-    Args:
-        into: the accumulators that it adds to.
-        index: number of the layer's row.
-    """
-
-    def __init__(self, into: Accumulators, index: int) -> None:
-        self.into, self.layer, self.index = into, into.layers[index], index
+        self.steps += 1
+        for read in (self.at_gain, self.at_output, self.on_take):
+            read.clear()

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.calls import input_of
 from stabnorm._models.watched import has_stand_in, own_class
 from stabnorm.functional import RawMoments
 from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.norms import NormLayer
+from stabnorm.ops.dispatch import one_at_a_time
 from stabnorm.ops.observed import NormKind, Spec, backend_for, observed_norm
 
 
@@ -50,19 +52,20 @@ class FusedNorm:
         self._due = None if backend is None else (x, valid, account, spec, backend)
         return backend is not None
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """Run the fused forward; return None if the module's own forward must run."""
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the fused forward, or the module's own one."""
         if self._due is None:
-            return None
+            return type(module).forward(module, *args, **kwargs)
         start = time.perf_counter()
         (taken, valid, account, spec, backend), self._due = self._due, None
-        y = None
-        if x is taken:
-            y = observed_norm(x, *self._affine, spec, valid, account, backend)
+        fused = input_of(args, kwargs) is taken
+        if fused:
+            with one_at_a_time:
+                y = observed_norm(taken, *self._affine, spec, valid, account, backend)
         else:  # another hook has replaced the input
             self.plainly(taken, valid)
         self.into.seconds += time.perf_counter() - start
-        return y
+        return y if fused else type(module).forward(module, *args, **kwargs)
 
     @property
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,10 @@
 """`StabilityMonitor`: measure the input of every normalization layer of a model at every step, in any training loop."""
 
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -138,7 +141,8 @@ class StabilityMonitor:
         if not chosen:
             raise ValueError(f"preset {preset!r} holds gradient statistics only, and gradients=False leaves them out")
         model = unwrapped(model)
-        norms = find_norms(model, include=include, exclude=exclude)
+        self._find_norms = functools.partial(find_norms, model, include=include, exclude=exclude)
+        norms = self._find_norms()
         if not norms:
             narrowed = f" with include={include!r}, exclude={exclude!r}" if include or exclude else ""
             raise ValueError(
@@ -178,6 +182,7 @@ class StabilityMonitor:
         self._stopwatch = Stopwatch()
         self.outputs = Outputs()
         self._nothing_ran = False
+        self._other_norms: list[str] = []  # what was said about norms that left the model, or came into it
 
     def __repr__(self) -> str:
         state = "hooks on" if self._observer.attached else "hooks off"
@@ -204,7 +209,7 @@ class StabilityMonitor:
             self.outputs.attempt("the last steps cannot be flushed", self.flush)
 
     def attach(self) -> None:
-        """Register the hooks; a second call changes nothing.
+        """Register the hooks; a second call changes nothing. If one cannot be registered, they all come off.
 
         Raises:
             StabNormError: the model is on the meta device, or another rank watches other layers.
@@ -214,8 +219,12 @@ class StabilityMonitor:
         self._agree()
         self._observer.detach()
         self._observer.attach()
-        self.companions.attach()
-        admit(self._observer.device)
+        try:
+            self.companions.attach()
+            admit(self._observer.device)
+        except BaseException:
+            self.detach()
+            raise
         self._on_device()  # allocate now, because that would stall a GPU in the first step
 
     def detach(self) -> None:
@@ -227,6 +236,44 @@ class StabilityMonitor:
         """Discard what was gathered since the last step, for forwards that were not part of the training."""
         self._observer.discard()
         self.companions.discard()
+
+    def count_in_eval(self) -> None:
+        """Count forwards in eval mode, too, to measure a model that is not trained."""
+        self._accumulators.in_eval = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context no forward counts, for example one of a validation in the middle of an accumulation.
+
+        What the open step has gathered is kept. A validation in eval mode does not count anyway.
+
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+        >>> with StabilityMonitor(model, gradients=False) as monitor:
+        ...     _ = model(torch.randn(5, 4))
+        ...     with monitor.paused():  # a validation with dropout
+        ...         _ = model(torch.randn(7, 4))
+        ...     monitor.step()
+        >>> monitor.history()["tokens"]
+        tensor([[5.]])
+        """
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
+
+    def pause(self) -> None:
+        """Count no forward from now on, see `paused`."""
+        self._set_paused(True)
+
+    def resume(self) -> None:
+        """Count forwards again."""
+        self._set_paused(False)
+
+    def _set_paused(self, paused: bool) -> None:
+        self._accumulators.paused = paused
+        for track in self.companions.values():
+            track.watch.paused = paused
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -378,6 +425,8 @@ class StabilityMonitor:
             return
         self._receive()
         start = time.perf_counter()
+        if self._observer.modules_changed():
+            self._name_other_norms()
         for track in self._tracks:
             track.send(self.steps_done)
         self._stopwatch.flushes += time.perf_counter() - start
@@ -406,6 +455,24 @@ class StabilityMonitor:
         self.outputs.write_block(self.records, block)
         for alert in alerts:
             self.outputs.write_event(self.records, "alert", alert.step, alert.as_dict())
+
+    def _name_other_norms(self) -> None:
+        """Say which norms of the model are not the watched ones any more."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what looks like a norm was named at the start
+            now = {id(norm.module): norm.name for norm in self._find_norms()}
+        watched = {id(norm.module): norm.name for norm in self._norms}
+        present = set(map(id, self._accumulators.model.modules()))
+        gone = [name for module, name in watched.items() if module not in present]
+        new = [name for module, name in now.items() if module not in watched]
+        parts = [f"{', '.join(gone)} left the model"] * bool(gone) + [f"{', '.join(new)} came into it"] * bool(new)
+        if parts != self._other_norms and self._speaks:
+            self._other_norms = parts
+            say(
+                "stabnorm: after the monitor was attached, %s: what came later is not watched. Make a new monitor, or "
+                "change the model before the training starts",
+                ", and ".join(parts),
+            )
 
     def _warn_if_nothing_ran(self, block: Block) -> None:
         if self._nothing_ran or "tokens" not in block.series or (block.series["tokens"] > 0).any():
@@ -439,7 +506,8 @@ class StabilityMonitor:
 
         The state has tensors and plain containers only. This neither flushes nor writes anything.
         """
-        rows, scalars = self._track.unflushed() or (self._track.no_rows(), torch.empty(0, len(SCALARS), device="cpu"))
+        rows = self._track.no_rows()
+        rows, scalars = self._track.unflushed() or (rows, rows.new_empty(0, len(SCALARS)))
         return {
             "version": 2,
             "layers": list(self.layers),

@@ -5,24 +5,23 @@ returns what the hooks of one optimizer step gathered, and `Observer.discard` st
 """
 
 import time
-from collections.abc import Iterable
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from stabnorm._log import logger
 from stabnorm._models.devices import device_of
-from stabnorm._models.ranks import is_distributed
-from stabnorm._models.watched import unwatch_class, watch_class
+from stabnorm._models.hooks import take_off
+from stabnorm._models.watched import Watcher, Watching
 from stabnorm.functional.detail import DetailMoments
-from stabnorm.monitor.accumulators import Accumulators, LayerHook
+from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.details import INPUT_NEEDS, Details
 from stabnorm.monitor.fused import FusedNorm, can_fuse
-from stabnorm.monitor.gradient_hooks import OutputHook, ParameterHook
-from stabnorm.norms import NormLayer
+from stabnorm.monitor.gradient_hooks import GradientHooks
+from stabnorm.monitor.layer_hook import LayerHook
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
+from stabnorm.ops.dispatch import one_at_a_time
 from stabnorm.ops.moments import accumulate_moments_
 
 
@@ -36,50 +35,62 @@ class Observer:
     """
 
     def __init__(self, into: Accumulators, *, gradients: bool, details: Details | None = None) -> None:
-        self.into, self.gradients, self.details = into, gradients, details
-        self._handles: list[RemovableHandle] = []
+        self.into, self.details = into, details
+        self._gradients = GradientHooks(into) if gradients else None
+        self._watching: list[Watching] = []
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._hooks: list[_InputHook] = []
-        self._parameters: list[
-            tuple[nn.Parameter | None, bool, nn.Parameter | None, bool]
-        ] = []  # what gradients were hooked
-        self._gradient_handles: list[RemovableHandle] = []
 
     @property
     def attached(self) -> bool:
         """Whether the hooks are registered."""
-        return bool(self._handles)
+        return bool(self._watching)
 
     def attach(self) -> None:
-        """Register one forward hook per norm; gradients come from the parameters where a norm has some."""
+        """Watch the calls of every norm, and the gradients of its parameters; if one fails, all hooks come off."""
+        try:
+            for index in range(len(self.into.layers)):
+                self._watch(index)
+            self.discard()
+            self._modules = weakref.WeakSet(self.into.model.modules())
+        except BaseException:
+            self.detach()
+            raise
+
+    def _watch(self, index: int) -> None:
         needs = frozenset[str]() if self.details is None else self.details.needs
-        for index, layer in enumerate(self.into.layers):
-            if self.details is not None and needs & INPUT_NEEDS:
-                hook: _InputHook = _DetailedInputHook(self.into, index, self.device, self.details)
-            else:
-                hook = _InputHook(self.into, index, self.device)
-            self._hooks.append(hook)
-            watch_class(layer.module, hook.fused)
-            self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-            if self.details is not None and "outputs" in needs:
-                self._handles.append(layer.module.register_forward_hook(_OutlierHook(hook, self.details)))
-        self.discard()
+        module = self.into.layers[index].module
+        if self.details is not None and needs & INPUT_NEEDS:
+            hook: _InputHook = _DetailedInputHook(self.into, index, self.device, self.details)
+        else:
+            hook = _InputHook(self.into, index, self.device)
+        self._hooks.append(hook)
+        after = None if self._gradients is None else self._gradients.at_outputs[index]
+        self._watching.append(Watching(module, Watcher(hook, after, stand_in=hook.fused)))
+        if self.details is not None and "outputs" in needs:
+            self._watching.append(Watching(module, Watcher(after=_OutlierHook(hook, self.details))))
 
     def detach(self) -> None:
         """Remove all hooks."""
-        for layer in self.into.layers if self.attached else ():
-            unwatch_class(layer.module)
-        for handle in (*self._handles, *self._gradient_handles):
-            handle.remove()
-        for kept in (self._handles, self._gradient_handles, self._hooks, self._parameters):
-            kept.clear()
+        take_off(self._watching)
+        self._hooks.clear()
+        if self._gradients is not None:
+            self._gradients.remove()
+
+    def modules_changed(self) -> bool:
+        """Whether the model has got or lost a module since this was asked before, or since the hooks were put on."""
+        now = weakref.WeakSet(self.into.model.modules())
+        changed = self.attached and now != self._modules
+        self._modules = now
+        return changed
 
     def discard(self) -> None:
         """Discard what was gathered since the last step."""
         self.into.clear()
         if self.details is not None:
             self.details.discard()
-        if self.gradients and self._handles:
-            self._follow_parameters()
+        if self._gradients is not None and self.attached:
+            self._gradients.follow()
 
     @property
     def device(self) -> torch.device:
@@ -87,35 +98,6 @@ class Observer:
         if self._hooks:
             return self._hooks[0].account.seen.device
         return device_of(self.into.layers[0].module, self.into.model)
-
-    def _follow_parameters(self) -> None:
-        """Put hooks on the current gains and biases, because one may be frozen or replaced between two steps."""
-        now = [
-            (gain, gain is not None and gain.requires_grad, bias, bias is not None and bias.requires_grad)
-            for gain, bias in ((layer.gain_parameter, layer.bias_parameter) for layer in self.into.layers)
-        ]
-        same = len(now) == len(self._parameters) and all(
-            a is c and b == d and e is g and f == h
-            for (a, b, e, f), (c, d, g, h) in zip(now, self._parameters, strict=True)
-        )
-        if same:
-            return
-        for handle in self._gradient_handles:
-            handle.remove()
-        self._gradient_handles = [
-            handle for index, layer in enumerate(self.into.layers) for handle in self._watch_gradients(index, layer)
-        ]
-        self._parameters = now
-
-    def _watch_gradients(self, index: int, layer: NormLayer) -> Iterable[RemovableHandle]:
-        """Register hooks for gradient sums. The gradient of a parameter is this sum already, and costs nothing."""
-        gain, bias = layer.gain_parameter, layer.bias_parameter
-        if gain is None or not gain.requires_grad:
-            yield layer.module.register_forward_hook(OutputHook(self.into, index))
-            return
-        yield gain.register_post_accumulate_grad_hook(ParameterHook(self.into, index, 0))
-        if bias is not None and bias.requires_grad:
-            yield bias.register_post_accumulate_grad_hook(ParameterHook(self.into, index, 1))
 
 
 class _InputHook(LayerHook):
@@ -126,7 +108,6 @@ class _InputHook(LayerHook):
         # Allocated now and not at the first forward, because a compiled graph holds on to it.
         parameter = next(self.layer.module.parameters(), None)
         self.account = into.account(index, device if parameter is None else parameter.device)
-        self.refused = False
         self.fused: FusedNorm | None = None
         if into.fused and can_fuse(self.layer):
             self.fused = FusedNorm(into, self.layer, self.add)
@@ -134,7 +115,7 @@ class _InputHook(LayerHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.fused is not None and not torch.compiler.is_compiling():
             self.fused.forget()
-        if not self.into.model.training:
+        if not self.counts(module):
             return
         if torch.compiler.is_compiling():  # a checkpoint's graph must not change our attributes
             self.observe(module, args, kwargs)
@@ -146,13 +127,9 @@ class _InputHook(LayerHook):
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer = self.layer
         x = layer.input_of(args, kwargs)
-        why_not = self.not_understood(x)
-        if why_not is not None:
-            if not self.refused and not torch.compiler.is_compiling():
-                logger.warning("norm %s is not counted: %s", layer.name, why_not)
-                self.refused = True
+        if not self.understands(x):
             return
-        valid = layer.valid(x)
+        valid = self.valid(module, x, args, kwargs)
         if self.account.seen.device != x.device:
             self.account = self.into.account(self.index, x.device)
         fused = None if torch.compiler.is_compiling() else self.fused
@@ -164,42 +141,24 @@ class _InputHook(LayerHook):
     def add(self, x: Tensor, valid: Tensor | None) -> None:
         """Add the moments of an input to the layer's row."""
         layer, account = self.layer, self.account
-        compiling = torch.compiler.is_compiling()
-        op = torch.ops.stabnorm.accumulate_moments_.default if compiling else accumulate_moments_
-        op(
+        what = (
             x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
             layer.feature_dims, layer.groups, layer.eps, self.into.tokens, self.into.normalized,
-            self.nothing_yet(),
         )  # fmt: skip
+        if torch.compiler.is_compiling():
+            torch.ops.stabnorm.accumulate_moments_.default(*what)
+            return
+        with one_at_a_time:  # no other thread may add between the question and the answer
+            accumulate_moments_(*what, self.nothing_yet())
 
     def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
         """Gather more from this input, in a subclass."""
 
     def nothing_yet(self) -> bool:
         """Whether the accumulator is known to be empty; that can only be read without a sync on a CPU."""
-        if torch.compiler.is_compiling() or self.account.seen.device.type != "cpu":
+        if self.account.seen.device.type != "cpu":
             return False
         return not self.account.seen.numpy().any()  # NumPy, to save a torch operation
-
-    def not_understood(self, x: Any) -> str | None:
-        """Return why this input cannot be counted. This is no error, because the norm itself may accept it."""
-        if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
-            return f"its input is {'a nested or integer tensor' if isinstance(x, Tensor) else type(x).__name__}"
-        if x.device.type == "meta":
-            return "its input is on the meta device"
-        if is_distributed(x):
-            return "its input is a DTensor, of which every process has a part or a copy"
-        layer = self.layer
-        if x.ndim < max(layer.feature_dims, -layer.channel_dim, layer.channel_dim + 1):
-            return f"its input has {x.ndim} axes"
-        channels = (
-            x.shape[x.ndim - layer.feature_dims :].numel() if layer.feature_dims > 1 else x.shape[layer.channel_dim]
-        )
-        if channels != layer.num_features:
-            return f"its input has {channels} channels and it was built for {layer.num_features}"
-        if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-            return "it runs inside a torch.func transform"
-        return None
 
 
 class _DetailedInputHook(_InputHook):
@@ -238,15 +197,15 @@ class _OutlierHook(LayerHook):
             return of_input.detail
         return self.details.slabs.account(self.index, device)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         compiling = torch.compiler.is_compiling()
-        if not self.into.model.training or self.of_input.not_understood(output) is not None:
+        if not self.counts(module) or not self.understands(output):
             return
         start = 0.0 if compiling else time.perf_counter()
         if self.detail.seen.device != output.device:
             self.detail = self.row(output.device)
         op = torch.ops.stabnorm.count_outliers_.default if compiling else count_outliers_
-        layer, valid = self.layer, self.layer.valid(output)
+        layer, valid = self.layer, self.valid(module, output, args, kwargs)
         with torch.no_grad():
             op(output.detach(), valid, self.detail.counts, self.detail.outputs, layer.channel_dim, layer.feature_dims)
         if not compiling:

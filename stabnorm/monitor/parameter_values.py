@@ -121,7 +121,9 @@ def adam_figures(norms: Sequence[NormLayer], optimizers: Sequence[Optimizer], de
 
     gradient, second = rows([grad for _, grad, _, _ in held]), rows([state["exp_avg_sq"] for _, _, state, _ in held])
     counts = [state["step"] for _, _, state, _ in held]
-    steps = [(n if isinstance(n, Tensor) else torch.tensor(float(n), device="cpu")).reshape(1) for n in counts]
+    steps = [
+        (n if isinstance(n, Tensor) else torch.tensor(float(n), dtype=dtype, device="cpu")).reshape(1) for n in counts
+    ]
     # Adam keeps them on the host, one by one, unless it is fused or capturable: one copy for all.
     step = (
         torch.stack(steps).to(device, dtype, non_blocking=True)

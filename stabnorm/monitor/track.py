@@ -140,7 +140,7 @@ class Track:
 
     def no_rows(self) -> Tensor:
         """Return an empty tensor of rows, ``[0, rows, columns]``."""
-        return torch.empty(0, len(self.rows), self.layout.width, device="cpu")
+        return torch.empty(0, len(self.rows), self.layout.width, dtype=torch.float32, device="cpu")
 
 
 class CompanionTrack(Track):

@@ -37,7 +37,8 @@ class Psi(NamedTuple):
         rule: "exact" uses the batch's own psi, which is the gradient of a norm with the batch's own rstd. "smooth" uses
             UnifiedNorm's running average of the mean over a window. "quadratic" uses PowerNorm's running nu.
         decay: weight of the new value ("smooth"), or share of the old one ("quadratic").
-        loss_scale: the factor by which the loss is scaled; the running statistics are in units of the unscaled loss.
+        loss_scale: the factor by which the loss is scaled; the running statistics are in units of the unscaled loss of
+            one process, so that they can be resumed on any number of ranks.
         gate: whether the batch enters the statistics, and whether they are used; from the forward.
         average: ``[C]``, the running statistic; a buffer.
         window: ``[M, C]``, the last M values ("smooth"); a buffer.
@@ -130,17 +131,19 @@ class _Normalize(torch.autograd.Function):
         moments = BatchMoments(*saved)
         mean = moments.mean
         plain, weighted, plain_valid, weighted_valid = sums_of_rows(grad_y, rows, mean, valid)
+        unit = ctx.loss_scale
         if ctx.sync:
-            sums = gather_over_ranks(torch.cat([plain_valid, weighted_valid])).sum(0)
-            plain_valid, weighted_valid = sums.chunk(2)
+            sums = gather_over_ranks(torch.cat([plain_valid, weighted_valid]))
+            plain_valid, weighted_valid = sums.sum(0).chunk(2)
+            # Each rank's loss is the mean over its share, so a token's gradient is that of one process times the ranks.
+            unit = None if unit is None else unit * len(sums)
         size = moments.rows.clamp(min=1)
         gain = weight.to(scale.dtype)
         psi = gain * weighted_valid * rstd / size
         if ctx.rule == "smooth":
-            psi = psi / ctx.loss_scale
-            psi = smooth_gradient_(psi, gate, ctx.window, ctx.average, ctx.filled, ctx.decay) * ctx.loss_scale
+            psi = smooth_gradient_(psi / unit, gate, ctx.window, ctx.average, ctx.filled, ctx.decay) * unit
         elif ctx.rule == "quadratic":
-            psi = quadratic_gradient_(psi / ctx.loss_scale, power, gate, ctx.average, ctx.decay) * ctx.loss_scale
+            psi = quadratic_gradient_(psi / unit, power, gate, ctx.average, ctx.decay) * unit
         offset = None if mean is None else gain * plain_valid * rstd / size
         dx = gradient_through_moments(grad_y, rows, valid, BatchMap(scale, psi * rstd * rstd, offset, mean), moments)
         d_weight = (weighted * rstd).to(weight.dtype)

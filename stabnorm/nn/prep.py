@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from stabnorm import functional
 from stabnorm._checks import check_choice, check_count, check_names, check_number
 from stabnorm._models.devices import floating_tensor_of
-from stabnorm._models.watched import own_class
+from stabnorm._models.watched import change_class, own_class
 from stabnorm.errors import StabNormError
 from stabnorm.nn._base import TARGETS, Conversion, EvalAffineNorm, Float32Buffers, one_node, take_flags, tensors_like
 from stabnorm.nn._blended import Blend, Fork, Idle, blended
@@ -144,7 +144,7 @@ class PRepBN(EvalAffineNorm):
             raise StabNormError(f"no class can be made of {base.__name__} and PRepBN: {error}") from error
 
         def carry_out() -> PRepBN:
-            module.__class__ = made
+            change_class(module, made)
             assert isinstance(module, PRepBN)
             module.adopt(twin.rep, twin.eval_mode, layer.feature_dims)
             take_flags(module.rep.weight, gain, bias)

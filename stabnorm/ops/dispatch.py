@@ -27,6 +27,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -112,6 +113,8 @@ class use_kernels:
 
 # --- ops ---
 
+one_at_a_time = threading.RLock()  # held while state is changed, because several threads may run one model
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -154,6 +157,7 @@ class Op(Generic[_P, _T]):
         self._by = None if by is None else names.index(by)
         self._mask = names.index("valid") if "valid" in names else None
         self._unless = unless
+        self._changes = bool(mutates)
         self._node = None if fake is None else define(self.name, formula, self._dispatch, mutates, fake)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -163,6 +167,12 @@ class Op(Generic[_P, _T]):
         return self._dispatch(*args, **kwargs)
 
     def _dispatch(self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if not self._changes:
+            return self._run(*args, **kwargs)
+        with one_at_a_time:
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         if self._by is None or (self._unless is not None and self._unless(*args)):
             return self.formula(*args, **kwargs)
         x: Any = args[self._by]

@@ -107,19 +107,19 @@ def test_an_epoch_that_is_left_early_leaves_no_mask_behind(tmp_path: Path, made:
     model, open_masks = module(clean=False), []
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> int | None:
-        open_masks.append(len(masks._masks))
+        open_masks.append(len(masks._open.contexts))
         return -1 if batch_idx == 3 else None  # Lightning then calls no on_train_batch_end
 
     model.on_train_batch_start = on_train_batch_start
     fit(trainer(tmp_path, made(mask="mask"), max_epochs=3), model)
     assert open_masks == [1] * 12
-    assert (masks._masks, masks._contexts) == ([], [])
+    assert (masks._open.contexts, masks._everywhere) == ([], [])
 
 
 @pytest.mark.parametrize("made", [ProgressiveNormCallback, StabilityCallback])
 def test_validation_runs_without_the_mask_of_the_batch_that_was_trained_last(tmp_path: Path, made: Any) -> None:
     model, open_masks = module(clean=False), []
-    model.on_validation_batch_start = lambda *_: open_masks.append(len(masks._masks))
+    model.on_validation_batch_start = lambda *_: open_masks.append(len(masks._open.contexts))
     fit(trainer(tmp_path, made(mask="mask"), val_check_interval=4), model)
     assert len(open_masks) >= 3 * BATCHES
     assert set(open_masks) == {0}

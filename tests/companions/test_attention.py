@@ -25,7 +25,7 @@ ORIGINAL = (F.scaled_dot_product_attention, F.softmax, F.multi_head_attention_fo
 def _everything_is_put_back() -> Any:
     yield
     assert (F.scaled_dot_product_attention, F.softmax, F.multi_head_attention_forward) == ORIGINAL
-    assert calls._running == []
+    assert calls._running.viewers == []
 
 
 def watched(model: nn.Module, run: Any, **options: Any) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ def test_an_exception_in_an_attention_leaves_nothing_behind() -> None:
     with StabilityMonitor(model, companions=["attention"]):
         with pytest.raises(RuntimeError, match="boom"):
             model(torch.randn(2, 4, DIM))
-        assert calls._running == []
+        assert calls._running.viewers == []
         assert F.scaled_dot_product_attention is not ORIGINAL[0]
     F.scaled_dot_product_attention(*torch.randn(3, 1, 1, 2, 4))
 

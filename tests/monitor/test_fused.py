@@ -231,7 +231,9 @@ def test_an_input_that_another_hook_changes_is_counted_as_it_was_seen(fused_call
 def test_a_replica_is_counted(fused_calls: list[torch.Size]) -> None:
     norm, x = nn.LayerNorm(8), torch.randn(5, 8)
     with StabilityMonitor(norm, fused=True) as monitor:
-        copy.copy(norm)(x)
+        replica = norm._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.weight, replica.bias = norm.weight, norm.bias  # as nn.DataParallel does
+        replica(x)
         norm(x)
         monitor.step()
     assert monitor.history()["tokens"].item() == 10

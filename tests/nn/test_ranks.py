@@ -16,7 +16,7 @@ from tests.processes import leave
 
 pytestmark = pytest.mark.slow
 
-STEPS = 12
+STEPS, RANKS = 12, 2
 
 
 def modules() -> dict[str, nn.Module]:
@@ -49,11 +49,11 @@ def batch(step: int, masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, dy, mask
 
 
-def trained(norm: nn.Module, rows: slice, masked: bool) -> list[tuple[Tensor, Tensor]]:
+def trained(norm: nn.Module, rows: slice, masked: bool, times: int = 1) -> list[tuple[Tensor, Tensor]]:
     results = []
     for step in range(STEPS):
         x, dy, mask = batch(step, masked)
-        results.append(run(norm, x[rows], dy[rows], None if mask is None else mask[rows]))
+        results.append(run(norm, x[rows], times * dy[rows], None if mask is None else mask[rows]))
         if step == 8:
             for parameter in norm.parameters():
                 parameter.grad = None
@@ -66,7 +66,8 @@ def one_rank(rank: int, folder: str, masked: bool) -> None:
     tensors = {}
     rows = slice(0, 5) if rank == 0 else slice(5, 8)  # uneven
     for name, norm in modules().items():
-        results = trained(norm, rows, masked)
+        # A rank's loss is the mean over its share: its gradients are those of the whole batch's mean, times the ranks.
+        results = [(y, dx / RANKS) for y, dx in trained(norm, rows, masked, RANKS)]
         tensors[name] = (results, state(norm), [p.grad for p in norm.parameters()])
     model = DistributedDataParallel(UnifiedNorm(6, warmup_steps=2, sync=True))
     for step in range(6):
@@ -94,7 +95,7 @@ def test_two_processes_equal_one_with_the_joined_batch(masked: bool, tmp_path: P
             for rank in (first, second):
                 torch.testing.assert_close(rank[name][1][key], value, rtol=3e-6, atol=3e-6, msg=f"{name} {key}")
         for one, two, parameter in zip(first[name][2], second[name][2], norm.parameters(), strict=True):
-            torch.testing.assert_close(one + two, parameter.grad, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close((one + two) / RANKS, parameter.grad, rtol=1e-5, atol=1e-5)
     for key, value in first["ddp"][1].items():
         assert torch.equal(value, second["ddp"][1][key]), key
 

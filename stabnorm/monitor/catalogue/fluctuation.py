@@ -52,8 +52,10 @@ def _am_gm_ratio(now: Moments, past: Past) -> Tensor:
     gap = (window.mean(0) - logs.mean(0).exp()) / geometric_before
     roots = past.window.sqrt()
     spread = (roots - roots.mean(0)).square().mean(0) / geometric_before  # var over dim 0 is 20 times slower on a CPU
+    # Two measurements of the same value in float32 may differ by this much: a smaller bound is rounding.
+    rounding = (8 * torch.finfo(torch.float32).eps) ** 2
     bound = WINDOW * now.mean_over_channels(spread)
-    return now.mean_over_channels(gap) / bound.clamp(min=torch.finfo(torch.float32).tiny)
+    return now.mean_over_channels(gap) / bound.clamp(min=rounding)
 
 
 def _effective_samples(now: DetailedMoments, past: Past) -> Tensor:

@@ -19,7 +19,12 @@ def _grad_shift(now: Moments, past: Past) -> Tensor:
 
 
 def _grad_fluctuation(now: Moments, past: Past) -> Tensor:
-    return now.norm_over_channels(now.gain_gradient - past.gradient) / past.gradient_power.sqrt()
+    change = now.norm_over_channels(now.gain_gradient - past.gradient)
+    # A sum that is zero in exact arithmetic is only rounding, in proportion to what is added up.
+    shift = now.norm_over_channels(now.gradient[:, 1]) / now.count.clamp(min=1)
+    rounding = 8 * torch.finfo(torch.float32).eps * shift.nan_to_num(0, posinf=0)
+    usual = torch.maximum(past.gradient_power.sqrt(), rounding)
+    return torch.where(usual > 0, change / usual, torch.where(change == 0, 0, torch.nan))
 
 
 def _gradient_spike(now: Moments, past: DetailedPast) -> Tensor:

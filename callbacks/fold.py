@@ -209,9 +209,10 @@ class FoldCallback(Callback):
             return
         self.result, self.directory = result, directory
         guard = Guard()
-        if (stability := StabilityCallback.of(trainer)) is not None and stability.monitor is not None:
-            monitor, last = stability.monitor, max(0, logged_steps(trainer) - 1)
-            monitor.outputs.write_event(monitor.records, "fold_report", last, {"norms": _described(result)})
+        if (stability := StabilityCallback.of(trainer)) is not None:
+            stability.write_event(
+                "fold_report", max(0, logged_steps(trainer) - 1), {"norms": _described(result, self.module)}
+            )
         guard.attempt("the report of the fold cannot be printed", print, result)
         log_text(trainer, guard, "stability/fold", f"```\n{result}\n```", trainer.global_step)
         if directory is not None:
@@ -225,10 +226,11 @@ class FoldCallback(Callback):
         return state_to_pickle(self, result=None, _examples=None, _fitting=False)
 
 
-def _described(result: FoldResult) -> list[dict[str, str]]:
-    """Say for the record what became of each norm."""
+def _described(result: FoldResult, module: str) -> list[dict[str, str]]:
+    """Say for the record what became of each norm, by its name in the whole model."""
+    before = f"{module}." if module else ""
     return [
-        {"name": norm.name, "status": norm.status, "into": ", ".join(norm.into), "reason": norm.reason}
+        {"name": before + norm.name, "status": norm.status, "into": ", ".join(norm.into), "reason": norm.reason}
         for norm in result.norms
     ]
 

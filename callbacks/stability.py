@@ -33,6 +33,7 @@ from stabnorm.dashboard.table import Row, format_table, layers_worth_a_look, mar
 from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.outputs import Guard
+from stabnorm.monitor.record import RecordWriter
 from stabnorm.monitor.statistics import Statistic, resolve
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class StabilityCallback(Callback):
         self.monitor: StabilityMonitor | None = None
         self.directory: Path | None = None
         self._live: LiveReport | None = None
+        self._records: list[RecordWriter] = []
         self._saved: dict[str, Any] | None = None
         self._batch_mask = BatchMask(mask)
         self._step = _OpenStep()
@@ -159,7 +161,8 @@ class StabilityCallback(Callback):
             self.directory = output_directory(trainer)
             names = [statistic.name for statistic in monitor.statistics]
             alerts, overhead = (lambda: len(monitor.alerts)), (lambda: monitor.cost.percent)
-            monitor.records = record_writers(trainer, monitor.outputs, self.directory)
+            self._records = record_writers(trainer, monitor.outputs, self.directory)
+            monitor.records = [*self._records]
             monitor.records += headline_writers(trainer, monitor.outputs, names, alerts, overhead)
             show_messages()
             self._live = LiveReport(trainer, monitor, self.directory)
@@ -189,6 +192,13 @@ class StabilityCallback(Callback):
         if self.monitor is not None:
             self.monitor.outputs.close(self.monitor.records)
             self.monitor.records = []
+
+    def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
+        """Write an event into the record, also after the training, as long as the loggers are open."""
+        if self.monitor is not None:
+            for record in self._records:
+                what = f"the event {kind!r} cannot be written"
+                self.monitor.outputs.attempt(what, record.write_event, kind, step, data)
 
     def _release(self) -> None:
         self._batch_mask.leave()
@@ -349,7 +359,9 @@ class StabilityCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         saved = self.state_dict().get("monitor")
-        return state_to_pickle(self, monitor=None, _live=None, _fitting=False, _step=_OpenStep(), _saved=saved)
+        return state_to_pickle(
+            self, monitor=None, _live=None, _records=[], _fitting=False, _step=_OpenStep(), _saved=saved
+        )
 
 
 def _bounds(statistics: Sequence[Statistic]) -> dict[str, dict[str, tuple[float, str]]]:

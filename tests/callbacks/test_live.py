@@ -11,7 +11,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stabnorm import Alert
-from stabnorm.callbacks import StabilityCallback
+from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityCallback
+from stabnorm.monitor.record import read_record
 from tests.lightning_small import fit, module, trainer
 
 
@@ -92,6 +93,21 @@ def test_the_progress_bar_shows_the_verdict_and_is_given_back(tmp_path: Path) ->
     assert "alert" not in shown[0]
     assert "alert" in shown[-1]
     assert "get_metrics" not in vars(bar)
+
+
+@pytest.mark.parametrize("first", ["stability", "fold"])
+@pytest.mark.parametrize("logger", [False, True])
+def test_the_record_says_where_each_norm_was_folded(first: str, logger: bool, tmp_path: Path) -> None:
+    stability, fold = StabilityCallback(), FoldCallback("net", example=lambda batch: batch["x"])
+    switch = ProgressiveNormCallback(schedule="linear")
+    callbacks = [stability, switch, fold] if first == "stability" else [fold, switch, stability]
+    log: Any = TensorBoardLogger(tmp_path) if logger else False
+    fit(trainer(tmp_path, *callbacks, max_epochs=2, logger=log), module())
+    assert stability.directory is not None
+    record = read_record(stability.directory.parent if logger else stability.directory)
+    (event,) = (event for event in record.events if event.kind == "fold_report")
+    assert [norm["name"] for norm in event.data["norms"]] == ["net.1", "net.5"]
+    assert all(norm["into"] for norm in event.data["norms"])
 
 
 def test_a_logger_that_fails_costs_no_training(tmp_path: Path) -> None:

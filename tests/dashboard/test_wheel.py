@@ -25,10 +25,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from a copy, because building leaves folders behind."""
     pytest.importorskip("setuptools", "77")
     source = tmp_path_factory.mktemp("source")
-    for name in ("stabnorm", "callbacks"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "runs", "shared")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out, dirs_exist_ok=True)
     target = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from stabnorm._log import printable
 from stabnorm.dashboard.text import number, shorten
+from stabnorm.monitor.baseline import ARMED
 from stabnorm.monitor.record import SIDE_SERIES
-from stabnorm.monitor.windows import COMPARES_FROM
 
 _MOVED = 3  # rows, and the factor from which on a change of scale is told
 _SCALES = ("token_std_mean", "amax")  # of which it is told, the first that is watched
@@ -220,7 +220,7 @@ def _verdict(rows: Sequence[Row], steps: int | None, compared: bool) -> str:
         return f"stabnorm: nothing alarming was seen{after}"
     return (
         f"stabnorm: no fixed bound was passed{after}; layers are compared with their own past only after "
-        f"{COMPARES_FROM} steps"
+        f"{ARMED} steps"
     )
 
 

@@ -17,14 +17,9 @@ import torch
 from torch import Tensor
 
 from stabnorm._checks import check_all, check_state
-from stabnorm.monitor.windows import COMPARES_FROM
+from stabnorm.monitor.baseline import ARMED, BOUND, CLIP, LEARNT, PAST, REFRESH
 from stabnorm.statistic import Statistic
 
-_PAST = 128  # steps in the window
-_REFRESH = 16  # steps between two updates of median and scale
-_LEARNT = 48  # steps before their first update
-_BOUND = 6.0  # robust standard deviations
-_CLIP = 4.0
 _QUIET = 100  # calm steps before an alert of the same kind can be raised again
 _ENOUGH = 32  # fewest tokens in a step for an absolute alarm
 _NEAR = 0.6  # share of the highest score: the alert names the first layer in depth order that reaches it
@@ -135,7 +130,7 @@ class RobustDetector:
         self._exempt = fades[:, None] & gradients
         self._floors = _host([self._statistics[i].floor for i in self._watched])
         shape = (len(self._layers), len(self._watched))
-        self._past = _host(torch.nan).repeat(_PAST, *shape)
+        self._past = _host(torch.nan).repeat(PAST, *shape)
         self._center, self._scale, self._before = (_host(value).repeat(shape) for value in (0.0, 1.0, 0.0))
         self._seen = _host(0).repeat(shape)  # steps with a value, for each layer, because a layer may start late
         self._steps = 0
@@ -146,7 +141,7 @@ class RobustDetector:
     @property
     def compared(self) -> bool:
         """Whether some layer has been compared with its own past."""
-        return bool((self._seen > COMPARES_FROM).any())
+        return bool((self._seen > ARMED).any())
 
     def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
         """Read the next steps and return their alerts, at most one of a kind in each step; see `Detector.update`."""
@@ -170,18 +165,18 @@ class RobustDetector:
         """Return by how many robust standard deviations each statistic is off its past in two successive steps."""
         log = row.log()
         known = torch.isfinite(log)
-        if self._steps >= _LEARNT and (self._steps - _LEARNT) % _REFRESH == 0:
+        if self._steps >= LEARNT and (self._steps - LEARNT) % REFRESH == 0:
             center = self._past.nanmedian(0).values
             spread = 1.4826 * (self._past - center).abs().nanmedian(0).values
             self._center, self._scale = center, torch.maximum(spread, self._floors)
         off = (log - self._center) / self._scale
-        learning = ~known | torch.isnan(off) | (self._seen < _LEARNT)
+        learning = ~known | torch.isnan(off) | (self._seen < LEARNT)
         score = torch.where(learning | self._exempt, 0, off).abs()
-        clipped = torch.where(learning, log, self._center + off.clamp(-_CLIP, _CLIP) * self._scale)
-        self._past[self._steps % _PAST] = torch.where(known, clipped, torch.nan)
+        clipped = torch.where(learning, log, self._center + off.clamp(-CLIP, CLIP) * self._scale)
+        self._past[self._steps % PAST] = torch.where(known, clipped, torch.nan)
         held = torch.maximum(torch.minimum(score, self._before), score / 2)
         self._before = score
-        armed = self._seen >= COMPARES_FROM
+        armed = self._seen >= ARMED
         self._seen += known
         self._steps += 1
         return torch.where(armed, held, 0)
@@ -223,20 +218,20 @@ class RobustDetector:
 
     def _off_its_past(self, score: Tensor, row: Tensor) -> tuple[int, str, float, float, str] | None:
         best = float(score.max()) if score.numel() else 0.0
-        if not self._may_raise("past", best > _BOUND, best < _BOUND / 2):
+        if not self._may_raise("past", best > BOUND, best < BOUND / 2):
             return None
         layer = int((score.amax(1) >= _NEAR * best).int().argmax())
         column = int(score[layer].argmax())
         statistic = self._statistics[self._watched[column]]
         value, usual = float(row[layer, self._watched[column]]), float(self._center[layer, column].exp())
-        bound = _BOUND if float(score[layer, column]) > _BOUND else _NEAR * best
+        bound = BOUND if float(score[layer, column]) > BOUND else _NEAR * best
         reach = float((bound * self._scale[layer, column]).exp())
         threshold = usual * reach if value > usual else usual / reach
         loudest = self._layers[int(score.amax(1).argmax())]
         others = "" if loudest == self._layers[layer] else f" ({best:.2g} in {loudest!r}, further on)"
         reason = (
             f"it is {value / usual:.3g} times its usual {usual:.3g}, {float(score[layer, column]):.2g} robust standard "
-            f"deviations off the last {_PAST} steps{others}: look at what feeds this layer, and at what changed just "
+            f"deviations off the last {PAST} steps{others}: look at what feeds this layer, and at what changed just "
             "before this step"
         )
         return layer, statistic.name, value, threshold, reason

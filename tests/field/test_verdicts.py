@@ -9,7 +9,7 @@ from pytorch_lightning import Callback
 
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.dashboard import format_table, markdown_table
-from stabnorm.monitor.windows import COMPARES_FROM
+from stabnorm.monitor.baseline import ARMED
 from tests.lightning_padded import fit as fit_padded
 from tests.lightning_padded import module as padded_module
 from tests.lightning_small import BATCHES, fit, module, trainer
@@ -57,7 +57,7 @@ def test_a_short_run_is_not_called_calm(tmp_path: Path, epochs: int, caplog: pyt
         )
     else:
         assert f"nothing alarming was seen in {12 * epochs} steps" in printed
-        assert 12 * epochs > COMPARES_FROM
+        assert 12 * epochs > ARMED
 
 
 def test_a_resumed_run_has_the_past_of_the_one_before(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_resumed_run_has_the_past_of_the_one_before(tmp_path: Path) -> None:
     assert monitor is not None
     assert not monitor.compared
     state = monitor.state_dict()
-    state["detector"]["seen"].fill_(COMPARES_FROM + 1)
+    state["detector"]["seen"].fill_(ARMED + 1)
     monitor.load_state_dict(state)
     assert monitor.compared
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stabnorm._checks import check_choice, check_instance
 from stabnorm.dashboard.answers import Answer, Answers
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.runs import Run
@@ -198,8 +199,14 @@ def write_report(folder: str | os.PathLike[str], path: str | os.PathLike[str] | 
         format: "html" or "md".
 
     Raises:
+        TypeError: `folder` or `path` is no path.
+        ValueError: `format` is unknown.
         FileNotFoundError: there is no record below the folder.
     """
+    check_choice("format", format, ("html", "md"))
+    check_instance("folder", folder, (str, os.PathLike), "a folder, as a string or a Path")
+    if path is not None:
+        check_instance("path", path, (str, os.PathLike), "a file, as a string or a Path, or None")
     answers = Answers({"": Path(folder)})
     answers.refresh()
     if not answers.runs():

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import stabnorm
-from stabnorm import StabNormError, companions, fold, monitor, ops, pretrained, switch
+from stabnorm import StabNormError, companions, dashboard, fold, monitor, ops, pretrained, switch
 from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityCallback, repair_module
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm, no_decay_groups
 from stabnorm.switch import schedules
@@ -122,6 +122,18 @@ def record() -> Path:
     """A folder with a record."""
     folder = kept_folder() / "record"
     monitor.FileRecord(folder).close()
+    return folder
+
+
+@functools.cache
+def run() -> Path:
+    """A folder with the record of a run of one step."""
+    folder, model = kept_folder() / "run", plain()
+    with stabnorm.StabilityMonitor(model) as watching:
+        watching.records.append(monitor.FileRecord(folder))
+        model(X)
+        watching.step()
+    watching.records[0].close()
     return folder
 
 
@@ -529,6 +541,11 @@ DOORS: dict[str, Door] = {
         monitor.TensorBoardRecord,
         lambda: {"summary_writer": collections.namedtuple("Writer", "log_dir")(str(kept_folder()))},
         {"summary_writer": (None, 5, "run", ODD)},
+    ),
+    "write_report": Door(
+        dashboard.write_report,
+        lambda: {"folder": run(), "path": kept_folder() / "report.html"},
+        {"folder": (*FOLDER, "/nowhere"), "path": without(FOLDER, None), "format": (None, *NAME)},
     ),
     "read_record": Door(
         monitor.read_record,

@@ -10,6 +10,8 @@ from stabnorm._models.calls import input_name, input_of
 from stabnorm._models.tree import PLAIN
 from stabnorm.nn._base import Float32Buffers, LeavesFusedPath
 
+_NEUTRAL = {"weight", "bias", "running_mean", "running_var"}  # of the batch norm that changes nothing
+
 
 class StandIn(LeavesFusedPath):
     """What stands in a norm's place: it is called as the norm was, and answers code that reads the norm's attributes.
@@ -41,13 +43,9 @@ class StandIn(LeavesFusedPath):
                 setattr(self, name, value)
         for name, tensor in (*norm._parameters.items(), *norm._buffers.items()):
             if not hasattr(self, name) and (tensor is None or tensor.is_floating_point()):
-                answer = None if tensor is None else self._answer(name, norm, tensor)
+                answer = None if tensor is None else torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                 nn.Module.register_buffer(self, name, answer, persistent=False)  # in low precision, too
         return self
-
-    def _answer(self, name: str, norm: nn.Module, tensor: Tensor) -> Tensor:
-        del name, norm
-        return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 class FoldedNorm(StandIn, nn.Identity):
@@ -73,12 +71,23 @@ class FoldedNorm(StandIn, nn.Identity):
         """Return the input."""
         return input.contiguous() if self.contiguous else input
 
-    def _answer(self, name: str, norm: nn.Module, tensor: Tensor) -> Tensor:
-        eps = getattr(norm, "eps", None)
-        neutral = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - (eps or 0.0)}
-        if "running_var" in norm._buffers and name in neutral:
-            return torch.full_like(tensor, neutral[name], requires_grad=False)
-        return super()._answer(name, norm, tensor)
+    def in_place_of(self, norm: nn.Module) -> Self:
+        """Take over what other code may read of a norm; a batch norm's numbers become those that change nothing."""
+        super().in_place_of(norm)
+        if "running_var" in norm._buffers and isinstance(vars(self).get("num_features"), int):
+            like = self._buffers["running_var"]
+            for name in _NEUTRAL & {*norm._parameters, *norm._buffers}:
+                self._buffers.pop(name, None)  # they are made when they are read: a loader may overwrite a buffer
+                self._non_persistent_buffers_set.discard(name)
+            nn.Module.register_buffer(self, "like", like, persistent=False)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        like = vars(self).get("_buffers", {}).get("like")
+        if name not in _NEUTRAL or like is None:
+            return super().__getattr__(name)
+        value = {"weight": 1.0, "running_var": 1.0 - float(vars(self).get("eps") or 0.0)}.get(name, 0.0)
+        return torch.full((vars(self)["num_features"],), value, dtype=like.dtype, device=like.device)
 
 
 class FrozenAffine(StandIn, Float32Buffers):

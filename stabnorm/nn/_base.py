@@ -5,6 +5,7 @@ subclasses.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
@@ -62,7 +63,34 @@ class EvalAffineNorm(Float32Buffers, LeavesFusedPath):
     """Base of the norms of this package."""
 
     _in_place: ClassVar[bool] = False  # whether a conversion keeps the norm object itself
-    __jit_unused_properties__: ClassVar[list[str]] = ["sync", "fits_blended_kernels", "_channels"]
+    __jit_unused_properties__: ClassVar[list[str]] = ["sync", "fits_blended_kernels", "_channels", "_is_hf_initialized"]
+    without_numbers = False  # True: it was built on the meta device, and has got no numbers yet
+
+    # -- built without numbers, on the meta device ---------------------------------------------------------------------
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Hugging Face's mark on a module whose tensors all hold numbers.
+
+        Its `from_pretrained` builds the model on the meta device and calls neither `to_empty` nor `load_state_dict`. It
+        puts tensors in place, those that the checkpoint lacks with whatever the memory held, and marks what it loaded.
+        """
+        if "_is_hf_initialized" not in vars(self):
+            raise AttributeError("_is_hf_initialized")
+        return bool(vars(self)["_is_hf_initialized"])
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        vars(self)["_is_hf_initialized"] = value
+        if value and self.without_numbers:
+            self._fill_in({name for name, tensor in self._own_tensors() if hasattr(tensor, "_is_hf_initialized")})
+
+    def _own_tensors(self) -> list[tuple[str, Tensor]]:
+        return [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
+
+    def _fill_in(self, loaded: set[str]) -> None:
+        """Give first values to all tensors of its own but those of these names."""
+        raise NotImplementedError
 
     # -- how it is made from a norm ------------------------------------------------------------------------------------
 
@@ -121,6 +149,19 @@ class EvalAffineNorm(Float32Buffers, LeavesFusedPath):
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """Return ``(scale, shift, channel_dim)``, in float64: in eval mode y = scale x + shift for each channel."""
         raise NotImplementedError
+
+
+def warn_of_partial_checkpoint(norm: EvalAffineNorm, prefix: str) -> None:
+    """Say that a checkpoint without any tensor of a norm, such as an adapter's, leaves its statistics as they are."""
+    if prefix.endswith("original_module."):
+        return  # PEFT keeps it beside the copy that runs, which the checkpoint holds
+    what = "lam and running statistics" if hasattr(norm, "lam") else "running statistics"
+    warnings.warn(
+        f"a checkpoint that holds nothing of {target_name(norm)} was loaded, so its {what} stay as they are. An "
+        "adapter saves them only for the modules in modules_to_save, see docs/loading.md. Load them as well, or ignore "
+        "this if they did not change",
+        stacklevel=2,
+    )
 
 
 def target_name(norm: EvalAffineNorm) -> str:

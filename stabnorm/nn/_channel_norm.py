@@ -13,7 +13,7 @@ from stabnorm._models.masks import mask_for
 from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.errors import StabNormError
 from stabnorm.functional import BatchMoments, channel_affine, merge_batches
-from stabnorm.nn._base import Conversion, EvalAffineNorm, one_node, take_flags, tensors_like
+from stabnorm.nn._base import Conversion, EvalAffineNorm, one_node, take_flags, tensors_like, warn_of_partial_checkpoint
 from stabnorm.norms import NormLayer
 from stabnorm.norms.rows import as_rows, from_rows
 from stabnorm.ops.rows import moments_of_rows, widened
@@ -81,26 +81,34 @@ class ChannelNorm(EvalAffineNorm):
         self.register_buffer("loss_scale", torch.ones(()), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        was_meta = self.weight.is_meta
         super()._apply(fn, recurse)
-        if was_meta:
-            self._begin_unsaved()
+        if self.without_numbers and not self.weight.is_meta:  # to_empty() left what the memory held
+            self._fill_in(set())
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         was_meta = self.weight.is_meta
         if self.any_width and prefix + "weight" in state_dict:
             self._take_width(state_dict[prefix + "weight"].numel())
+        if not any(key.startswith(prefix) for key in state_dict):
+            warn_of_partial_checkpoint(self, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if was_meta:
-            self._begin_unsaved()
+        if was_meta and not self.weight.is_meta:  # with assign=True; no checkpoint holds these buffers
+            for name, value in UNSAVED.items():
+                buffer = self._buffers.get(name)
+                if buffer is not None:
+                    self._buffers[name] = torch.full_like(buffer, value, device=self.weight.device)
+            self.without_numbers = False
 
-    def _begin_unsaved(self) -> None:
-        """After a move from the meta device, give first values to the buffers that no checkpoint holds."""
-        for name, value in UNSAVED.items():
-            buffer = self._buffers.get(name)
-            if buffer is not None:
-                self._buffers[name] = torch.full_like(buffer, value, device=self.weight.device)
+    @torch.no_grad()
+    def _fill_in(self, loaded: set[str]) -> None:
+        kept = {name: tensor.clone() for name, tensor in self._own_tensors() if name in loaded}
+        self.reset_parameters()
+        for name, tensor in self._own_tensors():
+            if name in kept:
+                tensor.copy_(kept[name])
+        if "loss_scale" in self._buffers:
+            self.loss_scale.fill_(UNSAVED["loss_scale"])
 
     def _reset_counters(self) -> None:
         self.step.zero_()
@@ -109,6 +117,7 @@ class ChannelNorm(EvalAffineNorm):
 
     def reset_parameters(self) -> None:
         """Reset parameters, statistics and counters."""
+        self.without_numbers = self.weight.is_meta
         nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +15,16 @@ from stabnorm._checks import check_choice, check_count, check_names, check_numbe
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.watched import change_class, own_class
 from stabnorm.errors import StabNormError
-from stabnorm.nn._base import TARGETS, Conversion, EvalAffineNorm, Float32Buffers, one_node, take_flags, tensors_like
+from stabnorm.nn._base import (
+    TARGETS,
+    Conversion,
+    EvalAffineNorm,
+    Float32Buffers,
+    one_node,
+    take_flags,
+    tensors_like,
+    warn_of_partial_checkpoint,
+)
 from stabnorm.nn._blended import Blend, Fork, Idle, blended
 from stabnorm.nn._channel_norm import UNKNOWN_WIDTH, check_variant
 from stabnorm.nn.rep import RepBN
@@ -34,7 +43,8 @@ class PRepBN(EvalAffineNorm):
 
     `lam` is a 0-dim buffer that starts at 1; write it in place during the training. At lam = 1 outputs and gradients
     are the same bits as those of the norm, and `rep` already updates its statistics. At lam = 0 the norm is a RepBN and
-    can be folded. A checkpoint of the norm itself loads with ``strict=True``, too; it does not change `rep` and `lam`.
+    can be folded. A checkpoint of the norm itself loads with ``strict=True``, too; it changes neither lam nor a `rep`
+    that has seen a batch.
 
     `rep` starts with the gain and bias of the norm and with eta = 0. It takes the norm's values once more when lam
     leaves 1 (`start_from_norm`). The published start, eta = 1, adds the input itself to the output. Because a norm
@@ -174,9 +184,11 @@ class PRepBN(EvalAffineNorm):
         >>> norm.rep.weight.tolist(), norm.rep.eta.item()
         ([3.0, 3.0], 0.0)
         """
-        if self.fitted or self.rep.init != "norm":
+        if self.fitted or self.rep.init != "norm" or self.rep.weight.is_meta:
             return
         (layer,) = find_norms(self)
+        if layer.gain is not None and layer.gain.is_meta:
+            return
         self.rep.weight.copy_(torch.ones_like(self.rep.weight) if layer.gain is None else layer.gain)
         if self.rep.bias is not None:
             self.rep.bias.copy_(torch.zeros_like(self.rep.bias) if layer.bias is None else layer.bias.flatten())
@@ -206,6 +218,7 @@ class PRepBN(EvalAffineNorm):
         self.leave_out_norm = False  # when every lam is 0, set it in all layers at once: this costs one recompilation
         self.fitted = False  # True if `rep` is the affine map that is closest to the norm
         self.register_buffer("lam", rep.running_var.new_ones(()))
+        self.without_numbers = rep.without_numbers
         self.start_from_norm()
 
     @property
@@ -352,11 +365,39 @@ class PRepBN(EvalAffineNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         added = (prefix + "lam", prefix + "rep.")
-        if not any(key.startswith(added) for key in state_dict):  # a checkpoint of the norm itself
+        of_the_norm = not any(key.startswith(added) for key in state_dict)  # a checkpoint of the norm itself
+        if of_the_norm:
+            given = [tensor for key, tensor in state_dict.items() if key.startswith(prefix)]
+            if not given and any(True for _ in self.__norm_tensors()):
+                warn_of_partial_checkpoint(self, prefix)
+            if self.without_numbers and self.lam.is_meta and rest[0].get("assign_to_params_buffers"):
+                device = next((tensor.device for tensor in given if isinstance(tensor, Tensor)), torch.device("cpu"))
+                self.rep.to_empty(device=device)
+                self.lam = torch.empty_like(self.lam, device=device)
+                self._fill_in(set())
             state_dict.update(self.rep.state_dict(prefix=added[1], keep_vars=True))
             state_dict[added[0]] = self.lam
         self.leave_out_norm = False  # lam may be above 0 from now on
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if of_the_norm and not self.lam.is_meta and self.lam == 1 and self.rep.step == 0:
+            self.start_from_norm()  # nothing was learnt yet
+
+    def __norm_tensors(self) -> Iterator[str]:
+        added = self.lam if "lam" in self._buffers else None
+        return (name for name, tensor in self._own_tensors() if tensor is not added)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.without_numbers and not self.lam.is_meta:  # to_empty() left what the memory held
+            self._fill_in(set())
+        return self
+
+    @torch.no_grad()
+    def _fill_in(self, loaded: set[str]) -> None:
+        self.without_numbers = self.lam.is_meta
+        if "lam" not in loaded:  # else `rep` was loaded, too
+            self.lam.fill_(1)
+            self.start_from_norm()
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         made_of = vars(type(self)).get("_made_of")
@@ -380,7 +421,7 @@ _RESERVED = {
     name
     for mixin in (PRepBN, EvalAffineNorm, Float32Buffers)
     for name in (*vars(mixin), *mixin.__annotations__)
-} - {*dir(nn.Module), "reset_parameters"}  # fmt: skip
+} - {*dir(nn.Module), "reset_parameters", "_is_hf_initialized"}  # fmt: skip
 
 
 def _class_after(layer: NormLayer) -> type[PRepBN]:

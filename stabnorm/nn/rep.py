@@ -105,6 +105,7 @@ class RepBN(ChannelNorm):
 
     def reset_parameters(self) -> None:
         """Reset parameters, statistics and counters."""
+        self.without_numbers = self.weight.is_meta
         nn.init.constant_(self.weight, 0.0 if self.init == "language" else 1.0)
         nn.init.constant_(self.eta, 1.0 if self.init == "vision" else 0.0)
         if self.bias is not None:

@@ -246,10 +246,7 @@ class PRepBN(EvalAffineNorm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute the blend at the current lam; in training mode `rep` also updates its statistics."""
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self.frozen(x)
-        else:  # noqa: RET505  # TorchScript compiles no other branch
-            return one_node(self, x, mask) if isinstance(x, Proxy) else self.compute(x, mask)
+        return one_node(self, x, mask) if isinstance(x, Proxy) else self.compute(x, mask)
 
     def frozen(self, x: Tensor) -> Tensor:
         """Run `forward` in eval mode, in operations that TorchScript compiles."""
@@ -311,12 +308,12 @@ class PRepBN(EvalAffineNorm):
         return x.flatten(x.ndim - self.feature_dims) if x.ndim > self.feature_dims else x.reshape(1, -1)
 
     def __norm(self, x: Tensor) -> Tensor:
-        axis = self.channel_dim % x.ndim  # not negative: the older ONNX exporter writes axes as they are
-        as_it_is = self.norm_channel_dim == self.channel_dim or axis == x.ndim - 1
-        y: Tensor = super().forward(x if as_it_is else x.movedim(axis, x.ndim - 1))
-        if as_it_is:
-            return y
-        y = y.movedim(x.ndim - 1, axis)
+        last = x.ndim - 1
+        if self.norm_channel_dim == self.channel_dim or self.channel_dim == last:
+            return super().forward(x)  # type: ignore[no-any-return]
+        # No axis is negative: the older ONNX exporter writes them as they are.
+        axis = self.channel_dim if self.channel_dim >= 0 else self.channel_dim + x.ndim
+        y: Tensor = super().forward(x.movedim(axis, last)).movedim(last, axis)
         return y.contiguous() if x.is_contiguous() else y
 
     def __rep(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
@@ -472,16 +469,22 @@ def prep_class(base: type[nn.Module], kind: Kind | None = None, **registration: 
     return _CLASSES[made_of]
 
 
+def _for_torchscript(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute the blend at the current lam, in eval mode."""
+    return self.frozen(x)  # type: ignore[no-any-return]
+
+
 def _forward_like(own: Callable[..., Any]) -> Callable[..., Tensor]:
     """Return a `PRepBN.forward` that also accepts the input under the argument name of the norm's own forward."""
     name = [*inspect.signature(own).parameters][1]
 
-    @functools.wraps(PRepBN.forward)  # TorchScript then compiles that one's source
+    @functools.wraps(own)
     def forward(self: PRepBN, *args: Any, **kwargs: Any) -> Tensor:
         if name in kwargs:
             args = (kwargs.pop(name), *args)
         return PRepBN.forward(self, *args, **kwargs)
 
+    forward.__wrapped__ = _for_torchscript  # TorchScript compiles the source of what a function wraps
     return forward
 
 

@@ -97,7 +97,7 @@ def test_from_pretrained_gives_first_values_to_all_that_a_checkpoint_lacks(to: s
     base, config = hugging_face("BertModel")
     base(config).save_pretrained(tmp_path)
     loaded, fresh = (
-        model.get_submodule("embeddings.LayerNorm")
+        model.embeddings.LayerNorm
         for model in (converting(base, to).from_pretrained(tmp_path), converting(base, to)(config))
     )
     for (name, tensor), (_, expected) in zip(loaded.named_buffers(), fresh.named_buffers(), strict=True):
@@ -123,9 +123,9 @@ def test_from_pretrained_of_a_converted_checkpoint_gives_the_same_model(
 
 def test_from_pretrained_of_a_folded_checkpoint_gives_the_same_model(tmp_path: Path) -> None:
     base, config = hugging_face("BertModel")
-    result = fold_norms(trained(converting(base)(config), lam=0.0), {"input_ids": IDS})
+    result: Any = fold_norms(trained(converting(base)(config), lam=0.0), {"input_ids": IDS})
 
-    class Folded(base):  # type: ignore[misc]
+    class Folded(base):  # type: ignore[misc,valid-type]
         def __init__(self, config: Any, **options: Any) -> None:
             super().__init__(config, **options)
             apply_manifest(self, result.manifest)
@@ -154,10 +154,10 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("assign", [True, False], ids=["assign", "to_empty"])
 def test_a_plain_checkpoint_fills_a_model_that_was_built_on_the_meta_device(assign: bool) -> None:
-    plain = Net()
+    plain: Any = Net()
     nn.init.uniform_(plain.norm.weight)
     with torch.device("meta"):
-        model = Net("prepbn")
+        model: Any = Net("prepbn")
     if not assign:
         model._apply(lambda t: torch.full_like(t, 77, device="cpu"))  # to_empty, where the memory held something
     model.load_state_dict(plain.state_dict(), assign=assign)

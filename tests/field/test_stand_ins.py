@@ -30,7 +30,9 @@ def trace_by_fx(model: nn.Module, *example: Tensor) -> nn.Module:
 
 
 def export(model: nn.Module, *example: Tensor) -> nn.Module:
-    return torch.export.export(model, example).module()
+    torch._dynamo.reset()  # else torch 2.6 counts all models of this file as recompilations of one
+    with torch.enable_grad():  # without, Dynamo of torch 2.6 mixes up the outputs of an autograd function
+        return torch.export.export(model, example).module()
 
 
 def quantise_by_fx(model: nn.Module, *example: Tensor) -> nn.Module:

@@ -6,6 +6,7 @@ Arrays travel as base64 of little-endian float32, which keeps NaN and infinity.
 import base64
 import csv
 import io
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from stabnorm.dashboard.verdict import verdict
 from stabnorm.monitor.baseline import ARMED, BOUND
 
 MOST_COLUMNS = 2000
+_PAUSE = 20  # between two walks through the folders, as a multiple of what one takes
 _GRADIENTS = "gradient"  # the axis of statistics that fade with a layer's own norm
 
 Answer = dict[str, Any]
@@ -44,15 +46,20 @@ class Answers:
         self._roots = dict(roots)
         self._runs: dict[str, Run] = {}
         self._folders: dict[str, Path] = {}
+        self._look_again = 0.0
         self._verdicts: dict[str, tuple[int, Answer]] = {}
 
     def refresh(self) -> None:
         """Look for new runs, and read what the known ones have written since."""
-        for prefix, root in self._roots.items():
-            for name, folder in run_folders(root).items():
-                full = f"{prefix}/{name}" if prefix else name
-                if self._folders.get(full) != folder:
-                    self._folders[full], self._runs[full] = folder, open_run(full, folder)
+        begin = time.monotonic()
+        if begin >= self._look_again:
+            for prefix, root in self._roots.items():
+                for name, folder in run_folders(root).items():
+                    full = f"{prefix}/{name}" if prefix else name
+                    if self._folders.get(full) != folder:
+                        self._folders[full], self._runs[full] = folder, open_run(full, folder)
+            # A page asks every few seconds, and a large tree of folders is walked through less often.
+            self._look_again = begin + _PAUSE * (time.monotonic() - begin)
         for run in self._runs.values():
             run.refresh()
 

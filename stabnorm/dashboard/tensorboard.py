@@ -4,13 +4,16 @@ One plug-in that cannot be imported stops TensorBoard for everybody, so this fil
 TensorBoard itself; the rest follows when the tab is opened.
 """
 
+import contextlib
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from tensorboard.plugins import base_plugin
 
 PLUGIN_NAME = "stabnorm"
+_PAUSE = 60.0  # seconds between two walks through the folders in search of a first record
 
 logger = logging.getLogger("stabnorm")
 
@@ -22,6 +25,7 @@ class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
 
     def __init__(self, context: Any) -> None:
         self._roots = _roots(context)
+        self._active, self._look_again = False, 0.0
 
     def get_plugin_apps(self) -> dict[str, Any]:
         """Return one application for all addresses of the tab."""
@@ -32,10 +36,11 @@ class StabilityPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
 
     def is_active(self) -> bool:
         """Whether a record in files of our own lies there; of records in event files TensorBoard knows by itself."""
-        try:
-            return any(next(root.rglob("record.json"), None) is not None for root in self._roots.values())
-        except OSError:
-            return False
+        if not self._active and time.monotonic() >= self._look_again:  # TensorBoard asks often
+            with contextlib.suppress(OSError):
+                self._active = any(next(root.rglob("record.json"), None) for root in self._roots.values())
+            self._look_again = time.monotonic() + _PAUSE
+        return self._active
 
     def frontend_metadata(self) -> Any:
         """Name the tab and its module."""

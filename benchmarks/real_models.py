@@ -10,14 +10,14 @@ Args: NAME ... (default: all; --list prints them), --scale-only (RepBN without a
 """
 
 import argparse
-import contextlib
 import importlib
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,8 @@ MODELS: dict[str, Entry] = {
     "blenderbot": _hf("BlenderbotConfig", "BlenderbotForConditionalGeneration", SEQ2SEQ, two_texts),
     "switch transformers": _hf(
         "SwitchTransformersConfig", "SwitchTransformersForConditionalGeneration", T5, two_texts,
-        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4, expert_capacity=64,
-        decoder_start_token_id=0,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_decoder_layers=2, num_experts=4,
+        expert_capacity=64, decoder_start_token_id=0,
     ),
     "umt5": _hf("UMT5Config", "UMT5ForConditionalGeneration", T5, two_texts, decoder_start_token_id=0),
     "mamba": _hf("MambaConfig", "MambaForCausalLM", STATES),
@@ -341,7 +341,7 @@ def generates(entry: Entry, folded: nn.Module, model: nn.Module) -> str:
 HEAD = ("model", "norms", "converted", "folded", "affine", "kept", "error", "loads", "generates", "seconds")
 
 
-def row(name: str, scale_only: bool, explain: bool) -> tuple[str, ...]:
+def row(name: str, scale_only: bool, explain: bool) -> str:
     """One line of the table."""
     entry = MODELS[name]
     model, norms, converted = switched(entry, scale_only)
@@ -352,25 +352,19 @@ def row(name: str, scale_only: bool, explain: bool) -> tuple[str, ...]:
     inputs = [entry.make(*size) for size in entry.others]
     if explain:
         print(result)
-    error = "-"
-    with attempt() as failed:
-        loaded = loads(entry, result.model, result.manifest, inputs)
-        text = generates(entry, result.model, model)
-        error = f"{algebra(entry, model, inputs):.0e}"
-    if failed:
-        loaded, text = failed[0], "-"
+    loaded = attempt(lambda: loads(entry, result.model, result.manifest, inputs))
+    text = attempt(lambda: generates(entry, result.model, model))
+    error = attempt(lambda: f"{algebra(entry, model, inputs):.0e}")
     numbers = (norms, converted, counts["folded"], counts["affine"], counts["kept"])
-    return (name, *map(str, numbers), error, loaded, text, f"{seconds:.1f}")
+    return f"| {' | '.join((name, *map(str, numbers), error, loaded, text, f'{seconds:.1f}'))} |"
 
 
-@contextlib.contextmanager
-def attempt() -> Iterator[list[str]]:
-    """Collect what goes wrong, in words."""
-    failed: list[str] = []
+def attempt(function: Callable[[], str]) -> str:
+    """What it returns, or in words what goes wrong: one model that fails does not end the table."""
     try:
-        yield failed
+        return function()
     except Exception as error:
-        failed.append(f"{type(error).__name__}: {error}".splitlines()[0][:120])
+        return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -392,11 +386,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(lines))
     names = args.names or list(MODELS)
     for number, name in enumerate(names, 1):
-        with warnings.catch_warnings(), attempt() as failed:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lines.append(f"| {' | '.join(row(name, args.scale_only, args.explain))} |")
-        if failed:
-            lines.append(f"| {name} | {failed[0]} |")
+            line = attempt(partial(row, name, args.scale_only, args.explain))
+        lines.append(line if line.startswith("|") else f"| {name} | {line} |")
         print(f"{lines[-1]}  <- {number} of {len(names)}", flush=True)
     if args.output:
         args.output.write_text("\n".join(lines) + "\n")

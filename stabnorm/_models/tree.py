@@ -1,5 +1,7 @@
 """A model's modules as a tree: their parents, their parameters' owners, and how one module takes another's place."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -57,9 +59,15 @@ class Tree:
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` wherever the module of this name stands, in that module's mode."""
-    old = model.get_submodule(name)
-    new.train(old.training)
+    replace_modules(model, {name: new})
+
+
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put modules wherever those of these names stand, in their mode; the model is walked once."""
+    by_old = {id(model.get_submodule(name)): module for name, module in new.items()}
+    for name, module in new.items():
+        module.train(model.get_submodule(name).training)
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():
-            if child is old:
-                parent._modules[child_name] = new
+            if id(child) in by_old:
+                parent._modules[child_name] = by_old[id(child)]

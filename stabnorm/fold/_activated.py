@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabnorm._models.random_state import random_state_kept
-from stabnorm._models.tree import replace_module
 from stabnorm.fold.folded import StandIn
 
 _AXES = ((2,), (2, 3), (2, 3, 2), (2, 2, 3, 2))  # of the input, the channels left out
@@ -51,18 +50,16 @@ def norm_inside(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     return scale, shift
 
 
-def replace_norm(model: nn.Module, name: str, new: StandIn, *, goes_on: bool, contiguous: bool) -> None:
-    """Put `new` where a norm of this name stands; with `goes_on` the norm's children follow it."""
-    norm = model.get_submodule(name)
+def standing_for(norm: nn.Module, new: StandIn, *, goes_on: bool, contiguous: bool) -> nn.Module:
+    """Give what takes a norm's place when `new` does its work; with `goes_on` the norm's children follow it."""
     new.in_place_of(norm).contiguous = contiguous
-    after: nn.Module = new
     if goes_on:
         children = OrderedDict(norm.named_children())
         for child in children.values():
             if getattr(child, "inplace", False):
                 child.inplace = False  # type: ignore[assignment]  # it would write into what the norm read
-        after = nn.Sequential(OrderedDict([("norm", new), *children.items()]))
-    replace_module(model, name, after)
+        return nn.Sequential(OrderedDict([("norm", new), *children.items()]))
+    return new
 
 
 def _run(module: nn.Module, channels: int) -> tuple[list[Tensor], list[Tensor]] | None:

@@ -15,9 +15,10 @@ from stabnorm._models.examples import read_examples
 from stabnorm._models.intact import intact_on_error
 from stabnorm._models.outputs import Picker
 from stabnorm._models.random_state import random_state_kept
+from stabnorm._models.tree import replace_modules
 from stabnorm._models.wrappers import is_compiled, is_scripted
 from stabnorm.errors import StabNormError
-from stabnorm.fold._activated import replace_norm
+from stabnorm.fold._activated import standing_for
 from stabnorm.fold._apply import apply_plan, set_gain
 from stabnorm.fold._lanes import Lanes, make_lanes
 from stabnorm.fold._plan import Plan
@@ -254,15 +255,18 @@ def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
         return True
     faulty = copied(lane.model)
     like = floating_tensor_of(faulty)
+    new: dict[str, nn.Module] = {}
     for site in lanes.trace.sites:
         if site.name not in changed:
             continue
         scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
         if site.gain is None:
             affine = FrozenAffine(scale.to(like), shift.to(like), site.channel_dim)
-            replace_norm(faulty, site.name, affine, goes_on=site.goes_on, contiguous=site.name in plan.contiguous)
+            norm, contiguous = faulty.get_submodule(site.name), site.name in plan.contiguous
+            new[site.name] = standing_for(norm, affine, goes_on=site.goes_on, contiguous=contiguous)
         else:
             set_gain(faulty, site, scale, shift)
+    replace_modules(faulty, new)
     error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)
     return not error <= lane.tolerance
 

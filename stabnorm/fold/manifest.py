@@ -9,8 +9,8 @@ from torch import nn
 from stabnorm._checks import check_model, wrong_type
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.intact import intact_on_error
-from stabnorm._models.tree import replace_module
-from stabnorm.fold._activated import replace_norm
+from stabnorm._models.tree import replace_modules
+from stabnorm.fold._activated import standing_for
 from stabnorm.fold._plan import Plan
 from stabnorm.fold._ties import drop_ties
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
@@ -90,20 +90,21 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         if isinstance(owner, nn.MultiheadAttention) and owner.out_proj.bias is None:
             _register_zeros(owner.out_proj, "bias", owner.embed_dim)  # the fast path needs both biases or none
     going_on, contiguous = manifest.get("going_on", ()), manifest.get("contiguous", ())
+    new: dict[str, nn.Module] = {}
     for name in manifest["folded"]:
-        replace_norm(model, name, FoldedNorm(), goes_on=name in going_on, contiguous=name in contiguous)
+        norm = model.get_submodule(name)
+        new[name] = standing_for(norm, FoldedNorm(), goes_on=name in going_on, contiguous=name in contiguous)
     for name, sizes in manifest["affine"].items():
         norm = model.get_submodule(name)
         like = floating_tensor_of(norm)
         dtype = torch.promote_types(like.dtype, torch.float32)
         scale = torch.ones(sizes["num_features"], dtype=dtype, device=like.device)
         affine = FrozenAffine(scale, torch.zeros_like(scale), sizes["channel_dim"])
-        replace_norm(model, name, affine, goes_on=name in going_on, contiguous=name in contiguous)
+        new[name] = standing_for(norm, affine, goes_on=name in going_on, contiguous=name in contiguous)
     for name, sizes in manifest.get("rms", {}).items():
         like = floating_tensor_of(model.get_submodule(name), model)
-        replace_module(
-            model, name, nn.RMSNorm(sizes["num_features"], sizes["eps"], device=like.device, dtype=like.dtype)
-        )
+        new[name] = nn.RMSNorm(sizes["num_features"], sizes["eps"], device=like.device, dtype=like.dtype)
+    replace_modules(model, new)
     leave_fused_paths(model)
 
 

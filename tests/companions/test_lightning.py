@@ -49,7 +49,7 @@ def test_headline_scalars_are_of_the_norms_blocks_alone() -> None:
             self.logged.append(step)
 
     logger = Logger()
-    scalars = HeadlineScalars([logger], ["amax"], lambda: 0, lambda: 0.0)
+    scalars = HeadlineScalars(logger, ["amax"], lambda: 0, lambda: 0.0)
     scalars.write_block(Block(0, ("norm",), {"amax": np.ones((5, 1), np.float32)}))
     scalars.write_block(Block(5, ("0.weight",), {"update_ratio": np.ones((5, 1), np.float32)}, companion="weights"))
     assert logger.logged == [4]
@@ -87,12 +87,13 @@ def test_a_trainer_watches_companions_and_changes_no_bit(tmp_path: Path) -> None
     assert read_record(logger.log_dir, companion="attention").steps.tolist() == list(range(BATCHES))
 
 
-def test_a_head_over_the_bound_is_in_the_closing_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_over_the_bound_is_in_the_closing_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="stabnorm")
     model = attending()
     with torch.no_grad():
         model.net[1].attention.qkv.weight[: 2 * DIM] *= 60
     fit(trainer(tmp_path, StabilityCallback(companions=["attention"])), model)
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert "net.1.attention.head0" in printed
     assert "attention_logit_max" in printed
     assert "its softmax saturates" in printed

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabnorm.monitor.async_copy import AsyncCopy
+from stabnorm._models.async_copy import AsyncCopy
 from stabnorm.monitor.outputs import Outputs
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.switch.gate import Change

@@ -1,6 +1,8 @@
 """Access to attributes of a Trainer that have no public name in Lightning 2.2 to 2.6; and how callbacks are pickled."""
 
+import copy
 import inspect
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,7 +12,7 @@ from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._loss_scale import scale_of
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
+    from pytorch_lightning import LightningModule, Trainer
 
 
 def described(callback: Callback, **arguments: Any) -> str:
@@ -52,6 +54,51 @@ def learning_rate(optimizer: Any) -> Tensor | float | None:
 def loss_scale(trainer: "Trainer") -> Tensor | float | None:
     """Return the factor by which the loss is scaled; None without a loss scaler."""
     return scale_of(getattr(trainer.precision_plugin, "scaler", None))
+
+
+def check_loss_again(pl_module: "LightningModule") -> None:
+    """Check that `loss_again` will be able to compute the loss.
+
+    Raises:
+        ValueError: the module steps its optimizers in `training_step`.
+    """
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{type(pl_module).__name__} has automatic_optimization=False, so its training_step steps the optimizers, "
+            "and the companion 'curvature' cannot run it once more. Leave this companion out"
+        )
+
+
+def loss_again(
+    trainer: "Trainer", pl_module: "LightningModule", batch: Any, batch_idx: int
+) -> Callable[[], Tensor | None]:
+    """Return a function that runs `training_step` on a batch once more, in the Trainer's precision; it logs nothing.
+
+    The batch's own containers are copied now, because a `training_step` may take something out of them.
+    """
+    contents = copy.copy(batch)
+    parameters = inspect.signature(pl_module.training_step).parameters
+    takes_index = len(parameters) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+
+    def loss() -> Any:
+        arguments = (copy.copy(contents), batch_idx) if takes_index else (copy.copy(contents),)
+        attributes: dict[str, Any] = vars(pl_module)
+        kept: dict[str, Any] = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
+        attributes["log"] = attributes["log_dict"] = _log_nothing
+        try:
+            with trainer.precision_plugin.train_step_context():
+                output: Any = pl_module.training_step(*arguments)
+        finally:
+            for name in ("log", "log_dict"):
+                del attributes[name]
+            attributes.update(kept)
+        return output["loss"] if isinstance(output, Mapping) else output
+
+    return loss
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for `LightningModule.log` and `log_dict`."""
 
 
 def synchronises_norms(trainer: "Trainer") -> bool:

@@ -1,7 +1,7 @@
 """`FabricMonitor`: a `StabilityMonitor` in a loop of Lightning Fabric."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -65,11 +65,14 @@ class FabricMonitor(StabilityMonitor):
         learning_rate: Tensor | float | None = None,
         grad_scale: Scale | Mapping[Optimizer, Scale] | None = None,
         optimizer: Optimizer | Sequence[Optimizer] = (),
+        closure: Callable[[], Tensor | None] | None = None,
     ) -> None:
         """End an optimizer step, see `StabilityMonitor.step`; the loss scale is that of Fabric's precision."""
         if grad_scale is None:
             grad_scale = scale_of(getattr(getattr(self._fabric, "_precision", None), "scaler", None))
-        super().step(loss=loss, learning_rate=learning_rate, grad_scale=grad_scale, optimizer=optimizer)
+        super().step(
+            loss=loss, learning_rate=learning_rate, grad_scale=grad_scale, optimizer=optimizer, closure=closure
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

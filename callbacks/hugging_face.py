@@ -56,7 +56,8 @@ class StabilityTrainerCallback(TrainerCallback):
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: an unknown preset, statistic or companion; at the start of the training: no norm to watch.
+        ValueError: an unknown preset, statistic or companion, or the companion "curvature"; at the start of the
+            training: no norm to watch.
 
     >>> from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
     >>> callback = StabilityTrainerCallback(flush_every=20)  # Trainer(..., callbacks=[callback])
@@ -78,13 +79,20 @@ class StabilityTrainerCallback(TrainerCallback):
         NameFilter(include, exclude)  # complain now
         if mask is not None:
             check_instance("mask", mask, str, "the name of the model's argument, or None")
+        beside = resolve_companions(companions)
+        for companion in beside:
+            if companion.computes_loss:
+                raise ValueError(
+                    f"the companion {companion.name!r} computes the loss of a batch again, which Hugging Face's "
+                    "Trainer does not hand out. Leave it out"
+                )
         self.options: dict[str, Any] = {
             "preset": preset,
             "flush_every": flush_every,
             "include": include,
             "exclude": exclude,
             "gradients": gradients,
-            "companions": resolve_companions(companions),
+            "companions": beside,
             "detector": detector,
         }
         self.mask = mask

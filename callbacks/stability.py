@@ -25,7 +25,15 @@ from stabnorm.callbacks._outputs import (
     summary_writers,
 )
 from stabnorm.callbacks._terminal import logger, show_messages
-from stabnorm.callbacks._trainer import described, learning_rate, logged_steps, loss_scale, state_to_pickle
+from stabnorm.callbacks._trainer import (
+    check_loss_again,
+    described,
+    learning_rate,
+    logged_steps,
+    loss_again,
+    loss_scale,
+    state_to_pickle,
+)
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.dashboard.heatmap import heatmap
@@ -73,8 +81,8 @@ class StabilityCallback(Callback):
         mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple) or a
             function of the batch, with a bool tensor, True = valid. A function may return several masks, one for each
             length. Default: every token is valid.
-        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output", "switch")
-            or as objects of `stabnorm.companions`. Default: nothing.
+        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output",
+            "curvature", "switch") or as objects of `stabnorm.companions`. Default: nothing.
         fused: compute torch's LayerNorm and RMSNorm and their statistics in one pass, if there is a kernel for both,
             see `StabilityMonitor`; this changes their last bits. Default: False.
         detector: class or function that makes the detectors, which raise the alerts, see
@@ -153,6 +161,8 @@ class StabilityCallback(Callback):
             fused=self.fused,
             detector=self.detector,
         )
+        if monitor.companions.computes_loss:
+            check_loss_again(pl_module)
         # After a checkpoint, or in a second fit of the same Trainer; in a new run the callback starts again.
         if self._saved is not None and (self._loaded or trainer.global_step > 0):
             monitor.load_state_dict(self._saved)
@@ -224,6 +234,8 @@ class StabilityCallback(Callback):
             self.monitor.discard()  # forwards of a learning-rate search, for example
             self._step = _OpenStep(open=True)
         self._batch_mask.enter(batch)
+        if self.monitor.companions.computes_loss:
+            self._step.loss_again = loss_again(trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
@@ -245,7 +257,6 @@ class StabilityCallback(Callback):
         batch_idx: int,
     ) -> None:
         """End the step when an optimizer stepped in this batch."""
-        self._batch_mask.leave()
         step = self._step
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
@@ -256,8 +267,10 @@ class StabilityCallback(Callback):
                 learning_rate=step.learning_rate,
                 grad_scale=step.grad_scales or None,
                 optimizer=[optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)],
+                closure=step.loss_again,
             )
             self._step = _OpenStep()
+        self._batch_mask.leave()  # only now, because the loss may have been computed again
 
     def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Forget a step that the last epoch left open; automatic optimization drops its gradients, too."""
@@ -378,6 +391,7 @@ class _OpenStep:
     def __init__(self, *, open: bool = False) -> None:
         self.open, self.stepped = open, False
         self.loss: Tensor | None = None
+        self.loss_again: Callable[[], Tensor | None] | None = None
         self.learning_rate: float | Tensor | None = None
         self.grad_scales: dict[Optimizer, Tensor | float] = {}
         self._batches = 0

@@ -26,6 +26,30 @@ def _make_inert() -> Callable[..., None]:
     return inert
 
 
+class _Counting:
+    """Whether hooks count what they see, in eager mode and in compiled graphs."""
+
+    paused = False
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Let models run without being counted by any of our hooks, which stay on.
+
+    A hook that was taken off instead would be missing in a graph that is compiled meanwhile.
+    """
+    before, _Counting.paused = _Counting.paused, True
+    try:
+        yield
+    finally:
+        _Counting.paused = before
+
+
+def counting_paused() -> bool:
+    """Whether `uncounted` is open; a compiled graph asks this inside a custom op, at run time."""
+    return _Counting.paused
+
+
 @contextmanager
 def hooked(registrations: Iterable[RemovableHandle]) -> Iterator[None]:
     """Keep hooks on while the context is open; they come off whatever happens, also when a registration fails.

@@ -13,7 +13,7 @@ from torch import Tensor
 from stabnorm._registration import returns_nothing
 from stabnorm.companions.companion import merged, sampled, wide
 from stabnorm.ops.dispatch import op
-from stabnorm.ops.moments import is_recompute
+from stabnorm.ops.moments import is_counted
 
 HIDDEN = -5e3  # a key counts as hidden if a mask lowers its logit by more; masks use -1e4, -1e9, -inf, ...
 
@@ -136,7 +136,7 @@ def accumulate_attention_(
     sums: AttentionSums,
 ) -> None:
     """Add a call to the sums, in place, see `sums_of_call`."""
-    if is_recompute() or query.numel() == 0 or key.numel() == 0:
+    if not is_counted() or query.numel() == 0 or key.numel() == 0:
         return
     with torch.autocast(query.device.type, enabled=False):
         sums.add_(sums_of_call(query, key, mask, valid, scale, causal, grouped, at_most))
@@ -147,7 +147,7 @@ def accumulate_attention_logits_(
     logits: Tensor, valid: Tensor | None, at_most: int | None, sums: AttentionSums
 ) -> None:
     """Add the input of a softmax, ``[batch..., heads, queries, keys]``; masks have been added to it already."""
-    if is_recompute() or logits.numel() == 0:
+    if not is_counted() or logits.numel() == 0:
         return
     positions = sampled(logits.shape[-2], at_most)
     rows = logits[..., positions, :].float()

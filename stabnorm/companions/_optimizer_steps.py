@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-Looks = Callable[[list[int], float | Tensor], None]
-"""Called with the parameters that a group of an optimizer holds, as indices, and with its learning rate."""
+Group = dict[str, Any]  # of an optimizer: its parameters and their options
+Looks = Callable[[list[int], torch.optim.Optimizer, Group], None]
+"""Called with the parameters that a group of an optimizer holds, as indices, with the optimizer and the group."""
 
 
 class OptimizerSteps:
@@ -44,17 +45,22 @@ class OptimizerSteps:
             if torch.compiler.is_compiling():
                 return
             with torch.no_grad():
-                for rows, learning_rate in self._groups(optimizer):
-                    look(rows, learning_rate)
+                for rows, group in self._groups(optimizer):
+                    look(rows, optimizer, group)
 
         return hook
 
-    def _groups(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[list[int], float | Tensor]]:
+    def _groups(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[list[int], Group]]:
         for group in optimizer.param_groups:
             rows = [self._index[id(p)] for p in group["params"] if id(p) in self._index]
             if rows:
-                rate = group.get("lr")  # some optimizers have none, and some keep something else there
-                yield rows, rate if isinstance(rate, int | float | Tensor) else torch.nan
+                yield rows, group
+
+
+def learning_rate_of(group: Group) -> float | Tensor:
+    """Return the learning rate of a group; NaN if it has none, or keeps something else there."""
+    rate = group.get("lr")
+    return rate if isinstance(rate, int | float | Tensor) else torch.nan
 
 
 class Indices:

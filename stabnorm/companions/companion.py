@@ -8,8 +8,8 @@ are merged by the same rule, and a statistic is a function of the merged sums.
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from stabnorm._models.hooks import take_off
 from stabnorm._models.names import NameFilter, Patterns
 from stabnorm._models.watched import Watching
 from stabnorm.statistic import Statistic
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Sums = TypeVar("Sums", bound=tuple[Tensor, ...])
 
@@ -64,6 +67,9 @@ class Watch(ABC):
             now: their moments, of which `Companion.needs` are gathered.
         """
 
+    def see_loss(self, loss: "StepLoss") -> None:  # noqa: B027  # most companions compute no loss
+        """Take the loss of this step, which can be computed again; called right before `take`."""
+
     def counts(self, model: nn.Module, module: nn.Module) -> bool:
         """Whether a forward of a module in the model counts now. A module in eval mode does not train."""
         return model.training and module.training and not self.paused
@@ -79,6 +85,20 @@ class Watch(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most have no past
         """Continue from a state for the same rows."""
+
+
+class StepLoss(NamedTuple):
+    """The loss of a step, to be computed again on the same batch.
+
+    Attributes:
+        closure: computes it, and changes nothing that is not put back by itself; None if it was not given.
+        scale: the factor of the loss scaler; None without a scaler.
+        ranks: whether to take the mean over processes: False, True for all of them, or a process group.
+    """
+
+    closure: Callable[[], Tensor | None] | None
+    scale: Tensor | float | None = None
+    ranks: "bool | ProcessGroup" = False
 
 
 class NormMoments(Protocol):
@@ -101,12 +121,14 @@ class Companion(ABC):
         statistics: what it measures of each row; `compute` of each gets the merged sums, and None.
         cost: the cost, for the documentation.
         needs: the data of norms that the monitor must gather for it, see `Statistic.needs`. Default: nothing.
+        computes_loss: whether it computes the loss of a step again, see `Watch.see_loss`. Default: False.
     """
 
     name: ClassVar[str]
     statistics: ClassVar[tuple[Statistic, ...]]
     cost: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    computes_loss: ClassVar[bool] = False
 
     @abstractmethod
     def watch(self, model: nn.Module) -> Watch:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stabnorm._checks import check_model
 from stabnorm._models.names import NameFilter
 from stabnorm._models.wrappers import plain_name
-from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
+from stabnorm.companions._optimizer_steps import Group, Indices, OptimizerSteps, local, no_step
 from stabnorm.companions.companion import Companion, Watch, selected, wide
 from stabnorm.statistic import Statistic
 
@@ -146,7 +146,7 @@ class EmbeddingWatch(Watch):
         """Discard the gradients of the last step."""
         self._gathered.fill_(torch.nan)
 
-    def _after(self, rows: list[int], learning_rate: float | Tensor) -> None:
+    def _after(self, rows: list[int], optimizer: torch.optim.Optimizer, group: Group) -> None:
         start = time.perf_counter()
         given = [(row, _dense(gradient)) for row in rows if (gradient := self._parameters[row].grad) is not None]
         if given:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from stabnorm._checks import is_collection, wrong_type
 from stabnorm.companions.attention import AttentionCompanion
 from stabnorm.companions.companion import Companion
+from stabnorm.companions.curvature import CurvatureCompanion
 from stabnorm.companions.embedding import EmbeddingCompanion
 from stabnorm.companions.output import OutputCompanion
 from stabnorm.companions.switching import SwitchCompanion
@@ -14,7 +15,9 @@ from stabnorm.statistic import by_name, markdown_table
 
 def known_companions() -> dict[str, type[Companion]]:
     """Return the companions that have a name."""
-    kinds = (AttentionCompanion, WeightCompanion, EmbeddingCompanion, OutputCompanion, SwitchCompanion)
+    kinds: tuple[type[Companion], ...] = (
+        AttentionCompanion, WeightCompanion, EmbeddingCompanion, OutputCompanion, CurvatureCompanion, SwitchCompanion
+    )  # fmt: skip
     return {kind.name: kind for kind in kinds}
 
 

@@ -17,7 +17,7 @@ from stabnorm._models.wrappers import plain_name, unwrapped
 from stabnorm._registration import returns_nothing
 from stabnorm.companions.companion import Companion, HookedWatch, Place, merged, sampled, wide
 from stabnorm.ops.dispatch import op
-from stabnorm.ops.moments import is_recompute
+from stabnorm.ops.moments import is_counted
 from stabnorm.statistic import Statistic
 
 
@@ -72,7 +72,7 @@ def sums_of_logits(logits: Tensor, valid: Tensor | None = None, at_most: int | N
 @op(mutates=("sums",), fake=returns_nothing)
 def accumulate_output_(logits: Tensor, valid: Tensor | None, at_most: int | None, sums: OutputSums) -> None:
     """Add logits to the sums, in place; a recomputed forward adds nothing."""
-    if is_recompute() or logits.numel() == 0:
+    if not is_counted() or logits.numel() == 0:
         return
     with torch.autocast(logits.device.type, enabled=False):
         after = sums.merge(sums_of_logits(logits, valid, at_most))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stabnorm._checks import check_model, list_of
 from stabnorm._models.calls import input_of, mask_of
-from stabnorm._models.hooks import Hook, take_off
+from stabnorm._models.hooks import Hook, counting_paused, take_off
 from stabnorm._models.names import NameFilter
 from stabnorm._models.watched import Watcher, Watching
 from stabnorm.companions._optimizer_steps import Indices
@@ -245,7 +245,7 @@ class _GapHook(Hook):
         self.gap, self.index = gap, index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not self.gap.armed or not module.training:
+        if torch.compiler.is_compiling() or counting_paused() or not self.gap.armed or not module.training:
             return
         assert isinstance(module, PRepBN)
         self.gap.add(self.index, module, args, kwargs)

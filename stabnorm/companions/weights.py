@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stabnorm._checks import check_model
 from stabnorm._models.names import NameFilter
 from stabnorm._models.wrappers import plain_name
-from stabnorm.companions._optimizer_steps import Indices, OptimizerSteps, local, no_step
+from stabnorm.companions._optimizer_steps import Group, Indices, OptimizerSteps, learning_rate_of, local, no_step
 from stabnorm.companions.companion import Companion, Watch, selected, wide
 from stabnorm.statistic import Statistic
 
@@ -185,7 +185,7 @@ class WeightWatch(Watch):
         self._gathered.fill_(torch.nan)
         self._open = [0] * len(self.rows)
 
-    def _before(self, rows: list[int], learning_rate: float | Tensor) -> None:
+    def _before(self, rows: list[int], optimizer: torch.optim.Optimizer, group: Group) -> None:
         start = time.perf_counter()
         for row in rows:
             self._open[row] += 1
@@ -200,8 +200,9 @@ class WeightWatch(Watch):
             self._write(0, rows, self._squares(now))
         self.seconds += time.perf_counter() - start
 
-    def _after(self, rows: list[int], learning_rate: float | Tensor) -> None:
+    def _after(self, rows: list[int], optimizer: torch.optim.Optimizer, group: Group) -> None:
         start = time.perf_counter()
+        learning_rate = learning_rate_of(group)
         ended = [row for row in rows if self._open[row] == 1]  # 0: added to the optimizer in between
         for row in rows:
             self._open[row] = max(0, self._open[row] - 1)

@@ -84,6 +84,8 @@ PLAIN_NAMES: Mapping[str, str] = {
     "output_logit_max": "largest output logit",
     "output_log_z": "log of the softmax's sum",
     "output_z_loss": "z-loss",
+    "update_curvature": "curvature along the update",
+    "lasting_curvature": "curvature along the update, third largest of four",
     "switch_readiness": "readiness for the switch",
     "switch_gap": "gap of the two branches",
     "nonfinite": "NaN or infinite input",

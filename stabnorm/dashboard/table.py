@@ -219,8 +219,7 @@ def _verdict(rows: Sequence[Row], steps: int | None, compared: bool) -> str:
     if compared:
         return f"stabnorm: nothing alarming was seen{after}"
     return (
-        f"stabnorm: no fixed bound was passed{after}; layers are compared with their own past only after "
-        f"{ARMED} steps"
+        f"stabnorm: no fixed bound was passed{after}; layers are compared with their own past only after {ARMED} steps"
     )
 
 

@@ -1,5 +1,8 @@
 """The formulas, as pure functions of tensors. Every faster backend must give the same results."""
 
+from stabnorm.functional.curvature import adam_preconditioner as adam_preconditioner
+from stabnorm.functional.curvature import relative_curvature as relative_curvature
+from stabnorm.functional.curvature import stability_bound as stability_bound
 from stabnorm.functional.moments import Kind as Kind
 from stabnorm.functional.moments import RawMoments as RawMoments
 from stabnorm.functional.moments import channel_moments as channel_moments

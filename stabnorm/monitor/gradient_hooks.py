@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stabnorm._models.hooks import take_off
+from stabnorm._models.hooks import counting_paused, take_off
 from stabnorm._models.ranks import Part, is_distributed, own_part
 from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.layer_hook import LayerHook, why_not
@@ -179,7 +179,7 @@ class OutputHook(LayerHook):
         read = self.gain
         if read is not None and read.requires_grad and (layer.gain_parameter is read or is_distributed(read)):
             return  # while a sharded module runs, the whole parameter stands in the place of its shards
-        if not self.counts(module) or not self.understands(output):
+        if counting_paused() or not self.counts(module) or not self.understands(output):
             return
         y = output.detach().clone()  # a copy, because an in-place activation would change it before the backward
         # The values of this forward: it may have run with tensors that are not the module's, or that FSDP frees.

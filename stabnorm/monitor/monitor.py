@@ -25,7 +25,7 @@ from stabnorm._checks import (
 )
 from stabnorm._log import logger
 from stabnorm._models.wrappers import unwrapped
-from stabnorm.companions.companion import Companion
+from stabnorm.companions.companion import Companion, StepLoss
 from stabnorm.companions.names import resolve_companions
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.accumulators import Accumulators
@@ -89,8 +89,8 @@ class StabilityMonitor:
         sync: True merges over all processes of `torch.distributed` if it is initialised. False measures this process
             alone. A process group merges over its processes, for models whose layers are spread over processes.
             Default: True.
-        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output", "switch") or
-            as objects of `stabnorm.companions`. Default: nothing.
+        companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output",
+            "curvature", "switch") or as objects of `stabnorm.companions`. Default: nothing.
         fused: compute torch's own LayerNorm and RMSNorm and their statistics in one pass, in eager mode, if there is a
             kernel for both, see `stabnorm.ops.backends`. Output and gradients are then equal up to rounding, but not
             bit for bit. Default: False, and the monitor changes nothing.
@@ -285,6 +285,7 @@ class StabilityMonitor:
         learning_rate: Tensor | float | None = None,
         grad_scale: Scale | Mapping[Optimizer, Scale] | None = None,
         optimizer: Optimizer | Sequence[Optimizer] = (),
+        closure: Callable[[], Tensor | None] | None = None,
     ) -> None:
         """End an optimizer step: call it after the last backward and before the next forward.
 
@@ -296,6 +297,8 @@ class StabilityMonitor:
                 updated, give a mapping of the factor at the step of each optimizer. Default: 1.
             optimizer: the optimizer that has just stepped, or several, for the statistics of its moments in "full".
                 Call `step` before ``zero_grad()``. Default: none, and these statistics are NaN.
+            closure: computes the loss of this step's batch, or of its last micro-batch, once more; it calls no
+                ``backward()``. The companion "curvature" needs it, at some steps. Default: none.
 
         Raises:
             StabNormError: the hooks are not registered, or another rank watches other layers.
@@ -312,6 +315,8 @@ class StabilityMonitor:
                 raise ValueError("grad_scale={} names no optimizer. Give one number, or a number for each optimizer")
             for scale in grad_scale.values() if isinstance(grad_scale, Mapping) else [grad_scale]:
                 check_scalar("grad_scale", scale, above=0)
+        if closure is not None:
+            check_function("closure", closure)
         optimizers = optimizers_of(optimizer)
         start = self._stopwatch.begin_step(self._hook_seconds)
         self._agree()
@@ -338,7 +343,8 @@ class StabilityMonitor:
         row = self._track.layout.pack(torch.where(now.ran[:, None], values, torch.nan), beside_statistics(now))
         past.update(now, *gathered.running)
         self._track.add(row, scalars)
-        self.companions.step(self.layers, now)
+        last_scale = [*grad_scale.values()][-1] if isinstance(grad_scale, Mapping) else grad_scale
+        self.companions.step(self.layers, now, StepLoss(closure, last_scale, self.sync))
         self._observer.discard()
         for listen in self.listeners:
             listen(self.steps_done, self._track.layout.statistics_of(row))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm._log import logger
-from stabnorm.companions.companion import Companion
-from stabnorm.monitor.async_copy import AsyncCopy
+from stabnorm._models.async_copy import AsyncCopy
+from stabnorm.companions.companion import Companion, StepLoss
 from stabnorm.monitor.detect import Alert, Detector, MakeDetector
 from stabnorm.monitor.history import History
 from stabnorm.monitor.outputs import Guard
@@ -163,16 +163,19 @@ class CompanionTrack(Track):
         super().__init__(
             rows, statistics, detector(statistics, rows, ()), flush_every, flush, companion=companion.name
         )  # fmt: skip
+        self.computes_loss = companion.computes_loss
         self._complaints: set[str] = set()
 
-    def step(self, layers: Sequence[str], norms: Moments) -> None:
+    def step(self, layers: Sequence[str], norms: Moments, loss: StepLoss) -> None:
         """End a step: turn what was gathered into a row.
 
         Args:
             layers: the names of the monitor's norms.
             norms: what the monitor has of them.
+            loss: the loss of the step.
         """
         self.watch.see_norms(layers, norms)
+        self.watch.see_loss(loss)
         sums = self.watch.take()
         values = torch.stack([statistic.compute(sums, None).to(torch.float32) for statistic in self.statistics], -1)
         self.add(self.layout.pack(values, {}))
@@ -266,12 +269,17 @@ class CompanionTracks(Mapping[str, CompanionTrack]):
         for track in self.values():
             track.watch.discard()
 
-    def step(self, layers: Sequence[str], norms: Moments) -> None:
+    def step(self, layers: Sequence[str], norms: Moments, loss: StepLoss) -> None:
         """End a step, see `CompanionTrack.step`."""
         start = time.perf_counter()
         for track in self.values():
-            track.step(layers, norms)
+            track.step(layers, norms, loss)
         self._step_seconds += time.perf_counter() - start
+
+    @property
+    def computes_loss(self) -> bool:
+        """Whether a companion computes the loss of a step again."""
+        return any(track.computes_loss for track in self.values())
 
     @property
     def hook_seconds(self) -> float:

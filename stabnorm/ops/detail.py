@@ -13,7 +13,7 @@ from stabnorm._registration import returns_nothing
 from stabnorm.functional.detail import OUTPUTS, DetailMoments, detail_moments, merge_detail_, outlier_counts
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops.dispatch import op
-from stabnorm.ops.moments import is_recompute
+from stabnorm.ops.moments import is_counted
 
 
 class DetailRequest(NamedTuple):
@@ -62,7 +62,7 @@ def accumulate_detail_(
         value_counts: False leaves out the counts of non-finite and zero elements.
         sequence_means: False leaves out `sequences` and their counts.
     """
-    if is_recompute() or x.numel() == 0:
+    if not is_counted() or x.numel() == 0:
         return
     x = x.detach()
     rows = as_rows(x.float(), channel_dim, feature_dims)
@@ -94,7 +94,7 @@ def count_outliers_(
         channel_dim: the axis of y that holds the channels.
         feature_dims: how many trailing axes the layer normalises together.
     """
-    if is_recompute() or y.numel() == 0:
+    if not is_counted() or y.numel() == 0:
         return
     rows = as_rows(y.detach(), channel_dim, feature_dims)
     keep = None if valid is None else valid.reshape(-1)

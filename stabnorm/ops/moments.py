@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stabnorm._models.hooks import counting_paused
 from stabnorm._registration import returns_nothing
 from stabnorm.functional import Kind, RawMoments, merge_moments_, normalize_groups, raw_moments
 from stabnorm.norms.rows import as_rows
@@ -42,6 +43,11 @@ class Request(NamedTuple):
 def is_recompute() -> bool:
     """Whether this forward runs inside a backward: then activation checkpointing repeats a forward already counted."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_counted() -> bool:
+    """Whether hooks count this forward: it is no recompute, and it is not run inside `uncounted`."""
+    return not is_recompute() and not counting_paused()
 
 
 @op(mutates=("seen", "channel", "token"), fake=returns_nothing)
@@ -77,7 +83,7 @@ def accumulate_moments_(
         normalized: False leaves out the moments of the normalised input.
         fresh: the accumulator is known to be empty.
     """
-    if is_recompute() or x.numel() == 0:
+    if not is_counted() or x.numel() == 0:
         return
     x = x.detach()
     if x.dtype == torch.float64:

@@ -17,7 +17,7 @@ from stabnorm import functional
 from stabnorm.functional import RawMoments
 from stabnorm.norms.rows import as_rows
 from stabnorm.ops.dispatch import REFERENCE, op
-from stabnorm.ops.moments import is_recompute
+from stabnorm.ops.moments import is_counted
 from stabnorm.ops.rows import LOW_PRECISION, widened
 
 NormKind = Literal["layer", "rms"]
@@ -148,7 +148,7 @@ class _Observed(torch.autograd.Function):
         keep = None if valid is None else valid.reshape(-1)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # the output must not be a view
         means, rstds = norm_with_moments.on(backend)(
-            rows, gain, offset, spec, y.view(rows.shape), into, keep, not is_recompute()
+            rows, gain, offset, spec, y.view(rows.shape), into, keep, is_counted()
         )
         ctx.save_for_backward(x, weight, bias, means, rstds)
         ctx.spec, ctx.backend = spec, backend

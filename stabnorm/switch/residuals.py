@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabnorm._models.async_copy import AsyncCopy
 from stabnorm._models.ranks import ranks
-from stabnorm.monitor.async_copy import AsyncCopy
 from stabnorm.monitor.catalogue.affinity import AFFINE_RESIDUAL
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate

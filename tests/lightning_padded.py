@@ -86,11 +86,6 @@ def fit(run: Any, model: Any, **options: Any) -> None:
         run.fit(model, loader(), loader(), **options)
 
 
-def hooks(model: nn.Module) -> int:
-    on_modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    return on_modules + sum(len(getattr(p, "_post_accumulate_grad_hooks", None) or ()) for p in model.parameters())
-
-
 def watched(callback: StabilityCallback) -> StabilityMonitor:
     assert callback.monitor is not None
     return callback.monitor

@@ -129,7 +129,3 @@ def fit(run: Any, model: Any, **options: Any) -> None:
         warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning.*")
         warnings.filterwarnings("ignore", message=".*tensorboard.*")
         run.fit(model, loader(), loader(), **options)
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

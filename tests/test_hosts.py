@@ -11,6 +11,7 @@ from torch import nn
 from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
 from stabnorm.examples import fabric, plain_loop
 from stabnorm.monitor.record import read_record
+from tests.watchers import watchers
 
 pytestmark = pytest.mark.slow
 
@@ -79,4 +80,4 @@ def test_hugging_faces_callback_counts_optimizer_steps_and_resumes(tmp_path: Pat
     record = read_record(tmp_path / "stabnorm_logs")
     assert record.steps.tolist() == list(range(11))
     assert record.series["learning_rate"][10] == pytest.approx(0.1 / 11)
-    assert not trainer.model[1]._forward_pre_hooks
+    assert watchers(trainer.model[1]) == 0

@@ -18,8 +18,9 @@ from stabnorm import StabNormError, apply_manifest, convert_norms
 from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityCallback
 from stabnorm.fold import FoldedNorm
 from tests.callbacks.test_progressive_ranks import free_port
-from tests.lightning_small import BATCHES, WIDTH, fit, hooks, loader, module, trainer
+from tests.lightning_small import BATCHES, WIDTH, fit, loader, module, trainer
 from tests.versions import needs_weight_averaging
+from tests.watchers import watchers
 
 FILES = ["folded.pt", "folded_manifest.json", "folded_report.txt"]
 
@@ -85,7 +86,7 @@ def test_the_files_make_a_fresh_model_compute_what_was_trained_wherever_the_call
     # The trained module is as training left it.
     assert all(torch.equal(value, last.state[name]) for name, value in model.state_dict().items())
     assert [(m.training, type(m)) for m in model.modules()] == last.flags
-    assert hooks(model) == 0
+    assert watchers(model) == 0
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -18,7 +18,8 @@ from stabnorm.callbacks import ProgressiveNormCallback
 from stabnorm.nn import PRepBN, RepBN, UnifiedNorm
 from stabnorm.switch.lam import progressive_norms
 from stabnorm.switch.schedules import cosine, linear
-from tests.lightning_small import BATCHES, WIDTH, fit, hooks, loader, module, trainer
+from tests.lightning_small import BATCHES, WIDTH, fit, loader, module, trainer
+from tests.watchers import watchers
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
 
@@ -41,7 +42,7 @@ def test_it_works_in_both_namespaces_and_needs_no_argument(
         norm.fold_affine()
     assert model.validated[0] == [1.0, 1.0]  # the sanity check
     assert model.validated[-1] == [0.0, 0.0]
-    assert hooks(model) == 0
+    assert watchers(model) == 0
     assert "2 of 2 layers switched to RepBN" in capsys.readouterr().out
 
 

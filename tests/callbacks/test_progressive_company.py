@@ -16,8 +16,9 @@ from stabnorm.errors import StabNormError
 from stabnorm.monitor.record import Record, read_record
 from stabnorm.nn import PRepBN
 from stabnorm.switch.lam import progressive_norms
-from tests.lightning_small import BATCHES, fit, hooks, loader, module, trainer
+from tests.lightning_small import BATCHES, fit, loader, module, trainer
 from tests.versions import needs_weight_averaging
+from tests.watchers import watchers
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
 
@@ -60,7 +61,7 @@ def test_alone_or_beside_the_monitor_in_either_order_the_run_and_the_record_are_
         outcomes.append(
             (model.lams, model.losses, [event.data["reason"] for event in record.events if event.kind == "hold"])
         )
-        assert hooks(model) == 0
+        assert watchers(model) == 0
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert model.lam() == [0.0, 1.0]
 
@@ -130,7 +131,7 @@ def test_an_exception_leaves_no_trace_but_the_converted_norms_and_keeps_the_reco
         model = module(poison=7)
         with pytest.raises(RuntimeError, match="boom"):
             fit(trainer(tmp_path, *callbacks), model)
-        assert hooks(model) == 0
+        assert watchers(model) == 0
         assert "configure_model" not in vars(model)
         (record,) = (read_record(path) for path in sorted((tmp_path / "stabnorm_logs").glob("run_*"))[-1:])
         assert record.series["lam"].shape == (7, 2)
@@ -187,7 +188,7 @@ def test_a_learning_rate_search_does_not_move_lam(tmp_path: Path) -> None:
     assert model.at[-BATCHES:] == list(range(BATCHES))
     assert model.lams[-BATCHES] == [1.0, 1.0]
     assert model.lam() == [0.0, 0.0]
-    assert hooks(model) == 0
+    assert watchers(model) == 0
 
 
 def test_padding_does_not_reach_the_statistics(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_validate_test_and_predict_alone_take_converted_checkpoints_and_models_w
         for a, b in zip(fresh.state_dict().values(), model.state_dict().values(), strict=True):
             assert torch.equal(a, b)
         trainer(tmp_path, LinearSwitch()).validate(bare, loader(), verbose=False)
-    assert hooks(bare) == 0
+    assert watchers(bare) == 0
 
 
 def test_a_user_who_converts_by_hand_gets_the_same_run(tmp_path: Path) -> None:

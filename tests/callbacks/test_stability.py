@@ -17,8 +17,9 @@ from stabnorm import StabilityMonitor
 from stabnorm.callbacks import StabilityCallback
 from stabnorm.monitor import Alert
 from stabnorm.monitor.statistics import PRESETS, Statistic
-from tests.lightning_padded import BATCHES, Batches, fit, hooks, loader, module, record_of, watched
+from tests.lightning_padded import BATCHES, Batches, fit, loader, module, record_of, watched
 from tests.lightning_small import trainer
+from tests.watchers import watchers
 
 
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
@@ -31,7 +32,7 @@ def test_it_works_in_both_namespaces_and_needs_no_argument(tmp_path: Path, names
     assert history["token_std_mean"].shape == (BATCHES, 2)
     assert watched(callback).layers == ("net.0", "net.3")
     assert history["amax"].max() < 1e5  # neither the sanity check nor validation counted
-    assert hooks(model) == 0
+    assert watchers(model) == 0
 
 
 def test_losses_and_weights_are_bit_identical_with_and_without(tmp_path: Path) -> None:
@@ -94,14 +95,14 @@ def test_a_mask_of_the_wrong_shape_is_refused_at_the_first_forward_naming_the_la
     callback, model = StabilityCallback(mask=lambda batch: batch["mask"][:, 1:]), module()
     with pytest.raises(ValueError, match=r"the mask has shape \(4, 5\), but the input of norm 'net.0'"):
         fit(trainer(tmp_path, callback), model)
-    assert hooks(model) == 0
+    assert watchers(model) == 0
 
 
 def test_an_exception_leaves_no_hook_and_keeps_what_was_seen(tmp_path: Path) -> None:
     callback, model = StabilityCallback(mask="mask"), module(poison=7)
     with pytest.raises(RuntimeError, match="boom"):
         fit(trainer(tmp_path, callback), model)
-    assert hooks(model) == 0
+    assert watchers(model) == 0
     assert record_of(callback).steps.tolist() == list(range(7))
     with StabilityMonitor(model):  # nor is the mask left on
         model.net(torch.randn(4, 9, 8))
@@ -276,7 +277,7 @@ def test_a_learning_rate_search_does_not_count(tmp_path: Path) -> None:
     fit(trainer(tmp_path, callback, LearningRateFinder(num_training_steps=5)), model)
     history = watched(callback).history()
     assert history["tokens"][:, 0].tolist() == [24] * BATCHES
-    assert hooks(model) == 0
+    assert watchers(model) == 0
 
 
 def test_copies_and_pickles_carry_state_and_no_model(tmp_path: Path) -> None:
@@ -342,4 +343,4 @@ def test_validate_and_predict_alone_need_no_norms_and_leave_no_trace(tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer(tmp_path, StabilityCallback()).validate(model, loader(), verbose=False)
-    assert hooks(model) == 0
+    assert watchers(model) == 0

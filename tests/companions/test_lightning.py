@@ -14,8 +14,9 @@ from stabnorm.callbacks._outputs import HeadlineScalars
 from stabnorm.companions.embedding import EmbeddingCompanion
 from stabnorm.monitor.record import Block, read_record
 from tests.companions.nets import DIM, Fused
-from tests.lightning_padded import BATCHES, fit, hooks, module
+from tests.lightning_padded import BATCHES, fit, module
 from tests.lightning_small import trainer
+from tests.watchers import watchers
 
 CHOSEN: list[Any] = ["attention", "weights", EmbeddingCompanion(include="net.0.weight"), "output"]
 
@@ -64,7 +65,7 @@ def test_a_trainer_watches_companions_and_changes_no_bit(tmp_path: Path) -> None
     callback = StabilityCallback(flush_every=5, mask="mask", companions=CHOSEN)
     fit(trainer(tmp_path, callback, logger=logger, log_every_n_steps=1), model)
     assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), model.parameters(), strict=True))
-    assert hooks(model) == 0
+    assert watchers(model) == 0
     assert callback.monitor is not None
     companions = callback.monitor.companions
     assert companions["attention"].history()["attention_entropy"].shape == (BATCHES, 3)
@@ -106,7 +107,7 @@ def test_errors_come_before_the_first_batch(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no attention found in Module"):
         fit(trainer(tmp_path, StabilityCallback(companions=["attention"])), model)
     assert model.losses == []
-    assert hooks(model) == 0
+    assert watchers(model) == 0
 
 
 def test_a_resumed_fit_goes_on_with_the_power_iteration(tmp_path: Path) -> None:

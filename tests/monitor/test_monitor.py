@@ -14,6 +14,7 @@ import stabnorm
 from stabnorm import StabilityMonitor, valid_tokens
 from stabnorm.monitor.record import Block
 from stabnorm.ops import use_kernels
+from tests.watchers import watchers
 
 
 class Net(nn.Module):
@@ -255,19 +256,14 @@ def test_an_activation_in_place_behind_a_norm_without_gain_still_trains_and_is_s
     torch.testing.assert_close(monitor.history()["grad_gain"][0, 0].double(), expected.detach(), rtol=1e-5, atol=0)
 
 
-def hooks(model: nn.Module) -> int:
-    on_modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    return on_modules + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
-
-
 def test_no_hook_is_left_behind_not_even_by_an_exception() -> None:
     model = Net()
     with StabilityMonitor(model):
-        assert hooks(model) > 0
-    assert hooks(model) == 0
+        assert watchers(model) > 0
+    assert watchers(model) == 0
     with pytest.raises(RuntimeError), StabilityMonitor(model):
         model(torch.randn(1, 2, 3))
-    assert hooks(model) == 0
+    assert watchers(model) == 0
 
 
 def test_attaching_twice_counts_once() -> None:

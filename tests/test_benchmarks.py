@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks import __main__ as suite
-from benchmarks import inference, monitor_overhead, peers, removal_ablation, switch_study
+from benchmarks import inference, monitor_overhead, peers, removal_ablation, slingshot, switch_study
 from stabnorm.examples import finetune
 
 
@@ -122,3 +123,22 @@ def test_a_peer_looks_at_every_norm_and_leaves_nothing_behind() -> None:
         assert peer.seconds == spent
         assert peer.results == []
         peer.close()
+
+
+def test_the_slingshot_benchmark_counts_leads_and_false_alarms_and_repeats_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = np.full(2000, 1e-3)
+    losses[1500:1520] = 1.0
+    (spike,) = slingshot.onsets(losses)
+    assert 1500 < spike < 1510
+    found = slingshot.Outcome("base", 10, 2000, 5, [spike], {"curvature": [300, 700, 750, 1100, 1400, spike + 20]})
+    assert slingshot.leads(found, "curvature") == [spike - 1100]
+    assert slingshot.false_alarms(found, "curvature") == 1
+    assert slingshot.unusual(losses) == [1500]
+
+    few = ["--steps", "4", "--every", "1", "--seeds", "10", "--out", str(tmp_path / "runs.jsonl")]
+    slingshot.main(few)
+    slingshot.main(few)
+    assert len(slingshot.read(tmp_path / "runs.jsonl")) == 1
+    assert "| test | curvature | 0 of 0 |" in capsys.readouterr().out

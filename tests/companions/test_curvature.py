@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stabnorm import StabilityMonitor
-from stabnorm.companions import CurvatureCompanion, WeightCompanion
+from stabnorm.companions import CurvatureCompanion, WeightCompanion, curvature
 from stabnorm.companions.curvature import CurvatureWatch
 from stabnorm.functional import adam_preconditioner, relative_curvature, stability_bound
 
@@ -196,15 +196,17 @@ OPTIMIZERS: dict[str, tuple[MakeOptimizer, Callable[..., Tensor], float]] = {
 @pytest.mark.parametrize("both_sides", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_samples_are_those_of_the_hessian_with_this_steps_gradient_in_the_second_moment(
-    name: str, both_sides: bool
+    name: str, both_sides: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(curvature, "_DISTANCE", 1e-4)  # where the loss is a parabola
     make, metric, decay = OPTIMIZERS[name]
     found, monitor = train(Net(dtype=torch.float64), make, both_sides=both_sides)
     assert watch_of(monitor)._trusts_one_side
     torch.testing.assert_close(found, by_autograd(make, metric, decay, 6), rtol=1e-4 if both_sides else 2e-2, atol=1e-4)
 
 
-def test_float32_gives_the_figures_of_float64() -> None:
+def test_float32_gives_the_figures_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curvature, "_DISTANCE", 1e-4)
     exact, _ = train(Net(dtype=torch.float64), both_sides=True)
     for both_sides, error in ((True, 5e-3), (False, 2e-2)):
         torch.testing.assert_close(train(Net(), both_sides=both_sides)[0], exact, rtol=error, atol=1e-3)

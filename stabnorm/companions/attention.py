@@ -5,6 +5,7 @@ attention never writes its logits anywhere, so they are computed again here, fro
 model passes on, for some queries of each sequence. How these are seen: `stabnorm.companions._attention_calls`.
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from stabnorm.companions._attention_sums import (
     accumulate_attention_,
     accumulate_attention_logits_,
 )
-from stabnorm.companions.companion import Companion, HookedWatch, Place, selected
+from stabnorm.companions.companion import Companion, HookedWatch, Place, selected, wide
 from stabnorm.statistic import Statistic
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
@@ -50,13 +51,18 @@ class AttentionCompanion(Companion):
     Args:
         queries: number of queries of each sequence to use, evenly spaced and with the last one; None uses all.
             The largest logit is that of these queries. Default: 16.
-        heads: how many heads an attention has, where it does not say so itself. Default: the module's own num_heads,
-            num_attention_heads, n_heads, n_head, nhead or heads, or its config's.
+        heads: how many heads every attention has. Default: the module's own num_heads, num_attention_heads, n_heads,
+            n_head, nhead or heads, or its config's; where there is none, the heads of the queries ``[batch, heads,
+            tokens, width]`` that its first forward hands to `scaled_dot_product_attention`.
         include: a regular expression, or a list of them, that a module's name must match. Default: all.
         exclude: the same for modules to leave out. Default: none.
 
     Raises:
-        ValueError: `queries` or `heads` below 1; from `watch`: no attention found, or one with unknown heads.
+        ValueError: `queries` or `heads` below 1; from `watch`: no attention found.
+
+    An attention that does not say how many heads it has gets its rows at the end of the step of its first forward, and
+    is NaN in the steps before. A compiled graph is traced again once then, and that step is NaN, too: nothing may be
+    allocated in a graph. A warning names an attention whose queries do not show the heads either.
 
     A key that a mask hides does not count. Queries count unless `stabnorm.valid_tokens` says that they are padding.
 
@@ -119,67 +125,129 @@ class AttentionCompanion(Companion):
                 f"nn.MultiheadAttention, calls {_FUNCTION}, or has Attention in its class's name and says how many "
                 "heads it has. Leave the companion 'attention' out for this model"
             )
-        return AttentionWatch(model, [(name, module, self._heads_of(name, module)) for name, module in chosen], self)
-
-    def _heads_of(self, name: str, module: nn.Module) -> int:
-        heads = self.heads or _said_heads(module)
-        if heads is None:
-            raise ValueError(
-                f"cannot tell how many heads {printable(name) or 'the model'} ({type(module).__name__}) has: it has no "
-                f"attribute {', '.join(_HEADS)}. Say it with AttentionCompanion(heads=...), or exclude it with exclude="
-            )
-        return heads
+        said = [(name, module, self.heads or _said_heads(module)) for name, module in chosen]
+        return AttentionWatch(model, said, self)
 
 
 class AttentionWatch(HookedWatch[AttentionSums]):
     """Hooks on the attentions of a model; see `AttentionCompanion`."""
 
     def __init__(
-        self, model: nn.Module, attentions: Sequence[tuple[str, nn.Module, int]], settings: AttentionCompanion
+        self, model: nn.Module, attentions: Sequence[tuple[str, nn.Module, int | None]], settings: AttentionCompanion
     ) -> None:
-        rows = [f"{name}.head{i}" if name else f"head{i}" for name, _, n in attentions for i in range(n)]
-        super().__init__(AttentionSums, rows)
+        super().__init__(AttentionSums, ())
         self.model, self.queries = model, settings.queries
-        self._attentions = tuple(attentions)
+        self._attentions = [(name, module) for name, module, _ in attentions]
+        self._heads: list[int | None] = []
+        self._viewers: list[_Attention] = []
+        self._lay_out([heads for _, _, heads in attentions])
 
     def attach(self) -> None:
         """Register two hooks on each attention, and replace the functions that they call."""
-        calls.attach(self, {kind for _, module, _ in self._attentions for kind in type(module).__mro__})
-        first = 0
-        for name, module, heads in self._attentions:
-            place = _Attention(self, name, module, slice(first, first + heads))
-            first += heads
+        calls.attach(self, {kind for _, module in self._attentions for kind in type(module).__mro__})
+        for (name, module), heads, rows in zip(self._attentions, self._heads, self._slices(), strict=True):
+            place = _Attention(self, name, module, heads, rows)
             self._places.append(place)
+            self._viewers.append(place)
             self._handles.append(Watching(module, Watcher(_Enter(place), _Leave(place), at_error=True)))
         self.discard()
 
     def detach(self) -> None:
         """Remove the hooks, and restore the functions."""
         calls.detach(self)
+        self._viewers.clear()
         super().detach()
 
+    def discard(self) -> None:
+        """Set the sums to zero; the heads that a forward has shown stay known."""
+        self._lay_out_shown()
+        super().discard()
+
+    def take(self) -> AttentionSums:
+        """Give an attention whose heads were seen for the first time its rows, and merge the sums of all devices."""
+        self._lay_out_shown()
+        return super().take()
+
+    def expect(self, rows: Sequence[str]) -> None:
+        """Take the heads that are not known yet from the rows of a saved run."""
+        known = set(rows)
+        heads = [
+            said or next(i for i in itertools.count() if _row(name, i) not in known) or None
+            for said, (name, _) in zip(self._heads, self._attentions, strict=True)
+        ]
+        for viewer, number in zip(self._viewers, heads, strict=False):  # no viewers while the hooks are off
+            if viewer.heads is None and number is not None:
+                viewer.begin(number, viewer.into.queries.device)
+        self._lay_out(heads)
+
+    def _lay_out_shown(self) -> None:
+        if self._viewers:
+            self._lay_out([viewer.heads for viewer in self._viewers])
+
+    def _lay_out(self, heads: Sequence[int | None]) -> None:
+        """Give all attentions with known heads their rows, in the order of the model, and keep their sums."""
+        if list(heads) == self._heads:
+            return
+        self._heads = list(heads)
+        counted = zip(self._attentions, self._heads, strict=True)
+        self.rows = tuple(_row(name, i) for (name, _), number in counted for i in range(number or 0))
+        self._sums.clear()
+        for viewer, rows in zip(self._viewers, self._slices(), strict=False):
+            viewer.move_to_rows(rows)
+
+    def _slices(self) -> Iterator[slice]:
+        ends = list(itertools.accumulate((number or 0 for number in self._heads), initial=0))
+        return itertools.starmap(slice, itertools.pairwise(ends))
+
     def complaint(self, values: Tensor) -> str | None:
-        """Name the modules whose attention was not seen."""
+        """Name the modules whose attention was not seen, and those whose heads are not known."""
+        sentences = []
         names = self.without(values, 0)
-        if not names:
-            return None
-        modules = list(dict.fromkeys(name.rpartition("head")[0].rstrip(".") or "the model" for name in names))
-        return (
-            f"no attention was seen in {', '.join(modules)}. Did it run in training mode? Only what calls "
-            f"torch.nn.functional.{_FUNCTION} or softmax is seen; and if the model was compiled and run before the "
-            "monitor was attached, call torch.compiler.reset() after attaching"
-        )
+        if names:
+            modules = list(dict.fromkeys(name.rpartition("head")[0].rstrip(".") or "the model" for name in names))
+            sentences.append(
+                f"no attention was seen in {', '.join(modules)}. Did it run in training mode? Only what calls "
+                f"torch.nn.functional.{_FUNCTION} or softmax is seen; and if the model was compiled and run before the "
+                "monitor was attached, call torch.compiler.reset() after attaching"
+            )
+        unknown = [
+            f"{printable(name) or 'the model'} ({type(module).__name__})"
+            for (name, module), number in zip(self._attentions, self._heads, strict=True)
+            if number is None
+        ]
+        if unknown:
+            sentences.append(
+                f"cannot tell how many heads these attentions have, so they are not watched: {', '.join(unknown)}. "
+                f"They have no attribute {', '.join(_HEADS)}, and no forward in training mode has handed queries "
+                f"[batch, heads, tokens, width] to {_FUNCTION}. Set num_heads on the module, or give "
+                "AttentionCompanion(heads=...), or leave them out with exclude="
+            )
+        return ". ".join(sentences) or None
 
 
 class _Attention(Place[AttentionSums]):
     """A watched attention, whose calls are added to its rows."""
 
-    def __init__(self, watch: AttentionWatch, name: str, module: nn.Module, rows: slice) -> None:
+    def __init__(self, watch: AttentionWatch, name: str, module: nn.Module, heads: int | None, rows: slice) -> None:
         super().__init__(watch, module, rows, watch.model)
         self.watch, self.name, self.module = watch, name, module
-        self.heads = rows.stop - rows.start
+        self.heads = heads  # None until a forward shows them
         self.multi_head = isinstance(module, nn.MultiheadAttention)
         self.refused = False
+
+    def begin(self, heads: int, device: torch.device) -> None:
+        """Add to sums of its own until the watch gives these heads their rows."""
+        self.heads = heads
+        with torch.inference_mode(False):  # a later forward of the step may train
+            shape = (len(AttentionSums._fields), heads)
+            self.into = AttentionSums(*torch.zeros(shape, dtype=wide(device), device=device))
+
+    def move_to_rows(self, rows: slice) -> None:
+        """Take these rows of the watch, and carry over what was gathered."""
+        gathered, self._rows = self.into, rows
+        self.move(gathered.queries.device)
+        if gathered.queries.shape == self.into.queries.shape:  # a graph shows heads, but gathers nothing of them
+            self.into.add_(gathered)
 
     def see_call(
         self,
@@ -197,7 +265,7 @@ class _Attention(Place[AttentionSums]):
             query, key = query.unsqueeze(-3), key.unsqueeze(-3)
             if attn_mask is not None and attn_mask.ndim == 3:
                 attn_mask = attn_mask.unsqueeze(-3)
-        if self._understood(query, attn_mask):
+        if self._understood(query, attn_mask) and self._ready(query):
             self._add(
                 accumulate_attention_, query, query.detach(), key.detach(),
                 None if attn_mask is None else attn_mask.detach(), self._valid(query), scale, is_causal, enable_gqa,
@@ -214,9 +282,20 @@ class _Attention(Place[AttentionSums]):
         if input.ndim >= 4 and input.shape[-3] == self.heads and self._understood(input, None):
             self._add(accumulate_attention_logits_, input, input.detach(), self._valid(input))
 
+    def _ready(self, query: Tensor) -> bool:
+        """Learn the heads from the first queries, and say whether there are sums to add to."""
+        if self.heads is None and torch.compiler.is_compiling():
+            self.heads = int(query.shape[-3])  # nothing more: a graph allocates no sums that outlive it
+        elif self.heads is None:
+            self.begin(query.shape[-3], query.device)
+        return self.into.queries.shape[0] == self.heads
+
     def _add(self, op: Any, x: Tensor, *args: Any) -> None:
         if self.into.queries.device != x.device:
-            self.move(x.device)
+            if self._rows.stop - self._rows.start == self.heads:
+                self.move(x.device)
+            else:  # it has no rows yet
+                self.into = AttentionSums(*(part.to(x.device) for part in self.into))
         with torch.no_grad():
             if torch.compiler.is_compiling():
                 op(*args, self.watch.queries, self.into)
@@ -232,7 +311,12 @@ class _Attention(Place[AttentionSums]):
         why_not = None
         if not isinstance(x, Tensor) or x.is_nested or x.device.type == "meta":
             why_not = "its queries are nested or on the meta device"
-        elif x.ndim < 3 or x.shape[-3] != self.heads:
+        elif self.heads is None and x.ndim != 4:
+            why_not = (
+                f"it has no attribute {_HEADS[0]}, and its queries {tuple(x.shape)} are not [batch, heads, tokens, "
+                "width], so its heads are unknown: AttentionCompanion(heads=...)"
+            )
+        elif self.heads is not None and (x.ndim < 3 or x.shape[-3] != self.heads):
             heads = x.shape[-3] if x.ndim > 2 else "no"
             why_not = f"its queries have {heads} heads where {self.heads} were expected: AttentionCompanion(heads=...)"
         elif mask is not None and type(mask) is not Tensor and not isinstance(mask, nn.Parameter):
@@ -264,6 +348,10 @@ class _Leave(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.leave(self.place)
+
+
+def _row(attention: str, head: int) -> str:
+    return f"{attention}.head{head}" if attention else f"head{head}"
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -30,7 +30,7 @@ class Watch(ABC):
     """A companion that watches one model.
 
     Attributes:
-        rows: names of the rows, in the order of the model.
+        rows: names of the rows, in the order of the model. A step may add some, see `take`.
         seconds: spent in hooks so far, on the host; not counted in a compiled graph.
         paused: whether forwards do not count now, for example those of a validation.
     """
@@ -53,7 +53,10 @@ class Watch(ABC):
 
     @abstractmethod
     def take(self) -> Any:
-        """Return what this process gathered since the last step: a NamedTuple of ``[rows]`` with a method `merge`."""
+        """Return what this process gathered since the last step: a NamedTuple of ``[rows]`` with a method `merge`.
+
+        What was only seen now may have got its rows now; `rows` then has them, too.
+        """
 
     @abstractmethod
     def complaint(self, values: Tensor) -> str | None:
@@ -82,6 +85,9 @@ class Watch(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return the state that the next step needs, as tensors and plain containers."""
         return {}
+
+    def expect(self, rows: Sequence[str]) -> None:  # noqa: B027  # most know all their rows from the start
+        """Take what rows are not known yet from those of a saved run."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most have no past
         """Continue from a state for the same rows."""

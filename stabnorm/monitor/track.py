@@ -57,7 +57,11 @@ class Track:
         self._guard = Guard()
         self._waiting: list[tuple[Tensor, ...]] = []  # of each step since the last flush its row, and its scalars
         self._in_flight: tuple[int, AsyncCopy] | None = None  # the first step, and what is copied
-        self._history = History(len(self.rows), self.layout.width, flush_every, _HISTORY_BYTES)
+        self._flush_every = flush_every
+        self._history = self._empty_history()
+
+    def _empty_history(self) -> History:
+        return History(len(self.rows), self.layout.width, self._flush_every, _HISTORY_BYTES)
 
     @property
     def waiting(self) -> int:
@@ -105,18 +109,21 @@ class Track:
         (first_step, copy), self._in_flight = self._in_flight, None
         rows, *scalars = copy.wait()
         self._history.add(first_step, rows)
-        # A companion's row stands for many tokens; alerts about values that are not finite come from the norms.
-        tokens, nonfinite = rows.new_full(rows.shape[:2], torch.inf), rows.new_zeros(rows.shape[:2])
-        if self.layout.beside:
-            tokens, nonfinite = (self.layout.part(rows, name) for name in ("tokens", "nonfinite"))
-        seen = (first_step, self.layout.statistics_of(rows), tokens, nonfinite > 0)
-        alerts = self._guard.attempt("the detector raises no alerts", self.detector.update, *seen) or []
+        alerts = self._detect(first_step, rows)
         names = [*self.layout.statistics, *(name for name in self.layout.beside if name != "nonfinite")]
         series = {name: self.layout.part(rows, name).numpy() for name in names}
         for values in scalars:
             known = {name: values[:, i].numpy() for i, name in enumerate(SCALARS) if not values[:, i].isnan().all()}
             series.update(known)
         return Block(first_step, self.rows, series, companion=self.name), alerts
+
+    def _detect(self, first_step: int, rows: Tensor) -> list[Alert]:
+        # A companion's row stands for many tokens; alerts about values that are not finite come from the norms.
+        tokens, nonfinite = rows.new_full(rows.shape[:2], torch.inf), rows.new_zeros(rows.shape[:2])
+        if self.layout.beside:
+            tokens, nonfinite = (self.layout.part(rows, name) for name in ("tokens", "nonfinite"))
+        seen = (first_step, self.layout.statistics_of(rows), tokens, nonfinite > 0)
+        return self._guard.attempt("the detector raises no alerts", self.detector.update, *seen) or []
 
     def unflushed(self) -> tuple[Tensor, ...]:
         """Return rows and scalars that no flush has received yet, on the host, ``[steps, ...]``; () if none exist."""
@@ -164,6 +171,7 @@ class CompanionTrack(Track):
             rows, statistics, detector(statistics, rows, ()), flush_every, flush, companion=companion.name
         )  # fmt: skip
         self.computes_loss = companion.computes_loss
+        self._make_detector = detector
         self._complaints: set[str] = set()
 
     def step(self, layers: Sequence[str], norms: Moments, loss: StepLoss) -> None:
@@ -177,12 +185,14 @@ class CompanionTrack(Track):
         self.watch.see_norms(layers, norms)
         self.watch.see_loss(loss)
         sums = self.watch.take()
+        self._follow_rows()
         values = torch.stack([statistic.compute(sums, None).to(torch.float32) for statistic in self.statistics], -1)
         self.add(self.layout.pack(values, {}))
         self.watch.discard()
 
     def receive(self) -> tuple[Block, list[Alert]] | None:
         """Return what has arrived, and warn once about what could not be measured."""
+        self._follow_rows()
         arrived = super().receive()
         if arrived is not None:
             values = torch.from_numpy(np.stack([arrived[0].series[name] for name in self.layout.statistics], -1))
@@ -190,7 +200,32 @@ class CompanionTrack(Track):
             if complaint is not None and complaint not in self._complaints:
                 self._complaints.add(complaint)
                 logger.warning("stabnorm: companion %r: %s", self.name, complaint)
-        return arrived
+        return arrived if self.rows else None  # a record has no block of no rows
+
+    def _follow_rows(self) -> None:
+        """Take over rows that the watch has added: NaN in the steps before.
+
+        A new detector reads the history again, so that each row keeps its past; its alerts have been raised before.
+        """
+        if self.watch.rows == self.rows:
+            return
+        before, self.rows = self.rows, self.watch.rows
+        kept = [self.rows.index(name) for name in before]
+
+        def widened(rows: Tensor) -> Tensor:
+            wider = rows.new_full((*rows.shape[:-2], len(self.rows), self.layout.width), torch.nan)
+            return wider.index_copy_(-2, torch.tensor(kept, dtype=torch.int64, device=rows.device), rows)
+
+        self._waiting = [(widened(row),) for (row,) in self._waiting]
+        if self._in_flight is not None:
+            first_step, copy = self._in_flight
+            self._in_flight = first_step, AsyncCopy(*map(widened, copy.wait()))
+        steps, values = self._history.steps(), widened(self._history.values())
+        self._history = self._empty_history()
+        self.detector = self._make_detector(self.statistics, self.rows, ())
+        if len(steps):
+            self._history.add(int(steps[0]), values)
+            self._detect(int(steps[0]), values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for the next step, and the rows since the last flush; the others are in the record."""
@@ -205,6 +240,8 @@ class CompanionTrack(Track):
 
     def load_state_dict(self, state: dict[str, Any], steps_done: int) -> None:
         """Continue from a state after a number of steps; start again, with a warning, if the rows are different."""
+        self.watch.expect(state["rows"])
+        self._follow_rows()
         self.restore(steps_done)
         statistics = state.get("statistics", list(self.layout.statistics))  # older checkpoints do not name them
         if state["rows"] != list(self.rows) or statistics != list(self.layout.statistics):

@@ -58,11 +58,15 @@ class Watching:
     def __init__(self, module: nn.Module, watcher: Watcher) -> None:
         self.module, self.watcher = module, watcher
         self._handles: list[Any] = []
-        watched = None if module._forward_pre_hooks else _watched(type(module))
-        if watched is None or not _set_class(module, watched):
+        self._told = watcher
+        if module._forward_pre_hooks:
             self._register_hooks()
-        else:
-            vars(module)[_WATCHERS] = (*vars(module).get(_WATCHERS, ()), watcher)
+            self._told = Watcher()  # nothing: the class is there for copies and files of the module
+        watched = _watched(type(module))
+        if watched is not None and _set_class(module, watched):
+            vars(module)[_WATCHERS] = (*vars(module).get(_WATCHERS, ()), self._told)
+        elif not self._handles:
+            self._register_hooks()
 
     def _register_hooks(self) -> None:
         before, after, at_error, _ = self.watcher
@@ -83,9 +87,10 @@ class Watching:
         module = self.module
         if _WATCHERS not in vars(module):
             return
-        # Not by identity: torch.export builds a module's tuples anew.
-        left = tuple(watcher for watcher in vars(module)[_WATCHERS] if watcher != self.watcher)
-        vars(module)[_WATCHERS] = left
+        left = list(vars(module)[_WATCHERS])
+        if self._told in left:
+            left.remove(self._told)  # not by identity: torch.export builds a module's tuples anew
+        vars(module)[_WATCHERS] = tuple(left)
         if not left and own_class(module) is not type(module):
             _set_class(module, own_class(module))
             del vars(module)[_WATCHERS]
@@ -178,8 +183,19 @@ class _Watched:
         if base is not None and how is copyreg.__newobj__:  # type: ignore[attr-defined]
             how, arguments = object.__new__, (base,)  # pickle takes the other one for the present class only
         if rest and isinstance(rest[0], Mapping):
-            rest[0] = {name: value for name, value in rest[0].items() if name != _WATCHERS}
+            rest[0] = _without_hooks({name: value for name, value in rest[0].items() if name != _WATCHERS})
         return how, arguments, *rest
+
+
+def _without_hooks(state: dict[str, Any]) -> dict[str, Any]:
+    """Leave our hooks out of a module's attributes, and what torch keeps beside them under their numbers."""
+    tables = {name: table for name, table in state.items() if "_hooks" in name and isinstance(table, dict)}
+    ours = {key for table in tables.values() for key, hook in table.items() if isinstance(hook, Hook)}
+    for name, table in tables.items() if ours else ():
+        left = type(table)()
+        left.update((key, value) for key, value in table.items() if key not in ours)
+        state[name] = left
+    return state
 
 
 def _call(

@@ -161,7 +161,7 @@ class WeightWatch(Watch):
         self._right: list[Tensor] = []  # right singular vectors
         self._iterated = False
         sharded = [hasattr(weight, "to_local") for weight in self._weights]
-        self._sharded = torch.tensor(sharded) if any(sharded) else None
+        self._sharded = torch.tensor(sharded, device="cpu") if any(sharded) else None
 
     @property
     def _gathered(self) -> Tensor:

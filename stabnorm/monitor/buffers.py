@@ -32,9 +32,9 @@ class DeviceState:
         layout = Layout(
             exists=None if uniform else (torch.arange(width, device="cpu") < sizes[:, None]).to(device),
             channels=sizes.to(device, dtype),
-            eps=torch.tensor([norm.eps for norm in norms], dtype=dtype).to(device),
-            per_channel=torch.tensor([norm.kind == "batch" for norm in norms]).to(device),
-            own_buffers=torch.tensor([norm.running_mean is not None for norm in norms]).to(device),
+            eps=torch.tensor([norm.eps for norm in norms], dtype=dtype, device=device),
+            per_channel=torch.tensor([norm.kind == "batch" for norm in norms], device=device),
+            own_buffers=torch.tensor([norm.running_mean is not None for norm in norms], device=device),
         )
         past = past_class(len(norms), width, device, dtype)
         return DeviceState(device, layout, past)

@@ -125,8 +125,9 @@ class RobustDetector:
         self._alarmed = [i for i, s in enumerate(self._statistics) if s.alarm is not None]
         self._watched = [i for i, s in enumerate(self._statistics) if s.floor is not None]
         self._alarms = _host([self._statistics[i].alarm for i in self._alarmed])
-        gradients = torch.tensor([self._statistics[i].axis == "gradient" for i in self._watched], dtype=torch.bool)
-        fades = torch.tensor([layer in fading for layer in self._layers], dtype=torch.bool)
+        gradient = [self._statistics[i].axis == "gradient" for i in self._watched]
+        gradients = torch.tensor(gradient, dtype=torch.bool, device="cpu")
+        fades = torch.tensor([layer in fading for layer in self._layers], dtype=torch.bool, device="cpu")
         self._exempt = fades[:, None] & gradients
         self._floors = _host([self._statistics[i].floor for i in self._watched])
         shape = (len(self._layers), len(self._watched))

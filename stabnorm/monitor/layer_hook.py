@@ -59,7 +59,8 @@ def why_not(layer: NormLayer, x: Any) -> str | None:
         return f"its input has {x.ndim} axes"
     channels = x.shape[x.ndim - layer.feature_dims :].numel() if layer.feature_dims > 1 else x.shape[layer.channel_dim]
     if channels != layer.num_features:
-        return f"its input has {channels} channels and it was built for {layer.num_features}"
+        expected = "the model around it lets expect" if layer.any_width else "it was built for"
+        return f"its input has {channels} channels and {expected} {layer.num_features}"
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
         return "it runs inside a torch.func transform"
     return None

@@ -23,7 +23,7 @@ from stabnorm._checks import (
     check_scalar,
     check_state,
 )
-from stabnorm._log import logger
+from stabnorm._log import logger, printable
 from stabnorm._models.wrappers import unwrapped
 from stabnorm.companions.companion import Companion, StepLoss
 from stabnorm.companions.names import resolve_companions
@@ -45,7 +45,7 @@ from stabnorm.monitor.rows import BESIDE_NORMS, beside_statistics
 from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.monitor.track import SCALARS, CompanionTracks, Track
 from stabnorm.monitor.trial import try_own_statistics
-from stabnorm.norms import find_norms
+from stabnorm.norms import NormLayer, find_norms
 from stabnorm.ops.dispatch import admit, look_again
 from stabnorm.statistic import by_name
 
@@ -65,6 +65,20 @@ def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any
     check_flag("fused", fused)
     if detector is not None:
         check_function("detector", detector, "statistics", "rows", "fading")
+
+
+def _of_known_width(norms: Sequence[NormLayer]) -> list[NormLayer]:
+    """Leave out the norms whose number of channels nothing tells, because there is no room for their sums; say so."""
+    unknown = [norm for norm in norms if not norm.num_features]
+    if unknown:
+        example = f"stabnorm.register_norm({type(unknown[0].module).__name__}, {unknown[0].kind!r}, num_features=...)"
+        say(
+            "stabnorm: nothing tells how many channels %s normalises, so it is not watched. Give the number to the "
+            "norm, as an attribute num_features, or register its class with %s",
+            ", ".join(printable(norm.name) or "the model itself" for norm in unknown),
+            example,
+        )
+    return [norm for norm in norms if norm.num_features]
 
 
 class StabilityMonitor:
@@ -142,7 +156,7 @@ class StabilityMonitor:
             raise ValueError(f"preset {preset!r} holds gradient statistics only, and gradients=False leaves them out")
         model = unwrapped(model)
         self._find_norms = functools.partial(find_norms, model, include=include, exclude=exclude)
-        norms = self._find_norms()
+        norms = _of_known_width(self._find_norms())
         if not norms:
             narrowed = f" with include={include!r}, exclude={exclude!r}" if include or exclude else ""
             raise ValueError(
@@ -218,14 +232,15 @@ class StabilityMonitor:
             check_has_numbers(self._accumulators.model, "to watch")
         self._agree()
         self._observer.detach()
-        self._observer.attach()
-        try:
-            self.companions.attach()
-            admit(self._observer.device)
-        except BaseException:
-            self.detach()
-            raise
-        self._on_device()  # allocate now, because that would stall a GPU in the first step
+        with torch.inference_mode(False):  # what is allocated here changes later, outside of that mode
+            self._observer.attach()
+            try:
+                self.companions.attach()
+                admit(self._observer.device)
+            except BaseException:
+                self.detach()
+                raise
+            self._on_device()  # allocate now, because that would stall a GPU in the first step
 
     def detach(self) -> None:
         """Remove all hooks; the history stays readable."""
@@ -277,6 +292,7 @@ class StabilityMonitor:
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # the next step changes what this one keeps, perhaps outside of that mode
     @torch.no_grad()
     def step(
         self,
@@ -466,7 +482,7 @@ class StabilityMonitor:
         """Say which norms of the model are not the watched ones any more."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what looks like a norm was named at the start
-            now = {id(norm.module): norm.name for norm in self._find_norms()}
+            now = {id(norm.module): norm.name for norm in self._find_norms() if norm.num_features}
         watched = {id(norm.module): norm.name for norm in self._norms}
         present = set(map(id, self._accumulators.model.modules()))
         gone = [name for module, name in watched.items() if module not in present]

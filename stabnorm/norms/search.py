@@ -134,7 +134,9 @@ class NormSearch:
                 self.unknown.append((name, module))
             else:
                 if not formula.num_features:
-                    formula = formula._replace(num_features=expected_width(name, around))
+                    formula = formula._replace(
+                        num_features=expected_width(name, around) or width_of_neighbours(module, around)
+                    )
                 self.found.append(NormLayer(name, module, **formula._asdict()))
         return True
 
@@ -184,6 +186,30 @@ def expected_width(name: str, around: Sequence[nn.Module]) -> int:
                 width = getattr(told, attribute, None)
                 if isinstance(width, int) and width > 1:
                     return width
+    return 0
+
+
+_WIDTHS_OUT = ("out_features", "out_channels", "embedding_dim", "nf", "num_features", "num_channels")
+_WIDTHS_IN = ("in_features", "in_channels", "nx", "num_features", "num_channels")
+
+
+def width_of_neighbours(module: nn.Module, around: Sequence[nn.Module]) -> int:
+    """Give the number of channels that comes out of the layer before a norm, or goes into the next; 0 if none tells it.
+
+    Modules usually stand in the order in which they run.
+
+    >>> norm = nn.Identity()
+    >>> width_of_neighbours(norm, [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), norm, nn.Linear(8, 2))])
+    8
+    """
+    for holder in around:
+        parts = list(holder.modules())
+        place = next(number for number, part in enumerate(parts) if part is module)
+        for neighbours, names in ((reversed(parts[:place]), _WIDTHS_OUT), (parts[place + 1 :], _WIDTHS_IN)):
+            widths = (getattr(part, name, None) for part in neighbours for name in names)
+            told = next((width for width in widths if isinstance(width, int) and width > 1), 0)
+            if told:
+                return told
     return 0
 
 

@@ -296,6 +296,30 @@ def test_copies_and_files_of_a_watched_model_are_those_of_an_unwatched_one(tmp_p
     assert ran.stdout.strip() == "4", ran.stderr
 
 
+def test_copies_of_a_norm_with_hooks_of_its_own_have_no_other_hooks() -> None:
+    model, told = net(nn.LayerNorm(8)), []
+    model[1].register_forward_pre_hook(lambda *_: told.append("before"))
+    model[1].register_forward_hook(lambda *_: told.append("after"))
+    tables = [name for name in vars(model[1]) if "_hooks" in name]
+    before = [{name: {*vars(module)[name]} for name in tables} for module in model]
+    monitors = [StabilityMonitor(model, "full", companions=["output"]), StabilityMonitor(model, "economy")]
+    for monitor in monitors:
+        monitor.attach()
+    copied = copy.deepcopy(model)
+    copied(torch.randn(3, 4))
+    assert told == ["before", "after"]
+    assert [{name: {*vars(module)[name]} for name in tables} for module in copied] == before
+    assert [type(module) for module in copied] == [nn.Linear, nn.LayerNorm, nn.Linear]
+    assert not any("stabnorm" in name for module in copied for name in vars(module))
+    model(torch.randn(3, 4)).mean().backward()
+    for monitor in monitors:
+        monitor.step()
+        monitor.detach()
+        assert monitor.history()["tokens"].tolist() == [[3]]
+    assert type(model[1]) is nn.LayerNorm
+    assert [{name: {*vars(module)[name]} for name in tables} for module in model] == before
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 def test_a_watched_model_is_exported_as_an_unwatched_one(train: bool, fused: bool) -> None:

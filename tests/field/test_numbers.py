@@ -44,6 +44,42 @@ def test_figures_are_the_same_under_another_default_dtype(dtype: torch.dtype) ->
         torch.testing.assert_close(found[name], values, rtol=1e-6, atol=1e-7, equal_nan=True, msg=name)
 
 
+@pytest.mark.parametrize("preset", ["economy", "full"])
+def test_figures_are_the_same_under_another_default_device(preset: str) -> None:
+    histories = []
+    for device in ("cpu", "meta"):
+        model, x = model_of(), torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(1))
+        with torch.device(device):
+            monitor = StabilityMonitor(model, preset, flush_every=2, companions=["output", "weights"])
+            monitor.attach()
+            for _ in range(3):
+                model(x).square().mean().backward()
+                monitor.step()
+            monitor.detach()
+            histories.append(monitor.history())
+    for name, values in histories[0].items():
+        assert values.isfinite().any() or preset == "full", name
+        assert torch.equal(histories[1][name].nan_to_num(-1), values.nan_to_num(-1)), name
+
+
+@pytest.mark.parametrize("first_inside", [True, False])
+def test_forwards_in_inference_mode_change_no_later_step(first_inside: bool) -> None:
+    model, x = model_of(), torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(1))
+    monitor = StabilityMonitor(model, "full", companions=["output", "weights"])
+    for step in range(4):
+        with torch.inference_mode(first_inside == (step % 2 == 0)):
+            if not step:
+                monitor.attach()
+            loss = model(x).square().mean()
+            if not loss.is_inference():
+                loss.backward()
+            monitor.step(loss=loss)
+    monitor.detach()
+    means, gradients = (monitor.history()[name] for name in ("token_std_mean", "grad_gain"))
+    assert torch.equal(means, means[:1].expand(4, -1))
+    assert gradients.isfinite().any(1).tolist() == [first_inside == (step % 2 == 1) for step in range(4)]
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_figures_of_thousands_of_forwards_are_those_of_one(mean: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stabnorm import StabNormError, convert_norms, find_norms, fold_norms, plan_fold, recalibrate_norms, register_norm
+from stabnorm import (
+    StabilityMonitor,
+    StabNormError,
+    convert_norms,
+    find_norms,
+    fold_norms,
+    plan_fold,
+    recalibrate_norms,
+    register_norm,
+)
 from stabnorm.nn import PRepBN
 
 
@@ -208,6 +218,56 @@ def test_the_modules_around_a_norm_let_expect_a_width() -> None:
     model: Any = nn.Sequential(Layer())
     model.config = Config()
     assert [layer.num_features for layer in find_norms(model)] == [8, 8, 32]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (nn.Linear(8, 16), nn.GELU(), NanoChatRMSNorm(), nn.Linear(16, 3)),
+        (NanoChatRMSNorm(), nn.Linear(16, 3)),
+        (nn.Embedding(5, 16), nn.ModuleList([NanoChatRMSNorm()]), nn.Linear(8, 3)),
+        (nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.1)), nn.Sequential(nn.Identity(), NanoChatRMSNorm())),
+    ],
+)
+@pytest.mark.parametrize("preset", ["standard", "full"])
+def test_the_layers_beside_a_norm_let_expect_a_width(parts: tuple[nn.Module, ...], preset: str) -> None:
+    model = nn.Sequential(*copy.deepcopy(parts))
+    (layer,) = find_norms(model)
+    assert layer.num_features == 16
+    with StabilityMonitor(model, preset, gradients=False) as monitor:
+        layer.module(torch.randn(6, 16))
+        monitor.step()
+    assert monitor.history()["tokens"].item() == 6
+
+
+@pytest.mark.parametrize("preset", ["economy", "standard", "full"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_norm_whose_width_nothing_tells_is_left_out_and_named(
+    preset: str, alone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Identity(), NanoChatRMSNorm())
+    caplog.set_level(logging.WARNING)
+    if alone:
+        with pytest.raises(ValueError, match="nothing to monitor"):
+            StabilityMonitor(model, preset)
+    else:
+        both = nn.Sequential(nn.LayerNorm(8), nn.InstanceNorm1d(0), nn.Linear(8, 1))
+        with StabilityMonitor(both, preset) as monitor, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that the width is not the one it was told
+            for _ in range(2):
+                both(torch.randn(4, 3, 8)).square().mean().backward()
+                monitor.step()
+        assert monitor.layers == ("0",)
+        assert monitor.history()["tokens"].tolist() == [[12.0], [12.0]]
+    assert caplog.text.count("nothing tells how many channels 1 normalises") == 1
+
+
+def test_a_width_that_was_only_expected_is_called_that(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (4, 2)), NanoChatRMSNorm(), nn.Flatten(), nn.Linear(8, 1))
+    with StabilityMonitor(model, "full") as monitor, caplog.at_level(logging.WARNING):
+        model(torch.randn(6, 4)).square().mean().backward()
+        monitor.step()
+    assert "its input has 2 channels and the model around it lets expect 8" in caplog.text
 
 
 # --- torch's other norms with a forward of their own ---

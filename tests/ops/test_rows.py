@@ -52,6 +52,19 @@ def test_a_mean_far_from_zero_costs_the_variance_nothing() -> None:
     torch.testing.assert_close(moments.square.double(), x.double().var(0, correction=0), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("center", [True, False])
+def test_rows_that_lie_apart_in_memory_are_measured_as_others(center: bool) -> None:
+    wide = torch.randn(64, 300)
+    for x in (wide.T, wide[:, :40], wide[::2, 3:20].T):
+        dy = torch.randn(x.shape[1], len(x)).T
+        with use_kernels("aten"):
+            found = moments_of_rows(x, None, center=center)
+            sums = sums_of_rows(dy, x, found.mean, None)
+        expected = moments_of_rows(x.contiguous(), None, center=center)
+        torch.testing.assert_close(found.square, expected.square)
+        torch.testing.assert_close(sums, sums_of_rows(dy.contiguous(), x.contiguous(), expected.mean, None))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kernels", ["aten", "cpp", "reference"])

@@ -54,7 +54,7 @@ def _column_sums(a: Tensor, b: Tensor, origin: Tensor, width: int = WIDTH) -> tu
     origin_of_all = origin.repeat(folds)
     one = torch.ones_like(origin_of_all)
     _, products, totals = torch.ops.aten.native_batch_norm_backward(
-        a[:whole].view(-1, wide), b[:whole].view(-1, wide), one, None, None, origin_of_all, one, True, 0.0,
+        a[:whole].reshape(-1, wide), b[:whole].reshape(-1, wide), one, None, None, origin_of_all, one, True, 0.0,
         [False, True, True],
     )  # fmt: skip
     plain, weighted = totals.view(folds, -1).sum(0), products.view(folds, -1).sum(0)

@@ -224,7 +224,7 @@ MODELS: dict[str, Entry] = {
     "regnet": _timm("regnety_002", 64, (1, 96), (3, 64)),
     "densenet": _timm("densenet121", 64, (1, 96), (3, 64)),
     "twins": _timm("twins_svt_small", 64, depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4)),
-    "focalnet": _timm("focalnet_tiny_srf", 64, (1, 96), (3, 64), depths=(1, 1, 1, 1), embed_dim=16),
+    "focalnet": _timm("focalnet_tiny_srf", 64, (1, 96), (3, 64)),
     "mobilevit": _timm("mobilevit_xxs", 64, (1, 96), (3, 64)),
     "edgenext": _timm("edgenext_xx_small", 64, (1, 96), (3, 64)),
     "poolformer v2": _timm("poolformerv2_s12", 64, (1, 96), (3, 64)),

@@ -70,7 +70,10 @@ def trace_model(
 class _NormCalls(TorchFunctionMode):
     """Tells a trace of the functions that normalise."""
 
-    _NAMES = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
+    _NAMES = (
+        "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "local_response_norm",
+        "native_layer_norm", "native_batch_norm", "native_group_norm",
+    )  # fmt: skip
 
     def __init__(self, follow: "_Follow") -> None:
         super().__init__()
@@ -95,8 +98,9 @@ class _Follow(Following):
         self.going_on = {site.name: index for index, site in enumerate(sites) if site.goes_on}
         self.on = ""  # which input this is, where it is not the user's
         self.linear_of_view: dict[View, int] = {}
-        self.buffers = list(model.buffers())  # held, so that no activation gets the address of a freed buffer
-        self.constant_storages = {*self.owners, *map(storage_of, self.buffers)}
+        self.held = list(model.buffers())  # so that no activation gets the address of a freed buffer
+        self.buffers = {storage_of(t): name for name, t in model.named_buffers()}
+        self.constant_storages = {*self.owners, *self.buffers}
         self.joined = WeakTensorKeyDictionary()  # by a tensor, the bias that it is
         self.constants = WeakTensorKeyDictionary()  # what was computed from parameters and buffers alone
 
@@ -202,6 +206,7 @@ class _Follow(Following):
             self._read(self.going_on[self.paths[-1]], inputs[0])
             self._return(self.going_on[self.paths[-1]], outs[0])
             return
+        self.trace.buffers |= {self.buffers[at] for at in map(storage_of, inputs) if at in self.buffers}
         if any(t.is_nested for t in (*inputs, *outs)):  # tag planes have plain shapes
             self.stop(inputs, f"{self._where(func)} reads it")
             for t in filter(self._is_parameter, inputs):

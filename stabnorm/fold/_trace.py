@@ -64,6 +64,7 @@ class Trace:
 
     `unreached` are obstacles, too: what did not run, and could read these tags. `functional` names the function that a
     module's own forward normalises with. `reordered` are norms whose output is contiguous where their input is not.
+    `buffers` are the names of those that an operation reads.
     """
 
     sites: Sequence[Site]
@@ -76,6 +77,7 @@ class Trace:
     uses: list[Use] = field(default_factory=list)
     functional: dict[str, str] = field(default_factory=dict)
     reordered: list[str] = field(default_factory=list)
+    buffers: set[str] = field(default_factory=set)
     next_tag: int = 1
 
     def new_tags(self, count: int) -> int:

@@ -5,7 +5,7 @@ module that did not run could read whatever the forward around it held. Where it
 change as its siblings; elsewhere those channels stay as they are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stabnorm.fold._readers import Linear, Slot, View, renamed, views_in
 from stabnorm.fold._trace import Obstacle, Trace, Use
+from stabnorm.norms.torch_own import torch_own
 
 _UNNAMED = (nn.ModuleList, nn.ParameterList)  # two siblings must agree, because a list may also be a chain
 _NAMED = (nn.ModuleDict, nn.ParameterDict)
@@ -31,7 +32,7 @@ def note_unreached(
     """
     reached = _reached(model, trace)
     reached |= _used_by_another_name(model, reached, tied)
-    for name in _topmost(model, reached, {site.name for site in trace.sites}):
+    for name in _topmost(model, reached, {site.name for site in trace.sites}, frames.keys()):
         held = _held(name, frames)
         held = held[_fits(model, trace, name)[held]]
         if not len(held):
@@ -54,7 +55,7 @@ def note_unreached(
 def _reached(model: nn.Module, trace: Trace) -> set[str]:
     """Names of the modules and parameters that something was computed with, and of what holds them."""
     called = {trace.sites[call.site].name for call in trace.calls}
-    names = called | {use.view.name for use in trace.uses}
+    names = called | trace.buffers | {use.view.name for use in trace.uses}
     for name, module in model.named_modules():
         if any(name.startswith(f"{site}.") for site in called):
             names.add(name)  # a norm's own parts and parameters are not followed
@@ -72,15 +73,17 @@ def _used_by_another_name(model: nn.Module, reached: set[str], tied: Mapping[str
 
 
 def _fits(model: nn.Module, trace: Trace, name: str) -> Tensor:
-    """Whether this part could read each tag, or write in its place: some axis of a tensor of its holds the channels."""
+    """Whether this part could read each tag, or write in its place: an axis of a tensor of its fits, or it has none."""
     owner, _, attribute = name.rpartition(".")
     part = getattr(model.get_submodule(owner), attribute)
-    tensors = [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else [part]
+    parameters = list(part.parameters()) if isinstance(part, nn.Module) else [part]
+    tensors = [*parameters, *part.buffers()] if isinstance(part, nn.Module) else parameters
     sizes = {size for t in tensors for size in t.shape if size > 1}
+    any_width = not sizes and (bool(parameters) or not tensors)  # one number, or a norm without weights
     fits = torch.ones(trace.next_tag, dtype=torch.bool)
     for site, first in zip(trace.sites, trace.first_tags, strict=True):
         channels = site.num_features
-        fits[first : first + channels] = any(size % channels == 0 for size in sizes)
+        fits[first : first + channels] = any_width or any(size % channels == 0 for size in sizes)
     return fits
 
 
@@ -88,12 +91,14 @@ def _dots(name: str) -> Iterator[int]:
     return (index for index, letter in enumerate(name) if letter == ".")
 
 
-def _topmost(model: nn.Module, reached: set[str], sites: set[str]) -> list[str]:
-    """List the largest parts with numbers of their own that were not reached."""
+def _topmost(model: nn.Module, reached: set[str], sites: set[str], called: Collection[str]) -> list[str]:
+    """List the largest parts that were not reached: those with numbers of their own, and norms without."""
     parts = []
     for name, module in model.named_modules():
-        is_empty = not any(True for _ in module.parameters()) and name not in sites
-        if name and name not in reached and not is_empty:
+        counts = any(True for _ in module.parameters()) or name in sites
+        if name not in called:
+            counts |= any(True for _ in module.buffers()) or torch_own(name, module) is not None
+        if name and name not in reached and counts:
             parts.append(name)
         elif not name or name in reached:
             own = (f"{name}.{each}".lstrip(".") for each, _ in module.named_parameters(recurse=False))

@@ -17,13 +17,22 @@ Outputs = list[list[Tensor]]
 
 
 def run_all(model: nn.Module, examples: Sequence[Example], outputs: Picker) -> Outputs:
-    """Run the model on each example, and list the floating tensors it returns; complex ones as pairs of reals."""
+    """Run the model on each example, and list the floating tensors it returns, each in plain memory."""
     returned = []
     for example in examples:
-        tensors = tensors_in(run(model, example), outputs)
-        parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
-        returned.append([t for t in parts if t.is_floating_point()])
+        tensors = map(_plain, tensors_in(run(model, example), outputs))
+        returned.append([t for t in tensors if t.is_floating_point()])
     return returned
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Give the numbers of a sparse or nested tensor in plain memory, and complex ones as pairs of reals."""
+    if t.is_nested:
+        t = torch.cat([part.flatten() for part in t.unbind()])
+    t = t if t.layout == torch.strided else t.to_dense()
+    if t.itemsize == 1 and t.is_floating_point():
+        return t.float()  # float8 has no arithmetic
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def largest_error(outputs: Outputs, expected: Outputs) -> float:

@@ -267,7 +267,10 @@ def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
         else:
             set_gain(faulty, site, scale, shift)
     replace_modules(faulty, new)
-    error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)
+    try:
+        error = largest_error(run_all(faulty, lane.examples, outputs), lane.expected)
+    except Exception:  # its code computes with a norm's attributes, and a multiply-add has empty ones
+        return True
     return not error <= lane.tolerance
 
 

@@ -108,8 +108,21 @@ class _Blended(torch.autograd.Function):
         )  # fmt: skip
 
 
-class Fork(torch.autograd.Function):
+def fork(lam: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """Pass on the input for norm and for RepBN, and RepBN's parameters; stop the gradient of a branch of weight 0."""
+    if torch.is_grad_enabled():
+        return _Fork.apply(lam, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return x, x, *parameters  # Dynamo of torch 2.13 gives a forward a context here that it does not take
+
+
+def blend_of(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
+    """Blend the outputs of norm and RepBN in the norm's dtype, see `stabnorm.ops.blend`."""
+    if torch.is_grad_enabled():
+        return _Blend.apply(lam, norm, rep)  # type: ignore[no-any-return, no-untyped-call]
+    return blend(lam, norm, rep.to(norm.dtype))
+
+
+class _Fork(torch.autograd.Function):
 
     generate_vmap_rule = True
 
@@ -144,8 +157,7 @@ class Idle(torch.autograd.Function):
         return grad, *map(torch.zeros_like, ctx.saved_tensors)
 
 
-class Blend(torch.autograd.Function):
-    """lam norm + (1 - lam) rep in the norm's dtype, see `stabnorm.ops.blend`."""
+class _Blend(torch.autograd.Function):
 
     generate_vmap_rule = True
 
@@ -162,4 +174,4 @@ class Blend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (lam,) = ctx.saved_tensors
-        return None, grad * lam, (grad * (1 - lam)).to(ctx.rep_dtype)  # Fork stops NaN * 0
+        return None, grad * lam, (grad * (1 - lam)).to(ctx.rep_dtype)  # _Fork stops NaN * 0

@@ -25,7 +25,7 @@ from stabnorm.nn._base import (
     tensors_like,
     warn_of_partial_checkpoint,
 )
-from stabnorm.nn._blended import Blend, Fork, Idle, blended
+from stabnorm.nn._blended import Idle, blend_of, blended, fork
 from stabnorm.nn._channel_norm import UNKNOWN_WIDTH, check_variant
 from stabnorm.nn.rep import RepBN
 from stabnorm.norms import Kind, NormLayer, find_norms, is_registered, register_norm
@@ -275,11 +275,11 @@ class PRepBN(EvalAffineNorm):
         self.rep.checked_mask(self.__flat(x), mask)  # first, because its errors are clearer than those of the norm
         weight, bias, eta = self.__rep_parameters()
         given = (weight, eta) if bias is None else (weight, eta, bias)
-        for_norm, for_rep, weight, eta, *offset = Fork.apply(self.lam, x, *given)  # type: ignore[no-untyped-call]
+        for_norm, for_rep, weight, eta, *offset = fork(self.lam, x, *given)
         bias = offset[0] if offset else None
         norm = self.__norm(for_norm)  # before `rep`, whose statistics do not change if the norm raises
         rep = self.__rep(for_rep, mask, weight, bias, eta)
-        return Blend.apply(self.lam, norm, rep)  # type: ignore[no-any-return, no-untyped-call]
+        return blend_of(self.lam, norm, rep)
 
     def __at_once(self) -> bool:
         """Whether both norms can be computed together: only in training, with torch's own LayerNorm over one axis."""

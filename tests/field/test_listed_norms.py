@@ -125,6 +125,8 @@ class BatchNormRelu(nn.BatchNorm2d):
 FUNCTIONS = {
     "layer_norm": lambda m, x: m.fc(F.layer_norm(m.norm(x), (C,))),
     "rms_norm": lambda m, x: m.fc(F.rms_norm(m.norm(x), (C,))),
+    "native_layer_norm": lambda m, x: m.fc(torch.native_layer_norm(m.norm(x), (C,), None, None, 1e-5)[0]),
+    "local_response_norm": lambda m, x: m.fc(F.local_response_norm(m.norm(x)[None], 2)[0]),
     "group_norm": lambda m, x: m.fc(F.group_norm(m.norm(x), 2)),
     "batch_norm": lambda m, x: m.fc(F.batch_norm(m.norm(x), m.fc.weight.new_zeros(C), m.fc.weight.new_ones(C))),
 }

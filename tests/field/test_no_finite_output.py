@@ -64,6 +64,26 @@ def test_a_model_that_returns_no_floats_is_told_to_name_what_matters() -> None:
         fold_norms(ready(names_one), draw(4, C))
 
 
+UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": lambda y: y.to_sparse(),
+    "compressed": lambda y: y.to_sparse_csr(),
+    "complex and sparse": lambda y: torch.complex(y, y).to_sparse(),
+    "nested": lambda y: torch.nested.nested_tensor(list(y)),
+    "jagged": lambda y: torch.nested.nested_tensor(list(y), layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning", "ignore:The PyTorch API of nested:UserWarning")
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_numbers_count_in_whatever_memory_the_model_returns_them(kind: str) -> None:
+    returns = Net(lambda m, x: UNUSUAL[kind](m.fc(m.norm(x))), norm=RepBN(C), fc=nn.Linear(C, D))
+    result = fold_norms(ready(returns), draw(4, C))
+    assert [norm.status for norm in result.norms] == ["forward"]
+    assert result.max_rel_error < 1e-12
+    with pytest.raises(ValueError, match="only NaN and infinities"):
+        fold_norms(ready(returns), draw(4, C) * torch.nan)
+
+
 def test_rows_of_padding_that_are_not_finite_hide_nothing_of_the_others() -> None:
     class Liar(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

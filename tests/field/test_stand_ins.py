@@ -31,8 +31,12 @@ def trace_by_fx(model: nn.Module, *example: Tensor) -> nn.Module:
 
 def export(model: nn.Module, *example: Tensor) -> nn.Module:
     torch._dynamo.reset()  # else torch 2.6 counts all models of this file as recompilations of one
-    with torch.enable_grad():  # without, Dynamo of torch 2.6 mixes up the outputs of an autograd function
-        return torch.export.export(model, example).module()
+    return torch.export.export(model, example).module()
+
+
+def compile_whole(model: nn.Module, *example: Tensor) -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend="eager")  # type: ignore[return-value]
 
 
 def quantise_by_fx(model: nn.Module, *example: Tensor) -> nn.Module:
@@ -42,7 +46,7 @@ def quantise_by_fx(model: nn.Module, *example: Tensor) -> nn.Module:
     return fx.prepare_fx(model, QConfigMapping(), example)  # type: ignore[no-any-return]
 
 
-TOOLS = [script, trace_by_fx, export, quantise_by_fx]
+TOOLS = [script, trace_by_fx, export, compile_whole, quantise_by_fx]
 every_tool = pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
 
 
@@ -190,6 +194,20 @@ def test_a_model_that_casts_to_the_dtype_of_its_norm_folds() -> None:
     model = folded(model, x, "forward", "forward")
     assert model(x).dtype == torch.float32
     assert model.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16  # the answer moves with the model
+
+
+def test_a_model_that_takes_its_width_from_its_norm_folds() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = RepBN(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(x.reshape(-1, self.norm.weight.shape[0])))  # type: ignore[no-any-return]
+
+    model: Any = Heads()
+    x = torch.randn(3, 16)
+    assert folded(model, x, "forward")(x).shape == (6, 8)
 
 
 def test_merging_a_batch_norm_that_is_folded_already_changes_nothing() -> None:

@@ -107,6 +107,17 @@ def two(make: Callable[[], nn.Module]) -> nn.ModuleList:
     return nn.ModuleList([make(), make()])
 
 
+class Frozen(nn.Module):
+    """A linear layer that holds its weight as a buffer."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.get_buffer("weight"))
+
+
 PATHS = {
     "a second adapter": lambda: switch(
         lambda m, x, k=0: m.fc(m.norm(x)) + m.adapters[k](m.norm(x)),
@@ -126,6 +137,21 @@ PATHS = {
     "a layer that is skipped": lambda: switch(
         lambda m, x, k=0: m.fc(m.extra(m.norm(x)).tanh() if k else m.norm(x)),
         norm=RepBN(C), extra=nn.Linear(C, C), fc=nn.Linear(C, D),
+    ),
+    "a norm without weights": lambda: switch(
+        lambda m, x, k=0: m.fc(m.extra(m.norm(x)) if k else m.norm(x)),
+        norm=RepBN(C), extra=nn.LayerNorm(C, elementwise_affine=False), fc=nn.Linear(C, D),
+    ),
+    "an activation with one weight": lambda: switch(
+        lambda m, x, k=0: m.fc(m.extra(m.norm(x)) if k else m.norm(x)),
+        norm=RepBN(C), extra=nn.PReLU(), fc=nn.Linear(C, D),
+    ),
+    "a single number": lambda: switch(
+        lambda m, x, k=0: m.fc(m.norm(x) + m.extra if k else m.norm(x)),
+        norm=RepBN(C), extra=nn.Parameter(torch.zeros(1)), fc=nn.Linear(C, D),
+    ),
+    "weights that are buffers": lambda: switch(
+        lambda m, x, k=0: (m.extra if k else m.fc)(m.norm(x)), norm=RepBN(C), fc=nn.Linear(C, D), extra=Frozen(C, D)
     ),
     "a layer in between, behind a producer": lambda: switch(
         lambda m, x, k=0: m.norm(m.extra(m.fc(x)) if k else m.fc(x)).tanh(),
@@ -165,6 +191,15 @@ def test_named_siblings_take_the_change_because_a_dictionary_is_no_chain() -> No
     result = fold_norms(model, draw(3, C))
     assert only(result).status == "forward"
     assert error_of(result.model, model, [(draw(3, C, seed=1), k) for k in ("a", "b")]) < 1e-12
+
+
+def test_what_runs_without_being_called_does_not_keep_a_norm() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        return m.fc(m.norm(x) * m.scale.exp()) + m.table.get_buffer("weight")[0, 0] + float(m.factor)
+
+    parts: dict[str, Any] = {"scale": nn.Parameter(torch.zeros(())), "factor": nn.Parameter(torch.zeros(1))}
+    model = ready(Net(forward, norm=RepBN(C), fc=nn.Linear(C, D), table=Frozen(C, D), **parts))
+    assert [norm.status for norm in fold_norms(model, draw(3, C)).norms] == ["forward"]
 
 
 def test_what_could_not_meet_the_norm_does_not_keep_it() -> None:

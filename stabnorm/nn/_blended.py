@@ -123,7 +123,6 @@ def blend_of(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
 
 
 class _Fork(torch.autograd.Function):
-
     generate_vmap_rule = True
 
     @staticmethod
@@ -158,7 +157,6 @@ class Idle(torch.autograd.Function):
 
 
 class _Blend(torch.autograd.Function):
-
     generate_vmap_rule = True
 
     @staticmethod

@@ -81,8 +81,11 @@ class ChannelNorm(EvalAffineNorm):
         self.register_buffer("loss_scale", torch.ones(()), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        was_meta = self.weight.is_meta
+        if self.without_numbers and not was_meta:  # a loader has put one tensor after the other in place
+            self._fill_in_unsaved()
         super()._apply(fn, recurse)
-        if self.without_numbers and not self.weight.is_meta:  # to_empty() left what the memory held
+        if self.without_numbers and was_meta and not self.weight.is_meta:  # to_empty() left what the memory held
             self._fill_in(set())
         return self
 
@@ -93,12 +96,16 @@ class ChannelNorm(EvalAffineNorm):
         if not any(key.startswith(prefix) for key in state_dict):
             warn_of_partial_checkpoint(self, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if was_meta and not self.weight.is_meta:  # with assign=True; no checkpoint holds these buffers
-            for name, value in UNSAVED.items():
-                buffer = self._buffers.get(name)
-                if buffer is not None:
-                    self._buffers[name] = torch.full_like(buffer, value, device=self.weight.device)
-            self.without_numbers = False
+        if was_meta and not self.weight.is_meta:  # with assign=True
+            self._fill_in_unsaved()
+
+    def _fill_in_unsaved(self) -> None:
+        """Give first values to the buffers that no checkpoint holds, because the others have theirs."""
+        for name, value in UNSAVED.items():
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                self._buffers[name] = torch.full_like(buffer, value, device=self.weight.device)
+        self.without_numbers = False
 
     @torch.no_grad()
     def _fill_in(self, loaded: set[str]) -> None:

@@ -384,7 +384,9 @@ class PRepBN(EvalAffineNorm):
         return (name for name, tensor in self._own_tensors() if tensor is not added)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        was_meta = self.lam.is_meta
         super()._apply(fn, recurse)
+        self.without_numbers &= was_meta  # a loader may have put one tensor after the other in place
         if self.without_numbers and not self.lam.is_meta:  # to_empty() left what the memory held
             self._fill_in(set())
         return self

@@ -169,6 +169,26 @@ def test_a_plain_checkpoint_fills_a_model_that_was_built_on_the_meta_device(assi
 
 
 @pytest.mark.parametrize("to", TARGETS)
+def test_a_loader_that_puts_one_tensor_after_the_other_in_place_is_not_undone_by_a_move(to: str) -> None:
+    filled = Net(to)
+    for tensor in filled.state_dict().values():
+        tensor.fill_(1)
+    with torch.device("meta"):
+        model = Net(to)
+    for name, tensor in filled.state_dict().items():  # as accelerate's load_checkpoint_and_dispatch does
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if attribute in module._parameters:
+            module._parameters[attribute] = nn.Parameter(tensor)
+        else:
+            module._buffers[attribute] = tensor
+    model.to("cpu").eval()
+    for name, tensor in filled.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert torch.equal(model(torch.ones(2, 4)), filled.eval()(torch.ones(2, 4)))
+
+
+@pytest.mark.parametrize("to", TARGETS)
 def test_a_model_that_was_moved_from_the_meta_device_starts_as_a_new_one(to: str) -> None:
     with torch.device("meta"):
         model = Net(to)

@@ -98,7 +98,7 @@ def test_an_expert_that_is_called_with_no_token_was_not_reached() -> None:
 # --- other adapters, domains, depths ---
 
 
-def switch(function: Callable[..., Any], **parts: nn.Module) -> nn.Module:
+def switch(function: Callable[..., Any], **parts: Any) -> nn.Module:
     """A model with a second argument that picks a path, 0 or 1; the example takes 0."""
     return ready(Net(function, **parts))
 

@@ -46,6 +46,7 @@ def adam_preconditioner(
         beta2: the momentum of v.
         eps: the constant that Adam adds.
 
+    >>> import torch
     >>> adam_preconditioner(torch.tensor([0.04]), 1, 0.99, 0.5)
     tensor([2.5000])
     """
@@ -63,6 +64,7 @@ def relative_curvature(behind: Tensor, ahead: Tensor, distance: Tensor | float, 
         distance: between the points, in units of d.
         size: :math:`d^T M d`.
 
+    >>> import torch
     >>> slope = lambda at: torch.tensor(6.0 * at)  # of the loss 3 w^2, along d = 1
     >>> relative_curvature(slope(0.75), slope(1.25), 0.5, torch.tensor(3.0))
     tensor(2.)

@@ -163,7 +163,7 @@ def test_a_script_without_a_line_of_ours_is_watched(host: str, value: str, tmp_p
     command = [sys.executable, "train.py", host]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert "steps 5 callbacks AutoStabilityCallback\n" in ran.stdout, ran.stderr
-    assert "monitoring cost" in ran.stdout
+    assert "monitoring cost" in ran.stderr
 
 
 # --- Hugging Face ---

@@ -11,6 +11,7 @@ from torch import nn
 from stabnorm import fold_norms
 from stabnorm.fold import _apply
 from stabnorm.fold._plan import Edit
+from stabnorm.fold._verify import largest_error
 from stabnorm.nn import RepBN
 from tests.fold.nets import draw, error_of, net, ready
 
@@ -63,3 +64,12 @@ def test_a_wrong_fold_is_taken_back(
     assert "rolled back: the output would be off by" in result.norms[0].reason
     wide = ready(FOLDS[fold]()).to(dtype).double()
     assert error_of(result.model.double(), wide, [(draw(2, C, seed=3),)]) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_an_output_that_is_close_to_zero_on_one_input_is_judged_by_its_scale_on_all() -> None:
+    usual, single = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[0.9, 3e-4]])
+    rounded = [[usual], [single + torch.tensor([[0.0, 1e-7]])]]
+    assert largest_error(rounded, [[usual], [single]]) == pytest.approx(1e-7, rel=0.2)
+    assert largest_error([[usual * 1.01], [single]], [[usual], [single]]) == pytest.approx(0.01, rel=0.01)
+    assert largest_error([[usual], [single * torch.nan]], [[usual], [single]]) == float("inf")
+    assert largest_error([[usual], [single / 0.0]], [[usual], [single]]) == float("inf")

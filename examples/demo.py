@@ -111,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
     parser.add_argument("--picture", help="also draw the unstable run's norms against their past there, for the README")
     parser.add_argument("--no-progress", action="store_true", help="hide the bars (default: shown in a terminal)")
     options = parser.parse_args(arguments)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its hints would bury what there is to see
+    for name in ("pytorch_lightning", "lightning.pytorch"):  # the hints of either would bury what there is to see
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     progress = sys.stderr.isatty() and not options.no_progress
     print("--- healthy: a small vision transformer on digit images ---")

@@ -1,11 +1,11 @@
 """`FabricMonitor`: a `StabilityMonitor` in a loop of Lightning Fabric."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from stabnorm._checks import check_model, wrong_type
@@ -61,18 +61,13 @@ class FabricMonitor(StabilityMonitor):
     def step(
         self,
         *,
-        loss: Tensor | float | None = None,
-        learning_rate: Tensor | float | None = None,
         grad_scale: Scale | Mapping[Optimizer, Scale] | None = None,
-        optimizer: Optimizer | Sequence[Optimizer] = (),
-        closure: Callable[[], Tensor | None] | None = None,
+        **arguments: Any,
     ) -> None:
         """End an optimizer step, see `StabilityMonitor.step`; the loss scale is that of Fabric's precision."""
         if grad_scale is None:
             grad_scale = scale_of(getattr(getattr(self._fabric, "_precision", None), "scaler", None))
-        super().step(
-            loss=loss, learning_rate=learning_rate, grad_scale=grad_scale, optimizer=optimizer, closure=closure
-        )
+        super().step(grad_scale=grad_scale, **arguments)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from pytorch_lightning import Callback, Trainer, seed_everything
@@ -26,12 +25,12 @@ from stabnorm import Alert, find_norms
 from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityCallback
 from stabnorm.dashboard.relative_map import relative_map
 from stabnorm.dashboard.runs import open_run
+from stabnorm.dashboard.verdict import loss_doubled
 from stabnorm.examples.digits import Destabilize, DigitsViT, digits_loaders
 from stabnorm.monitor.record import Record, read_record
 
 STEPS = 600
 FAULT_AT = 300
-CALM = 50  # steps before the fault whose mean loss is the usual one
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,8 @@ class Run:
 
     @property
     def loss_doubled_at(self) -> int | None:
-        """Return the first step after the fault at which the mean loss of five steps is twice the usual loss."""
-        losses = self.record.series["loss"]
-        usual = losses[FAULT_AT - CALM : FAULT_AT].mean()
-        smooth = np.convolve(losses, np.ones(5) / 5)[: len(losses)]
-        late = np.flatnonzero(smooth[FAULT_AT:] > 2 * usual)
-        return FAULT_AT + int(late[0]) if late.size else None
+        """Return the step at which the loss is twice what was usual before the alert, as on the dashboard."""
+        return loss_doubled(self.record.series["loss"], self.alerts[0].step if self.alerts else FAULT_AT)
 
 
 def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: int = 0) -> Run:

@@ -65,7 +65,7 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
         self.asked = self.taken = False
 
     def __enter__(self) -> "valid_tokens":
-        _ask_about(self.masks)
+        _note(self.masks)
         self._own = _open.contexts
         self._own.append(self)
         if self._own is not _everywhere:
@@ -87,27 +87,43 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
             )
 
 
-_unasked = 10  # how many more contexts are looked at: on a GPU that waits for the device
+_unasked = 10  # how many more contexts are looked at
+_noted: list[tuple[tuple[int, ...], Tensor]] = []  # shapes of masks on a GPU, and the share of tokens that each keeps
 
 
-def _ask_about(masks: Sequence[Tensor]) -> None:
-    """Ask once about a mask that leaves out more than half of a batch: it may say which tokens are padding."""
+def _note(masks: Sequence[Tensor]) -> None:
+    """Ask about the first masks. Of those on a GPU only note the share, because to read it waits for the device."""
     global _unasked
     if not _unasked or torch.compiler.is_compiling():
         return
+    if any(mask.is_cuda for mask in masks) and torch.cuda.is_current_stream_capturing():
+        return
     _unasked -= 1
     for mask in masks:
-        kept = mask.count_nonzero().item() / max(mask.numel(), 1) if mask.device.type != "meta" else 1.0
+        if mask.numel() and not mask.is_meta:
+            _noted.append((tuple(mask.shape), mask.sum() / mask.numel()))
+    if all(mask.device.type == "cpu" for mask in masks):
+        ask_about_masks(stacklevel=4)
+
+
+def ask_about_masks(stacklevel: int = 2) -> None:
+    """Ask once about a mask that leaves out more than half of a batch: it may say which tokens are padding.
+
+    This reads from the device, so it is called where the host waits for it anyway.
+    """
+    global _unasked
+    while _noted:
+        shape, share = _noted.pop(0)
+        kept = float(share)
         if kept < 1:
             _unasked = 0  # which of its tokens are padding is known now
+            _noted.clear()
         if kept < 0.5:
             warnings.warn(
-                f"the first padded mask, of shape {tuple(mask.shape)}, leaves out {100 * (1 - kept):.0f} % of the "
-                "tokens. Does True mean valid token there? If it means padding, as in PyTorch's key_padding_mask, pass "
-                "~mask",
-                stacklevel=3,
+                f"the first padded mask, of shape {shape}, leaves out {100 * (1 - kept):.0f} % of the tokens. Does "
+                "True mean valid token there? If it means padding, as in PyTorch's key_padding_mask, pass ~mask",
+                stacklevel=stacklevel,
             )
-            return
 
 
 def mask_for(tokens: torch.Size, name: str) -> Tensor | None:

@@ -188,15 +188,31 @@ def _lead(run: Run, step: int) -> int | None:
     steps = run.rows().steps
     if losses is None or not len(losses):
         return None
-    at = int(np.searchsorted(steps, step))
+    doubled = loss_doubled(losses, int(np.searchsorted(steps, step)))
+    return None if doubled is None else int(steps[doubled]) - step
+
+
+def loss_doubled(losses: Floats, at: int) -> int | None:
+    """Return the first row, from shortly before an onset on, at which the mean of five losses is twice the usual loss.
+
+    Args:
+        losses: the loss of each row.
+        at: the onset's row. The usual loss is the median of the 50 rows before it.
+
+    Returns:
+        The row; None if the loss never doubles, or if no finite loss came before. A loss that is NaN counts as well.
+
+    >>> loss_doubled(np.array([1.0] * 60 + [3.0] * 10), 60)
+    62
+    """
     before = losses[max(0, at - _USUAL_LOSS) : at]
     before = before[np.isfinite(before)]
     if not before.size:
         return None
     begin = max(0, at - _USUAL_LOSS // 2)
     smooth = np.convolve(losses, np.ones(5) / 5)[: len(losses)]
-    late = np.flatnonzero(~(smooth[begin:] <= 2 * np.median(before)))  # a loss that is NaN counts as well
-    return int(steps[begin + late[0]]) - step if late.size else None
+    late = np.flatnonzero(~(smooth[begin:] <= 2 * np.median(before)))
+    return begin + int(late[0]) if late.size else None
 
 
 def _title(run: Run, onset: Onset) -> str:

@@ -24,6 +24,7 @@ from stabnorm._checks import (
     check_state,
 )
 from stabnorm._log import logger, printable
+from stabnorm._models.masks import ask_about_masks
 from stabnorm._models.wrappers import unwrapped
 from stabnorm.companions.companion import Companion, StepLoss
 from stabnorm.companions.names import resolve_companions
@@ -443,6 +444,7 @@ class StabilityMonitor:
     def _send(self) -> None:
         """Start the copy to the host; on a GPU it is asynchronous."""
         look_again()
+        ask_about_masks()
         if not self._track.waiting:
             return
         self._receive()

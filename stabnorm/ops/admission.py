@@ -12,7 +12,6 @@ Of several processes that start together, one tests.
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import stabnorm
 from stabnorm._log import logger
 from stabnorm.ops import tested
 from stabnorm.ops.cache import cache_folder, made
+from stabnorm.ops.cpp import library
 
 STALE_SECONDS = 900.0  # a lock as old as this was left by a process that was killed
 WAIT_SECONDS = 300.0  # for a GPU's kernels, which have to be compiled
@@ -36,7 +36,7 @@ def start(device: torch.device) -> None:
     if device in _running or tested.entry_for(device) is not None:
         return
     _running[device] = None
-    if device.type == "cpu" and not _has_compiler():
+    if device.type == "cpu" and not library.has_compiler():
         return  # nothing to build, and `stabnorm.ops.backends` says so
     lock = _lock_of(device)
     try:
@@ -51,6 +51,8 @@ def start(device: torch.device) -> None:
             start_new_session=True,  # it goes on where the training ends sooner, so that the next one finds its result
         )
     except OSError as error:
+        with contextlib.suppress(OSError):
+            lock.unlink()  # nothing runs that would
         logger.info("the self-test of the kernels for %s could not start: %s", device, error)
         return
     logger.info("the kernels for %s are tested now, once; until then slower ones run", device)
@@ -59,6 +61,8 @@ def start(device: torch.device) -> None:
 def wait(device: torch.device, seconds: float = WAIT_SECONDS) -> None:
     """Wait until the self-test of a device has ended, whichever process runs it."""
     deadline, lock = time.monotonic() + seconds, _lock_of(device)
+    if lock.exists():
+        logger.warning("stabnorm tests its kernels on %s before the first step; that happens once", device)
     while time.monotonic() < deadline and lock.exists() and not _has_ended(device):
         time.sleep(0.2)
     tested.read_again()
@@ -78,11 +82,6 @@ def _has_ended(device: torch.device) -> bool:
     """Whether a self-test that was started here is over: it has removed its lock, or died."""
     process = _running.get(device)
     return process is not None and (process.poll() is not None or not _lock_of(device).exists())
-
-
-def _has_compiler() -> bool:
-    chosen = os.environ.get("CXX")
-    return bool(chosen) or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
 def _lock_of(device: torch.device) -> Path:

@@ -132,3 +132,16 @@ def test_a_mask_that_may_be_inverted_is_asked_about_once(
     assert len(found) == asks
     if asks:
         assert str(Path(__file__).name) in str(caught[0].filename)
+
+
+def test_a_share_that_was_only_noted_is_asked_about_at_the_next_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_unasked", 10)
+    monkeypatch.setattr(masks, "_noted", [((2, 6), torch.tensor(1.0)), ((2, 6), torch.tensor(0.25))])  # as on a GPU
+    model = nn.Sequential(nn.LayerNorm(8))
+    with StabilityMonitor(model, gradients=False) as monitor:
+        model(torch.randn(2, 8))
+        monitor.step()
+        with pytest.warns(UserWarning, match=r"of shape \(2, 6\), leaves out 75 % of the tokens.*pass ~mask"):
+            monitor.flush()
+    assert masks._noted == []
+    assert masks._unasked == 0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor, valid_tokens
+from stabnorm._models import masks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -71,3 +72,17 @@ def test_a_model_moved_after_the_monitor_was_attached_is_followed() -> None:
         train(net, monitor, 10, "cuda")
     assert monitor.history()["tokens"].min() > 0
     assert torch.isfinite(monitor.history()["mean_discrepancy"][1:]).all()
+
+
+def test_a_mask_on_the_gpu_is_not_read_when_its_context_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "_unasked", 10)
+    monkeypatch.setattr(masks, "_noted", [])
+    mask = torch.arange(6, device="cuda") < 2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with valid_tokens(mask):
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.warns(UserWarning, match="leaves out 67 % of the tokens"):
+        masks.ask_about_masks()

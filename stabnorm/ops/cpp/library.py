@@ -196,6 +196,14 @@ def _built() -> Path:
     return path
 
 
+def has_compiler() -> bool:
+    """Whether there is a compiler to build the library with."""
+    try:
+        return bool(_compiler())
+    except _NotBuilt:
+        return False
+
+
 def _compiler() -> list[str]:
     """Return the compiler's command: $CXX, a path or a command with arguments; else the first compiler on the PATH."""
     chosen = os.environ.get("CXX")

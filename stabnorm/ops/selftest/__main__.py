@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.background is None:
         return sum(_test(torch.device(device)) for device in options.device)
     try:
-        os.nice(10)
+        if hasattr(os, "nice"):  # Windows has no such thing
+            os.nice(10)
         return sum(_test(torch.device(device), admitted_only=True) for device in options.device)
     finally:
         options.background.unlink(missing_ok=True)

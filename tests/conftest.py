@@ -1,6 +1,7 @@
 """Fixtures for every test."""
 
 import os
+from collections.abc import Iterator
 
 # On the small tensors of the tests one thread is several times faster than two, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from stabnorm._models import masks
+from stabnorm.ops import dispatch
 
 if not torch.cuda.is_available():  # before anything imports Triton: it decides once what its functions are
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,6 +27,17 @@ def _seed() -> None:
 def _ask_about_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tests have masks that leave out more than half."""
     monkeypatch.setattr(masks, "_unasked", 0)
+
+
+@pytest.fixture(autouse=True)
+def _the_kernels_of_one_test_are_not_those_of_the_next() -> Iterator[None]:
+    """Fail a test that leaves another setting behind: the next ones would compute other bits."""
+    before = dispatch.kernels()
+    yield
+    left = dispatch.kernels()
+    if left != before:
+        dispatch.use_kernels(before)
+        pytest.fail(f"the test left use_kernels({left!r}) behind")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

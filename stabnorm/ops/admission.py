@@ -29,6 +29,7 @@ STALE_SECONDS = 900.0  # a lock as old as this was left by a process that was ki
 WAIT_SECONDS = 300.0  # for a GPU's kernels, which have to be compiled
 
 _running: dict[torch.device, "subprocess.Popen[bytes] | None"] = {}  # None: nothing was started here
+_leaving: list["subprocess.Popen[bytes]"] = []  # have removed their lock and are about to exit
 
 
 def start(device: torch.device) -> None:
@@ -70,8 +71,11 @@ def wait(device: torch.device, seconds: float = WAIT_SECONDS) -> None:
 
 def ended() -> bool:
     """Whether a self-test that this process started has ended since the last call."""
-    over = [device for device, process in _running.items() if process is not None and _has_ended(device)]
-    for device in over:
+    # A Popen that is dropped before its process has exited raises a ResourceWarning, so it is kept until then.
+    _leaving[:] = [process for process in _leaving if process.poll() is None]
+    over = {device: process for device, process in _running.items() if process is not None and _has_ended(device)}
+    for device, process in over.items():
+        _leaving.append(process)
         _running[device] = None
     if over:
         tested.read_again()

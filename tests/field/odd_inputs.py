@@ -714,7 +714,7 @@ DOORS: dict[str, Door] = {
         lambda: {"output": X, "wanted": X},
         {"output": (None, 5, "x", (X, X + 1), X[:3], ODD), "wanted": (None, 5, "x", (X, X + 1), X[:3], ODD)},
     ),
-    "use_kernels": Door(ops.use_kernels, lambda: {"kernels": "auto"}, {"kernels": (None, *NAME)}),
+    "use_kernels": Door(ops.use_kernels, lambda: {"kernels": "aten"}, {"kernels": (None, *NAME)}),
 }
 
 

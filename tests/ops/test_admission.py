@@ -206,3 +206,16 @@ def test_waiting_ends_with_the_lock_of_whichever_process_tests(cache: Path) -> N
     lock.unlink()
     admission.wait(CPU, 60)
     assert time.monotonic() - start < 30
+
+
+def test_a_self_test_that_has_removed_its_lock_may_still_be_about_to_exit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        monkeypatch.setattr(admission, "_running", {CPU: process})
+        assert admission.ended()  # no lock: it has recorded its result
+        assert process.poll() is None
+        assert admission._leaving == [process]
+        process.communicate(b"\n")
+        assert not admission.ended()
+        assert admission._leaving == []

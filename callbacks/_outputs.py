@@ -3,7 +3,9 @@
 Loggers are told apart by their methods, because their classes exist twice, once in each Lightning namespace.
 """
 
+import functools
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +90,12 @@ def _new_directory(trainer: "Trainer") -> Path:
 
 def _folders(trainer: "Trainer", name: str) -> Iterator[str | None]:
     for logger in trainer.loggers:
-        yield Guard().attempt(f"{type(logger).__name__} does not tell its {name}", getattr, logger, name, None)
+        yield Guard().attempt(f"{type(logger).__name__} does not tell its {name}", _folder_of, logger, name)
+
+
+def _folder_of(logger: Any, name: str) -> str | None:
+    folder = getattr(logger, name, None)
+    return None if folder is None else os.fsdecode(folder)  # raises if it is neither a text nor a path
 
 
 def _local(root: str) -> Path | None:
@@ -111,7 +118,29 @@ def record_writers(trainer: "Trainer", guard: Guard, directory: Path) -> list[Re
         return [FileRecord(directory)]
     except OSError as error:
         say("stabnorm: no record is written, because that is impossible in %s: %s", directory, cause(error))
-        return []
+        return [_LateRecord(directory)]
+
+
+class _LateRecord:
+    """A `FileRecord` whose folder could not be made when the training began; every flush tries again."""
+
+    name = FileRecord.__name__
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @functools.cached_property
+    def _record(self) -> FileRecord:
+        return FileRecord(self._directory)
+
+    def write_block(self, block: Block) -> None:
+        self._record.write_block(block)
+
+    def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
+        self._record.write_event(kind, step, data)
+
+    def close(self) -> None:
+        """Do nothing, like a FileRecord."""
 
 
 def log_picture(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from stabnorm._checks import check_count, check_state
+from stabnorm._checks import check_count
 from stabnorm._log import logger
 from stabnorm._models.names import NameFilter
+from stabnorm._states import check_state
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._masks import BatchMask, MaskOfBatch
 from stabnorm.callbacks._outputs import HeadlineScalars, begin_run, log_text, output_directory, record_writers

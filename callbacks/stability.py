@@ -9,8 +9,8 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stabnorm._checks import check_state
 from stabnorm._models.names import NameFilter
+from stabnorm._states import check_state
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._live import REPORT, LiveReport
 from stabnorm.callbacks._masks import BatchMask

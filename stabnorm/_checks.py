@@ -232,6 +232,8 @@ def check_scalar(name: str, value: Any, **limits: Any) -> None:
         if value.numel() != 1:
             shape = tuple(value.shape)
             raise ValueError(f"{name} is one number, got a tensor of shape {shape}; use {name}.mean(), for example")
+        if value.is_complex():
+            raise wrong_type(name, value, f"a real number, such as {name}.abs()")
     elif not isinstance(value, numbers.Real):
         raise wrong_type(name, value, "a number or a tensor of one element")
     elif limits:
@@ -391,31 +393,3 @@ def check_loader(name: str, value: Any) -> None:
     iterable = hasattr(value, "__iter__") or hasattr(value, "__getitem__")
     if not iterable or isinstance(value, str | bytes | type | nn.Module):
         raise wrong_type(name, value, wanted)
-
-
-def check_state(value: Any, of: str, parts: Collection[str], *, empty: bool = False) -> None:
-    """Check a state that is to be loaded, before anything of it is.
-
-    Args:
-        value: what was given.
-        of: whose state it is to be, for the message.
-        parts: the entries that it must have.
-        empty: whether one without entries will do, which says nothing. Default: False.
-
-    Raises:
-        TypeError: it is no mapping.
-        ValueError: it lacks an entry.
-
-    >>> check_state({}, "StabilityMonitor", ["steps_done"])
-    Traceback (most recent call last):
-    ...
-    ValueError: the state lacks 'steps_done', so it is not one of StabilityMonitor. Give what its state_dict() returned
-    """
-    wanted = "what its state_dict() returned"
-    if not isinstance(value, Mapping):
-        raise TypeError(
-            f"the state of {of} is a dict, got {shown(value)} of type {type(value).__name__}. Give {wanted}"
-        )
-    missing = [part for part in parts if part not in value]
-    if missing and (value or not empty):
-        raise ValueError(f"the state lacks {missing[0]!r}, so it is not one of {of}. Give {wanted}")

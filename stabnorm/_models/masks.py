@@ -58,6 +58,10 @@ class valid_tokens:  # used like a function: `with valid_tokens(mask):`
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"a mask of valid tokens is a bool tensor, True = valid; got {given}. Use mask.bool()")
+            if mask.layout != torch.strided:
+                raise TypeError(
+                    f"a mask of valid tokens is a dense tensor, got one of {mask.layout}. Use mask.to_dense()"
+                )
             if not mask.ndim:
                 raise ValueError(f"a mask has one entry for each token, got the single value {bool(mask)}")
         # Hugging Face's [batch, 1, 1, length] masks say the same as [batch, length].

@@ -47,7 +47,12 @@ def file_name(text: str) -> str:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole: whatever happens, the file has its old content or all of the new one."""
-    os.replace(_draft(path, content), path)
+    draft = _draft(path, content)
+    try:
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def create_file(path: Path, content: bytes) -> None:

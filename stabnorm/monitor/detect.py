@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stabnorm._checks import check_all, check_state
+from stabnorm._checks import check_all
+from stabnorm._states import check_state, load_whole
 from stabnorm.monitor.baseline import ARMED, BOUND, CLIP, LEARNT, PAST, REFRESH
 from stabnorm.statistic import Statistic
 
@@ -259,11 +260,14 @@ class RobustDetector:
         check_state(state, "RobustDetector", ())
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"the saved state has {sorted(state)}, and is that of another detector")
-        if state["past"].shape != self._past.shape:
+        saved, own = tuple(getattr(state["past"], "shape", ())), tuple(self._past.shape)
+        if saved != own:
             raise ValueError(
-                f"the saved baselines are for {tuple(state['past'].shape[1:])} layers x statistics, this monitor "
-                f"watches {tuple(self._past.shape[1:])}"
+                f"the saved baselines are for {saved[1:]} layers x statistics, this monitor watches {own[1:]}"
             )
+        load_whole(self, self._load, state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         self._past, self._center = state["past"].clone(), state["center"].clone()
         self._scale, self._before = state["scale"].clone(), state["before"].clone()
         self._seen, self._steps = state["seen"].clone(), int(state["steps"])

@@ -21,11 +21,12 @@ from stabnorm._checks import (
     check_has_numbers,
     check_model,
     check_scalar,
-    check_state,
+    wrong_type,
 )
 from stabnorm._log import logger, printable
 from stabnorm._models.masks import ask_about_masks
 from stabnorm._models.wrappers import unwrapped
+from stabnorm._states import check_state, load_whole
 from stabnorm.companions.companion import Companion, StepLoss
 from stabnorm.companions.names import resolve_companions
 from stabnorm.errors import StabNormError
@@ -66,6 +67,8 @@ def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any
     check_flag("fused", fused)
     if detector is not None:
         check_function("detector", detector, "statistics", "rows", "fading")
+        if isinstance(detector, type) and not hasattr(detector, "update"):
+            raise wrong_type("detector", detector, "a class of detectors, see stabnorm.monitor.detect.Detector")
 
 
 def _of_known_width(norms: Sequence[NormLayer]) -> list[NormLayer]:
@@ -559,6 +562,9 @@ class StabilityMonitor:
         """
         check_state(state, "StabilityMonitor", self.state_dict().keys() - {"companions"})
         self.flush()
+        load_whole(self, self._load, state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         self.steps_done = int(state["steps_done"])
         self._track.restore(self.steps_done)
         self.alerts = [Alert(**alert) for alert in state["alerts"]]

@@ -32,13 +32,13 @@ from stabnorm._checks import (
     check_loader,
     check_model,
     check_number,
-    check_state,
 )
 from stabnorm._models.batches import batches_of
 from stabnorm._models.devices import device_of
 from stabnorm._models.masks import mask_for
 from stabnorm._models.outputs import tensors_in
 from stabnorm._models.ranks import gather_over_ranks, ranks
+from stabnorm._states import check_state, load_whole
 from stabnorm.errors import StabNormError
 from stabnorm.fit.sums import Seen
 from stabnorm.fit.watch import Runner, drawn_towards, watched
@@ -289,6 +289,9 @@ class Repair:
             StabNormError: the state is of a repair of other norms or of another length; nothing is loaded then.
         """
         check_state(state, "Repair", self.state_dict())
+        load_whole(self, self._load, state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         if state["norms"] != list(self.norms) or state["steps"] != self.steps:
             raise StabNormError(
                 f"the state is of a repair of {len(state['norms'])} norms in {state['steps']} steps, and this one is "

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stabnorm._checks import check_all, check_count, check_number, check_state, wrong_type
+from stabnorm._checks import check_all, check_count, check_number, wrong_type
+from stabnorm._states import check_one_each, check_state, load_whole
 from stabnorm.companions.readiness import HOLD_ABOVE, MOMENTUM, RUN_BELOW
 from stabnorm.companions.readiness import MEASURE_EVERY as MEASURE_EVERY
 from stabnorm.errors import StabNormError
@@ -223,7 +224,12 @@ class AffineGate:
             StabNormError: the state is that of a gate over other layers; nothing is loaded then.
         """
         check_state(state, "AffineGate", self.state_dict())
+        load_whole(self, self._load, state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         refuse_other_layers("the saved gate is one over", state["layers"], self.layers)
+        for part in ("lam", "residual", "state", "reasons"):
+            check_one_each(state[part], self.layers)
         self.step = int(state["step"])
         self._lam, self._residual = np.array(state["lam"], np.float64), np.array(state["residual"], np.float64)
         self._state = np.array(state["state"], dtype="<U8")

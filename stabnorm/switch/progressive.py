@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from stabnorm._checks import check_count, check_has_numbers, check_instance, check_model, check_scalar, check_state
+from stabnorm._checks import check_count, check_has_numbers, check_instance, check_model, check_scalar
 from stabnorm._models.tables import aligned
+from stabnorm._states import check_one_each, check_state, load_whole
 from stabnorm.companions.switching import BranchGap
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.catalogue.affinity import AFFINE_RESIDUAL
@@ -250,6 +251,9 @@ class ProgressiveSwitch:
             StabNormError: other layers were switched, or by another kind of schedule; nothing is loaded then.
         """
         check_state(state, "ProgressiveSwitch", self.state_dict())
+        load_whole(self, self._load, state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         refuse_other_layers("the checkpoint switches", state["layers"], self.layers)
         if (state["gate"] is None) != (self.gate is None):
             adaptive = "the checkpoint's" if self.gate is None else "this run's"
@@ -257,7 +261,9 @@ class ProgressiveSwitch:
                 f"of the checkpoint's schedule and this run's only {adaptive} is adaptive, and lam would jump. Resume "
                 "with the schedule of that run"
             )
-        self._ceiling, self.lam = list(state["ceiling"]), list(state["lam"])
+        self._ceiling, self.lam = list(map(float, state["ceiling"])), list(map(float, state["lam"]))
+        for values in (self._ceiling, self.lam):
+            check_one_each(values, self.layers)
         if self.gate is not None:
             self.gate.load_state_dict(state["gate"])
         if self._feed is not None:

@@ -309,7 +309,7 @@ DOORS: dict[str, Door] = {
             "gradients": FLAG,
             "sync": FLAG,
             "fused": FLAG,
-            "detector": FUNCTION,
+            "detector": (*FUNCTION, int, list),
             "companions": (None, 5, "x", ["x"], [5], ODD),
         },
     ),
@@ -317,7 +317,7 @@ DOORS: dict[str, Door] = {
         in_step,
         dict,
         {
-            "loss": ("x", [1.0], ODD, torch.zeros(2)),
+            "loss": ("x", [1.0], 1j, ODD, torch.zeros(2), torch.zeros((), dtype=torch.complex64)),
             "learning_rate": ("x", [1.0], ODD, torch.zeros(2)),
             "grad_scale": ("x", {}, {"a": 1}, 0, -1, NAN, [1.0], ODD, torch.zeros(2)),
             "optimizer": (None, 5, "x", [5], torch.optim.SGD, ODD),
@@ -462,7 +462,7 @@ DOORS: dict[str, Door] = {
             "mask": MASK,
             "companions": (None, 5, "x", ["x"], [5], ODD),
             "fused": FLAG,
-            "detector": FUNCTION,
+            "detector": (*FUNCTION, int, list),
         },
     ),
     "StabilityCallback.load_state_dict": Door(

@@ -145,3 +145,8 @@ def test_a_share_that_was_only_noted_is_asked_about_at_the_next_flush(monkeypatc
             monitor.flush()
     assert masks._noted == []
     assert masks._unasked == 0
+
+
+def test_a_sparse_mask_is_refused_in_words() -> None:
+    with pytest.raises(TypeError, match=r"dense tensor, got torch\.sparse_coo\. Use mask\.to_dense\(\)"):
+        valid_tokens(torch.ones(2, 3, dtype=torch.bool).to_sparse())

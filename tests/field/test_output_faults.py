@@ -1,7 +1,9 @@
 """What writes, draws or logs may fail in any way: the training goes on, and what could not be written is not lost."""
 
 import errno
+import itertools
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -354,3 +356,37 @@ def test_a_picture_of_an_alert_that_fails_keeps_each_block_once(
     assert kept == list(range(0, BATCHES, 2))
     told = [said for said in complaints(caplog) if "load_default() takes 0" in said]
     assert len(told) == len(set(told)) >= 3
+
+
+@pytest.mark.parametrize(
+    "folder", [5, b"runs", ["runs"], object(), float("nan")], ids=lambda folder: type(folder).__name__
+)
+def test_a_logger_whose_folder_is_neither_text_nor_path_ends_no_fit(tmp_path: Path, folder: Any) -> None:
+    class Odd(Unreliable):
+        save_dir = folder
+
+    callback = StabilityCallback()
+    fit(trainer(tmp_path, callback, logger=Odd(tmp_path, "")), module())
+    assert callback.monitor is not None
+    assert len(callback.monitor.history_steps()) == BATCHES
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_renaming_that_fails_every_other_time_is_said_and_costs_no_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, good: int
+) -> None:
+    calls, replace = itertools.count(), os.replace
+
+    def flaky(*args: Any) -> None:
+        if next(calls) % 2 != good:
+            raise OSError(errno.EIO, "the disk has hiccups")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", flaky)
+    callback = StabilityCallback(flush_every=4)
+    fit(trainer(tmp_path, callback), module())
+    record = read_record(next(tmp_path.rglob("block-*.npz")).parent)
+    assert len(record.steps) == BATCHES
+    if not good:
+        return
+    assert [said for said in complaints(caplog) if "hiccups" in said]

@@ -148,5 +148,5 @@ def test_a_share_that_was_only_noted_is_asked_about_at_the_next_flush(monkeypatc
 
 
 def test_a_sparse_mask_is_refused_in_words() -> None:
-    with pytest.raises(TypeError, match=r"dense tensor, got torch\.sparse_coo\. Use mask\.to_dense\(\)"):
+    with pytest.raises(TypeError, match=r"dense tensor, got one of torch\.sparse_coo\. Use mask\.to_dense\(\)"):
         valid_tokens(torch.ones(2, 3, dtype=torch.bool).to_sparse())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stabnorm import norms as norms
     from stabnorm import ops as ops
     from stabnorm import pretrained as pretrained
+    from stabnorm import remedies as remedies
     from stabnorm import switch as switch
     from stabnorm._models.masks import valid_tokens as valid_tokens
     from stabnorm.convert import convert_norms as convert_norms
@@ -66,6 +67,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     },
     parts=(
         "callbacks", "companions", "dashboard", "fit", "fold", "functional", "monitor", "nn", "norms", "ops",
-        "pretrained", "switch",
+        "pretrained", "remedies", "switch",
     ),
 )  # fmt: skip

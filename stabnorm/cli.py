@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_plan(commands)
     _add_view(commands)
     _add_report(commands)
+    _add_remedies(commands)
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], str] = options.run
     try:
@@ -200,6 +201,31 @@ def _report(options: argparse.Namespace) -> str:
     try:
         return f"the report is in {write_report(options.folder, options.output, options.format or named)}"
     except OSError as error:
+        raise _Failure(str(error)) from error
+
+
+# --- stabnorm remedies ---
+
+_REMEDIES = """\
+List the symptoms that the monitor sees, the statistics that show them, and the remedies. docs/remedies.md describes
+each of them."""
+
+
+def _add_remedies(commands: Any) -> None:
+    parser = commands.add_parser(
+        "remedies", help="what to do about which symptom", description=_REMEDIES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("statistic", nargs="?", help="only what answers this statistic (default: all)")
+    parser.set_defaults(run=_remedies)
+
+
+def _remedies(options: argparse.Namespace) -> str:
+    from stabnorm.remedies.symptoms import remedies_list
+
+    try:
+        return remedies_list(options.statistic)
+    except ValueError as error:
         raise _Failure(str(error)) from error
 
 

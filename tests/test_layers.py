@@ -14,7 +14,7 @@ ROOMS = (
     "errors", "_checks", "_states", "_lazy", "_log", "_registration", "functional", "statistic", "_models", "norms",
     "ops", "nn",
     "companions", "monitor", "recalibrate", "_surgery", "fit", "convert", "switch", "progressive", "fold", "pretrained",
-    "dashboard", "cli", "__main__", "callbacks",
+    "remedies", "dashboard", "cli", "__main__", "callbacks",
 )  # fmt: skip
 
 FILES = {

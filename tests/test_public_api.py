@@ -11,7 +11,8 @@ import pytest
 import stabnorm
 
 ROOMS = (
-    "callbacks", "companions", "dashboard", "fit", "fold", "monitor", "norms", "ops", "pretrained", "switch",
+    "callbacks", "companions", "dashboard", "fit", "fold", "monitor", "norms", "ops", "pretrained",
+    "remedies", "switch",
 )  # fmt: skip
 LAZY = ("stabnorm", *(f"stabnorm.{room}" for room in ROOMS))
 HEAVY = ("torch", "pytorch_lightning", "lightning", "triton", "tensorboard", "numpy")

@@ -80,8 +80,8 @@ class EmbeddingCompanion(Companion):
         Statistic(
             "embedding_gradient_ratio", formula="|g| of the embedding / median of |g| over the other weight matrices, "
             "as the optimizer saw them", source="arXiv 2211.09359; bound ours", compute=_gradient_ratio,
-            threshold=10.0, advice="its gradient is far larger than the others': freeze it when fine-tuning, or give "
-            "it a smaller learning rate",
+            threshold=10.0, advice="its gradient is far larger than the others': freeze it when fine-tuning "
+            "(stabnorm.remedies.freeze_embedding), or give it a smaller learning rate",
         ),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from stabnorm.dashboard.runs import Run
 from stabnorm.dashboard.text import number
 from stabnorm.monitor.baseline import ARMED, BOUND, Floats
 from stabnorm.monitor.record import Event
+from stabnorm.remedies.symptoms import remedies_for
 
 TOGETHER = 32  # steps within which layers move together
 SAME = 100  # steps: an alert that follows another one as closely belongs to the same onset
@@ -264,7 +265,7 @@ def _words(run: Run, onset: Onset, layers: Sequence[str], told: str) -> tuple[st
     if onset.kind == "bound":
         sentence = f"The {plain} of {onset.layer} was {number(onset.value)}.{moved}{loss}"
         advice = definition(onset.statistic).advice
-        return sentence, advice[:1].upper() + advice[1:] + ".", _remedy(onset, layers)
+        return sentence, advice[:1].upper() + advice[1:] + ".", _published_remedy(onset) or _remedy(onset, layers)
     factor = onset.value / onset.usual
     sentence = (
         f"The {plain} of {onset.layer} was {number(onset.value)}, {times(factor, factor)} its usual "
@@ -304,6 +305,16 @@ def _advice(onset: Onset, layers: Sequence[str]) -> str:
     if len(onset.moved) > 1:
         return f"The layers before {onset.moved[0]} stayed calm, so the cause lies {where}: look at the weights there."
     return f"Only {onset.layer} moved, so the cause lies {where}: look at the weights there."
+
+
+def _published_remedy(onset: Onset) -> str:
+    """Name what `stabnorm.remedies` has for this statistic; "" where it has nothing."""
+    remedies = remedies_for(onset.statistic)
+    if not remedies:
+        return ""
+    first, *others = remedies
+    more = f" Others are {', '.join(other.path for other in others)}." if others else ""
+    return f"{first.path} {first.action}.{more} See stabnorm remedies {onset.statistic}."
 
 
 def _remedy(onset: Onset, layers: Sequence[str]) -> str:

@@ -1,0 +1,27 @@
+"""Remedies: small changes of a model, each of which answers a symptom that the monitor sees, and `undo`.
+
+``stabnorm remedies`` lists them by symptom; so does docs/remedies.md.
+"""
+
+from typing import TYPE_CHECKING
+
+from stabnorm._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from stabnorm.remedies.report import Change as Change
+    from stabnorm.remedies.report import RemedyReport as RemedyReport
+    from stabnorm.remedies.report import undo as undo
+    from stabnorm.remedies.symptoms import REMEDIES as REMEDIES
+    from stabnorm.remedies.symptoms import Remedy as Remedy
+    from stabnorm.remedies.symptoms import remedies_for as remedies_for
+    from stabnorm.remedies.trained_part import freeze_embedding as freeze_embedding
+    from stabnorm.remedies.trained_part import train_only_norms as train_only_norms
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "stabnorm.remedies.report": ["Change", "RemedyReport", "undo"],
+        "stabnorm.remedies.symptoms": ["REMEDIES", "Remedy", "remedies_for"],
+        "stabnorm.remedies.trained_part": ["freeze_embedding", "train_only_norms"],
+    },
+)

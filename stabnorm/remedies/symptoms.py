@@ -1,0 +1,112 @@
+"""Which remedy answers which symptom: the one table behind the advice of the monitor, the command and the guide.
+
+It needs no torch, because a dashboard reads it, too.
+"""
+
+from dataclasses import dataclass
+
+from stabnorm._checks import nearest
+from stabnorm.statistic import markdown_table
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One answer to a symptom.
+
+    Attributes:
+        name: what is called or built, as in `stabnorm.remedies`, or with its place: ``callbacks.AdaptiveClipCallback``.
+        symptom: what a user sees, in words; remedies with the same symptom stand together.
+        statistics: the statistics that show the symptom, the surest first; none where no statistic does.
+        action: what it does.
+        source: where it was published.
+        folds: what of it is left after `fold_norms`.
+        experimental: whether its own sources disagree on its use, or our study found none.
+    """
+
+    name: str
+    symptom: str
+    statistics: tuple[str, ...]
+    action: str
+    source: str
+    folds: str
+    experimental: bool = False
+
+    @property
+    def path(self) -> str:
+        """The full name under which Python finds it."""
+        return f"stabnorm.{self.name}" if "." in self.name else f"stabnorm.remedies.{self.name}"
+
+
+_EMBEDDING = "the gradient of the embedding is too large"
+_PART = "only the norms are worth training"
+
+REMEDIES: tuple[Remedy, ...] = (
+    Remedy(
+        "freeze_embedding", _EMBEDDING, ("embedding_gradient_ratio",), "takes the embedding out of the training",
+        "arXiv 2211.09359", "nothing is left",
+    ),
+    Remedy(
+        "train_only_norms", _PART, (), "trains gains and biases of the norms only", "arXiv 2003.00152",
+        "nothing is left",
+    ),
+)  # fmt: skip
+
+
+def remedies_for(statistic: str) -> tuple[Remedy, ...]:
+    """Return the remedies that answer a statistic, those first that it shows most surely.
+
+    >>> [remedy.name for remedy in remedies_for("embedding_gradient_ratio")]
+    ['freeze_embedding']
+    """
+    answering = [remedy for remedy in REMEDIES if statistic in remedy.statistics]
+    return tuple(sorted(answering, key=lambda remedy: (remedy.experimental, remedy.statistics.index(statistic))))
+
+
+def remedies_table() -> str:
+    """Return the table of symptoms, statistics and remedies, as Markdown for the guide."""
+    rows = [
+        (
+            remedy.symptom,
+            ", ".join(f"`{name}`" for name in remedy.statistics) or "-",
+            f"`{remedy.name}`{_mark(remedy)}: {remedy.action}",
+            remedy.source,
+            remedy.folds,
+        )
+        for remedy in REMEDIES
+    ]
+    return markdown_table(["symptom", "statistics", "remedy", "source", "after the fold"], rows)
+
+
+def remedies_list(statistic: str | None = None) -> str:
+    """Return the same as text for a terminal, by symptom.
+
+    Args:
+        statistic: the name of a statistic; only what answers it is listed. Default: everything.
+
+    Raises:
+        ValueError: no remedy answers a statistic of this name.
+
+    >>> print(remedies_list("embedding_gradient_ratio"))
+    the gradient of the embedding is too large  (embedding_gradient_ratio)
+      stabnorm.remedies.freeze_embedding
+          takes the embedding out of the training
+          source: arXiv 2211.09359; after the fold: nothing is left
+    """
+    listed = REMEDIES if statistic is None else remedies_for(statistic)
+    if statistic is not None and not listed:
+        known = sorted({name for remedy in REMEDIES for name in remedy.statistics})
+        raise ValueError(f"no remedy answers {statistic!r}{nearest(statistic, known)}; known: {', '.join(known)}")
+    lines: list[str] = []
+    for symptom in dict.fromkeys(remedy.symptom for remedy in listed):
+        answers = [remedy for remedy in listed if remedy.symptom == symptom]
+        shown = dict.fromkeys(name for remedy in answers for name in remedy.statistics)
+        lines.append(symptom + (f"  ({', '.join(shown)})" if shown else ""))
+        for remedy in answers:
+            lines.append(f"  {remedy.path}{_mark(remedy)}")
+            lines.append(f"      {remedy.action}")
+            lines.append(f"      source: {remedy.source}; after the fold: {remedy.folds}")
+    return "\n".join(lines)
+
+
+def _mark(remedy: Remedy) -> str:
+    return " (experimental)" if remedy.experimental else ""

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from stabnorm.fold.manifest import apply_manifest as apply_manifest
     from stabnorm.fold.planned import plan_fold as plan_fold
     from stabnorm.fold.pre_rms import to_pre_rms as to_pre_rms
-    from stabnorm.monitor.detect import Alert as Alert
+    from stabnorm.monitor.alerts import Alert as Alert
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
+    from stabnorm.monitor.onsets import Onset as Onset
     from stabnorm.monitor.record import FileRecord as FileRecord
     from stabnorm.monitor.record import read_record as read_record
     from stabnorm.norms import find_norms as find_norms
@@ -55,8 +56,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "stabnorm.fold.manifest": ["apply_manifest"],
         "stabnorm.fold.planned": ["plan_fold"],
         "stabnorm.fold.pre_rms": ["to_pre_rms"],
-        "stabnorm.monitor.detect": ["Alert"],
+        "stabnorm.monitor.alerts": ["Alert"],
         "stabnorm.monitor.monitor": ["StabilityMonitor"],
+        "stabnorm.monitor.onsets": ["Onset"],
         "stabnorm.monitor.record": ["FileRecord", "read_record"],
         "stabnorm.norms": ["find_norms", "register_norm"],
         "stabnorm.pretrained.remove": ["remove_norms"],

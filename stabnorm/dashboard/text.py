@@ -1,19 +1,8 @@
 """Numbers and layer names, short enough for a picture or a table."""
 
-import re
 from collections.abc import Sequence
 
-
-def number(value: float) -> str:
-    """Round to three digits.
-
-    Example:
-        >>> [number(x) for x in (0.25, 1234.5, 65504, 1e-5, 2.5e7, float("nan"))]
-        ['0.25', '1,234', '65,504', '1e-5', '2.5e7', 'nan']
-    """
-    if 999.5 <= abs(value) < 1e6:
-        return f"{value:,.0f}"
-    return re.sub(r"e([+-])0*", lambda match: "e" + match[1].strip("+"), f"{value:.3g}")
+from stabnorm.monitor.words import number as number
 
 
 def shorten(names: Sequence[str], width: int) -> list[str]:

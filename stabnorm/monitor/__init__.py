@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from stabnorm._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from stabnorm.monitor.detect import Alert as Alert
+    from stabnorm.monitor.alerts import Alert as Alert
+    from stabnorm.monitor.alerts import Departure as Departure
     from stabnorm.monitor.detect import Detector as Detector
     from stabnorm.monitor.detect import RobustDetector as RobustDetector
     from stabnorm.monitor.monitor import StabilityMonitor as StabilityMonitor
+    from stabnorm.monitor.onsets import Onset as Onset
     from stabnorm.monitor.record import FileRecord as FileRecord
     from stabnorm.monitor.record import Record as Record
     from stabnorm.monitor.record import RecordWriter as RecordWriter
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "stabnorm.monitor.detect": ["Alert", "Detector", "RobustDetector"],
+        "stabnorm.monitor.alerts": ["Alert", "Departure"],
+        "stabnorm.monitor.detect": ["Detector", "RobustDetector"],
         "stabnorm.monitor.monitor": ["StabilityMonitor"],
+        "stabnorm.monitor.onsets": ["Onset"],
         "stabnorm.monitor.record": ["FileRecord", "Record", "RecordWriter", "TensorBoardRecord", "read_record"],
         "stabnorm.monitor.statistics": ["Statistic"],
     },

@@ -10,7 +10,6 @@ bound). Other models may have more.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,37 +17,13 @@ from torch import Tensor
 
 from stabnorm._checks import check_all
 from stabnorm._states import check_state, load_whole
+from stabnorm.monitor.alerts import Alert as Alert
 from stabnorm.monitor.baseline import ARMED, BOUND, CLIP, LEARNT, PAST, REFRESH
 from stabnorm.statistic import Statistic
 
 _QUIET = 100  # calm steps before an alert of the same kind can be raised again
 _ENOUGH = 32  # fewest tokens in a step for an absolute alarm
 _NEAR = 0.6  # share of the highest score: the alert names the first layer in depth order that reaches it
-
-
-@dataclass(frozen=True)
-class Alert:
-    """A warning about one layer at one step.
-
-    Attributes:
-        step: optimizer step, counted from 0 like the loggers' x axis.
-        layer: name of the layer.
-        statistic: name of the statistic, or "nonfinite".
-        value: value of the statistic of this layer at this step.
-        threshold: the bound that it crossed.
-        reason: one sentence that says what happened and where to look.
-    """
-
-    step: int
-    layer: str
-    statistic: str
-    value: float
-    threshold: float
-    reason: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain containers, for records and checkpoints."""
-        return asdict(self)
 
 
 class Detector(Protocol):

@@ -31,13 +31,15 @@ from stabnorm.companions.companion import Companion, StepLoss
 from stabnorm.companions.names import resolve_companions
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.accumulators import Accumulators
+from stabnorm.monitor.alerts import Alert, Departure
 from stabnorm.monitor.buffers import DeviceState, running_buffers
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.detailed import DetailedPast
 from stabnorm.monitor.details import Details, is_detailed, optimizers_of
-from stabnorm.monitor.detect import Alert, MakeDetector, RobustDetector
+from stabnorm.monitor.detect import MakeDetector, RobustDetector
 from stabnorm.monitor.loss_scales import Scale, layer_scales, stacked
 from stabnorm.monitor.observe import Observer
+from stabnorm.monitor.onsets import Onset, OnsetFollower, Watched, worst_channels
 from stabnorm.monitor.outputs import Outputs, say
 from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.plot import plot_track
@@ -199,6 +201,7 @@ class StabilityMonitor:
         self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
         self._stopwatch = Stopwatch()
         self.outputs = Outputs()
+        self._follower = OnsetFollower()
         self._nothing_ran = False
         self._other_norms: list[str] = []  # what was said about norms that left the model, or came into it
 
@@ -430,6 +433,16 @@ class StabilityMonitor:
         return plot_track(watched, rows, chosen, self.alerts, statistic, colour, ax)
 
     @property
+    def onsets(self) -> list[Onset]:
+        """The alerts so far, grouped: what moved together, where it began, and what to do; see `Onset`."""
+        return list(self._follower.onsets)
+
+    @property
+    def steps_watched(self) -> int:
+        """The number of steps that the detector has seen, those before a resume included."""
+        return int(getattr(self._track.detector, "steps", self.steps_done))
+
+    @property
     def compared(self) -> bool:
         """Whether the detector has begun to compare layers with their own past; one of your own always has."""
         return bool(getattr(self._track.detector, "compared", True))
@@ -463,13 +476,32 @@ class StabilityMonitor:
     def _receive(self) -> None:
         """Finish the copy, and update history, alerts and record."""
         start = time.perf_counter()
+        raised: list[Alert] = []
+        departed: list[Departure] = []
+        norms: Block | None = None
         for track in self._tracks:
             arrived = track.receive()
             if arrived is not None:
                 block, alerts = arrived
+                norms = norms or block  # their track is the first
                 self.alerts += alerts
+                raised += alerts
+                departed += track.take_departures()
                 self._report(block, alerts)
+        if norms is not None:
+            self._follow_onsets(norms, raised, departed)
         self._stopwatch.flushes += time.perf_counter() - start
+
+    def _follow_onsets(self, norms: Block, alerts: Sequence[Alert], departures: Sequence[Departure]) -> None:
+        """Group what a flush has brought, and write the onsets that are new or have grown into the record."""
+        self._follower.settings.see(norms)
+        rows = {name: len(track.rows) for name, track in self.companions.items()}
+        watched, channels = Watched(self.layers, rows, self.steps_watched), functools.partial(worst_channels, norms)
+        add = self._follower.add
+        changed = self.outputs.attempt("alerts are not grouped", add, alerts, departures, watched, channels)
+        if self._speaks:
+            for onset in changed or []:
+                self.outputs.write_event(self.records, "onset", onset.step, onset.as_dict())
 
     def _report(self, block: Block, alerts: Sequence[Alert]) -> None:
         """Write a block and its alerts to the log and the record."""
@@ -544,6 +576,7 @@ class StabilityMonitor:
             "past": self._state.past.state_dict() if self._state is not None else None,
             "detector": self._track.detector.state_dict(),
             "alerts": [alert.as_dict() for alert in self.alerts],
+            "onsets": self._follower.state_dict(),
             "rows": rows,
             "scalars": scalars,
             "companions": self.companions.state_dict(),
@@ -560,7 +593,7 @@ class StabilityMonitor:
             TypeError: the state is no dict.
             ValueError: the state is not that of a monitor; nothing is loaded then.
         """
-        check_state(state, "StabilityMonitor", self.state_dict().keys() - {"companions"})
+        check_state(state, "StabilityMonitor", self.state_dict().keys() - {"companions", "onsets"})
         self.flush()
         load_whole(self, self._load, state)
 
@@ -568,6 +601,7 @@ class StabilityMonitor:
         self.steps_done = int(state["steps_done"])
         self._track.restore(self.steps_done)
         self.alerts = [Alert(**alert) for alert in state["alerts"]]
+        self._follower.load_state_dict(state.get("onsets", []))
         self.companions.load_state_dict(state.get("companions", {}), self.steps_done)
         own = self.state_dict()
         if any(state[part] != own[part] for part in ("version", "layers", "channels", "statistics")):

@@ -3,6 +3,7 @@
 A monitor has one track of its norms, and one for each companion: heads, matrices, ... All share its steps and flushes.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from stabnorm._log import logger
 from stabnorm._models.async_copy import AsyncCopy
 from stabnorm.companions.companion import Companion, StepLoss
-from stabnorm.monitor.detect import Alert, Detector, MakeDetector
+from stabnorm.monitor.alerts import Alert, Departure
+from stabnorm.monitor.detect import Detector, MakeDetector
 from stabnorm.monitor.history import History
 from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.past import Moments
@@ -123,7 +125,17 @@ class Track:
         if self.layout.beside:
             tokens, nonfinite = (self.layout.part(rows, name) for name in ("tokens", "nonfinite"))
         seen = (first_step, self.layout.statistics_of(rows), tokens, nonfinite > 0)
-        return self._guard.attempt("the detector raises no alerts", self.detector.update, *seen) or []
+        alerts = self._guard.attempt("the detector raises no alerts", self.detector.update, *seen) or []
+        return [dataclasses.replace(alert, companion=self.name) for alert in alerts] if self.name else alerts
+
+    def take_departures(self) -> list[Departure]:
+        """Return what left its usual range since the last call; nothing if the detector does not tell.
+
+        A detector may have a method of this name, see `RobustDetector.take_departures`.
+        """
+        take = getattr(self.detector, "take_departures", None)
+        departed: list[Departure] = take() if take is not None else []
+        return [departure._replace(companion=self.name) for departure in departed]
 
     def unflushed(self) -> tuple[Tensor, ...]:
         """Return rows and scalars that no flush has received yet, on the host, ``[steps, ...]``; () if none exist."""

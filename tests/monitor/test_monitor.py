@@ -315,7 +315,7 @@ def test_the_record_gets_every_step_once_with_loss_and_top_channels(caplog: pyte
     assert record.blocks[2].series["loss"].tolist() == [20, 21, 22, 23, 24]
     assert record.blocks[0].series["top_channel_ids"][0, 0, :2].tolist() == [5, 1]
     assert record.blocks[0].series["top_channel_values"][0, 0, :2].tolist() == [9, 7]
-    assert record.events == [("alert", 13)]
+    assert record.events == [("alert", 13), ("onset", 13)]
     assert "step 13, 0: nonfinite" in caplog.text
 
 

@@ -132,7 +132,7 @@ class Settings:
     @property
     def known(self) -> str:
         """The names of the settings that were given, in words."""
-        seen = np.isfinite(self._values).any(0)
+        seen: list[bool] = np.atleast_1d(np.isfinite(self._values).any(0)).tolist()
         return ", ".join(plain_name(name) for name, was in zip(self.NAMES, seen, strict=True) if was)
 
 
@@ -183,7 +183,7 @@ class OnsetFollower:
             watched: what is watched.
             channels: the worst channels at an alert. Default: unknown.
         """
-        newest = max((event.step for event in (*alerts, *departures)), default=0)
+        newest = max([*(alert.step for alert in alerts), *(d.step for d in departures)], default=0)
         self._recent = [d for d in self._recent if newest - d.step <= 2 * SAME] + list(departures)
         self._recent += [  # of another detector there are alerts only
             Departure(a.step, a.layer, a.statistic, a.value, a.usual, a.score, companion=a.companion)

@@ -12,7 +12,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.nn._base import TARGETS, EvalAffineNorm, target_name
 from stabnorm.norms import NormLayer
 
-Target = str  # a key of TARGETS: "prepbn", "repbn", "unified", "power"
+Target = str  # a key of TARGETS: "prepbn", "repbn", "unified", "power"; or a baseline: "dyt", "derf", "srms"
 
 
 class Plan(NamedTuple):
@@ -31,7 +31,7 @@ def plan_conversion(layer: NormLayer, to: Target, options: dict[str, Any], tree:
     """
     module = layer.module
     if isinstance(module, EvalAffineNorm):
-        return Plan(f"already converted to {target_name(module)}", done_before=True)
+        return done_before(module)
     successor = TARGETS[to]
     obstacle = _obstacle(layer, tree) or (None if successor._in_place else _obstacle_to_replacing(module, tree))
     if obstacle:
@@ -52,6 +52,11 @@ def plan_conversion(layer: NormLayer, to: Target, options: dict[str, Any], tree:
             _replace(module, new, tree)
 
     return Plan(conversion.note, carry_out)
+
+
+def done_before(module: EvalAffineNorm) -> Plan:
+    """Return the plan for a module of this package, which stays as it is."""
+    return Plan(f"already converted to {target_name(module)}", done_before=True)
 
 
 def _obstacle(layer: NormLayer, tree: Tree) -> str | None:

@@ -17,12 +17,13 @@ from stabnorm._models.names import compiled
 from stabnorm._models.tables import aligned
 from stabnorm._models.tree import Tree
 from stabnorm._models.wrappers import is_scripted, parallel_wrapper
-from stabnorm._surgery import Plan, Target, plan_conversion
+from stabnorm._surgery import Plan, Target, done_before, plan_conversion
 from stabnorm.errors import StabNormError
 from stabnorm.fit.start import fit_copies, start_from_fits
 from stabnorm.fit.sums import Affine
 from stabnorm.nn._base import TARGETS
 from stabnorm.nn._fused_path import leave_fused_paths
+from stabnorm.nn.elementwise import SquashingNorm
 from stabnorm.norms import Kind, NormLayer, NormSearch
 
 __all__ = ["ConversionReport", "NormConversion", "Target", "convert_norms"]
@@ -90,7 +91,7 @@ def convert_norms(
 
     .. math:: y = \lambda\, \mathrm{norm}(x) + (1 - \lambda)\, \mathrm{RepBN}(x)
 
-    The other three targets put a new module in the norm's place, under every name that the norm has, and change at once
+    All other targets put a new module in the norm's place, under every name that the norm has, and change at once
     what the model computes. The new module has the same weight and bias Parameters as the norm, so an optimizer that
     was built before still trains them. Where that is impossible (a gain of 1 + weight, another shape), a new Parameter
     gets the value. What the norm did not have (`eta`, a bias for PowerNorm, a weight where there was none) starts as in
@@ -114,13 +115,14 @@ def convert_norms(
 
     Args:
         model: Any module.
-        to: "prepbn", "repbn", "unified" or "power". Default: "prepbn".
+        to: "prepbn", "repbn", "unified" or "power"; or a baseline that does not fold, to compare with: "dyt", "derf" or
+            "srms", see `stabnorm.nn.DyT`, `Derf` and `SRMSNorm`. Default: "prepbn".
         include: Regular expression, or several, searched for in a norm's name. Default: all norms.
         exclude: The same, for norms to leave alone; it wins over `include`. Default: none.
         loader: A DataLoader or a list of batches for ``init="fit"``, which uses the first 32. A tensor is the model's
             input, a tuple or list is ``(input, targets, ...)``, and a mapping holds keyword arguments; if it has the
             key "attention_mask", padding does not count. Default: none.
-        **norm_options: Further arguments of `PRepBN` and its `RepBN`, or of `RepBN`, `UnifiedNorm` or `PowerNorm`.
+        **norm_options: Further arguments of `PRepBN` and its `RepBN`, or of the other target's class.
             Three defaults differ. RepBN has ``filtration="calibrated"``, so that a burst stays out of its running
             statistics, and for an rms norm ``center=False``, a scale only. UnifiedNorm has a bias if the norm has one.
             With "prepbn", `init` is "norm": RepBN starts with the gain and bias of the norm, see `PRepBN`. The paper
@@ -140,7 +142,8 @@ def convert_norms(
             empty, or the model does not run on its batches; or the class of a norm does not allow the conversion. The
             model has not changed then.
 
-    Source: arXiv:2405.11582 (PRepBN and RepBN), 2208.01313 (UnifiedNorm), 2003.07845 (PowerNorm).
+    Source: arXiv:2405.11582 (PRepBN and RepBN), 2208.01313 (UnifiedNorm), 2003.07845 (PowerNorm), 2503.10622 (DyT),
+    2512.10938 (Derf), 2307.14995 (SRMSNorm).
 
     Example:
         >>> import torch
@@ -168,7 +171,8 @@ def convert_norms(
     search = every if include is None and exclude is None else NormSearch(model, include, exclude)
     check_patterns(model, every, include=include, exclude=exclude)
     tree = Tree(model)
-    plans = {id(layer.module): plan_conversion(layer, to, norm_options, tree) for layer in search.found}
+    plans = {id(module): done_before(module) for module in model.modules() if isinstance(module, SquashingNorm)}
+    plans |= {id(layer.module): plan_conversion(layer, to, norm_options, tree) for layer in search.found}
     report = _report(to, search, plans, tree)
     if not any(plan.carry_out or plan.done_before for plan in plans.values()):
         table = "\n".join(_table(report.norms)) or f"  {len(every.found)} norms, none of them included"
@@ -219,6 +223,9 @@ def _report(to: Target, search: NormSearch, plans: dict[int, Plan], tree: Tree) 
             reason = "it is compiled by torch.jit: convert the model, then compile it"
         entries.append((module, NormConversion(name, False, "unknown", reason)))
     entries += [(module, NormConversion(name, False, "unknown", _LAZY)) for name, module in search.lazy]
+    for name, module in tree.model.named_modules():
+        if isinstance(module, SquashingNorm):
+            entries.append((module, NormConversion(name, False, "unknown", plans[id(module)].reason)))
     return ConversionReport(
         to, tuple(norm for _, norm in sorted(entries, key=lambda entry: tree.position[id(entry[0])]))
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stabnorm._models.hooks import has_forward_hooks
 from stabnorm.errors import StabNormError
 from stabnorm.fold._activated import affine_map_of, norm_inside
+from stabnorm.nn.elementwise import SquashingNorm
 from stabnorm.norms import find_norms
 from stabnorm.norms.affine import affine_in_eval
 from stabnorm.norms.search import NormSearch
@@ -100,7 +101,7 @@ def is_under(name: str, parents: Iterable[str]) -> bool:
 
 
 def find_gains(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
-    """Gains and biases of the LayerNorms and RMSNorms, and by name why the other norms have none to fold."""
+    """Gains and biases of LayerNorm, RMSNorm, DyT and Derf, and by name why the other norms have none to fold."""
     sites: list[Site] = []
     staying: dict[str, str] = {}
     for norm in find_norms(model):
@@ -115,4 +116,8 @@ def find_gains(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
             shift = torch.zeros_like(like) if bias is None else bias.detach().to("cpu", torch.float64)
             place = Gain(norm.weight_name if gain is not None else None, norm.bias_name, norm.gain_offset)
             sites.append(Site(norm.name, scale, shift, norm.channel_dim, place))
+    for name, module in model.named_modules():
+        if isinstance(module, SquashingNorm):
+            scale, shift = (t.detach().to("cpu", torch.float64) for t in (module.weight, module.bias))
+            sites.append(Site(name, scale, shift, module.channel_dim, Gain("weight", "bias", 0.0)))
     return sites, staying

@@ -109,7 +109,7 @@ def fold_gains(
     outputs: Callable[[Any], Any] | None = None,
     inplace: bool = False,
 ) -> FoldResult:
-    r"""Fold gain and bias of the LayerNorms and RMSNorms that stay into the weights that read them, and verify.
+    r"""Fold gain and bias of the norms that stay (LayerNorm, RMSNorm, DyT, Derf) into what reads them, and verify.
 
     .. math:: W (\gamma \odot n(x) + \beta) + b = (W \operatorname{diag}(\gamma))\, n(x) + (b + W \beta)
 

@@ -164,6 +164,8 @@ def _class_names(module: nn.Module) -> list[str]:
     """Give the names of the module's class and of its bases; none for what is known to be no norm."""
     if isinstance(module, nn.Identity) or type(module).__module__.startswith("torch.nn.utils."):
         return []  # a folded norm; and weight_norm and spectral_norm, which normalise weights
+    if getattr(module, "normalises", True) is False:
+        return []  # it stands in a norm's place, and says itself that it is none, as DyT does
     if is_scripted(module):
         return [str(module.original_name)]
     return [cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)]

@@ -99,7 +99,7 @@ def test_the_model_itself_may_be_the_norm_and_the_random_state_is_left_alone() -
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"to": "batchnorm"}, ValueError, "is unknown. Choose one of 'power', 'prepbn', 'repbn', 'unified'"),
+        ({"to": "batchnorm"}, ValueError, "is unknown. Choose one of 'derf', 'dyt', 'power', 'prepbn', 'repbn'"),
         ({"window": 4}, TypeError, "to='prepbn' has no option 'window'. It takes center, eps, eval_mode, filtration"),
         ({"channel_dim": 1}, TypeError, "has no option 'channel_dim'"),
         ({"to": "repbn", "eval_mode": "rep"}, TypeError, "to='repbn' has no option 'eval_mode'. It takes center, eps"),

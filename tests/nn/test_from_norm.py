@@ -75,7 +75,7 @@ def test_a_new_norms_options_and_name_are_in_the_errors(range_target: str) -> No
     model = nn.Sequential(nn.LayerNorm(8))
     with pytest.raises(TypeError, match=r"no option 'center'\. It takes eps, power, sync"):
         convert_norms(model, range_target, center=False)
-    with pytest.raises(ValueError, match="Choose one of 'power', 'prepbn', 'range', 'repbn', 'unified'"):
+    with pytest.raises(ValueError, match="'power', 'prepbn', 'range', 'repbn'"):
         convert_norms(model, "spread")
 
 
@@ -90,7 +90,7 @@ def test_a_plan_changes_nothing_until_it_is_carried_out() -> None:
         made = plan.carry_out()
         assert isinstance(made, successor)
         assert (id(made) == id(norm)) == (name == "prepbn")
-        assert made.get_parameter("weight") is norm.weight
+        assert name == "srms" or made.get_parameter("weight") is norm.weight  # SRMSNorm has no weight
 
 
 @pytest.mark.parametrize("successor", [RepBN, UnifiedNorm, PowerNorm])

@@ -93,15 +93,15 @@ class AttentionCompanion(Companion):
             "attention_entropy_share",
             formula="mean over queries of entropy / ln(number of visible keys): 1 even, 0 one key",
             source=_COLLAPSE + "; bound ours", compute=lambda sums, _: _mean(sums.entropy_share, sums), least=0.01,
-            advice="its attention has collapsed to one key per query: look at its largest logit, and lower the "
-            "learning rate",
+            advice="its attention has collapsed to one key per query: look at its largest logit, apply "
+            "stabnorm.remedies.sigma_reparametrize, or lower the learning rate",
         ),
         Statistic(
             "attention_logit_max", formula="max |q k| scale over the visible keys", unit="logit",
             source="arXiv 2309.14322: above 1e4 all runs diverged; QK-Clip, arXiv 2507.20534: bound 100",
             compute=lambda sums, _: torch.where(sums.queries > 0, sums.logit, torch.nan), threshold=100.0, alarm=1e4,
-            advice="its attention logits grow, and its softmax saturates: normalise queries and keys, clip them, or "
-            "lower the learning rate",
+            advice="its attention logits grow, and its softmax saturates: apply "
+            "stabnorm.remedies.sigma_reparametrize, or lower the learning rate",
         ),
     )  # fmt: skip
 

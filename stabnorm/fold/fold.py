@@ -1,7 +1,8 @@
 """`fold_norms`: trace, plan, apply, verify."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,9 @@ from stabnorm.fold._settle import settle
 from stabnorm.fold._sites import HOOKED, Site, find_gains, find_sites, is_under
 from stabnorm.fold._verify import largest_error, run_all
 from stabnorm.fold.folded import FrozenAffine
-from stabnorm.fold.manifest import manifest_of, own_parameters
+from stabnorm.fold.manifest import manifest_of, own_parameters, write_computed
 from stabnorm.fold.result import FoldedSite, FoldResult
+from stabnorm.nn.mixed_in import ComputedWeights
 
 
 def fold_norms(
@@ -56,6 +58,8 @@ def fold_norms(
     siblings in the same list; any other part that could read a norm keeps it. A path without weights of its own is not
     seen if no input takes it: pass several examples where the model has several. A tensor that a forward stores, or
     that a hook takes out, may be unnormalised afterwards.
+
+    Weights that a remedy computes, such as those of `sigma_reparametrize`, become plain parameters first, exactly.
 
     Args:
         model: in eval mode. RepBN, UnifiedNorm, PRepBN at lam = 0, torch's BatchNorm1d, 2d and 3d, any module with
@@ -156,16 +160,19 @@ def _fold(
     check_options(residual=residual, tied=tied, outputs=outputs, strict=strict)
     check_flag("inplace", inplace)
     check_model(model)
+    computed = [name for name, module in model.named_modules() if isinstance(module, ComputedWeights)]
     examples = read_examples("example", example)
     others = None if check is None else read_examples("check", check)
-    sites, staying = find(model)
-    if "" in staying or any(not site.name for site in sites):
-        raise StabNormError(
-            "the model is itself a norm: there is nothing around it to fold it into. Fold what holds it"
-        )
-    if residual == "auto":
-        residual = not any(p.dtype == torch.float16 for p in model.parameters())
-    with random_state_kept(device_of(model)), torch.inference_mode(False):
+    if computed and not inplace:
+        model, inplace = copied(model), True
+    with _computed_weights_written(model, computed), random_state_kept(device_of(model)), torch.inference_mode(False):
+        sites, staying = find(model)
+        if "" in staying or any(not site.name for site in sites):
+            raise StabNormError(
+                "the model is itself a norm: there is nothing around it to fold it into. Fold what holds it"
+            )
+        if residual == "auto":
+            residual = not any(p.dtype == torch.float16 for p in model.parameters())
         lanes = make_lanes(model, sites, examples, others, outputs)
         plan, error = settle(lanes, {"residual": residual, "tied": lanes.tied, "untie": tied == "untie"}, outputs)
         vacuous = not _shows_faults(lanes, plan, outputs)
@@ -176,8 +183,8 @@ def _fold(
                 f"{len(kept)} norms are kept, the first is {kept[0].name!r}: {kept[0].reason}. strict=False folds the "
                 "rest"
             )
-        manifest = manifest_of(plan)
-        if find is find_sites and kept and not sites and HOOKED not in staying.values():
+        manifest = {**manifest_of(plan), "computed": computed}
+        if find is find_sites and kept and not sites and not computed and HOOKED not in staying.values():
             warnings.warn(
                 f"nothing is folded: no norm is affine in eval. '{kept[0].name}': {kept[0].reason}", stacklevel=3
             )
@@ -189,6 +196,17 @@ def _fold(
             apply_plan(plan, manifest, folded)
     precision = lanes.precision(error)
     return FoldResult(folded, norms, error, precision, lanes.checked_on, vacuous, plan.max_gauge, manifest)
+
+
+@contextmanager
+def _computed_weights_written(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """Let the modules of these names have plain parameters; if the body raises, they compute their weights again."""
+    if not names:
+        yield
+        return
+    with intact_on_error(model):
+        write_computed(model, names)
+        yield
 
 
 def _warn(manifest: dict[str, Any], vacuous: bool) -> None:

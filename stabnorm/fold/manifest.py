@@ -16,6 +16,7 @@ from stabnorm.fold._ties import drop_ties
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
 from stabnorm.fold.result import FOLDED
 from stabnorm.nn._fused_path import leave_fused_paths
+from stabnorm.nn.mixed_in import materialize
 
 FORMAT = 1
 
@@ -81,6 +82,7 @@ def apply_manifest(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
 
 def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     """Replace norms, register biases and copy tied parameters as a manifest says; numbers come later."""
+    write_computed(model, manifest.get("computed", ()))
     own_parameters(model, manifest["untied"])
     drop_ties(model, manifest["untied"])
     for name, size in manifest["biases"].items():
@@ -106,6 +108,12 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         new[name] = nn.RMSNorm(sizes["num_features"], sizes["eps"], device=like.device, dtype=like.dtype)
     replace_modules(model, new)
     leave_fused_paths(model)
+
+
+def write_computed(model: nn.Module, names: Iterable[str]) -> None:
+    """Make plain parameters of the weights that the modules under these names compute, where they compute any."""
+    for name in names:
+        materialize(model.get_submodule(name))
 
 
 def own_parameters(model: nn.Module, names: Iterable[str]) -> None:

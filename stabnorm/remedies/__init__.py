@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stabnorm.remedies.report import Change as Change
     from stabnorm.remedies.report import RemedyReport as RemedyReport
     from stabnorm.remedies.report import undo as undo
+    from stabnorm.remedies.sigma_reparam import sigma_reparametrize as sigma_reparametrize
     from stabnorm.remedies.symptoms import REMEDIES as REMEDIES
     from stabnorm.remedies.symptoms import Remedy as Remedy
     from stabnorm.remedies.symptoms import remedies_for as remedies_for
@@ -21,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "stabnorm.remedies.report": ["Change", "RemedyReport", "undo"],
+        "stabnorm.remedies.sigma_reparam": ["sigma_reparametrize"],
         "stabnorm.remedies.symptoms": ["REMEDIES", "Remedy", "remedies_for"],
         "stabnorm.remedies.trained_part": ["freeze_embedding", "train_only_norms"],
     },

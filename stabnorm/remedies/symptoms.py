@@ -37,10 +37,15 @@ class Remedy:
         return f"stabnorm.{self.name}" if "." in self.name else f"stabnorm.remedies.{self.name}"
 
 
+_ATTENTION = "the entropy of the attention collapses, and its logits grow"
 _EMBEDDING = "the gradient of the embedding is too large"
 _PART = "only the norms are worth training"
 
 REMEDIES: tuple[Remedy, ...] = (
+    Remedy(
+        "sigma_reparametrize", _ATTENTION, ("attention_logit_max", "attention_entropy_share"),
+        "gives each weight a learnable largest singular value", "arXiv 2303.06296", "into the weights, exactly",
+    ),
     Remedy(
         "freeze_embedding", _EMBEDDING, ("embedding_gradient_ratio",), "takes the embedding out of the training",
         "arXiv 2211.09359", "nothing is left",

@@ -1,0 +1,130 @@
+"""A mixin that becomes part of the class of a user's own module: names, parameters, hooks and `isinstance` stay valid.
+
+`mixed_in` makes the class; it pickles and copies, which the classes of `torch.nn.utils.parametrize` do not.
+`ComputedWeights` is the base of the mixins for which a weight is a function of the parameter. `AddsNorm` is the base of
+those that normalise what a module reads or returns.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from stabnorm.nn._base import Float32Buffers, LeavesFusedPath
+
+_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
+class MixedIn(nn.Module):
+    """Base of the mixins: what they add to a module, and how it loads a checkpoint from before."""
+
+    _made_of: ClassVar[tuple[Any, ...]]  # the mixin, the class it is over, and the names of computed weights
+    adds: ClassVar[tuple[str, ...]] = ()  # the parameters, buffers and children that the mixin adds
+
+    def begin(self) -> None:
+        """Give first values to what was added, from the parameters as they are."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load a checkpoint from before a mixin, too: what it added then begins with the loaded parameters."""
+        beginning = []
+        if any(key.startswith(prefix) for key in state_dict):
+            for mixin in mixins_of(self):
+                added = {prefix + name: tensor for name, tensor in self._tensors_added_by(mixin)}
+                if added and not any(name in state_dict for name in added):
+                    state_dict.update(added)
+                    beginning.append(mixin)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        for mixin in reversed(beginning):  # the lowest first, because those above compute with it
+            mixin.begin(self)
+
+    def _tensors_added_by(self, mixin: "type[MixedIn]") -> list[tuple[str, Tensor]]:
+        state = self.state_dict(keep_vars=True)
+        return [(name, t.detach()) for name, t in state.items() if name.partition(".")[0] in mixin.adds]
+
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        made_of = vars(type(self)).get("_made_of")
+        if made_of is None:  # the class of a monitor's watch, which has a way of its own
+            return super().__reduce_ex__(protocol)
+        return _blank, made_of, self.__dict__
+
+
+def mixins_of(module: nn.Module) -> "list[type[MixedIn]]":
+    """Return the mixins of a module's class, the one that was applied last first."""
+    return [vars(cls)["_made_of"][0] for cls in type(module).__mro__ if "_made_of" in vars(cls)]
+
+
+def _blank(mixin: type[MixedIn], base: type[nn.Module], weights: tuple[str, ...]) -> nn.Module:
+    """Create an empty instance of a mixin over `base`, for pickle and deepcopy."""
+    made = mixed_in(mixin, base, weights)
+    return made.__new__(made)
+
+
+def mixed_in(mixin: type[MixedIn], base: type[nn.Module], weights: tuple[str, ...] = ()) -> type[nn.Module]:
+    """Return the class of `mixin` over `base`; the same arguments always give the same class.
+
+    Args:
+        mixin: the mixin.
+        base: the class of a user's module, or one that this function made.
+        weights: the names of the parameters that `ComputedWeights.computed` stands before. Default: none.
+    """
+    made_of = (mixin, base, weights)
+    if made_of not in _CLASSES:
+        content: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__, "_made_of": made_of}
+        content |= {name: _property(mixin, base, name) for name in weights}
+        _CLASSES[made_of] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), content)
+    return _CLASSES[made_of]
+
+
+def _property(mixin: type[MixedIn], base: type[nn.Module], name: str) -> property:
+    """Make the property of a computed weight. What lies below is the parameter, or another computed weight."""
+    under = getattr(base, name, None)
+    below: Callable[[Any], Any] | None = under.fget if isinstance(under, property) else None
+    compute = cast("type[ComputedWeights]", mixin).computed
+
+    def get(self: nn.Module) -> Tensor | None:
+        value = self._parameters[name] if below is None else below(self)
+        return None if value is None else compute(cast("ComputedWeights", self), name, value)
+
+    return property(get)
+
+
+class ComputedWeights(MixedIn, Float32Buffers):
+    """What reads a weight of the module gets a function of the parameter; state and optimizer keep the parameter.
+
+    The parameter's name is a property of the class, and Python finds it before the parameter. So every reader gets the
+    computed weight: the module's own forward, `nn.MultiheadAttention`, and torch's fused encoder layers.
+    """
+
+    def _own_buffers(self) -> dict[str, Tensor | None]:
+        added = {name for mixin in mixins_of(self) for name in mixin.adds}
+        return {name: buffer for name, buffer in self._buffers.items() if name in added}
+
+    def computed(self, name: str, parameter: Tensor) -> Tensor:
+        """Return what readers of the weight get, in the precision and shape of the parameter."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def materialize(module: nn.Module) -> None:
+    """Write the computed weights of a module into new parameters, and give it its own class back; exact."""
+    while isinstance(module, ComputedWeights):
+        cls: Any = type(module)
+        while "_made_of" not in vars(cls):  # the class of a monitor's watch
+            cls = cls.__mro__[1]
+        mixin, base, weights = cls._made_of
+        values = {name: getattr(module, name) for name in weights}
+        module.__class__ = base
+        for name, value in values.items():
+            if value is not None:
+                old = module._parameters[name]
+                assert old is not None
+                module._parameters[name] = nn.Parameter(value.detach().clone(), old.requires_grad)
+        for added in mixin.adds:
+            for table in (module._parameters, module._buffers, module._modules):
+                table.pop(added, None)
+            vars(module).pop(added, None)
+
+
+class AddsNorm(MixedIn, LeavesFusedPath):
+    """Base of the mixins that normalise what a module reads or returns; the norms are children of the module."""

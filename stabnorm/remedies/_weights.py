@@ -1,0 +1,81 @@
+"""The weights of a model that can become a function of their parameter, and why others cannot."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stabnorm._models.tree import Tree
+
+_THREE_IN_ONE = ("qkv", "c_attn", "Wqkv", "in_proj")  # queries, keys and values, one after the other
+
+
+class Weight(NamedTuple):
+    """The weight of a module.
+
+    Attributes:
+        name: dotted name of the module.
+        module: the module.
+        attribute: the parameter's name in it.
+        transposed: whether the weight is ``[inputs, outputs]``.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    transposed: bool
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter itself, whatever the module computes from it."""
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def parts(self) -> int:
+        """How many matrices it holds, one after the other: 3 for queries, keys and values, else 1."""
+        rows, columns = self.parameter.shape[:2] if not self.transposed else self.parameter.shape[::-1]
+        fused = self.attribute == "in_proj_weight" or self.name.rpartition(".")[2] in _THREE_IN_ONE
+        return 3 if fused and rows == 3 * columns else 1
+
+
+def linear_weights(model: nn.Module) -> list[Weight]:
+    """Return the weights of all linear layers: `nn.Linear`, Hugging Face's Conv1D, and `nn.MultiheadAttention`."""
+    return [weight for name, module in model.named_modules() if (weight := weight_of(name, module)) is not None]
+
+
+def weight_of(name: str, module: nn.Module) -> Weight | None:
+    """Return the weight of a linear layer, or None for another module."""
+    if isinstance(module, nn.Linear):
+        return Weight(name, module, "weight", False)
+    if isinstance(module, nn.MultiheadAttention):
+        return Weight(name, module, "in_proj_weight", False)
+    if is_conv1d(module):
+        return Weight(name, module, "weight", True)
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is Hugging Face's linear layer with the weight ``[inputs, outputs]``."""
+    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
+
+
+def obstacle(weight: Weight, tree: Tree) -> str | None:
+    """Return the reason why a weight cannot become a function of its parameter; None where it can."""
+    module = weight.module
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized (torch.nn.utils.parametrize)"
+    parameter = module._parameters.get(weight.attribute)
+    if parameter is None:
+        several = isinstance(module, nn.MultiheadAttention)
+        return "its queries and keys have weights of their own" if several else "its weight is computed already"
+    if not parameter.is_floating_point():
+        return f"its weight is of {parameter.dtype}, which is not trained"
+    shared = tree.shared(module)
+    if shared:
+        return f"{shared}, and only one of the two would change"
+    if not bool(torch.isfinite(parameter).all()):
+        return "its weight has NaN or infinite numbers"
+    return None

@@ -216,6 +216,7 @@ class FileReader:
         self.validation: dict[str, dict[int, float]] = {}
         self._directory = directory
         self._read: set[str] = set()
+        self._same: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._lines = 0
 
     def pieces(self) -> Iterator[tuple[str, str, Piece]]:
@@ -227,7 +228,8 @@ class FileReader:
             try:
                 with unpack_arrays(path.read_bytes()) as block:  # loads an array only when it is accessed
                     first_step, num_steps = block["@steps"].tolist()
-                    layers = tuple(map(str, block["@layers"]))
+                    own = tuple(map(str, block["@layers"]))
+                    layers = self._same.setdefault(own, own)
                     companion = str(block["@companion"]) if "@companion" in block.files else ""
                     names = [name for name in block.files if name[0] != "@"]
             except Exception:  # a damaged file of a zip archive can raise almost anything

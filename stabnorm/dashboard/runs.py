@@ -138,7 +138,8 @@ class Run:
         """Return layers and steps."""
         if companion not in self._rows:
             pieces = [piece for (owner, _), all_ in self._pieces.items() if owner == companion for piece in all_]
-            layers = tuple(dict.fromkeys(layer for piece in pieces for layer in piece.layers))
+            lists = {id(piece.layers): piece.layers for piece in pieces}  # the pieces of a reader share their tuples
+            layers = tuple(dict.fromkeys(itertools.chain.from_iterable(lists.values())))
             spans = {(piece.first_step, piece.num_steps) for piece in pieces}
             ranges = [np.arange(first, first + count) for first, count in sorted(spans)]
             steps = np.unique(np.concatenate(ranges)) if ranges else np.empty(0, np.int64)

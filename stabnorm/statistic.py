@@ -55,7 +55,8 @@ def undefined(now: Any, past: Any) -> "Tensor":
 class Statistic:
     """One number per row and step: a row of the catalogue, one of a companion's, or one of your own.
 
-    A name and a function are enough. The function sees all rows at once, and must not read a value from the device.
+    A name and a function are enough. The function sees all rows at once, norms in groups of like width, and must not
+    read a value from the device.
 
     Attributes:
         name: as in `history()`, in tags and in alerts; letters, digits and underscores.

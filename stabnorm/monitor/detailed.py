@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stabnorm.functional.detail import DetailMoments
 from stabnorm.monitor.parameter_values import Parameters
-from stabnorm.monitor.past import Moments, Past
+from stabnorm.monitor.past import Layout, Moments, Past
 
 SPIKE_MOMENTUM = 0.01  # momentum of the average gradient with which a spike is compared
 SPIKE_STEPS = 10  # steps in this average before it is used
@@ -35,19 +35,21 @@ class DetailedMoments(Moments):
 
 
 class DetailedPast(Past):
-    """`Past` with additional data with which some statistics compare a step."""
+    """`Past` with additional data with which some statistics compare a step.
 
-    def __init__(self, layers: int, channels: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(layers, channels, device, dtype)
+    Attributes:
+        gain, first_bias: ``[L, C]``, the gain after the last step, and the bias after the first one.
+        gradient_size: ``[L, 2, C]``, average magnitude of the gradients of gain and bias.
+        gradient_steps: ``[L, 2]``, how many steps are in it.
+    """
 
-        def nothing(*shape: int) -> Tensor:
-            return torch.full(shape, torch.nan, device=device, dtype=dtype)
+    def __init__(self, layout: Layout, width: int) -> None:
+        super().__init__(layout, width)
+        self.gain, self.first_bias = self._nothing(width), self._nothing(width)
+        self.gradient_size = self._nothing(2, width)
+        self.gradient_steps = torch.zeros_like(self.layer)
 
-        self.gain, self.first_bias = nothing(layers, channels), nothing(layers, channels)
-        self.gradient_size = nothing(layers, 2, channels)  # average |gradient|, of gain and bias
-        self.gradient_steps = torch.zeros(layers, 2, device=device, dtype=dtype)  # how many are in it
-
-    def update(self, now: Moments, own_mean: Tensor, own_var: Tensor) -> None:
+    def update(self, now: Moments, own: Tensor | None) -> None:
         """Add the step, see `Past.update`."""
         assert isinstance(now, DetailedMoments)  # a monitor whose past this is gathers them
         self.gain = now.parameters.gain
@@ -58,4 +60,13 @@ class DetailedPast(Past):
         weight = (1 / self.gradient_steps.clamp(min=1)).clamp(min=SPIKE_MOMENTUM)[..., None]
         average = torch.where(self.gradient_size.isnan(), size, torch.lerp(self.gradient_size, size, weight))
         self.gradient_size = torch.where(usable[..., None], average, self.gradient_size)
-        super().update(now, own_mean, own_var)
+        super().update(now, own)
+
+    def channel_rows(self) -> dict[str, Tensor]:
+        """See `Past.channel_rows`."""
+        more = {"gain": self.gain[:, None], "first_bias": self.first_bias[:, None], "gradient_size": self.gradient_size}
+        return super().channel_rows() | more
+
+    def layer_rows(self) -> dict[str, Tensor]:
+        """See `Past.layer_rows`."""
+        return super().layer_rows() | {"gradient_steps": self.gradient_steps}

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from stabnorm._checks import is_collection, shown
 from stabnorm.functional.detail import DetailMoments, clear_detail_, empty_detail, merge_detail_
+from stabnorm.monitor.accumulators import Accumulators
+from stabnorm.monitor.bands import Band
 from stabnorm.monitor.detailed import DetailedMoments
 from stabnorm.monitor.parameter_values import Parameters, adam_figures
 from stabnorm.monitor.past import Moments
-from stabnorm.norms import NormLayer
 from stabnorm.statistic import Statistic
 
 INPUT_NEEDS = {"token_shape", "values", "sequences"}  # gathered by the op on a norm's input
@@ -26,75 +27,62 @@ def is_detailed(statistics: Iterable[Statistic]) -> bool:
     return any(statistic.remembers or statistic.needs_all & DETAIL_NEEDS for statistic in statistics)
 
 
-class DetailSlabs:
-    """The detail moments of all layers, on each device that layers run on.
+class Details:
+    """Gathers what the chosen statistics need beside the moments: for each band of layers a slab, on each device.
 
     Args:
-        layers: the norms.
-        width: number of channels of the widest layer.
+        into: the accumulators, whose layers and bands these are.
+        needs: the needs of all chosen statistics.
     """
 
-    def __init__(self, layers: Sequence[NormLayer], width: int) -> None:
-        self._layers, self._width = tuple(layers), width
-        self._slabs: dict[torch.device, DetailMoments] = {}
+    def __init__(self, into: Accumulators, needs: Collection[str]) -> None:
+        self.needs = frozenset(needs)
+        self._into = into
+        self._slabs: dict[torch.device, list[DetailMoments]] = {}
+        self._unknown: dict[Band, Parameters] = {}
 
-    def slab(self, device: torch.device) -> DetailMoments:
-        """The slab on a device; a model spread over several has one on each, of which the others stay empty."""
+    def slabs(self, device: torch.device) -> list[DetailMoments]:
+        """The slabs on a device; a model spread over several has some on each, of which other rows stay empty."""
         if device not in self._slabs:
-            self._slabs[device] = empty_detail(len(self._layers), self._width, device)
+            self._slabs[device] = [empty_detail(len(b.rows), b.width, device) for b in self._into.bands]
         return self._slabs[device]
 
     def account(self, index: int, device: torch.device) -> DetailMoments:
         """Return a layer's row, as views."""
-        slab, channels = self.slab(device), self._layers[index].num_features
-        rows = {name: part[index] for name, part in slab._asdict().items()}
+        band, row = self._into.places[index]
+        slab, channels = self.slabs(device)[band], self._into.layers[index].num_features
+        rows = {name: part[row] for name, part in slab._asdict().items()}
         return DetailMoments(**rows)._replace(
-            outputs=slab.outputs[index, :channels], sequences=slab.sequences[index, :, :channels]
+            outputs=slab.outputs[row, :channels], sequences=slab.sequences[row, :, :channels]
         )
 
-    def take(self, device: torch.device) -> DetailMoments:
-        """Merged detail moments of all layers on one device; views of the slab."""
-        merged = self.slab(device)
-        for other, slab in self._slabs.items():
-            if other != device:
-                merge_detail_(merged, DetailMoments(*(part.to(device, non_blocking=True) for part in slab)))
+    def take(self, device: torch.device) -> list[DetailMoments]:
+        """Merged detail moments of the layers of each band on one device; views of the slabs."""
+        merged = self.slabs(device)
+        for other, slabs in self._slabs.items():
+            for into, slab in zip(merged, slabs, strict=True) if other != device else ():
+                merge_detail_(into, DetailMoments(*(part.to(device, non_blocking=True) for part in slab)))
         return merged
-
-    def clear(self) -> None:
-        """Empty the accumulators."""
-        for slab in self._slabs.values():
-            clear_detail_(slab)
-
-
-class Details:
-    """Gathers what the chosen statistics need beside the moments.
-
-    Args:
-        layers: the norms.
-        width: the widest one's channels.
-        needs: the needs of all chosen statistics.
-    """
-
-    def __init__(self, layers: Sequence[NormLayer], width: int, needs: Collection[str]) -> None:
-        self.needs = frozenset(needs)
-        self.slabs = DetailSlabs(layers, width)
-        self._layers, self._width = tuple(layers), width
-        self._unknown: Parameters | None = None
 
     def discard(self) -> None:
         """Discard what was gathered since the last step."""
-        self.slabs.clear()
+        for slabs in self._slabs.values():
+            for slab in slabs:
+                clear_detail_(slab)
 
-    def beside(self, now: Moments, detail: DetailMoments, optimizers: Sequence[Optimizer]) -> DetailedMoments:
-        """The step's moments, what `slabs` gave, and what parameters and optimizer say."""
-        device, dtype, layers = now.mean.device, now.mean.dtype, len(self._layers)
+    def beside(
+        self, band: Band, now: Moments, detail: DetailMoments, optimizers: Sequence[Optimizer]
+    ) -> DetailedMoments:
+        """A band's moments of the step, its detail moments, and what parameters and optimizer say."""
+        device, dtype = now.mean.device, now.mean.dtype
         if "parameters" in self.needs:
-            parameters = Parameters.of(self._layers, self._width, device, dtype)
+            parameters = Parameters.of(band.layers, band.width, device, dtype)
         else:
-            if self._unknown is None or self._unknown.gain.device != device:
-                self._unknown = Parameters.unknown(layers, self._width, device, dtype)
-            parameters = self._unknown
-        adam = adam_figures(self._layers, optimizers if "optimizer" in self.needs else (), device)
+            unknown = self._unknown.get(band)
+            if unknown is None or unknown.gain.device != device:
+                unknown = self._unknown[band] = Parameters.unknown(len(band.layers), band.width, device, dtype)
+            parameters = unknown
+        adam = adam_figures(band.layers, optimizers if "optimizer" in self.needs else (), device)
         return DetailedMoments.beside(now, detail, parameters, adam)
 
 

@@ -121,7 +121,7 @@ class ParameterHook:
             return  # the norm was rebuilt with another width; its input says so
         if self.row == 1 and not _trains(layer.gain_parameter):
             return  # measured at the output
-        row = into.gradients(gradient.device)[self.index, self.row, : layer.num_features]
+        row = into.gradient(self.index, gradient.device)[self.row]
         self._begin(into, parameter, row)
         if not is_distributed(gradient):
             row.copy_(gradient.flatten())
@@ -213,7 +213,7 @@ class OutputHook(LayerHook):
         shift = g.sum(0) if gain is None else g.sum(0) * gain
         sums = torch.stack([(g * y).sum(0), shift])
         with one_at_a_time:
-            row = into.gradients(g.device)[self.index, :, : layer.num_features]
+            row = into.gradient(self.index, g.device)
             row.copy_(torch.where(row.isnan(), 0, row) + sums)
             into.at_output.add(self.index)
         into.seconds += time.perf_counter() - start

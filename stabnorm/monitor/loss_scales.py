@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stabnorm.monitor.bands import Band
+from stabnorm.monitor.ranks import Gathered
 from stabnorm.norms import NormLayer
 
 Scale = Tensor | float
@@ -47,7 +49,26 @@ def layer_scales(norms: Sequence[NormLayer], model: nn.Module, scales: Mapping[O
     return result
 
 
-def stacked(scales: Sequence[Scale], like: Tensor) -> Tensor:
-    """Return the scales as a tensor that divides ``like``, whose first axis is that of the layers; no value is read."""
+def unscaled(
+    bands: Sequence[Gathered], layers: Sequence[Band], model: nn.Module, scale: Scale | Mapping[Optimizer, Scale]
+) -> list[Gathered]:
+    """Divide the gradients of each band by the loss scale, or each layer's by its own; no value is read.
+
+    Args:
+        bands: what each band has gathered.
+        layers: the bands.
+        model: the model that has the layers.
+        scale: one for all, or the scale at the step of each optimizer.
+    """
+    if not isinstance(scale, Mapping):
+        return [of._replace(gradient=of.gradient / scale) for of in bands]
+    scales = [
+        _stacked(layer_scales(band.layers, model, scale), of.gradient) for band, of in zip(layers, bands, strict=True)
+    ]
+    return [of._replace(gradient=of.gradient / by) for of, by in zip(bands, scales, strict=True)]
+
+
+def _stacked(scales: Sequence[Scale], like: Tensor) -> Tensor:
+    """Return the scales as a tensor that divides ``like``, whose first axis is that of the layers."""
     numbers = [s.to(like).reshape(()) if isinstance(s, Tensor) else like.new_full((), s) for s in scales]
     return torch.stack(numbers).reshape(-1, *[1] * (like.ndim - 1))

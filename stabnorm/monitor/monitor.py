@@ -32,20 +32,19 @@ from stabnorm.companions.names import resolve_companions
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.alerts import Alert, Departure
-from stabnorm.monitor.buffers import DeviceState, running_buffers
 from stabnorm.monitor.cost import Cost, Stopwatch
-from stabnorm.monitor.detailed import DetailedPast
 from stabnorm.monitor.details import Details, is_detailed, optimizers_of
 from stabnorm.monitor.detect import MakeDetector, RobustDetector
-from stabnorm.monitor.loss_scales import Scale, layer_scales, stacked
+from stabnorm.monitor.loss_scales import Scale, unscaled
+from stabnorm.monitor.measure import Measurement
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.onsets import Onset, OnsetFollower, Watched, worst_channels
 from stabnorm.monitor.outputs import Outputs, say
-from stabnorm.monitor.past import Moments, Past
 from stabnorm.monitor.plot import plot_track
-from stabnorm.monitor.ranks import Gathered, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
+from stabnorm.monitor.ranks import is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
 from stabnorm.monitor.record import Block, RecordWriter
-from stabnorm.monitor.rows import BESIDE_NORMS, beside_statistics
+from stabnorm.monitor.rows import BESIDE_NORMS
+from stabnorm.monitor.saved_past import unpadded
 from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.monitor.track import SCALARS, CompanionTracks, Track
 from stabnorm.monitor.trial import try_own_statistics
@@ -191,14 +190,13 @@ class StabilityMonitor:
         self._accumulators = Accumulators(
             model, norms, tokens="tokens" in needs, normalized="normalized" in needs, merged=bool(sync), fused=fused
         )
-        self._past_class = DetailedPast if any(s.remembers for s in chosen) else Past
-        self._details = Details(norms, self._accumulators.width, needs) if is_detailed(chosen) else None
-        self._observer = Observer(self._accumulators, gradients="gradients" in needs, details=self._details)
-        try_own_statistics(chosen, norms, self._accumulators, self._observer.device, self._details, self._past_class)
+        details = Details(self._accumulators, needs) if is_detailed(chosen) else None
+        self._observer = Observer(self._accumulators, gradients="gradients" in needs, details=details)
+        self._measurement = Measurement(self._accumulators, chosen, details, self._track.layout)
+        try_own_statistics(self._measurement, self._observer.device)
+        self._observer.discard()
         self._agreed = False  # whether it was checked that all ranks watch the same layers
         self._speaks = True  # only the first rank writes and warns
-        self._state: DeviceState | None = None  # made at `attach`, on the model's device
-        self._with_buffers = [(i, norm) for i, norm in enumerate(norms) if norm.running_mean is not None]
         self._stopwatch = Stopwatch()
         self.outputs = Outputs()
         self._follower = OnsetFollower()
@@ -247,7 +245,7 @@ class StabilityMonitor:
             except BaseException:
                 self.detach()
                 raise
-            self._on_device()  # allocate now, because that would stall a GPU in the first step
+            self._measurement.states(self._observer.device)  # now, because that would stall a GPU in the first step
 
     def detach(self) -> None:
         """Remove all hooks; the history stays readable."""
@@ -343,31 +341,21 @@ class StabilityMonitor:
         optimizers = optimizers_of(optimizer)
         start = self._stopwatch.begin_step(self._hook_seconds)
         self._agree()
-        state = self._on_device()
-        past = state.past
-        scalars = torch.full((len(SCALARS),), torch.nan, dtype=torch.float32, device=state.device)
+        device = self._observer.device
+        scalars = torch.full((len(SCALARS),), torch.nan, dtype=torch.float32, device=device)
         for column, scalar in enumerate((loss, learning_rate)):
             if scalar is not None:
                 scalars[column] = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else float(scalar)
-        raw, gradient = self._accumulators.take(state.device)
-        if isinstance(grad_scale, Mapping):
-            gradient = gradient / stacked(layer_scales(self._norms, self._model, grad_scale), gradient)
-        elif grad_scale is not None:
-            gradient = gradient / grad_scale
-        detail = None if self._details is None else self._details.slabs.take(state.device)
-        gathered, between = Gathered(gradient, running_buffers(self._with_buffers, past), scalars[:1]), None
+        states = self._measurement.states(device)
+        gathered = self._measurement.gathered(states, device)
+        if grad_scale is not None:
+            gathered = unscaled(gathered, self._accumulators.bands, self._model, grad_scale)
         if merging_ranks(self.sync) > 1:
-            raw, gathered, between, detail = merge_over_ranks(self.sync, raw, gathered, detail)
-            scalars[:1] = gathered.loss
-        now = Moments.of(raw, gathered.gradient, state.layout, between)
-        if self._details is not None and detail is not None:
-            now = self._details.beside(now, detail, optimizers)
-        values = torch.stack([statistic.compute(now, past) for statistic in self.statistics], -1)
-        row = self._track.layout.pack(torch.where(now.ran[:, None], values, torch.nan), beside_statistics(now))
-        past.update(now, *gathered.running)
+            gathered, scalars[:1] = merge_over_ranks(self.sync, gathered, scalars[:1])
+        row, norms = self._measurement.rows(states, gathered, optimizers)
         self._track.add(row, scalars)
         last_scale = [*grad_scale.values()][-1] if isinstance(grad_scale, Mapping) else grad_scale
-        self.companions.step(self.layers, now, StepLoss(closure, last_scale, self.sync))
+        self.companions.step(self.layers, norms, StepLoss(closure, last_scale, self.sync))
         self._observer.discard()
         for listen in self.listeners:
             listen(self.steps_done, self._track.layout.statistics_of(row))
@@ -381,15 +369,6 @@ class StabilityMonitor:
         if not self._agreed and merging_ranks(self.sync) > 1:
             refuse_other_layers(self.sync, [*self.layers, *(statistic.name for statistic in self.statistics)])
             self._agreed, self._speaks = True, is_first_rank(self.sync)
-
-    def _on_device(self) -> DeviceState:
-        device, before = self._observer.device, self._state
-        if before is None or before.device != device:
-            self._state = DeviceState.of(self._norms, self._accumulators.width, device, self._past_class)
-            if before is not None:  # the model has moved
-                self._state.past.load_state_dict(before.past.state_dict())
-            return self._state
-        return before
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -568,12 +547,12 @@ class StabilityMonitor:
         rows = self._track.no_rows()
         rows, scalars = self._track.unflushed() or (rows, rows.new_empty(0, len(SCALARS)))
         return {
-            "version": 2,
+            "version": 3,
             "layers": list(self.layers),
             "channels": [norm.num_features for norm in self._norms],
             "statistics": [statistic.name for statistic in self.statistics],
             "steps_done": self.steps_done,
-            "past": self._state.past.state_dict() if self._state is not None else None,
+            "past": self._measurement.state_dict(),
             "detector": self._track.detector.state_dict(),
             "alerts": [alert.as_dict() for alert in self.alerts],
             "onsets": self._follower.state_dict(),
@@ -604,13 +583,14 @@ class StabilityMonitor:
         self._follower.load_state_dict(state.get("onsets", []))
         self.companions.load_state_dict(state.get("companions", {}), self.steps_done)
         own = self.state_dict()
-        if any(state[part] != own[part] for part in ("version", "layers", "channels", "statistics")):
+        if state["version"] not in (2, 3) or any(state[p] != own[p] for p in ("layers", "channels", "statistics")):
             logger.warning(
                 "the checkpoint watched other layers or statistics, or is of another version: baselines start afresh "
                 "at this step"
             )
             return
         if state["past"] is not None:
-            self._on_device().past.load_state_dict(state["past"])
+            past = unpadded(state["past"], state["channels"]) if state["version"] == 2 else state["past"]
+            self._measurement.load_past(past, self._observer.device)
         self._track.load_detector(state["detector"])
         self._track.restore(self.steps_done, state["rows"].cpu(), state["scalars"].cpu())

@@ -167,13 +167,13 @@ class _DetailedInputHook(_InputHook):
     def __init__(self, into: Accumulators, index: int, device: torch.device, details: Details) -> None:
         super().__init__(into, index, device)
         self.details = details
-        self.detail = details.slabs.account(index, self.account.seen.device)
+        self.detail = details.account(index, self.account.seen.device)
 
     @torch.no_grad()
     def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
         layer, details = self.layer, self.details
         if self.detail.seen.device != x.device:
-            self.detail = details.slabs.account(self.index, x.device)
+            self.detail = details.account(self.index, x.device)
         compiling = torch.compiler.is_compiling()
         op = torch.ops.stabnorm.accumulate_detail_.default if compiling else accumulate_detail_
         op(
@@ -195,7 +195,7 @@ class _OutlierHook(LayerHook):
         of_input = self.of_input
         if isinstance(of_input, _DetailedInputHook) and of_input.detail.seen.device == device:
             return of_input.detail
-        return self.details.slabs.account(self.index, device)
+        return self.details.account(self.index, device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         compiling = torch.compiler.is_compiling()

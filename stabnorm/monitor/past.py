@@ -1,8 +1,8 @@
-"""The past of each layer, with which a step is compared, as tensors that a checkpoint can hold.
+"""The moments of a step, and the past of each layer, with which a step is compared.
 
-Everything has the shape `[layers, ...]`, in float64 if the device supports it. In float32 a running mean of 1e4 has an
-error of 1e-3, and several statistics measure its distance from the mean of the batch. If a layer did not run in a step,
-or was not finite, its past does not change.
+The layers are those of a band, see `stabnorm.monitor.bands`. Everything has the shape `[layers, ...]`, in float64 if
+the device supports it. In float32 a running mean of 1e4 has an error of 1e-3, and several statistics measure its
+distance from the mean of the batch. If a layer did not run in a step, or was not finite, its past does not change.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stabnorm.functional import RawMoments, explained_share
 from stabnorm.functional.moments import COV_XN, MAX, MIN, REST_N, REST_X, SHIFT_N, SHIFT_X, STD_MEAN, VAR_N, VAR_X
+from stabnorm.monitor.bands import Band
 
 MOMENTUM = 0.1  # PyTorch's: the weight of the new value
 WINDOW = 4  # Unified Normalization's M
@@ -26,12 +27,27 @@ class Layout:
     channels: Tensor
     eps: Tensor
     per_channel: Tensor  # a "batch" norm: affine in every channel, divides by the channels' variances
-    own_buffers: Tensor  # the layer has running buffers of its own
+    own_buffers: Tensor | None  # the layer has running buffers of its own; None: no layer of the model has
+
+    @staticmethod
+    def of(band: Band, device: torch.device, with_buffers: bool) -> "Layout":
+        """Read the properties of the layers of a band; `with_buffers` if a layer of the model has running buffers."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        sizes = torch.tensor([norm.num_features for norm in band.layers], device="cpu")
+        uniform = all(norm.num_features == band.width for norm in band.layers)
+        own_buffers = torch.tensor([norm.running_mean is not None for norm in band.layers], device=device)
+        return Layout(
+            exists=None if uniform else (torch.arange(band.width, device="cpu") < sizes[:, None]).to(device),
+            channels=sizes.to(device, dtype),
+            eps=torch.tensor([norm.eps for norm in band.layers], dtype=dtype, device=device),
+            per_channel=torch.tensor([norm.kind == "batch" for norm in band.layers], device=device),
+            own_buffers=own_buffers if with_buffers else None,
+        )
 
 
 @dataclass(frozen=True)
 class Moments:
-    """The merged moments of all layers in one step; every statistic is a function of them.
+    """The merged moments of the layers in one step; every statistic is a function of them.
 
     Shapes: ``[L, C]`` per channel (padded with zeros beyond a layer's channels), ``[L]`` per layer.
     """
@@ -154,89 +170,161 @@ class Moments:
         return self.gradient[:, 0] / self.count.clamp(min=1)[:, None]
 
 
+# The rows of `Past.channel`, and how many there are of each.
+CHANNEL_ROWS = {"mean": 1, "var": 1, "mean_var": 1, "log_var": 1, "log_absmax": 1, "window": WINDOW, "gradient": 1}
+(MEAN, VAR, MEAN_VAR, LOG_VAR, LOG_ABSMAX, FIRST), GRADIENT = range(6), 5 + WINDOW  # FIRST: of the window
+LOG_SCALE, GRADIENT_POWER = range(2)  # the rows of `Past.layer`
+
+
 class Past:
     """Moving averages, the previous step and the window of second moments of every layer.
 
+    NaN means that there is no past yet; every statistic that needs one is then NaN, too.
+
     Args:
-        layers: number of layers.
-        channels: the widest layer's channels.
-        device, dtype: where and how the step is computed.
+        layout: the layers.
+        width: the widest one's channels.
+
+    Attributes:
+        channel: ``[L, rows, C]``, see `CHANNEL_ROWS`.
+        layer: ``[L, rows]``, the logarithm of the scale and the average power of the gradient.
+        own: ``[L, 2, C]``, the layers' own running means and variances after the last step; None if no layer of
+            the model has any.
     """
 
-    def __init__(self, layers: int, channels: int, device: torch.device, dtype: torch.dtype) -> None:
-        def nothing(*shape: int) -> Tensor:
-            return torch.full(shape, torch.nan, device=device, dtype=dtype)
+    def __init__(self, layout: Layout, width: int) -> None:
+        self.layout = layout
+        self.channel = self._nothing(sum(CHANNEL_ROWS.values()), width)
+        self.layer = self._nothing(2)
+        self.own = None if layout.own_buffers is None else self._nothing(2, width)
 
-        # NaN means "no past yet"; every statistic that needs a past is then NaN, too.
-        self.mean, self.var = nothing(layers, channels), nothing(layers, channels)  # moving averages
-        self.mean_var = nothing(layers, channels)  # moving variance of the batch mean
-        self.running_mean, self.running_var = nothing(layers, channels), nothing(layers, channels)
-        self.log_var, self.log_absmax = nothing(layers, channels), nothing(layers, channels)
-        self.log_scale = nothing(layers)
-        self.window = nothing(WINDOW, layers, channels)  # second moments, newest first
-        self.log_window = nothing(WINDOW, layers, channels)
-        self.gradient, self.gradient_power = nothing(layers, channels), nothing(layers)
+    def _nothing(self, *shape: int) -> Tensor:
+        return self.layout.eps.new_full((len(self.layout.eps), *shape), torch.nan)
+
+    @property
+    def mean(self) -> Tensor:
+        """Moving average of the mean, per channel."""
+        return self.channel[:, MEAN]
+
+    @property
+    def var(self) -> Tensor:
+        """Moving average of the variance, per channel."""
+        return self.channel[:, VAR]
+
+    @property
+    def mean_var(self) -> Tensor:
+        """Moving variance of the batch mean, per channel."""
+        return self.channel[:, MEAN_VAR]
+
+    @property
+    def log_var(self) -> Tensor:
+        """`Moments.log_var` of the last step."""
+        return self.channel[:, LOG_VAR]
+
+    @property
+    def log_absmax(self) -> Tensor:
+        """`Moments.log_absmax` of the last step."""
+        return self.channel[:, LOG_ABSMAX]
+
+    @property
+    def window(self) -> Tensor:
+        """Second moments of the last steps, newest first, ``[L, M, C]``."""
+        return self.channel[:, FIRST:GRADIENT]
+
+    @property
+    def gradient(self) -> Tensor:
+        """Moving average of `Moments.gain_gradient`."""
+        return self.channel[:, GRADIENT]
+
+    @property
+    def log_scale(self) -> Tensor:
+        """`Moments.log_scale` of the last step."""
+        return self.layer[:, LOG_SCALE]
+
+    @property
+    def gradient_power(self) -> Tensor:
+        """Moving average of the squared norm of `Moments.gain_gradient`, per layer."""
+        return self.layer[:, GRADIENT_POWER]
+
+    @cached_property
+    def _own_buffers(self) -> Tensor:
+        assert self.layout.own_buffers is not None
+        return self.layout.own_buffers[:, None]
+
+    @property
+    def running_mean(self) -> Tensor:
+        """The layer's own running mean; of a layer that has none, the moving average."""
+        return self.mean if self.own is None else torch.where(self._own_buffers, self.own[:, 0], self.mean)
+
+    @property
+    def running_var(self) -> Tensor:
+        """The same for the variance."""
+        return self.var if self.own is None else torch.where(self._own_buffers, self.own[:, 1], self.var)
 
     def mean_var_with(self, now: Moments) -> Tensor:
         """Moving variance of the batch mean, this step included."""
         return (1 - MOMENTUM) * (self.mean_var + MOMENTUM * (now.mean - self.mean).square())
 
-    def windows_with(self, now: Moments) -> tuple[Tensor, Tensor]:
-        """The window of second moments, and of their logarithms, this step included: ``[M, L, C]``."""
-        # The log of 0, of a dead channel, would make its geometric mean 0 as long as it is in the window.
-        new = now.second_moment.clamp(min=torch.finfo(torch.float32).tiny)[None]
-        return torch.cat([new, self.window[:-1]]), torch.cat([new.log(), self.log_window[:-1]])
+    def window_with(self, now: Moments) -> Tensor:
+        """The window of second moments, this step included: ``[L, M, C]``."""
+        # A 0, of a dead channel, would make the geometric mean 0 as long as it is in the window.
+        new = now.second_moment.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        return torch.cat([new, self.window[:, :-1]], 1)
 
-    def update(self, now: Moments, own_mean: Tensor, own_var: Tensor) -> None:
+    def update(self, now: Moments, own: Tensor | None) -> None:
         """Add the step.
 
         Args:
             now: the step.
-            own_mean: ``[L, C]``, the layers' own running means after the step; anything where there are none.
-            own_var: the same for the variances.
+            own: ``[L, 2, C]``, the layers' own running means and variances after the step; anything where there are
+                none. None if no layer has any.
         """
         usable = now.ran & now.finite.all(-1)
-
-        def take(old: Tensor, new: Tensor) -> Tensor:
-            keep = usable.view(-1, *[1] * (old.ndim - 1))
-            return torch.where(keep, new, old)
-
-        def average(old: Tensor, new: Tensor) -> Tensor:
-            return torch.where(old.isnan(), new, torch.lerp(old, new, MOMENTUM))
-
-        first = self.mean.isnan()
-        self.mean_var = take(self.mean_var, torch.where(first, 0, self.mean_var_with(now)))
-        self.mean = take(self.mean, average(self.mean, now.mean))
-        self.var = take(self.var, average(self.var, now.var))
-        own = now.layout.own_buffers[:, None]
-        self.running_mean = torch.where(own, own_mean, self.mean)
-        self.running_var = torch.where(own, own_var, self.var)
-        self.log_var = take(self.log_var, now.log_var)
-        self.log_absmax = take(self.log_absmax, now.log_absmax)
-        self.log_scale = take(self.log_scale, now.log_scale)
-        windows = self.windows_with(now)
-        self.window = torch.where(usable[None, :, None], windows[0], self.window)
-        self.log_window = torch.where(usable[None, :, None], windows[1], self.log_window)
         # The row of a narrower layer ends with NaN, because these channels have no gradient.
         gradient = now.gain_gradient
         power = now.norm_over_channels(gradient).square()
-        usable = usable & torch.isfinite(power)  # not so after an overflow of the loss scale
-        self.gradient_power = take(self.gradient_power, average(self.gradient_power, power))
-        self.gradient = take(self.gradient, average(self.gradient, gradient))
+        with_gradient = usable & torch.isfinite(power)  # not so after an overflow of the loss scale
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the past as plain tensors."""
-        return {name: value.detach().clone() for name, value in vars(self).items()}
+        averages = average(self.channel[:, : VAR + 1], torch.stack([now.mean, now.var], 1))
+        mean_var = torch.where(self.mean.isnan(), 0, self.mean_var_with(now))
+        others = torch.stack([mean_var, now.log_var, now.log_absmax], 1)
+        new = torch.cat([averages, others, self.window_with(now)], 1)
+        of_gradient = average(self.gradient, gradient)
+        self.channel = torch.cat(
+            [
+                torch.where(usable[:, None, None], new, self.channel[:, :GRADIENT]),
+                torch.where(with_gradient[:, None], of_gradient, self.gradient)[:, None],
+            ],
+            1,
+        )
+        scale = torch.where(usable, now.log_scale, self.log_scale)
+        power = torch.where(with_gradient, average(self.gradient_power, power), self.gradient_power)
+        self.layer = torch.stack([scale, power], 1)
+        self.own = own
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from a saved past of the same layers.
+    def channel_rows(self) -> dict[str, Tensor]:
+        """What is remembered per channel, by name, as views ``[L, rows, C]`` that can be written."""
+        names = dict(zip(CHANNEL_ROWS, self.channel.split([*CHANNEL_ROWS.values()], 1), strict=True))
+        own = {} if self.own is None else {"running_mean": self.own[:, :1], "running_var": self.own[:, 1:]}
+        return names | own
 
-        Raises:
-            ValueError: when a tensor is missing or has another shape; nothing is loaded then.
-        """
-        for name, value in vars(self).items():
-            if name not in state or state[name].shape != value.shape:
-                saved = tuple(state[name].shape) if name in state else "nothing"
-                raise ValueError(f"the saved past has {saved} under {name!r}, expected shape {tuple(value.shape)}")
-        for name, value in vars(self).items():
-            setattr(self, name, state[name].to(value))
+    def layer_rows(self) -> dict[str, Tensor]:
+        """What is remembered per layer, by name, as views ``[L, rows]`` that can be written."""
+        return {"log_scale": self.layer[:, :1], "gradient_power": self.layer[:, 1:]}
+
+
+def average(old: Tensor, new: Tensor) -> Tensor:
+    """The moving average with the new value; the new value itself where there is no past."""
+    return torch.where(old.isnan(), new, torch.lerp(old, new, MOMENTUM))
+
+
+def running_buffers(band: Band, layout: Layout) -> Tensor | None:
+    """Return running means and variances, ``[L, 2, C]``, NaN for layers without any; None if none has some."""
+    if layout.own_buffers is None:
+        return None
+    own = layout.eps.new_full((len(band.layers), 2, band.width), torch.nan)
+    for row, norm in enumerate(band.layers):
+        for part, buffer in enumerate((norm.running_mean, norm.running_var)):
+            if buffer is not None:
+                own[row, part, : norm.num_features] = buffer.detach()
+    return own

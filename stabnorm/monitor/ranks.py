@@ -23,17 +23,27 @@ Slab = TypeVar("Slab", bound=tuple[Tensor, ...])
 
 
 class Gathered(NamedTuple):
-    """The data of each layer in one step, beside the moments.
+    """What a band of layers has gathered in one step.
 
     Attributes:
+        moments: the moments of their inputs.
         gradient: gradient sums ``[L, 2, C]``, NaN where there is none.
-        running: running buffers of the layers, ``[2, L, C]``; ``[2, 1, 1]`` if no layer has any.
-        loss: ``[1]``, NaN if it was not given.
+        running: running buffers of the layers, ``[L, 2, C]``; None if no layer has any.
+        detail: the detail moments; None if no statistic needs them.
+        between: the variance between ranks, ``[L, C]``; None on one process.
     """
 
+    moments: RawMoments
     gradient: Tensor
-    running: Tensor
-    loss: Tensor
+    running: Tensor | None = None
+    detail: DetailMoments | None = None
+    between: Tensor | None = None
+
+
+class _One(NamedTuple):
+    """A tensor, as what `gather_slabs` takes."""
+
+    value: Tensor
 
 
 def group_of(sync: "bool | dist.ProcessGroup") -> "dist.ProcessGroup | None":
@@ -52,27 +62,36 @@ def is_first_rank(sync: "bool | dist.ProcessGroup") -> bool:
 
 
 def merge_over_ranks(
-    sync: "bool | dist.ProcessGroup", moments: RawMoments, gathered: Gathered, detail: DetailMoments | None = None
-) -> tuple[RawMoments, Gathered, Tensor, DetailMoments | None]:
+    sync: "bool | dist.ProcessGroup", bands: Sequence[Gathered], loss: Tensor
+) -> tuple[list[Gathered], Tensor]:
     r"""Merge what all ranks gathered in a step, as if one process had seen the whole batch.
 
     - Moments, and detail moments where there are any, merge by Chan's rule.
     - Gradients are the mean over ranks, as DDP and FSDP make them: those of the mean of the ranks' losses, which is the
       mean over the batch where the ranks' shares are alike. A layer that did not run on a rank adds 0 there.
-    - The loss is the mean over ranks. Running buffers are the first rank's: DDP broadcasts and checkpoints keep those.
+    - The loss ``[1]`` is the mean over ranks. Running buffers are the first rank's: DDP broadcasts and checkpoints keep
+      those.
+    - The variance between ranks is :math:`\sum_r n_r (\mu_r - \mu)^2 / \sum_r n_r`.
 
     Returns:
-        Moments, the rest, the variance between ranks ``[L, C]``: :math:`\sum_r n_r (\mu_r - \mu)^2 / \sum_r n_r`, and
-        the detail moments.
+        The merged bands, and the loss.
     """
-    did_not_run = (moments.seen == 0)[:, None, None]
-    gathered = gathered._replace(gradient=gathered.gradient.masked_fill(did_not_run & gathered.gradient.isnan(), 0))
-    slabs = [moments, gathered] if detail is None else [moments, gathered, detail]
-    every_moments, every, *every_detail = gather_slabs(slabs, group_of(sync))
-    between = variance_between(every_moments)
-    merged = Gathered(every.gradient.mean(0), every.running[0], every.loss.mean(0))
-    merged_detail = merge_stacked_(every_detail[0], merge_detail_) if every_detail else None
-    return merge_stacked_(every_moments, merge_moments_), merged, between, merged_detail
+    slabs: list[Any] = [_One(loss)]
+    for band in bands:
+        did_not_run = (band.moments.seen == 0)[:, None, None]
+        slabs += [band.moments, _One(band.gradient.masked_fill(did_not_run & band.gradient.isnan(), 0))]
+        slabs += [] if band.running is None else [_One(band.running)]
+        slabs += [] if band.detail is None else [band.detail]
+    everyone = iter(gather_slabs(slabs, group_of(sync)))
+    of_loss = next(everyone).value.mean(0)
+    merged = []
+    for band in bands:
+        moments, gradient = next(everyone), next(everyone).value.mean(0)
+        between = variance_between(moments)
+        running = None if band.running is None else next(everyone).value[0]
+        detail = None if band.detail is None else merge_stacked_(next(everyone), merge_detail_)
+        merged.append(Gathered(merge_stacked_(moments, merge_moments_), gradient, running, detail, between))
+    return merged, of_loss
 
 
 def gather_slabs(slabs: Sequence[Any], group: "dist.ProcessGroup | None" = None) -> list[Any]:
@@ -80,8 +99,8 @@ def gather_slabs(slabs: Sequence[Any], group: "dist.ProcessGroup | None" = None)
 
     Shapes and dtypes must be the same on all ranks.
 
-    >>> gather_slabs([Gathered(torch.ones(2, 2, 3), torch.zeros(0), torch.ones(1))])[0].gradient.shape
-    torch.Size([1, 2, 2, 3])
+    >>> gather_slabs([RawMoments(torch.ones(2), torch.ones(2, 9, 3), torch.ones(2, 7))])[0].channel.shape
+    torch.Size([1, 2, 9, 3])
     """
     tensors = [tensor for slab in slabs for tensor in slab]
     # The widest dtype first, and rows of whole multiples of it: each part can then be read where it lies.

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from stabnorm._log import logger
 from stabnorm._models.async_copy import AsyncCopy
-from stabnorm.companions.companion import Companion, StepLoss
+from stabnorm.companions.companion import Companion, NormMoments, StepLoss
 from stabnorm.monitor.alerts import Alert, Departure
 from stabnorm.monitor.detect import Detector, MakeDetector
 from stabnorm.monitor.history import History
 from stabnorm.monitor.outputs import Guard
-from stabnorm.monitor.past import Moments
 from stabnorm.monitor.record import Block
 from stabnorm.monitor.rows import RowLayout
 from stabnorm.statistic import Statistic
@@ -186,7 +185,7 @@ class CompanionTrack(Track):
         self._make_detector = detector
         self._complaints: set[str] = set()
 
-    def step(self, layers: Sequence[str], norms: Moments, loss: StepLoss) -> None:
+    def step(self, layers: Sequence[str], norms: NormMoments, loss: StepLoss) -> None:
         """End a step: turn what was gathered into a row.
 
         Args:
@@ -318,7 +317,7 @@ class CompanionTracks(Mapping[str, CompanionTrack]):
         for track in self.values():
             track.watch.discard()
 
-    def step(self, layers: Sequence[str], norms: Moments, loss: StepLoss) -> None:
+    def step(self, layers: Sequence[str], norms: NormMoments, loss: StepLoss) -> None:
         """End a step, see `CompanionTrack.step`."""
         start = time.perf_counter()
         for track in self.values():

@@ -1,0 +1,134 @@
+"""`Measurement`: what a step has gathered becomes a row of numbers for each layer, and a part of its past."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stabnorm.monitor.accumulators import Accumulators
+from stabnorm.monitor.bands import Band, LayerOrder
+from stabnorm.monitor.detailed import DetailedPast
+from stabnorm.monitor.details import Details
+from stabnorm.monitor.past import Layout, Moments, Past, running_buffers
+from stabnorm.monitor.ranks import Gathered
+from stabnorm.monitor.rows import RowLayout, beside_statistics
+from stabnorm.monitor.saved_past import load_pasts, saved_pasts
+from stabnorm.statistic import Statistic
+
+
+@dataclass(frozen=True)
+class BandState:
+    """A band's layout and past, on the device."""
+
+    band: Band
+    layout: Layout
+    past: Past
+
+
+class NormsOfStep:
+    """What companions read of the norms in a step, in the order of the layers.
+
+    Args:
+        moments: those of each band.
+        in_order: puts the layers of all bands in their order.
+    """
+
+    def __init__(self, moments: Sequence[Moments], in_order: LayerOrder) -> None:
+        self._moments, self._in_order = moments, in_order
+
+    @cached_property
+    def ran(self) -> Tensor:
+        """Whether the layer saw a valid token, ``[L]``."""
+        return self._in_order([now.ran for now in self._moments])
+
+    @cached_property
+    def affine_residual(self) -> Tensor:
+        """See `Moments.affine_residual`, ``[L]``."""
+        return self._in_order([now.affine_residual for now in self._moments])
+
+
+class Measurement:
+    """Runs the catalogue over each band of layers, and keeps their pasts on the device.
+
+    Args:
+        accumulators: what the hooks fill.
+        statistics: those that are computed.
+        details: what is gathered beside the moments; None if no statistic needs it.
+        columns: the columns of a row.
+    """
+
+    def __init__(
+        self,
+        accumulators: Accumulators,
+        statistics: Sequence[Statistic],
+        details: Details | None,
+        columns: RowLayout,
+    ) -> None:
+        self._accumulators, self.statistics, self._details = accumulators, tuple(statistics), details
+        self._columns = columns
+        self._past_class = DetailedPast if any(s.remembers for s in statistics) else Past
+        self._in_order = LayerOrder(accumulators.bands)
+        self._states: list[BandState] = []  # made at first use, on the model's device
+        self._channels = [layer.num_features for layer in accumulators.layers]
+
+    def states(self, device: torch.device) -> list[BandState]:
+        """Return layout and past of each band, on a device; after a move of the model, the pasts move, too."""
+        before = self._states
+        if not before or before[0].layout.eps.device != device:
+            self._states = self.fresh_states(device)
+            if before:
+                self.load_past(saved_pasts(before, self._channels), device)
+        return self._states
+
+    def fresh_states(self, device: torch.device) -> list[BandState]:
+        """Return layout and past of each band as they are before the first step."""
+        with_buffers = any(layer.running_mean is not None for layer in self._accumulators.layers)
+        layouts = [(band, Layout.of(band, device, with_buffers)) for band in self._accumulators.bands]
+        return [BandState(band, layout, self._past_class(layout, band.width)) for band, layout in layouts]
+
+    def gathered(self, states: Sequence[BandState], device: torch.device) -> list[Gathered]:
+        """Return what each band has gathered on this process since the last step."""
+        taken = self._accumulators.take(device)
+        details = [None] * len(taken) if self._details is None else self._details.take(device)
+        return [
+            Gathered(moments, gradient, running_buffers(state.band, state.layout), detail)
+            for (moments, gradient), detail, state in zip(taken, details, states, strict=True)
+        ]
+
+    def rows(
+        self, states: Sequence[BandState], gathered: Sequence[Gathered], optimizers: Sequence[Optimizer]
+    ) -> tuple[Tensor, NormsOfStep]:
+        """Return the step's row ``[L, columns]``, and what companions read of it; the step then belongs to the past."""
+        parts = []
+        moments = [self.moments(*of_band, optimizers) for of_band in zip(states, gathered, strict=True)]
+        for state, now, of in zip(states, moments, gathered, strict=True):
+            values = torch.stack([statistic.compute(now, state.past) for statistic in self.statistics], -1)
+            values = torch.where(now.ran[:, None], values, torch.nan)
+            parts.append(self._columns.pack(values, beside_statistics(now)))
+            state.past.update(now, of.running)
+        return self._in_order(parts), NormsOfStep(moments, self._in_order)
+
+    def moments(self, state: BandState, gathered: Gathered, optimizers: Sequence[Optimizer]) -> Moments:
+        """Return the moments of a band in a step, with the details if there are any."""
+        now = Moments.of(gathered.moments, gathered.gradient, state.layout, gathered.between)
+        if self._details is None or gathered.detail is None:
+            return now
+        return self._details.beside(state.band, now, gathered.detail, optimizers)
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """Return the past of all layers; None before the first step."""
+        return saved_pasts(self._states, self._channels) if self._states else None
+
+    def load_past(self, saved: Mapping[str, Any], device: torch.device) -> None:
+        """Continue on a device from a saved past of the same layers.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape; nothing is loaded then.
+        """
+        states = self.fresh_states(device)
+        load_pasts(states, saved, self._channels)
+        self._states = states

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stabnorm._checks import check_count, check_function, check_has_numbers, check_loader, check_model, check_scalar
+from stabnorm._checks import (
+    check_count,
+    check_function,
+    check_has_numbers,
+    check_loader,
+    check_model,
+    check_number,
+    check_scalar,
+)
 from stabnorm._models.batches import Forward, moved, run_batch
 from stabnorm._models.calls import input_name, mask_of, tensor_input_of
 from stabnorm._models.devices import device_of
@@ -54,13 +62,27 @@ def recalibrate_norms(
     n_batches: int,
     metric: Callable[[nn.Module], float] | None = None,
     *,
+    kappa: float | None = None,
+    momentum: float = 0.1,
+    alpha: float = 1.0,
     forward: Forward | None = None,
 ) -> RecalibrationReport:
     r"""Replace running statistics by the median over batches of the batches' own, per channel.
 
     .. math:: \hat\mu_c = \mathrm{median}_b\, \mu_{b,c},\qquad \hat\sigma^2_c = \mathrm{median}_b\, \sigma^2_{b,c}
 
-    It is a median because one burst in the loader would ruin a mean. Every norm gets the inputs that it would get in
+    It is a median because one burst in the loader would ruin a mean. With `kappa` it is the running average of AdaB2N
+    instead, which begins at the statistics that there are and takes the batches in their order:
+
+    .. math:: s_t = (1 - \eta_t)\, s_{t-1} + \eta_t\, s_{\mathrm{batch}},\qquad
+              \eta_1 = m^\kappa,\quad \eta_t = \frac{\eta_{t-1}}{\eta_{t-1} + (1 - m)^\kappa}
+
+    With ``kappa=0`` this is the plain mean of the batches, with ``kappa=1`` the moving average of torch's BatchNorm.
+    `alpha` keeps a share of the statistics that there are, for data of another kind than the training's (alpha-BN):
+
+    .. math:: s \leftarrow (1 - \alpha)\, s + \alpha\, \hat s
+
+    Every norm gets the inputs that it would get in
     training, where all norms before it use the statistics of the batch. So all layers can be measured at once. The rest
     of the model is in eval mode, so that dropout is off, as it will be when the statistics are used. For torch's
     BatchNorm and for `RepBN`, also inside a `PRepBN`, the statistics are mean and unbiased variance; for `UnifiedNorm`
@@ -79,6 +101,9 @@ def recalibrate_norms(
         metric: a function that takes the model in eval mode and returns a number, **lower is better**, such as a loss
             on validation data. The new statistics stay only if it does not get worse. With several processes its mean
             decides. Default: None, they stay.
+        kappa: from 0 to 1, see above. Default: None, the median.
+        momentum: m, the weight of a new batch where `kappa` is above 0. Default: 0.1.
+        alpha: the share of the new statistics, from 0 to 1. Default: 1.
         forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: according
             to the format of `loader`.
 
@@ -87,9 +112,11 @@ def recalibrate_norms(
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: `n_batches` is below 1, or the model has no norm with running statistics.
+        ValueError: `n_batches` is below 1, a number is out of range, or the model has no norm with running statistics.
         StabNormError: the loader is empty, or no such norm ran, or a norm learns its number of channels from its first
             input and has had none.
+
+    Source: AdaB2N (`kappa`), arXiv:2110.04065 (alpha-BN).
 
     >>> from stabnorm.nn import RepBN
     >>> model = nn.Sequential(nn.Linear(4, 8), RepBN(8)).eval()
@@ -100,6 +127,10 @@ def recalibrate_norms(
     check_model("model", model)
     check_loader("loader", loader)
     check_count("n_batches", n_batches, hint=": 50 are plenty")
+    if kappa is not None:
+        check_number("kappa", kappa, least=0, most=1, hint=", or None for the median")
+    check_number("momentum", momentum, above=0, most=1)
+    check_number("alpha", alpha, least=0, most=1)
     if metric is not None:
         check_function("metric", metric, "model")
     if forward is not None:
@@ -119,20 +150,20 @@ def recalibrate_norms(
     with _unchanged(model, device):
         before = _measured(metric, model, device)
         batches = _gather(model, targets, loader, n_batches, forward or run_batch, device)
-    medians = {target.name: target.median() for target in targets}
+    averages = {target.name: target.average(kappa, momentum) for target in targets}
     if not batches:
         raise StabNormError("the loader is empty, so nothing was measured. Give one with batches")
-    if all(median is None for median in medians.values()):
+    if all(average is None for average in averages.values()):
         raise StabNormError(
             f"in {batches} batches no norm with running statistics saw a finite input; the first is {targets[0].name}. "
             "Check that the batches reach the model and what they hold"
         )
-    left |= {name: "it saw no finite input" for name, median in medians.items() if median is None}
+    left |= {name: "it saw no finite input" for name, average in averages.items() if average is None}
     old = [(buffer, buffer.clone()) for target in targets for buffer in target.buffers]
     kept = False
     try:
         for target in targets:
-            target.write(medians[target.name])
+            target.write(averages[target.name], alpha)
         with _unchanged(model, device):
             after = _measured(metric, model, device)
         # A NaN before is worse than any number, and a NaN after is worse than anything.
@@ -141,7 +172,7 @@ def recalibrate_norms(
         if not kept:
             for buffer, value in old:
                 buffer.copy_(value)
-    norms = tuple(name for name, median in medians.items() if median is not None)
+    norms = tuple(name for name, average in averages.items() if average is not None)
     return RecalibrationReport(norms, left, batches, before, after, kept)
 
 
@@ -172,7 +203,7 @@ class _Target:
             if part is self.norm or isinstance(part, EvalAffineNorm):
                 part.training = True
 
-    def median(self) -> Tensor | None:
+    def average(self, kappa: float | None, momentum: float) -> Tensor | None:
         """Give ``[len(buffers), C]`` over the batches of all processes, float64; None where no batch was finite."""
         shape = (len(self.buffers), self.buffers[0].numel())
         device = self.buffers[0].device
@@ -182,15 +213,37 @@ class _Target:
         padded = torch.full((most, *shape), torch.nan, device=device)  # ranks may have different numbers of batches
         if self.seen:
             padded[: len(self.seen)] = torch.stack(self.seen)
-        of_all_ranks = gather_over_ranks(padded).flatten(0, 1).cpu().double().numpy()
-        finite = of_all_ranks[~np.isnan(of_all_ranks).any((1, 2))]
-        return torch.from_numpy(np.median(finite, axis=0)) if len(finite) else None
+        of_all_ranks = gather_over_ranks(padded).cpu().double().transpose(0, 1).flatten(0, 1)  # in the batches' order
+        finite = of_all_ranks[~of_all_ranks.isnan().any(2).any(1)]
+        if not len(finite):
+            return None
+        if kappa is None:
+            return torch.from_numpy(np.median(finite.numpy(), axis=0))
+        average = torch.stack([buffer.detach().cpu().double().flatten() for buffer in self.buffers])
+        for values, weight in zip(finite, momenta(kappa, momentum), strict=False):
+            average = average + weight * (values - average)
+        return average
 
-    def write(self, median: Tensor | None) -> None:
-        """Write the medians into the buffers; None leaves them as they are."""
-        if median is not None:
-            for buffer, value in zip(self.buffers, median, strict=True):
-                buffer.copy_(value)
+    def write(self, average: Tensor | None, alpha: float) -> None:
+        """Write the averages into the buffers, with the weight `alpha`; None leaves them as they are."""
+        if average is not None:
+            for buffer, value in zip(self.buffers, average, strict=True):
+                old = buffer.double().cpu()
+                buffer.copy_(old + alpha * (value.view_as(old) - old))
+
+
+def momenta(kappa: float, momentum: float) -> Iterator[float]:
+    r"""Yield the weights of the new values in AdaB2N's running average, the first one first.
+
+    .. math:: \eta_1 = m^\kappa,\qquad \eta_t = \frac{\eta_{t-1}}{\eta_{t-1} + (1 - m)^\kappa}
+
+    >>> list(itertools.islice(momenta(0.0, 0.1), 3)), list(itertools.islice(momenta(1.0, 0.25), 2))
+    ([1.0, 0.5, 0.3333333333333333], [0.25, 0.25])
+    """
+    weight = momentum**kappa
+    while True:
+        yield weight
+        weight /= weight + (1 - momentum) ** kappa
 
 
 def _of_batch_norm(x: Tensor, name: str) -> Tensor:

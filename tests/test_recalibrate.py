@@ -354,3 +354,56 @@ def test_two_processes_take_the_median_over_the_batches_of_both(tmp_path: Path) 
         assert after == pytest.approx(0.975)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_kappa_0_is_the_mean_of_the_batches_and_kappa_1_the_average_of_batch_norm() -> None:
+    """T22, AdaB2N's limits; torch's own BatchNorm is the truth for kappa = 1."""
+    data = [torch.randn(7, WIDTH) * (1 + i) + i for i in range(BATCHES)]
+    trained = nn.BatchNorm1d(WIDTH, momentum=0.3)
+    nn.init.uniform_(trained.running_mean)  # type: ignore[arg-type]
+    model = nn.Sequential(nn.BatchNorm1d(WIDTH)).eval()
+    model[0].load_state_dict(trained.state_dict())
+    for x in data:
+        trained(x)
+    recalibrate_norms(model, data, BATCHES, kappa=1, momentum=0.3)
+    torch.testing.assert_close(model[0].running_mean, trained.running_mean)
+    torch.testing.assert_close(model[0].running_var, trained.running_var)
+    recalibrate_norms(model, data, BATCHES, kappa=0)
+    torch.testing.assert_close(model[0].running_mean, torch.stack([x.mean(0) for x in data]).mean(0))
+    torch.testing.assert_close(model[0].running_var, torch.stack([x.var(0) for x in data]).mean(0))
+
+
+def test_between_the_limits_the_average_is_the_recursion_of_the_paper() -> None:
+    data = [torch.randn(7, WIDTH) + i for i in range(5)]
+    model = nn.Sequential(RepBN(WIDTH)).eval()
+    nn.init.uniform_(model[0].running_mean, 1, 2)  # type: ignore[arg-type]
+    expected, weight, kappa, momentum = model[0].running_mean.double(), 0.2**0.4, 0.4, 0.2  # type: ignore[union-attr]
+    for x in data:
+        expected = (1 - weight) * expected + weight * x.double().mean(0)
+        weight = weight / (weight + (1 - momentum) ** kappa)
+    recalibrate_norms(model, data, 5, kappa=kappa, momentum=momentum)
+    torch.testing.assert_close(model[0].running_mean, expected.float())
+
+
+@pytest.mark.parametrize("kappa", [None, 0.0, 0.5])
+def test_alpha_mixes_old_and_new_statistics_and_at_0_changes_no_output(kappa: float | None) -> None:
+    data = [torch.randn(7, WIDTH) + 1 for _ in range(4)]
+    old, whole, part, none = (nn.Sequential(nn.BatchNorm1d(WIDTH)).eval() for _ in range(4))
+    randomised(old)
+    for model, alpha in ((whole, 1.0), (part, 0.25), (none, 0.0)):
+        model.load_state_dict(old.state_dict())
+        recalibrate_norms(model, data, 4, kappa=kappa, alpha=alpha)
+    for buffer in ("running_mean", "running_var"):
+        before, after, mixed = (getattr(model[0], buffer) for model in (old, whole, part))
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(mixed, 0.75 * before + 0.25 * after)
+    x = torch.randn(9, WIDTH)
+    torch.testing.assert_close(none(x), old(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"kappa": 2}, {"kappa": "x"}, {"momentum": 0}, {"alpha": -0.1}, {"alpha": None}])
+def test_an_average_out_of_range_is_refused_before_anything_runs(options: dict[str, Any]) -> None:
+    model, name = nn.Sequential(nn.BatchNorm1d(WIDTH)), next(iter(options))
+    with pytest.raises((TypeError, ValueError), match=f"{name}="):
+        recalibrate_norms(model, [torch.randn(4, WIDTH)], 1, **options)
+    assert not model.get_buffer("0.running_mean").any()

@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from stabnorm import StabNormError, recalibrate_norms, valid_tokens
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from tests.processes import leave
+from tests.processes import run_ranks
 
 WIDTH, BATCHES = 6, 9
 
@@ -331,20 +329,17 @@ def test_bad_input_is_refused() -> None:
         recalibrate_norms(chain(), [x * torch.nan for x in batches()], 2)
 
 
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def one_rank(rank: int, folder: Path) -> None:
     torch.manual_seed(0)
     model = chain()
     own = batches()[:4] if rank == 0 else batches()[4:]  # uneven: 4 and 5
     asked = iter([1.0, 0.9] if rank == 0 else [1.0, 1.05])  # worse here, better on the whole
     report = recalibrate_norms(model, own, BATCHES, lambda model: next(asked))
     torch.save((model.state_dict(), report.kept, report.after), f"{folder}/{rank}.pt")
-    leave()
 
 
 def test_two_processes_take_the_median_over_the_batches_of_both(tmp_path: Path) -> None:
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, tmp_path)
     torch.manual_seed(0)
     model = chain()
     recalibrate_norms(model, batches(), BATCHES)

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from stabnorm import StabNormError, apply_manifest, convert_norms
 from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityCallback
 from stabnorm.fold import FoldedNorm
-from tests.callbacks.test_progressive_ranks import free_port
+from tests.callbacks.test_progressive_ranks import variables_of
 from tests.lightning_small import BATCHES, WIDTH, fit, loader, module, trainer
+from tests.processes import run_ranks
 from tests.versions import needs_weight_averaging
 from tests.watchers import watchers
 
@@ -173,20 +173,18 @@ def test_a_fast_dev_run_folds_and_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("folded*"))
 
 
-def one_rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+def one_rank(rank: int, folder: Path) -> None:
+    os.environ |= variables_of(rank)
     warnings.filterwarnings("error", message="FoldCallback")
     callback, model = folding(), module()
     options: dict[str, Any] = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": True, "max_epochs": 2}
-    fit(trainer(Path(folder), callback, ProgressiveNormCallback(norm_options={"sync": True}), **options), model)
-    torch.save((callback.directory, model.net.state_dict()), f"{folder}/{rank}.pt")
+    fit(trainer(folder, callback, ProgressiveNormCallback(norm_options={"sync": True}), **options), model)
+    torch.save((callback.directory, model.net.state_dict()), folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 def test_of_two_processes_the_first_one_writes(tmp_path: Path) -> None:
-    mp.spawn(one_rank, (free_port(), str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, tmp_path)
     (first, state), (second, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert written(first) == FILES
     assert second is None

@@ -2,17 +2,16 @@
 
 import functools
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.switch.lam import progressive_norms
 from tests.lightning_small import BATCHES, fit, module, trainer
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -22,11 +21,9 @@ LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # 
 STEPS = 2 * BATCHES
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port: int = s.getsockname()[1]
-        return port
+def variables_of(rank: int) -> dict[str, str]:
+    """With these in place Lightning takes the processes, and the group that they are, as it finds them."""
+    return {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the callback, and of the Trainer
@@ -37,11 +34,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the callback, 
 }
 
 
-def one_rank(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    # With these in place Lightning takes the processes as they are.
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+def one_rank(rank: int, folder: Path) -> None:
+    os.environ |= variables_of(rank)
     for case, (options, run_options) in CASES.items():
         model = module(heavy=True)
         callbacks = [
@@ -49,18 +43,18 @@ def one_rank(rank: int, port: int, folder: str) -> None:
             *([StabilityCallback()] if options.get("start") else []),
         ]
         defaults = dict(strategy="ddp", devices=2, max_epochs=4, use_distributed_sampler=True)
-        fit(trainer(Path(folder), *callbacks, **{**defaults, **run_options}), model)
+        fit(trainer(folder, *callbacks, **{**defaults, **run_options}), model)
         flags = [(norm.leave_out_norm, norm.sync) for norm in progressive_norms(model).values()]
         gate = callbacks[0].switch.gate  # type: ignore[attr-defined]
         residuals = None if gate is None else gate.residuals
-        torch.save((model.lams, model.state_dict(), flags, residuals), f"{folder}/{case}.{rank}.pt")
+        torch.save((model.lams, model.state_dict(), flags, residuals), folder / f"{case}.{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What came of each case; two processes for all of them, for it takes them long to start."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_rank, (free_port(), str(folder)), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, folder)
     return folder
 
 

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +17,7 @@ from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
 from stabnorm.companions import CurvatureCompanion
 from tests.companions.test_curvature import Net, adam, batch, samples, train, watch_of
 from tests.lightning_small import trainer
-from tests.processes import leave
+from tests.processes import run_ranks
 
 BATCHES = 8
 
@@ -152,9 +150,7 @@ def test_hugging_faces_trainer_hands_out_no_loss_and_the_callback_says_so() -> N
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def one_rank(rank: int, folder: Path) -> None:
     results = {}
     for every in (1, None):
         net = Net(dtype=torch.float64)
@@ -172,12 +168,11 @@ def one_rank(rank: int, folder: str) -> None:
         weights = torch.cat([p.detach().flatten() for p in net.parameters()])
         results[every] = samples(monitor), weights, watch_of(monitor)._schedule.state_dict()
     torch.save(results, f"{folder}/{rank}.pt")
-    leave()
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_samples_of_one_and_agree_on_the_next(tmp_path: Path) -> None:
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     net = Net(dtype=torch.float64)
     net.body[3] = nn.Identity()

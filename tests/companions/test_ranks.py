@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -14,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stabnorm import StabilityMonitor
 from tests.companions.nets import Text, loss
-from tests.processes import leave
+from tests.processes import run_ranks
 from tests.versions import needs_fsdp_on_cpu
 
 pytestmark = pytest.mark.slow
@@ -46,20 +44,17 @@ def made() -> Text:
     return Text()
 
 
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def one_rank(rank: int, folder: Path) -> None:
     rows = slice(0, 3) if rank == 0 else slice(3, 6)
     replicated = train(DistributedDataParallel(made()), rows)
     sharded = made()
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
     torch.save({"ddp": replicated, "fsdp": train(sharded, rows)}, f"{folder}/{rank}.pt")
-    leave()
 
 
 @needs_fsdp_on_cpu
 def test_two_processes_have_the_weights_and_gradients_of_one_and_their_own_attention(tmp_path: Path) -> None:
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     history, sums = train(made(), slice(None))
 

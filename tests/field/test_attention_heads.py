@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -17,7 +15,7 @@ from stabnorm import StabilityMonitor
 from stabnorm.companions import AttentionCompanion
 from stabnorm.dashboard.table import layers_worth_a_look
 from stabnorm.monitor.record import FileRecord, read_record
-from tests.processes import leave
+from tests.processes import run_ranks
 
 DIM = 12
 
@@ -272,9 +270,7 @@ def test_a_compiled_model_is_traced_once_more_and_counts_from_the_next_step() ->
     torch.testing.assert_close(values[1:], known[1:])
 
 
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def one_rank(rank: int, folder: Path) -> None:
     model = net(Silent, Silent)
     model.running = 1
     replicated = DistributedDataParallel(model, find_unused_parameters=True)
@@ -285,12 +281,11 @@ def one_rank(rank: int, folder: str) -> None:
             monitor.step()
     rows = monitor.companions["attention"].rows
     torch.save((rows, shares(monitor), monitor.history()["amax"]), f"{folder}/{rank}.pt")
-    leave()
 
 
 @pytest.mark.slow
 def test_ranks_that_meet_an_attention_at_different_steps_stay_together(tmp_path: Path) -> None:
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert ranks[0][0] == ranks[1][0] == tuple(f"attentions.{i}.head{j}" for i in (0, 1) for j in range(3))
     assert torch.equal(ranks[0][2], ranks[1][2])

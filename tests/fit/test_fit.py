@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from stabnorm import StabNormError, convert_norms, remove_norms
@@ -17,7 +15,7 @@ from stabnorm.nn import PRepBN
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained import Affine, Runner, fit_norms, measure_norms
 from tests.pretrained.nets import Batch, batches, converted_pair, post_norm
-from tests.processes import leave
+from tests.processes import run_ranks
 
 
 def least_squares(x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -241,19 +239,15 @@ def _fitted(own_batches: list[Batch]) -> tuple[dict[str, Tensor], dict[str, floa
     return model.state_dict(), measure.residuals | {f"{name}, left": value for name, value in left.items()}
 
 
-def _one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def _one_rank(rank: int, folder: Path) -> None:
     own_batches = batches(24, 32)[:5] if rank == 0 else batches(24, 32)[5:]  # not as many each
     own = batches(2, seed=30 + rank)
     removed = remove_norms(post_norm(), own_batches, steps=2, tolerance=1.0, held_out=own)
     torch.save((*_fitted(own_batches), removed.model.state_dict(), removed.error), f"{folder}/{rank}.pt")
-    dist.barrier()
-    leave()
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    mp.spawn(_one_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(_one_rank, tmp_path)
     state, residuals = _fitted(batches(24, 32))
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, value in state.items():

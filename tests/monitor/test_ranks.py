@@ -3,12 +3,12 @@
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +18,7 @@ from stabnorm.monitor import ranks
 from stabnorm.monitor.ranks import gather_slabs, merge_stacked_, variance_between
 from stabnorm.monitor.record import Block
 from tests.monitor.one_history import STEPS, History, Net, assert_same, train
-from tests.processes import leave
+from tests.processes import run_ranks
 from tests.versions import needs_fsdp_on_cpu
 
 pytestmark = pytest.mark.slow
@@ -106,9 +106,7 @@ def now_and_then(rank: int, ranks_: int) -> History:
     return monitor.history()
 
 
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def one_rank(rank: int, folder: Path) -> None:
     results: dict[str, Any] = {}
     for name, (make, options) in (CASES | SHARDED_CASES if HAS_SHARDING else CASES).items():
         calls = counted_gathers()
@@ -128,7 +126,6 @@ def one_rank(rank: int, folder: str) -> None:
         StabilityMonitor(Net(), include="norm1" if rank else "norm2").attach()
     results["refused"] = str(refused.value)
     torch.save(results, f"{folder}/{rank}.pt")
-    leave()
 
 
 def counted_gathers() -> Any:
@@ -172,7 +169,7 @@ def recorded(rank: int) -> Any:
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """What two processes found, in all cases: they take seconds to start."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_rank, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, folder)
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     return first, second
 
@@ -231,7 +228,7 @@ def test_the_gradient_of_a_sharded_parameter_is_not_known_to_one_rank(both: tupl
 def test_only_the_first_rank_writes_and_speaks_and_the_loss_is_the_mean(both: tuple[Any, Any]) -> None:
     losses, events, alerts, lines = both[0]["record"]
     assert losses == [10 * step + 0.5 for step in range(10)]
-    assert events == ["alert 6"]
+    assert events == ["alert 6", "onset 6"]
     assert len(lines) == 1
     assert str(both[1]["record"]) == str(([], [], alerts, []))  # a NaN is not equal to itself
     assert [alert["statistic"] for alert in alerts] == ["nonfinite"]

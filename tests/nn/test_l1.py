@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from stabnorm import convert_norms, fold_norms, recalibrate_norms
 from stabnorm.nn import PRepBN, RepBN
 from stabnorm.ops import use_kernels
 from tests.nn_modules import run, state
-from tests.processes import leave
+from tests.processes import run_ranks
 
 masks = pytest.mark.parametrize("masked", [False, True])
 centers = pytest.mark.parametrize("center", [True, False])
@@ -191,16 +189,13 @@ def test_recalibration_takes_the_median_of_the_batches_own() -> None:
     torch.testing.assert_close(model[0].running_var.double(), each.median(0).values, rtol=1e-5, atol=0)
 
 
-def one_rank(rank: int, folder: str, masked: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def one_rank(rank: int, folder: Path, masked: bool) -> None:
     rows = slice(0, 5) if rank == 0 else slice(5, 8)
     results = []
     for norm in of_ranks():
         x, dy, mask = joined(masked)
         results.append((*run(norm, x[rows], dy[rows], None if mask is None else mask[rows]), state(norm)))
     torch.save(results, f"{folder}/{rank}.pt")
-    leave()
 
 
 def of_ranks() -> list[RepBN]:
@@ -216,7 +211,7 @@ def joined(masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
 
 @masks
 def test_two_processes_equal_one_with_the_joined_batch(masked: bool, tmp_path: Path) -> None:
-    mp.spawn(one_rank, (str(tmp_path), masked), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, tmp_path, masked)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for index, norm in enumerate(of_ranks()):
         want = run(norm, *joined(masked))

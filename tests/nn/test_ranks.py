@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from tests.nn_modules import run, state
-from tests.processes import leave
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -60,9 +58,7 @@ def trained(norm: nn.Module, rows: slice, masked: bool, times: int = 1) -> list[
     return results
 
 
-def one_rank(rank: int, folder: str, masked: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def one_rank(rank: int, folder: Path, masked: bool) -> None:
     tensors = {}
     rows = slice(0, 5) if rank == 0 else slice(5, 8)  # uneven
     for name, norm in modules().items():
@@ -75,12 +71,11 @@ def one_rank(rank: int, folder: str, masked: bool) -> None:
         model(x[rows]).backward(dy[rows])
     tensors["ddp"] = ([], state(model.module), [])
     torch.save(tensors, f"{folder}/{rank}.pt")
-    leave()
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_two_processes_equal_one_with_the_joined_batch(masked: bool, tmp_path: Path) -> None:
-    mp.spawn(one_rank, (str(tmp_path), masked), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, tmp_path, masked)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, norm in modules().items():
         want = trained(norm, slice(None), masked)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from stabnorm import find_norms
-from tests.families import FAMILIES, Family, randomize_
+from tests.families import EVERY_FAMILY, Family, randomize_
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+families = pytest.mark.parametrize("family", EVERY_FAMILY)
 
 
 @families

@@ -20,7 +20,7 @@ MARKS = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
     pytest.mark.usefixtures("nan_in_new_memory"),
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),  # NumPy's, of the interpreter
-    *([pytest.mark.gpu] if GPU else []),
+    pytest.mark.gpu if GPU else pytest.mark.slow,
 ]
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or no matrix product is deterministic
 DTYPES = list(TOLERANCES)

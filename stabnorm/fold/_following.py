@@ -94,7 +94,7 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 def _gather(tree: Any, tensors: list[Tensor]) -> None:
-    kind = type(tree)  # this runs several times for every operation, and torch's own walk over a tree is ten times slower
+    kind = type(tree)  # several times for every operation, and torch's own walk over a tree is ten times slower
     if isinstance(tree, Tensor):
         tensors.append(tree)
     elif kind is tuple or kind is list:

@@ -95,6 +95,7 @@ def test_the_progress_bar_shows_the_verdict_and_is_given_back(tmp_path: Path) ->
     assert "get_metrics" not in vars(bar)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["stability", "fold"])
 @pytest.mark.parametrize("logger", [False, True])
 def test_the_record_says_where_each_norm_was_folded(first: str, logger: bool, tmp_path: Path) -> None:

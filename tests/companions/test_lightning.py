@@ -110,6 +110,7 @@ def test_errors_come_before_the_first_batch(tmp_path: Path) -> None:
     assert watchers(model) == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_goes_on_with_the_power_iteration(tmp_path: Path) -> None:
     def run(epochs: int, **options: Any) -> StabilityCallback:
         callback = StabilityCallback(companions=CHOSEN)

@@ -11,11 +11,11 @@ from torch.nn.utils import parametrize
 
 from stabnorm import convert_norms, find_norms
 from stabnorm.nn import PRepBN, RepBN
-from tests.families import FAMILIES, Example, Family, randomize_
+from tests.families import EVERY_FAMILY, Example, Family, randomize_
 from tests.families.decoders import GemmaRMSNorm, LlamaRMSNorm
 from tests.families.seq2seq import T5LayerNorm
 
-families = pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+families = pytest.mark.parametrize("family", EVERY_FAMILY)
 SEVERAL_OPERATIONS = (LlamaRMSNorm, GemmaRMSNorm, T5LayerNorm)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stabnorm import StabNormError, convert_norms, find_norms
 from stabnorm.convert import Target
 from stabnorm.nn import PowerNorm, RepBN, UnifiedNorm
-from tests.families import FAMILIES, Family, randomize_
+from tests.families import EVERY_FAMILY, Family, randomize_
 from tests.families.convolutional import LayerNorm2d
 from tests.families.decoders import GemmaRMSNorm
 
@@ -17,7 +17,7 @@ TARGETS: dict[Target, type[nn.Module]] = {"repbn": RepBN, "unified": UnifiedNorm
 targets = pytest.mark.parametrize("to", TARGETS)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @targets
 def test_every_family_runs_on_them_and_each_is_affine_in_eval(family: Family, to: Target) -> None:
     model = randomize_(family.build(), seed=1)

@@ -10,6 +10,8 @@ equal means equal. A fresh model has zero biases, gains of one and often a silen
 `randomize_` draws them all, and running statistics.
 """
 
+import pytest
+
 from tests.families import convolutional, decoders, encoders, seq2seq, torch_native, vision, windows
 from tests.families.family import Example, Family, randomize_
 
@@ -19,4 +21,12 @@ FAMILIES: dict[str, Family] = {
     for family in module.FAMILIES
 }
 
-__all__ = ["FAMILIES", "Example", "Family", "randomize_"]
+# What holds for every family is tested on all of them; `make quick` takes one of each kind.
+_QUICK = {
+    "vit, class token", "swin", "convnext", "bert", "llama", "gpt-2, tied head", "whisper", "torch encoder, pre-norm"
+}  # fmt: skip
+EVERY_FAMILY = [
+    pytest.param(family, id=name, marks=() if name in _QUICK else pytest.mark.slow) for name, family in FAMILIES.items()
+]
+
+__all__ = ["EVERY_FAMILY", "FAMILIES", "Example", "Family", "randomize_"]

@@ -34,6 +34,7 @@ class Block(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("liars", [{5}, {5, 17}, set(range(DEPTH))], ids=["one", "two", "all"])
 def test_what_fails_is_found_in_few_trials(liars: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     tries, real = [0], _settle._try

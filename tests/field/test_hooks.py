@@ -273,6 +273,7 @@ def test_an_encoder_in_eval_mode_keeps_its_fused_path(companions: tuple[str, ...
     assert not torch.equal(found, slow)  # else this test could not fail
 
 
+@pytest.mark.slow
 def test_copies_and_files_of_a_watched_model_are_those_of_an_unwatched_one(tmp_path: Path) -> None:
     norms = nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.LayerNorm(8, elementwise_affine=False)
     model = nn.Sequential(nn.Linear(4, 8), *norms)

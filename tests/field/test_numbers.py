@@ -80,6 +80,7 @@ def test_forwards_in_inference_mode_change_no_later_step(first_inside: bool) -> 
     assert gradients.isfinite().any(1).tolist() == [first_inside == (step % 2 == 1) for step in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_figures_of_thousands_of_forwards_are_those_of_one(mean: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -60,6 +60,7 @@ def test_no_folder_that_is_written_shadows_the_package(
     assert PathFinder.find_spec("stabnorm", [str(tmp_path)]) is not None
 
 
+@pytest.mark.slow
 def test_each_fit_that_begins_anew_has_a_folder_of_its_own_and_one_that_goes_on_keeps_it(tmp_path: Path) -> None:
     stability, _, fold = callbacks()
     folders = []

@@ -115,6 +115,7 @@ def test_several_threads_through_one_model_lose_no_token(preset: str) -> None:
         torch.testing.assert_close(histories[0][name], values, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("preset", ["standard", "full"])
 @pytest.mark.parametrize("reentrant", [False, True])

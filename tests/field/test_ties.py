@@ -110,6 +110,7 @@ def switched(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_a_folded_model_with_ties_is_the_same_after_saving_and_loading(name: str) -> None:
     transformers: Any = pytest.importorskip("transformers", minversion="5")

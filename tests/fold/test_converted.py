@@ -6,13 +6,13 @@ from torch import nn
 
 from stabnorm import convert_norms, fold_norms
 from stabnorm.nn import PRepBN
-from tests.families import FAMILIES, Family, randomize_
+from tests.families import EVERY_FAMILY, Family, randomize_
 from tests.fold.test_families import TABLE, cast, counts, error
 
 pytestmark = pytest.mark.filterwarnings("ignore:a bias was added to .* LoRA adapters")
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_converted_model_folds_once_lam_is_zero(family: Family) -> None:
     model = family.build()
     convert_norms(model)

@@ -27,6 +27,7 @@ def pair(family: Family) -> tuple[nn.Module, nn.Module, tuple[Any, ...], dict[st
     return model, fold_norms(model, (args, kwargs)).model, args, kwargs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [FAMILIES[name] for name in NAMES], ids=str)
 def test_the_exported_graph_has_no_norm(family: Family) -> None:
     _, folded, args, kwargs = pair(family)
@@ -37,6 +38,7 @@ def test_the_exported_graph_has_no_norm(family: Family) -> None:
         assert relative_error(program.module()(*args, **kwargs), folded(*args, **kwargs)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [FAMILIES[name] for name in NAMES], ids=str)
 def test_it_compiles_to_one_graph(family: Family) -> None:
     _, folded, args, kwargs = pair(family)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stabnorm import fold_norms
 from stabnorm.fold import FoldResult
-from tests.families import FAMILIES, Example, Family, randomize_
+from tests.families import EVERY_FAMILY, Example, Family, randomize_
 from tests.fold.nets import error_of, swapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:a bias was added to .* LoRA adapters")
@@ -90,7 +90,7 @@ def error(folded: nn.Module, model: nn.Module, examples: list[Example]) -> float
 
 
 @pytest.mark.parametrize("center", [True, False], ids=["with a mean", "scale only"])
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_family_folds_exactly(family: Family, center: bool) -> None:
     model = ready(family, center).double()
     examples = [cast(family.example(seed), torch.float64) for seed in (0, 1)]

@@ -6,7 +6,7 @@ from torch import nn
 
 from stabnorm import find_norms, fold_gains, fold_norms
 from stabnorm.nn import RepBN
-from tests.families import FAMILIES, Family, randomize_
+from tests.families import EVERY_FAMILY, Family, randomize_
 from tests.fold.nets import Net, draw, error_of, ready
 from tests.fold.test_families import cast, error
 
@@ -20,7 +20,7 @@ STAY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_gains_fold_where_linears_read_them(family: Family) -> None:
     model = randomize_(family.build(), seed=1).double().eval()
     examples = [cast(family.example(seed), torch.float64) for seed in (0, 1)]

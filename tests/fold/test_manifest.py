@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from stabnorm import apply_manifest, fold_norms
-from tests.families import FAMILIES, Family
+from tests.families import EVERY_FAMILY, FAMILIES, Family
 from tests.fold.nets import swapped
 from tests.fold.test_families import error, ready
 
 pytestmark = pytest.mark.filterwarnings("ignore:a bias was added to .* LoRA adapters")
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_fresh_model_takes_the_folded_weights(family: Family) -> None:
     result = fold_norms(ready(family, center=True), tuple(family.example()))
     manifest = json.loads(json.dumps(result.manifest))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stabnorm import StabNormError, convert_norms, fold_norms, plan_fold
 from stabnorm.fold import FoldPlan
 from stabnorm.nn import PRepBN, RepBN
-from tests.families import FAMILIES, Family, randomize_
+from tests.families import EVERY_FAMILY, FAMILIES, Family, randomize_
 from tests.fold.nets import Net, draw
 from tests.fold.test_families import FOLDED, TABLE
 
@@ -32,7 +32,7 @@ def planned(plan: FoldPlan) -> list[tuple[Any, ...]]:
 # --- it says what will be ---
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_fresh_model_is_planned_as_it_will_fold_once_it_is_trained(family: Family) -> None:
     model = family.build()  # with its zeros and ones: what is planned must not rest on them
     plan = plan_fold(model, tuple(family.example()), center=True)
@@ -72,6 +72,7 @@ def test_a_running_mean_that_training_will_move_counts_as_a_shift() -> None:
     assert planned(plan) == [(norm.name, norm.status, norm.into, norm.reason) for norm in result.norms]
 
 
+@pytest.mark.slow
 def test_the_plan_is_the_same_before_a_switch_in_the_middle_of_one_and_after_it_in_both_modes() -> None:
     family = FAMILIES["bert"]
     model = randomize_(family.build()).eval()

@@ -9,7 +9,7 @@ from torch import nn
 
 from stabnorm import StabNormError, apply_manifest, find_norms, to_pre_rms
 from stabnorm.fold import FoldResult
-from tests.families import FAMILIES, Family, randomize_
+from tests.families import EVERY_FAMILY, FAMILIES, Family, randomize_
 from tests.fold.nets import Net, draw, error_of, ready
 from tests.fold.test_families import cast, error
 
@@ -32,7 +32,7 @@ def converted(family: Family, **options: Any) -> tuple[nn.Module, FoldResult]:
     return model, to_pre_rms(model, tuple(cast(family.example(), torch.float64)), **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_pre_norm_families_turn_into_rms_exactly(family: Family) -> None:
     model, result = converted(family)
     assert sum(norm.status == "rms" for norm in result.norms) == CONVERTED.get(family.name, 0), str(result)

@@ -10,7 +10,7 @@ from torch import nn
 
 from stabnorm import fold_norms
 from stabnorm.nn import RepBN
-from tests.families import FAMILIES, Example, Family
+from tests.families import EVERY_FAMILY, FAMILIES, Example, Family
 from tests.fold.test_families import cast, ready
 
 pytestmark = pytest.mark.filterwarnings("ignore:a bias was added to .* LoRA adapters")
@@ -52,7 +52,7 @@ def distance(model: nn.Module, truth: nn.Module, examples: list[Example]) -> flo
     return math.sqrt(sum(squares) / len(squares))
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_float32_is_no_further_off_than_the_unfolded_model_times_four(family: Family) -> None:
     model = calibrated(family)
     truth, examples = copy.deepcopy(model).double(), [family.example(seed) for seed in range(8)]

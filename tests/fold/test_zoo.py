@@ -43,6 +43,7 @@ def calibrated(model: nn.Module, kwargs: dict[str, torch.Tensor], center: bool) 
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("center", [True, False], ids=["with a mean", "scale only"])
 @pytest.mark.parametrize(("package", "name"), [("timm", n) for n in TIMM] + [("transformers", n) for n in TRANSFORMERS])
 def test_a_real_model_folds(package: str, name: str, center: bool) -> None:
@@ -57,6 +58,7 @@ def test_a_real_model_folds(package: str, name: str, center: bool) -> None:
     assert center or not result.manifest["biases"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "whisper"])
 def test_an_encoder_s_last_norm_goes_when_only_the_logits_count(name: str) -> None:
     model, kwargs = built("transformers", name)

@@ -92,6 +92,7 @@ def test_independent_tokens_count_in_full_and_copies_once() -> None:
     torch.testing.assert_close(history, torch.tensor([399.0, 39.0]), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_effective_samples_foretell_how_the_batch_mean_varies() -> None:
     torch.manual_seed(0)
     recorded, means = [], []

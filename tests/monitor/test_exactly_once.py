@@ -119,6 +119,7 @@ def test_a_second_instance_of_a_compiled_class_is_told_from_the_first(watched_fi
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_two_watched_instances_each_see_their_own(counter: Any) -> None:
     nets = Small(), Small()
     with StabilityMonitor(nets[0], ["amax"]) as first, StabilityMonitor(nets[1], ["amax"]) as second:

@@ -58,6 +58,7 @@ def test_the_history_is_that_of_one_who_looks_on(recompute: str, fused_calls: li
     assert len(fused_calls) == 7 * 2 * (6 * times + 1)
 
 
+@pytest.mark.slow
 def test_exactly_once_under_recompute_to_the_bit_of_the_same_kernels() -> None:
     nets = [Net(recompute) for recompute in ("off", "reentrant", "non-reentrant")]
     first, *others = (train(net, monitor=everything(net, fused=True)) for net in nets)

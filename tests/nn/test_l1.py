@@ -209,6 +209,7 @@ def joined(masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, dy, torch.rand(8, 16, generator=generator) > 0.4 if masked else None
 
 
+@pytest.mark.slow
 @masks
 def test_two_processes_equal_one_with_the_joined_batch(masked: bool, tmp_path: Path) -> None:
     run_ranks(one_rank, tmp_path, masked)

@@ -24,6 +24,9 @@ def bits(t: Tensor | None) -> Tensor:
     return t.contiguous().view({4: torch.int32, 2: torch.int16}[t.element_size()])
 
 
+COMPILED = [needs_inductor, pytest.mark.slow]
+
+
 def inputs(finite: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     x, dy = torch.randn(4, 6, 8, dtype=dtype), torch.randn(4, 6, 8, dtype=dtype)
     dy[0, 0] = -0.0
@@ -33,7 +36,7 @@ def inputs(finite: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_inductor)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILED)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_at_lam_one_it_is_bit_for_bit_the_norm_while_rep_learns(kind: str, finite: bool, compiled: bool) -> None:

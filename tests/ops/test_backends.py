@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from stabnorm.ops import dispatch, tested, use_kernels
+from stabnorm.ops.cpp import library
 from stabnorm.ops.dispatch import Op, all_ops
 from stabnorm.ops.rows import affine_of_rows
 from stabnorm.ops.selftest import TOLERANCES, Case, Check, backends_of, cases, checks_of, compare, failures, truth
@@ -63,9 +64,11 @@ def test_an_op_and_a_backend_that_are_added_are_tested_without_another_list(monk
     assert not any(wrong.values())
 
 
+@pytest.mark.slow
 def test_the_selftest_prints_a_line_for_each_and_records_what_passed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    library.why_not()  # loaded now, for otherwise it would be built once more in the empty cache
     monkeypatch.setenv("STABNORM_CACHE", str(tmp_path))
     tested.read_again()
     monkeypatch.setattr("stabnorm.ops.selftest.cases", lambda *_, **__: list(cases(CPU, small=True))[:3])

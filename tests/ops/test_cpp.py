@@ -169,6 +169,7 @@ def test_threads_change_nothing_but_the_last_digits(dtype: torch.dtype) -> None:
         torch.testing.assert_close(other, outcomes[0], rtol=1e-6, atol=3e-3)  # of sums around 500
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cpp")
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("norm", [RepBN, UnifiedNorm, PowerNorm, PRepBN, functools.partial(PowerNorm, groups=3)])

@@ -28,6 +28,7 @@ def test_an_unknown_setting_names_the_known_ones() -> None:
     assert dispatch.kernels() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["fast", "reference"])
 def test_the_environment_variable_is_read_at_import(setting: str) -> None:
     code = "from stabnorm.ops import dispatch; print(dispatch.kernels())"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from stabnorm import StabNormError, convert_norms, find_norms, fold_norms, remove_norms
 from stabnorm.pretrained import Recipe, relative_error
-from tests.families import FAMILIES, Family, randomize_
+from tests.families import EVERY_FAMILY, Family, randomize_
 from tests.fold.test_export import exported
 from tests.pretrained.nets import Batch, Reader, batches, post_norm
 
@@ -161,7 +161,7 @@ def test_what_is_kept_is_kept() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:a bias was added to", "ignore:These layers look like norms")
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family_comes_out_without_norms(family: Family) -> None:
     model = randomize_(family.build()).eval()
     seen = [family.example(seed) for seed in (2, 4, 6)]

@@ -10,6 +10,7 @@ from stabnorm._log import printable
 from stabnorm._models.tree import PLAIN, Tree
 from stabnorm.errors import StabNormError
 from stabnorm.nn._base import TARGETS, EvalAffineNorm, target_name
+from stabnorm.nn.mixed_in import MixedIn
 from stabnorm.norms import NormLayer
 
 Target = str  # a key of TARGETS: "prepbn", "repbn", "unified", "power"; or a baseline: "dyt", "derf", "srms"
@@ -68,6 +69,8 @@ def _obstacle(layer: NormLayer, tree: Tree) -> str | None:
         return f"it is {layer.kind} norm: only layer and rms norms are converted"
     if parametrize.is_parametrized(module):
         return "its parameters are parametrized (torch.nn.utils.parametrize): convert first, then parametrize"
+    if isinstance(module, MixedIn):
+        return "a remedy computes its weight or adds a norm to it: convert first, then apply the remedy"
     if "forward" in vars(module):
         return "its forward was replaced on the object, which nothing here can see through"
     for name in (layer.weight_name, layer.bias_name):

@@ -115,7 +115,7 @@ class AttentionCompanion(Companion):
         """Find the attention modules."""
         check_model("model", model)
         model = unwrapped(model)
-        attentions = [(plain_name(name), module) for name, module in _attentions(model)]
+        attentions = [(plain_name(name), module) for name, module in find_attentions(model)]
         wanted = selected([name for name, _ in attentions], self.include, self.exclude)
         chosen = [pair for pair, yes in zip(attentions, wanted, strict=True) if yes]
         if not chosen:
@@ -125,7 +125,7 @@ class AttentionCompanion(Companion):
                 f"nn.MultiheadAttention, calls {_FUNCTION}, or has Attention in its class's name and says how many "
                 "heads it has. Leave the companion 'attention' out for this model"
             )
-        said = [(name, module, self.heads or _said_heads(module)) for name, module in chosen]
+        said = [(name, module, self.heads or said_heads(module)) for name, module in chosen]
         return AttentionWatch(model, said, self)
 
 
@@ -354,7 +354,7 @@ def _row(attention: str, head: int) -> str:
     return f"{attention}.head{head}" if attention else f"head{head}"
 
 
-def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def find_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that are attentions by what they call, or by name if they say how many heads they have."""
     by_name: list[tuple[str, nn.Module]] = []
     sure: set[int] = set()
@@ -362,7 +362,7 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, nn.MultiheadAttention) or _calls(type(module)):
             sure.add(id(module))
             by_name.append((name, module))
-        elif _looks_like_attention(module) and _said_heads(module) is not None:
+        elif _looks_like_attention(module) and said_heads(module) is not None:
             by_name.append((name, module))
     ids = {id(module) for _, module in by_name}
     for name, module in by_name:
@@ -388,7 +388,8 @@ def _names(code: CodeType) -> bool:
     return _FUNCTION in code.co_names or any(_names(part) for part in code.co_consts if isinstance(part, CodeType))
 
 
-def _said_heads(module: nn.Module) -> int | None:
+def said_heads(module: nn.Module) -> int | None:
+    """Return how many heads an attention, or its config, says that it has; None where they say nothing."""
     for owner in (module, getattr(module, "config", None)):
         for name in _HEADS:
             heads = getattr(owner, name, None)

@@ -19,7 +19,7 @@ _CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
 class MixedIn(nn.Module):
     """Base of the mixins: what they add to a module, and how it loads a checkpoint from before."""
 
-    _made_of: ClassVar[tuple[Any, ...]]  # the mixin, the class it is over, and the names of computed weights
+    _mixed_of: ClassVar[tuple[Any, ...]]  # the mixin, the class it is over, and the names of computed weights
     adds: ClassVar[tuple[str, ...]] = ()  # the parameters, buffers and children that the mixin adds
 
     def begin(self) -> None:
@@ -43,15 +43,15 @@ class MixedIn(nn.Module):
         return [(name, t.detach()) for name, t in state.items() if name.partition(".")[0] in mixin.adds]
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
-        made_of = vars(type(self)).get("_made_of")
-        if made_of is None:  # the class of a monitor's watch, which has a way of its own
+        mixed_of = vars(type(self)).get("_mixed_of")
+        if mixed_of is None:  # the class of a monitor's watch, which has a way of its own
             return super().__reduce_ex__(protocol)
-        return _blank, made_of, self.__dict__
+        return _blank, mixed_of, self.__dict__
 
 
 def mixins_of(module: nn.Module) -> "list[type[MixedIn]]":
     """Return the mixins of a module's class, the one that was applied last first."""
-    return [vars(cls)["_made_of"][0] for cls in type(module).__mro__ if "_made_of" in vars(cls)]
+    return [vars(cls)["_mixed_of"][0] for cls in type(module).__mro__ if "_mixed_of" in vars(cls)]
 
 
 def _blank(mixin: type[MixedIn], base: type[nn.Module], weights: tuple[str, ...]) -> nn.Module:
@@ -68,12 +68,12 @@ def mixed_in(mixin: type[MixedIn], base: type[nn.Module], weights: tuple[str, ..
         base: the class of a user's module, or one that this function made.
         weights: the names of the parameters that `ComputedWeights.computed` stands before. Default: none.
     """
-    made_of = (mixin, base, weights)
-    if made_of not in _CLASSES:
-        content: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__, "_made_of": made_of}
+    mixed_of = (mixin, base, weights)
+    if mixed_of not in _CLASSES:
+        content: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__, "_mixed_of": mixed_of}
         content |= {name: _property(mixin, base, name) for name in weights}
-        _CLASSES[made_of] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), content)
-    return _CLASSES[made_of]
+        _CLASSES[mixed_of] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), content)
+    return _CLASSES[mixed_of]
 
 
 def _property(mixin: type[MixedIn], base: type[nn.Module], name: str) -> property:
@@ -110,9 +110,9 @@ def materialize(module: nn.Module) -> None:
     """Write the computed weights of a module into new parameters, and give it its own class back; exact."""
     while isinstance(module, ComputedWeights):
         cls: Any = type(module)
-        while "_made_of" not in vars(cls):  # the class of a monitor's watch
+        while "_mixed_of" not in vars(cls):  # the class of a monitor's watch
             cls = cls.__mro__[1]
-        mixin, base, weights = cls._made_of
+        mixin, base, weights = cls._mixed_of
         values = {name: getattr(module, name) for name in weights}
         module.__class__ = base
         for name, value in values.items():

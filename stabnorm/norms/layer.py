@@ -68,14 +68,12 @@ class NormLayer:
     @property
     def gain_parameter(self) -> nn.Parameter | None:
         """The parameter behind the gain, the one autograd gives gradients to."""
-        weight = self._tensor(self.weight_name)
-        return weight if isinstance(weight, nn.Parameter) else None
+        return self._parameter(self.weight_name)
 
     @property
     def bias_parameter(self) -> nn.Parameter | None:
         """The parameter behind the bias."""
-        bias = self._tensor(self.bias_name)
-        return bias if isinstance(bias, nn.Parameter) else None
+        return self._parameter(self.bias_name)
 
     @property
     def gain(self) -> Tensor | None:
@@ -129,6 +127,12 @@ class NormLayer:
             ValueError: a mask has the input's axes and batch, but not its length.
         """
         return mask_for(tokens_of(x.shape, self.channel_dim, self.feature_dims), self.name)
+
+    def _parameter(self, attribute: str | None) -> nn.Parameter | None:
+        if attribute is not None and self.module._parameters.get(attribute) is not None:
+            return self.module._parameters[attribute]  # what the module reads may be computed from it
+        value = self._tensor(attribute)
+        return value if isinstance(value, nn.Parameter) else None
 
     def _tensor(self, attribute: str | None) -> Tensor | None:
         value = getattr(self.module, attribute, None) if attribute else None

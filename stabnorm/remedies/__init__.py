@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING
 from stabnorm._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from stabnorm.remedies.depth_scaling import scale_by_depth as scale_by_depth
+    from stabnorm.remedies.embeddings import stable_embedding as stable_embedding
+    from stabnorm.remedies.output_norms import peri_norm as peri_norm
+    from stabnorm.remedies.qk import qk_clip as qk_clip
+    from stabnorm.remedies.qk import qk_norm as qk_norm
     from stabnorm.remedies.report import Change as Change
     from stabnorm.remedies.report import RemedyReport as RemedyReport
     from stabnorm.remedies.report import undo as undo
+    from stabnorm.remedies.residual_scaling import scale_residuals as scale_residuals
     from stabnorm.remedies.sigma_reparam import sigma_reparametrize as sigma_reparametrize
     from stabnorm.remedies.symptoms import REMEDIES as REMEDIES
     from stabnorm.remedies.symptoms import Remedy as Remedy
@@ -21,7 +27,12 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "stabnorm.remedies.depth_scaling": ["scale_by_depth"],
+        "stabnorm.remedies.embeddings": ["stable_embedding"],
+        "stabnorm.remedies.output_norms": ["peri_norm"],
+        "stabnorm.remedies.qk": ["qk_clip", "qk_norm"],
         "stabnorm.remedies.report": ["Change", "RemedyReport", "undo"],
+        "stabnorm.remedies.residual_scaling": ["scale_residuals"],
         "stabnorm.remedies.sigma_reparam": ["sigma_reparametrize"],
         "stabnorm.remedies.symptoms": ["REMEDIES", "Remedy", "remedies_for"],
         "stabnorm.remedies.trained_part": ["freeze_embedding", "train_only_norms"],

@@ -64,13 +64,18 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def obstacle(weight: Weight, tree: Tree) -> str | None:
     """Return the reason why a weight cannot become a function of its parameter; None where it can."""
-    module = weight.module
+    if weight.module._parameters.get(weight.attribute) is None and isinstance(weight.module, nn.MultiheadAttention):
+        return "its queries and keys have weights of their own"
+    return tensor_obstacle(weight.module, weight.attribute, tree)
+
+
+def tensor_obstacle(module: nn.Module, attribute: str, tree: Tree) -> str | None:
+    """Return the reason why a parameter of a module cannot be replaced by a function of it; None where it can."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrized (torch.nn.utils.parametrize)"
-    parameter = module._parameters.get(weight.attribute)
+    parameter = module._parameters.get(attribute)
     if parameter is None:
-        several = isinstance(module, nn.MultiheadAttention)
-        return "its queries and keys have weights of their own" if several else "its weight is computed already"
+        return "its weight is computed already"
     if not parameter.is_floating_point():
         return f"its weight is of {parameter.dtype}, which is not trained"
     shared = tree.shared(module)

@@ -38,6 +38,7 @@ class Remedy:
 
 
 _ATTENTION = "the entropy of the attention collapses, and its logits grow"
+_DEPTH = "the scale of the residual stream grows over depth"
 _EMBEDDING = "the gradient of the embedding is too large"
 _PART = "only the norms are worth training"
 
@@ -47,8 +48,35 @@ REMEDIES: tuple[Remedy, ...] = (
         "gives each weight a learnable largest singular value", "arXiv 2303.06296", "into the weights, exactly",
     ),
     Remedy(
+        "qk_norm", _ATTENTION, ("attention_logit_max", "attention_entropy_share"),
+        "normalises queries and keys head by head", "arXiv 2010.04245",
+        "the norms, once convert_norms has switched them",
+    ),
+    Remedy(
+        "qk_clip", _ATTENTION, ("attention_logit_max",), "shrinks the queries and keys of the heads above a threshold",
+        "arXiv 2507.20534", "nothing is left",
+    ),
+    Remedy(
+        "scale_by_depth", _DEPTH, ("depth_growth_rate",), "divides the output of each pre-norm by sqrt(depth)",
+        "arXiv 2502.05795", "into gain and bias, exactly",
+    ),
+    Remedy(
+        "scale_residuals", _DEPTH, ("depth_growth_rate",),
+        "multiplies each residual branch by 1/n, 1/sqrt(n), a number, or a learnable scalar that begins with 0",
+        "arXiv 2510.03470, 1602.07261, 2002.10444", "into the weights, exactly",
+    ),
+    Remedy(
+        "peri_norm", _DEPTH, ("depth_growth_rate",), "normalises what each residual branch adds", "arXiv 2502.02732",
+        "the norms, backward, once convert_norms has switched them",
+    ),
+    Remedy(
         "freeze_embedding", _EMBEDDING, ("embedding_gradient_ratio",), "takes the embedding out of the training",
         "arXiv 2211.09359", "nothing is left",
+    ),
+    Remedy(
+        "stable_embedding", _EMBEDDING, ("embedding_gradient_ratio",),
+        "normalises the embedding and draws it by Xavier's rule", "arXiv 2110.02861",
+        "the norm, once convert_norms has switched it",
     ),
     Remedy(
         "train_only_norms", _PART, (), "trains gains and biases of the norms only", "arXiv 2003.00152",
@@ -61,7 +89,7 @@ def remedies_for(statistic: str) -> tuple[Remedy, ...]:
     """Return the remedies that answer a statistic, those first that it shows most surely.
 
     >>> [remedy.name for remedy in remedies_for("embedding_gradient_ratio")]
-    ['freeze_embedding']
+    ['freeze_embedding', 'stable_embedding']
     """
     answering = [remedy for remedy in REMEDIES if statistic in remedy.statistics]
     return tuple(sorted(answering, key=lambda remedy: (remedy.experimental, remedy.statistics.index(statistic))))
@@ -96,6 +124,9 @@ def remedies_list(statistic: str | None = None) -> str:
       stabnorm.remedies.freeze_embedding
           takes the embedding out of the training
           source: arXiv 2211.09359; after the fold: nothing is left
+      stabnorm.remedies.stable_embedding
+          normalises the embedding and draws it by Xavier's rule
+          source: arXiv 2110.02861; after the fold: the norm, once convert_norms has switched it
     """
     listed = REMEDIES if statistic is None else remedies_for(statistic)
     if statistic is not None and not listed:

@@ -97,6 +97,8 @@ DEPTH = (
         "depth_growth_rate", "S1", "r of the fit log v_l = a + r l, v_l = token_std_mean^2, over the layers of the "
         "same width up to this one; 0: no growth; that of the last layer is the model's; NaN for fewer than three",
         "depth", "1", _SOURCE, TOKENS, _depth_growth_rate, needs="tokens",
+        advice="its scale grows with depth, so that deep blocks change little: begin again with "
+        "stabnorm.remedies.scale_by_depth",
     ),
     Statistic(
         "depth_growth_shape", "S1", "E_lin / (E_lin + E_exp), mean square errors of the fit v_l = b + k l, relative "

@@ -229,3 +229,42 @@ class HeadlineScalars:
 
     def close(self) -> None:
         """Do nothing, because the Trainer closes the loggers."""
+
+
+def alert_writers(trainer: "Trainer", guard: Guard) -> list[RecordWriter]:
+    """Return a writer for each logger that can send its user an alert, as Weights & Biases by mail or Slack."""
+    found = [
+        guard.attempt(f"{type(one).__name__} tells nothing of its alerts", _alert_of, one) for one in trainer.loggers
+    ]
+    return [LoggerAlerts(alert) for alert in found if alert is not None]
+
+
+def _alert_of(logger: Any) -> Callable[..., Any] | None:
+    alert = getattr(getattr(logger, "experiment", None), "alert", None)
+    return alert if callable(alert) else None
+
+
+class LoggerAlerts:
+    """A record writer that hands alarms to a logger's own alert: one for each onset, when it begins.
+
+    Args:
+        alert: sends one, called with `title` and `text`.
+    """
+
+    name = "the logger's own alert"
+
+    def __init__(self, alert: Callable[..., Any]) -> None:
+        self._alert = alert
+        self._last = -1
+
+    def write_block(self, block: Block) -> None:
+        """Do nothing, because a block is no alert."""
+
+    def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
+        """Send an onset that is new."""
+        if kind == "onset" and step > self._last:
+            self._alert(title=f"stabnorm: {data['sentence']}", text=f"{data['advice']} {data['remedy']}")
+            self._last = step
+
+    def close(self) -> None:
+        """Do nothing, because an alert is sent at once."""

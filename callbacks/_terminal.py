@@ -1,6 +1,7 @@
 """What the terminal shows while a run trains: the messages of our logger, and a verdict in the progress bar."""
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,23 @@ def show_messages() -> None:
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(LinesOfTheirOwn())
+
+
+class LinesOfTheirOwn(logging.Handler):
+    """Writes messages to the standard error output, each on a line of its own, above a progress bar that is there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a message."""
+        try:
+            line = self.format(record)
+            tqdm: Any = sys.modules.get("tqdm")
+            if tqdm is not None and tqdm.tqdm._instances:
+                tqdm.tqdm.write(line, file=sys.stderr)
+            else:  # Rich moves its bars away by itself, if a message goes where `sys.stderr` is then
+                print(line, file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
 
 
 def short_verdict(monitor: StabilityMonitor) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from stabnorm._models.names import NameFilter
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.monitor._folders import FOLDER, replace_file
-from stabnorm.monitor.detect import MakeDetector
+from stabnorm.monitor.detect import Alert, MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.record import FileRecord
 from stabnorm.monitor.statistics import resolve
@@ -50,6 +50,7 @@ class StabilityTrainerCallback(TrainerCallback):
             compiles the model. None: every token counts. Default: "attention_mask".
         companions: what to watch beside the norms, as for `StabilityMonitor`. Default: nothing.
         detector: as for `StabilityMonitor`. Default: `RobustDetector`.
+        on_alert: as for `StabilityMonitor`. Default: none.
 
     Attributes:
         monitor: the `StabilityMonitor` of the current training or the last one; None before.
@@ -73,9 +74,10 @@ class StabilityTrainerCallback(TrainerCallback):
         mask: str | None = "attention_mask",
         companions: Sequence[str | Companion] = (),
         detector: MakeDetector | None = None,
+        on_alert: Callable[[Alert], object] | None = None,
     ) -> None:
         resolve(preset)
-        check_options(flush_every=flush_every, gradients=gradients, fused=False, detector=detector)
+        check_options(flush_every=flush_every, gradients=gradients, fused=False, detector=detector, on_alert=on_alert)
         NameFilter(include, exclude)  # complain now
         if mask is not None:
             check_instance("mask", mask, str, "the name of the model's argument, or None")
@@ -94,6 +96,7 @@ class StabilityTrainerCallback(TrainerCallback):
             "gradients": gradients,
             "companions": beside,
             "detector": detector,
+            "on_alert": on_alert,
         }
         self.mask = mask
         self.monitor: StabilityMonitor | None = None

@@ -11,10 +11,13 @@ from torch.optim import Optimizer
 
 from stabnorm._models.names import NameFilter
 from stabnorm._states import check_state
+from stabnorm.actions.actions import Actions, resolve_actions
+from stabnorm.callbacks._actions import actions_of
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._live import REPORT, LiveReport
 from stabnorm.callbacks._masks import BatchMask
 from stabnorm.callbacks._outputs import (
+    alert_writers,
     begin_run,
     headline_writers,
     log_companion,
@@ -38,7 +41,7 @@ from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.table import Row, format_table, layers_worth_a_look, markdown_table
-from stabnorm.monitor.detect import MakeDetector
+from stabnorm.monitor.detect import Alert, MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.record import RecordWriter
@@ -87,6 +90,16 @@ class StabilityCallback(Callback):
             see `StabilityMonitor`; this changes their last bits. Default: False.
         detector: class or function that makes the detectors, which raise the alerts, see
             `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
+        on_alert: a function that is called with each `stabnorm.Alert`, at the flush that brings it, on rank 0. If it
+            raises an error, this is logged once and the training goes on. Default: none.
+        actions: what to do at an alarm: a dict from its kind to an action, or a list of them, such as
+            ``{"non_finite": "skip", "any": "checkpoint"}``. The kinds are "non_finite", "bound", "one_layer",
+            "from_here_on", "everywhere", "training" and "any"; the actions are "log", "checkpoint", "skip", "clip",
+            "reduce_lr", "rollback", "hold_switch" and "stop", or objects of `stabnorm.actions`, which have options.
+            Default: alarms are logged, and nothing is done.
+
+    `trainer.callback_metrics` has ``stability/alerts``, the number of alerts so far, and ``stability/worst_score``, the
+    detector's highest score in the last flush (alerts begin at 6), for EarlyStopping and ModelCheckpoint.
 
     Raises:
         TypeError: an argument has another type.
@@ -111,23 +124,29 @@ class StabilityCallback(Callback):
         companions: Sequence[str | Companion] = (),
         fused: bool = False,
         detector: MakeDetector | None = None,
+        on_alert: Callable[[Alert], object] | None = None,
+        actions: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         resolve(preset)
+        resolve_actions(actions or {})
         self.companions = resolve_companions(companions)
-        self.fused, self.detector = fused, detector
-        check_options(flush_every=flush_every, gradients=gradients, fused=fused, detector=detector)
+        self.fused, self.detector, self.on_alert, self.actions = fused, detector, on_alert, actions
+        check_options(flush_every=flush_every, gradients=gradients, fused=fused, detector=detector, on_alert=on_alert)
         NameFilter(include, exclude)  # complain now
         self.preset, self.flush_every, self.gradients, self.mask = preset, flush_every, gradients, mask
         self.include, self.exclude = include, exclude
         self.monitor: StabilityMonitor | None = None
         self.directory: Path | None = None
+        self.responses: Actions | None = None
         self._live: LiveReport | None = None
         self._records: list[RecordWriter] = []
         self._saved: dict[str, Any] | None = None
+        self._saved_actions: dict[str, Any] = {}
         self._batch_mask = BatchMask(mask)
         self._step = _OpenStep()
         self._fitting = self._counted = self._loaded = False
+        self._told = False  # whether other callbacks know of this fit's alerts
 
     @staticmethod
     def of(trainer: "Trainer") -> "StabilityCallback | None":
@@ -144,9 +163,9 @@ class StabilityCallback(Callback):
         """Forget an earlier run, so that nothing of it is restored where a tuner saves and restores its callbacks."""
         if stage == "fit":
             begin_run(trainer)
-            self.monitor = None
+            self.monitor = self.responses = None
             if trainer.global_step == 0:
-                self._saved, self._loaded = None, False
+                self._saved, self._saved_actions, self._loaded = None, {}, False
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Find the norms and register the hooks; layers, checkpoint and devices are final now."""
@@ -160,6 +179,7 @@ class StabilityCallback(Callback):
             companions=self.companions,
             fused=self.fused,
             detector=self.detector,
+            on_alert=self.on_alert,
         )
         if monitor.companions.computes_loss:
             check_loss_again(pl_module)
@@ -174,11 +194,15 @@ class StabilityCallback(Callback):
             self._records = record_writers(trainer, monitor.outputs, self.directory)
             monitor.records = [*self._records]
             monitor.records += headline_writers(trainer, monitor.outputs, names, alerts, overhead)
+            monitor.records += alert_writers(trainer, monitor.outputs)
             show_messages()
             self._live = LiveReport(trainer, monitor, self.directory)
             monitor.records.append(self._live.writer)
+        self.responses = actions_of(trainer, pl_module, monitor, self.actions or {})
+        if self.responses is not None:
+            self.responses.load_state_dict(self._saved_actions)
         monitor.attach()
-        self._fitting, self._counted = True, False
+        self._fitting, self._counted, self._told = True, False, False
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Remove the hooks, and write pictures and closing table while the loggers are still open."""
@@ -233,20 +257,29 @@ class StabilityCallback(Callback):
         if not self._step.open:
             self.monitor.discard()  # forwards of a learning-rate search, for example
             self._step = _OpenStep(open=True)
+            if self.responses is not None:
+                self.responses.begin_step()
         self._batch_mask.enter(batch)
         if self.monitor.companions.computes_loss:
             self._step.loss_again = loss_again(trainer, pl_module, batch, batch_idx)
 
+    def on_before_backward(self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor) -> None:
+        """Note the loss, where an action is decided by it."""
+        if self.responses is not None:
+            self.responses.see_loss(loss)
+
     def on_before_optimizer_step(
         self, trainer: "Trainer", pl_module: "LightningModule", optimizer: "Optimizer"
     ) -> None:
-        """Remember learning rate and loss scale, which change before the end of the batch."""
+        """Remember learning rate and loss scale, which change before the end of the batch; perhaps skip the step."""
         if not self._step.stepped:
             self._step.learning_rate = learning_rate(optimizer)
         scale = loss_scale(trainer)
         if scale is not None:
             self._step.grad_scales[optimizer] = scale.clone() if isinstance(scale, Tensor) else scale
         self._step.stepped = True
+        if self.responses is not None:
+            self.responses.skips(optimizer)
 
     def on_train_batch_end(
         self,
@@ -270,7 +303,19 @@ class StabilityCallback(Callback):
                 closure=step.loss_again,
             )
             self._step = _OpenStep()
+            if self.responses is not None:
+                self.responses.end_step()
+            if self.monitor.flushed or not self._told:
+                self._tell_callbacks(trainer, pl_module, self.monitor)
         self._batch_mask.leave()  # only now, because the loss may have been computed again
+
+    def _tell_callbacks(self, trainer: "Trainer", pl_module: "LightningModule", monitor: StabilityMonitor) -> None:
+        """Put into `trainer.callback_metrics` what EarlyStopping and ModelCheckpoint may ask for."""
+        self._told = True
+        if getattr(trainer, "barebones", False):  # where nobody logs, and no callback asks
+            return
+        for name, value in (("alerts", float(len(monitor.alerts))), ("worst_score", monitor.worst_score)):
+            pl_module.log(f"stability/{name}", value, on_step=True, on_epoch=False, logger=False, batch_size=1)
 
     def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Forget a step that the last epoch left open; automatic optimization drops its gradients, too."""
@@ -358,22 +403,25 @@ class StabilityCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return baselines and step counter as tensors and plain containers, because Lightning loads weights only."""
         saved = self.monitor.state_dict() if self.monitor is not None else self._saved
-        return {} if saved is None else {"version": 1, "monitor": saved}
+        actions = self._saved_actions if self.responses is None else self.responses.state_dict()
+        return {} if saved is None else {"version": 1, "monitor": saved, "actions": actions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the layers exist; in a training only a tuner restores, which is no resume."""
         check_state(state_dict, "StabilityCallback", ["monitor"], empty=True)
         if self._fitting and self._counted:
             return
-        self._saved = state_dict.get("monitor")
+        self._saved, self._saved_actions = state_dict.get("monitor"), state_dict.get("actions", {})
         self._loaded = self._saved is not None
         if self._fitting and self._saved is not None and self.monitor is not None:
             self.monitor.load_state_dict(self._saved)  # some strategies load checkpoints after the start of the fit
+            if self.responses is not None:
+                self.responses.load_state_dict(self._saved_actions)
 
     def __getstate__(self) -> dict[str, Any]:
         saved = self.state_dict().get("monitor")
         return state_to_pickle(
-            self, monitor=None, _live=None, _records=[], _fitting=False, _step=_OpenStep(), _saved=saved
+            self, monitor=None, responses=None, _live=None, _records=[], _fitting=False, _step=_OpenStep(), _saved=saved
         )
 
 

@@ -11,10 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up: a room may import those before it, and no other.
 ROOMS = (
-    "errors", "_checks", "_states", "_lazy", "_log", "_registration", "functional", "statistic", "_models", "norms",
-    "ops", "nn",
-    "companions", "monitor", "recalibrate", "_surgery", "fit", "convert", "switch", "progressive", "fold", "pretrained",
-    "remedies", "dashboard", "cli", "__main__", "callbacks",
+    "errors", "_checks", "_states", "_lazy", "_log", "_registration", "functional", "clipping", "statistic", "_models",
+    "norms", "ops", "nn", "companions", "monitor", "recalibrate", "_surgery", "fit", "convert", "switch", "progressive",
+    "fold", "pretrained", "remedies", "actions", "dashboard", "cli", "__main__", "callbacks",
 )  # fmt: skip
 
 FILES = {

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from stabnorm._models.wrappers import unwrapped
 from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
+from stabnorm.functional.moments import MAX, MIN
 from stabnorm.monitor.bands import bands_of
 from stabnorm.monitor.outputs import say
 from stabnorm.norms import NormLayer
@@ -123,6 +124,16 @@ class Accumulators:
                     for own, others in zip(gradients, sums, strict=True)
                 ]
         return list(zip(merged, gradients, strict=True))
+
+    def nonfinite(self, device: torch.device) -> Tensor:
+        """Whether each layer's input since the last step had a NaN or an infinity, ``[L]`` bool; it changes nothing."""
+        hit = torch.zeros(len(self.layers), dtype=torch.bool, device=device)
+        for slabs in self._slabs.values():
+            for band, slab in zip(self.bands, slabs, strict=True):
+                largest = torch.maximum(slab.channel[..., MAX, :], -slab.channel[..., MIN, :])
+                bad = (largest.isnan() | largest.isposinf()).any(-1) & (slab.seen > 0)
+                hit[list(band.rows)] |= (bad.any(1) if bad.ndim > 1 else bad).to(device)
+        return hit
 
     def clear(self) -> None:
         """Empty all accumulators."""

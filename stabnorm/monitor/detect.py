@@ -111,6 +111,7 @@ class RobustDetector:
         self._center, self._scale, self._before = (_host(value).repeat(shape) for value in (0.0, 1.0, 0.0))
         self._seen = _host(0).repeat(shape)  # steps with a value, for each layer, because a layer may start late
         self._steps = 0
+        self.worst_score = 0.0  # of the steps of the last update
         # Calm steps to wait before the same alert can be raised again. An alarm may last, and mutes only itself.
         self._quiet = {"nonfinite": 0, "past": 0}
         self._quiet_alarms = _host(0).repeat(len(self._layers), len(self._alarmed))
@@ -123,10 +124,12 @@ class RobustDetector:
     def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
         """Read the next steps and return their alerts, at most one of a kind in each step; see `Detector.update`."""
         values = values.double()
+        self.worst_score = 0.0
         alerts = []
         for offset in range(len(values)):
             row, seen = values[offset], tokens[offset]
             score = self._score(row[:, self._watched])
+            self.worst_score = max(self.worst_score, float(score.max()) if score.numel() else 0.0)
             raised = [
                 self._nonfinite(nonfinite[offset] & (seen > 0)),
                 self._alarm(row[:, self._alarmed], seen),

@@ -25,6 +25,7 @@ from stabnorm._checks import (
 )
 from stabnorm._log import logger, printable
 from stabnorm._models.masks import ask_about_masks
+from stabnorm._models.ranks import gather_in_group
 from stabnorm._models.wrappers import unwrapped
 from stabnorm._states import check_state, load_whole
 from stabnorm.companions.companion import Companion, StepLoss
@@ -41,13 +42,14 @@ from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.onsets import Onset, OnsetFollower, Watched, worst_channels
 from stabnorm.monitor.outputs import Outputs, say
 from stabnorm.monitor.plot import plot_track
-from stabnorm.monitor.ranks import is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
+from stabnorm.monitor.ranks import group_of, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.monitor.rows import BESIDE_NORMS
 from stabnorm.monitor.saved_past import unpadded
 from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.monitor.track import SCALARS, CompanionTracks, Track
 from stabnorm.monitor.trial import try_own_statistics
+from stabnorm.monitor.verdict import Verdict, flags_of, gradients_of, verdict_of
 from stabnorm.norms import NormLayer, find_norms
 from stabnorm.ops.dispatch import admit, look_again
 from stabnorm.statistic import by_name
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any) -> None:
+def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any, on_alert: Any) -> None:
     """Check what `StabilityMonitor` and `StabilityCallback` both take, before there is a model.
 
     Raises:
@@ -70,6 +72,8 @@ def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any
         check_function("detector", detector, "statistics", "rows", "fading")
         if isinstance(detector, type) and not hasattr(detector, "update"):
             raise wrong_type("detector", detector, "a class of detectors, see stabnorm.monitor.detect.Detector")
+    if on_alert is not None:
+        check_function("on_alert", on_alert, "alert")
 
 
 def _of_known_width(norms: Sequence[NormLayer]) -> list[NormLayer]:
@@ -115,6 +119,8 @@ class StabilityMonitor:
             bit for bit. Default: False, and the monitor changes nothing.
         detector: class or function that makes the detectors, which raise the alerts: one for the norms and one for each
             companion; see `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
+        on_alert: a function that is called with each `Alert`, at the flush that brings it, on the first rank. If it
+            raises an error, this is logged once and the training goes on. Default: none.
 
     Raises:
         ValueError: the model has no norm to watch, a statistic or preset is unknown, `flush_every` is below 1, a
@@ -151,9 +157,10 @@ class StabilityMonitor:
         companions: Sequence[str | Companion] = (),
         fused: bool = False,
         detector: MakeDetector | None = None,
+        on_alert: Callable[[Alert], object] | None = None,
     ) -> None:
         check_model("model", model)
-        check_options(flush_every=flush_every, gradients=gradients, fused=fused, detector=detector)
+        check_options(flush_every=flush_every, gradients=gradients, fused=fused, detector=detector, on_alert=on_alert)
         if not hasattr(sync, "rank"):  # a process group has one
             check_flag("sync", sync)
         chosen = [s for s in resolve(preset) if gradients or "gradients" not in s.needs_all]
@@ -172,6 +179,7 @@ class StabilityMonitor:
         self.layers = tuple(norm.name for norm in norms)
         self.flush_every = flush_every
         self.alerts: list[Alert] = []
+        self.on_alert = on_alert
         self.records: list[RecordWriter] = []
         self.listeners: list[Callable[[int, Tensor], None]] = []
         self.steps_done = 0
@@ -364,6 +372,42 @@ class StabilityMonitor:
         if self._track.waiting == self.flush_every:
             self._send()
 
+    @torch.no_grad()
+    def verdict_before_step(
+        self, optimizer: Optimizer | Sequence[Optimizer] = (), *, loss: Tensor | float | None = None
+    ) -> Verdict:
+        """Say whether the step that is open may be applied: call it after the backward and before the optimizer.
+
+        A step is bad if the input of a norm, the loss or a gradient has a NaN or an infinity, on any rank; all ranks
+        get the same answer and must all ask. This waits for the device once, and for the other ranks. `step` is to be
+        called afterwards all the same.
+
+        Args:
+            optimizer: the optimizer whose gradients are looked at, or several. Leave it out beside a gradient scaler,
+                which looks at them itself. Default: none.
+            loss: the step's loss. Default: it is not looked at.
+
+        Raises:
+            TypeError: `optimizer` is no optimizer, or the loss is no number.
+
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+        >>> with StabilityMonitor(model) as monitor:
+        ...     model(torch.full((2, 4), torch.nan)).sum().backward()
+        ...     verdict = monitor.verdict_before_step()
+        >>> verdict.kind, verdict.layer
+        ('non_finite', '1')
+        """
+        if loss is not None:
+            check_scalar("loss", loss)
+        layers = self._accumulators.nonfinite(self._observer.device)
+        own = flags_of(loss, gradients_of(optimizers_of(optimizer)), layers)
+        everyone = own[None]
+        if merging_ranks(self.sync) > 1:
+            self._agree()
+            everyone = gather_in_group(own.to(torch.uint8), group_of(self.sync)).bool()
+        here, *flags = torch.cat([own.any()[None], everyone.any(0)]).tolist()
+        return verdict_of(flags, self.layers, here=here)
+
     def _agree(self) -> None:
         """Check once that all ranks watch the same layers and statistics, because merging relies on it."""
         if not self._agreed and merging_ranks(self.sync) > 1:
@@ -425,6 +469,21 @@ class StabilityMonitor:
     def compared(self) -> bool:
         """Whether the detector has begun to compare layers with their own past; one of your own always has."""
         return bool(getattr(self._track.detector, "compared", True))
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process writes the record and warns, because it is the first of those that merge."""
+        return self._speaks
+
+    @property
+    def flushed(self) -> bool:
+        """Whether no step waits for a flush, as right after one."""
+        return not self._track.waiting
+
+    @property
+    def worst_score(self) -> float:
+        """The highest score that the detectors gave in the last flush: 0 while they learn, alerts begin at 6."""
+        return max(float(getattr(track.detector, "worst_score", 0.0)) for track in self._tracks)
 
     @property
     def fading(self) -> npt.NDArray[np.bool_]:
@@ -490,6 +549,8 @@ class StabilityMonitor:
         for alert in alerts:
             where = f"stabnorm, step {alert.step}, {alert.layer}"
             say("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
+            if self.on_alert is not None:
+                self.outputs.attempt("on_alert raised an error", self.on_alert, alert)
         self.outputs.write_block(self.records, block)
         for alert in alerts:
             self.outputs.write_event(self.records, "alert", alert.step, alert.as_dict())
@@ -589,8 +650,21 @@ class StabilityMonitor:
                 "at this step"
             )
             return
+        self._load_past(state)
+        self._track.restore(self.steps_done, state["rows"].cpu(), state["scalars"].cpu())
+
+    def load_baselines(self, state: dict[str, Any]) -> None:
+        """Take over what was usual for each layer in an earlier state of this monitor.
+
+        Steps, history and alerts go on, as in a training that goes back to an earlier state and counts its steps on.
+        """
+        check_state(state, "StabilityMonitor", self.state_dict().keys() - {"companions", "onsets"})
+        self.flush()
+        self._load_past(state)
+        self.companions.load_baselines(state.get("companions", {}))
+
+    def _load_past(self, state: Mapping[str, Any]) -> None:
         if state["past"] is not None:
             past = unpadded(state["past"], state["channels"]) if state["version"] == 2 else state["past"]
             self._measurement.load_past(past, self._observer.device)
         self._track.load_detector(state["detector"])
-        self._track.restore(self.steps_done, state["rows"].cpu(), state["scalars"].cpu())

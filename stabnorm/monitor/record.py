@@ -50,6 +50,7 @@ SIDE_SERIES: Mapping[str, tuple[tuple[str, ...], str]] = {
 }
 EVENT_KINDS: Mapping[str, str] = {
     "alert": "a statistic crossed its threshold",
+    "action": "what was done at an alarm, and why",
     "hold": "the schedule waited, went on or went back",
     "fold_report": "which norms were folded, and what was kept",
 }

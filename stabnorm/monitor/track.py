@@ -258,9 +258,14 @@ class CompanionTrack(Track):
         if state["rows"] != list(self.rows) or statistics != list(self.layout.statistics):
             logger.warning("the checkpoint's companion %r watched other rows: it starts afresh", self.name)
             return
-        self.watch.load_state_dict(state["watch"])
-        self.load_detector(state["detector"])
+        self.load_baselines(state)
         self.restore(steps_done, state["values"].cpu())
+
+    def load_baselines(self, state: dict[str, Any]) -> None:
+        """Take over what was usual in an earlier state of the same rows; the history stays."""
+        if state["rows"] == list(self.rows):
+            self.watch.load_state_dict(state["watch"])
+            self.load_detector(state["detector"])
 
 
 class CompanionTracks(Mapping[str, CompanionTrack]):
@@ -342,6 +347,12 @@ class CompanionTracks(Mapping[str, CompanionTrack]):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each companion, by name."""
         return {name: track.state_dict() for name, track in self.items()}
+
+    def load_baselines(self, state: dict[str, Any]) -> None:
+        """Take over what was usual in an earlier state, see `CompanionTrack.load_baselines`."""
+        for name, track in self.items():
+            if name in state:
+                track.load_baselines(state[name])
 
     def load_state_dict(self, state: dict[str, Any], steps_done: int) -> None:
         """Continue from a state; a companion that the state does not have starts again."""

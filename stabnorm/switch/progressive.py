@@ -16,6 +16,7 @@ from stabnorm.monitor.catalogue.affinity import AFFINE_RESIDUAL
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.nn.prep import norm_class
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change, refuse_other_layers
+from stabnorm.switch.hold import Waiting
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam, write_loss_scale, write_step
 from stabnorm.switch.residuals import ResidualFeed, watches
 from stabnorm.switch.schedules import Order, check_plan, make_schedule
@@ -107,6 +108,7 @@ class ProgressiveSwitch:
             self._plan = make_schedule(schedule, total_steps, len(self.layers), **options)
         self.recorder: SwitchRecorder | None = None
         self.steps_done, self.row = 0, 0  # `row` counts the steps of several optimizers as one
+        self._waiting = Waiting(len(self.layers))
         self._ceiling = [float(norm.lam) for norm in self.norms.values()]
         self._monitor, self._feed = None, None
         if self.gate is not None and self.layers:
@@ -177,7 +179,8 @@ class ProgressiveSwitch:
         """Set lam and counters to what they are after so many optimizer steps."""
         self.steps_done = steps_done
         before = self.lam or self._ceiling
-        self.lam = [min(lam, most) for lam, most in zip(self._plan(steps_done), self._ceiling, strict=True)]
+        planned = self._waiting.apply(steps_done, self._plan(steps_done))
+        self.lam = [min(lam, most) for lam, most in zip(planned, self._ceiling, strict=True)]
         for norm, was, now in zip(self.norms.values(), before, self.lam, strict=True):
             if was == 1 > now:
                 norm.start_from_norm()
@@ -187,6 +190,11 @@ class ProgressiveSwitch:
                     self.recorder.change(self.row, change)
             self.gate.changes.clear()
         self.write()
+
+    def hold(self, steps: int) -> None:
+        """Leave every lam where it is for so many steps, as far as the schedule can still come to 0 in its time."""
+        check_count("steps", steps)
+        self._waiting.hold(self.lam, self.steps_done + steps)
 
     def write(self) -> None:
         """Write lam and counters into the model once more, in case something has overwritten its buffers."""
@@ -239,6 +247,7 @@ class ProgressiveSwitch:
             "ceiling": list(self._ceiling),
             "lam": list(self.lam),
             "gate": None if self.gate is None else self.gate.state_dict(),
+            "waiting": self._waiting.state_dict(),
             "pending": {} if self._feed is None else self._feed.state_dict(),
         }
 
@@ -250,7 +259,7 @@ class ProgressiveSwitch:
             ValueError: it is not that of a switch; nothing is loaded then.
             StabNormError: other layers were switched, or by another kind of schedule; nothing is loaded then.
         """
-        check_state(state, "ProgressiveSwitch", self.state_dict())
+        check_state(state, "ProgressiveSwitch", self.state_dict().keys() - {"waiting"})  # which older ones lack
         load_whole(self, self._load, state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -264,6 +273,8 @@ class ProgressiveSwitch:
         self._ceiling, self.lam = list(map(float, state["ceiling"])), list(map(float, state["lam"]))
         for values in (self._ceiling, self.lam):
             check_one_each(values, self.layers)
+        if "waiting" in state:
+            self._waiting.load_state_dict(state["waiting"])
         if self.gate is not None:
             self.gate.load_state_dict(state["gate"])
         if self._feed is not None:

@@ -1,0 +1,72 @@
+"""Two gloo processes, of which one saw the NaN: both skip the step, and nothing has changed on either."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from stabnorm import StabilityMonitor
+from stabnorm.actions import Actions, Training
+from tests.actions.nets import batches, everything, net, same
+from tests.processes import leave
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+SEEN_BY = {2: 1, 4: 0}  # the rank that sees the NaN of a step
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = net()
+    trained = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    data = batches(2 * STEPS, spoilt=[2 * step + seen_by for step, seen_by in SEEN_BY.items()])[rank::2]
+    states: list[Any] = []
+    seen: list[bool] = []
+    with StabilityMonitor(trained, ["amax"], flush_every=2) as monitor:
+        actions = Actions(Training(model, monitor, [optimizer]), {"non_finite": "skip", "one_layer": "clip"})
+        verdict_before_step = monitor.verdict_before_step
+
+        def noted(*args: Any, **options: Any) -> Any:
+            verdict = verdict_before_step(*args, **options)
+            seen.append(verdict.here)
+            return verdict
+
+        monitor.verdict_before_step = noted  # type: ignore[method-assign]
+        for batch in data:
+            actions.begin_step()
+            # Only the norm sees the NaN: gradients, which DDP would merge, stay finite.
+            loss = trained(batch).nan_to_num().square().mean() * (0.0 if batch.isnan().any() else 1.0)
+            loss.nan_to_num().backward()
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.nan_to_num_()
+            if not actions.skips(optimizer, loss=loss):
+                optimizer.step()
+            monitor.step(loss=loss)
+            actions.end_step()
+            optimizer.zero_grad()
+            states.append(everything(model, optimizer))
+    done = [(one.action, one.why.step, one.why.layer) for one in actions.done]
+    torch.save((states, done, seen), f"{folder}/{rank}.pt")
+    dist.barrier()
+    leave()
+
+
+def test_both_ranks_skip_what_one_saw(tmp_path: Path) -> None:
+    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for rank, (states, done, seen) in enumerate(ranks):
+        assert done == [("skip", step, "1") for step in SEEN_BY]
+        assert seen == [SEEN_BY.get(step) == rank for step in range(STEPS)]
+        for step in range(1, STEPS):
+            assert same(states[step - 1], states[step]) == (step in SEEN_BY), step
+        assert all(value.float().isfinite().all() for value in states[-1].values())
+    for name in ("0.weight", "6.bias"):
+        assert torch.equal(ranks[0][0][-1][name], ranks[1][0][-1][name])

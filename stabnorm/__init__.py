@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from stabnorm._lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from stabnorm import actions as actions
     from stabnorm import callbacks as callbacks
     from stabnorm import companions as companions
     from stabnorm import dashboard as dashboard
@@ -68,7 +69,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "stabnorm.switch.progressive": ["ProgressiveSwitch"],
     },
     parts=(
-        "callbacks", "companions", "dashboard", "fit", "fold", "functional", "monitor", "nn", "norms", "ops",
+        "actions", "callbacks", "companions", "dashboard", "fit", "fold", "functional", "monitor", "nn", "norms", "ops",
         "pretrained", "remedies", "switch",
     ),
 )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import stabnorm
 
 ROOMS = (
-    "callbacks", "companions", "dashboard", "fit", "fold", "monitor", "norms", "ops", "pretrained",
+    "actions", "callbacks", "companions", "dashboard", "fit", "fold", "monitor", "norms", "ops", "pretrained",
     "remedies", "switch",
 )  # fmt: skip
 LAZY = ("stabnorm", *(f"stabnorm.{room}" for room in ROOMS))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stabnorm.actions.skip import Skip as Skip
     from stabnorm.actions.snapshot import Snapshot as Snapshot
     from stabnorm.actions.stop import Stop as Stop
+    from stabnorm.clipping import AdaptiveClip as AdaptiveClip
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -33,5 +34,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "stabnorm.actions.skip": ["Skip"],
         "stabnorm.actions.snapshot": ["Snapshot"],
         "stabnorm.actions.stop": ["Stop"],
+        "stabnorm.clipping": ["AdaptiveClip"],
     },
 )

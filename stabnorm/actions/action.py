@@ -103,12 +103,14 @@ class Action:
         name: what `actions=` calls it.
         worker: the class that does it.
         before_step: whether it is decided between the backward and the optimizer's step.
+        rest: steps after which it may be done again, because alarms come in swarms.
         times: how often it is done in a training, at most; None is without a bound.
     """
 
     name: ClassVar[str]
     worker: ClassVar[type[Worker]]
     before_step: ClassVar[bool] = False
+    rest: ClassVar[int] = 100
     times: int | None = None
 
     def start(self, training: Training) -> Worker:

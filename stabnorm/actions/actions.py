@@ -101,6 +101,8 @@ def _action(kind: str, asked: Any) -> Action | None:
 
 def kind_of(onset: Onset) -> str:
     """Return the kind of an onset, one of `KINDS`."""
+    if onset.statistic == "nonfinite":
+        return NON_FINITE
     return {"nonfinite": NON_FINITE, "bound": "bound"}.get(onset.kind, onset.scope.replace(" ", "_"))
 
 
@@ -151,6 +153,7 @@ class Actions:
         distinct = dict.fromkeys(action for of_kind in self._table.values() for action in of_kind)
         self._workers: dict[Action, Worker] = {action: action.start(training) for action in distinct}
         self._times = dict.fromkeys(distinct, 0)
+        self._last = dict[Action, int]()  # when it was done last
         self._judges = any(action.before_step for action in distinct)
         self._followed = self._onsets()
         self._loss_bad: Tensor | None = None
@@ -220,11 +223,11 @@ class Actions:
             verdict = self._verdict
             raised[verdict.kind] = Why(verdict.kind, monitor.steps_done - 1, verdict.layer, verdict.reason)
         onsets = self._onsets()
-        for number, kind in onsets.items():
+        for number, (kind, _) in onsets.items():
             onset = monitor.onsets[number]
             known = kind == NON_FINITE and bool(self._known & set(range(onset.step, onset.last_step + 1)))
-            if self._followed.get(number) != kind and not known:
-                raised.setdefault(kind, Why(kind, onset.step, onset.layer, str(onset)))
+            if self._followed.get(number) != onsets[number] and not known:
+                raised.setdefault(kind, Why(kind, onset.last_step, onset.layer, onset.sentence.rstrip(".")))
         self._followed = onsets
         for worker in self._workers.values():
             worker.end_step(calm=not raised)
@@ -233,14 +236,18 @@ class Actions:
                 if not action.before_step:
                     self._do(action, why)
 
-    def _onsets(self) -> dict[int, str]:
-        """Return the kind of each onset so far; one that grows may become one of another kind."""
-        return {number: kind_of(onset) for number, onset in enumerate(self.training.monitor.onsets)}
+    def _onsets(self) -> dict[int, tuple[str, int]]:
+        """Return kind and last step of each onset so far; one that grows may become one of another kind."""
+        return {number: (kind_of(onset), onset.last_step) for number, onset in enumerate(self.training.monitor.onsets)}
 
     def _of(self, kind: str) -> list[Action]:
         return list(dict.fromkeys((*self._table.get(kind, ()), *self._table.get("any", ()))))
 
     def _do(self, action: Action, why: Why) -> None:
+        now = self.training.monitor.steps_done
+        if now - self._last.get(action, -action.rest) < action.rest:
+            return
+        self._last[action] = now
         self._times[action] += 1
         if action.times is not None and self._times[action] > action.times:
             if self._times[action] == action.times + 1:

@@ -11,7 +11,7 @@ from stabnorm.clipping import AdaptiveClip
 
 @dataclass(frozen=True)
 class Clip(Action):
-    """Clips each gradient tensor to a multiple of its usual norm, from an alarm on, see `stabnorm.AdaptiveClip`.
+    """Clips each gradient tensor to a multiple of its usual norm, from an alarm on, see `AdaptiveClip`.
 
     What is usual is learnt from the first step on; nothing is read from the device.
 

@@ -28,6 +28,7 @@ class Rollback(Action):
     before: int = 10
     budget: int = 3
     name = "rollback"
+    rest = 0  # an alarm after it is another one
 
     def __post_init__(self) -> None:
         for name in ("every", "keep", "budget"):

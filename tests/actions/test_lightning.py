@@ -32,7 +32,7 @@ class Module(pl.LightningModule):
         self.seen: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.net(batch).square().mean()
+        loss: Tensor = self.net(batch).square().mean()
         self.seen.append(float(loss.detach()))
         return loss
 
@@ -56,7 +56,7 @@ class TwoOptimizers(Module):
         self.automatic_optimization = False
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.net(batch).square().mean()
+        loss: Tensor = self.net(batch).square().mean()
         optimizers: Any = self.optimizers()
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -70,9 +70,13 @@ class TwoOptimizers(Module):
         return [torch.optim.AdamW(first, lr=0.01), torch.optim.SGD(second, lr=0.01, momentum=0.9)]
 
 
+def loader(data: list[Tensor]) -> DataLoader[Tensor]:
+    return DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+
+
 def fit(callback: StabilityCallback, model: Any, data: list[Tensor], tmp_path: Path, *more: Any, **options: Any) -> Any:
     run = trainer(tmp_path, callback, *more, num_sanity_val_steps=0, log_every_n_steps=1, **options)
-    run.fit(model, DataLoader(data, batch_size=None))
+    run.fit(model, loader(data))
     return run
 
 
@@ -82,15 +86,15 @@ def skipping(**options: Any) -> StabilityCallback:
 
 @pytest.mark.parametrize("case", ["plain", "clipping", "accumulation", "bf16", "scaler", "two optimizers"])
 def test_a_skipped_step_leaves_everything_bit_identical(case: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {
+    cases: dict[str, dict[str, Any]] = {
         "clipping": {"gradient_clip_val": 0.5},
         "accumulation": {"accumulate_grad_batches": 2},
         "bf16": {"precision": "bf16-mixed"},
         "scaler": {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))]},
-    }.get(case, {})
+    }
     model = TwoOptimizers() if case == "two optimizers" else Module()
     callback = skipping()
-    fit(callback, model, batches(STEPS, spoilt=[4]), tmp_path, **options)
+    fit(callback, model, batches(STEPS, spoilt=[4]), tmp_path, **cases.get(case, {}))
     before, after = (3, 5) if case == "accumulation" else (3, 4)
     assert same(model.states[before], model.states[after])
     assert not same(model.states[after], model.states[-1])
@@ -177,7 +181,7 @@ def test_a_resumed_run_has_skipped_as_often_as_before(tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "last.ckpt")
     second = skipping()
     again = trainer(tmp_path, second, num_sanity_val_steps=0, max_epochs=2)
-    again.fit(Module(), DataLoader(batches(STEPS, spoilt=[1]), batch_size=None), ckpt_path=tmp_path / "last.ckpt")
+    again.fit(Module(), loader(batches(STEPS, spoilt=[1])), ckpt_path=tmp_path / "last.ckpt")
     assert second.responses is not None
     assert second.responses.done[0].words == "the step is left out (3 of 10 in 100 steps)"
 

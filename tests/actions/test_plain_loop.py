@@ -149,7 +149,7 @@ def test_an_alarm_reduces_the_learning_rate_so_often_and_no_more() -> None:
         def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
             return [Alert(first_step, self.rows[0], "amax", 9.0, 1.0, "off")]
 
-    loop = Loop({"one_layer": ReduceLR(0.1, times=2)}, detector=Often).run(batches(20))
+    loop = Loop({"one_layer": ReduceLR(0.1, times=2)}, detector=Often).run(batches(315))
     assert loop.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
     assert [done.words for done in loop.actions.done][2] == "it is not done any more, because it was done 2 times"
     assert len(loop.actions.done) == 3
@@ -165,7 +165,7 @@ def test_clipping_begins_at_an_alarm_and_has_learnt_before() -> None:
             if parameter.grad is not None and len(norms) >= 8:
                 parameter.grad.mul_(1e6)
         clip(self, **options)
-        norms.append(float(loop.model[0].weight.grad.norm()))  # type: ignore[union-attr]
+        norms.append(max(float(p.grad.norm()) for p in self.parameters if p.grad is not None))
 
     loop.actions._workers[Clip(steps=3, bound=1.0)]._clip.warmup = 4  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
@@ -230,7 +230,7 @@ def test_a_rollback_has_a_budget_and_needs_a_state_from_before() -> None:
         def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
             return [Alert(first_step + 1, self.rows[0], "amax", 9.0, 1.0, "off")]
 
-    with pytest.raises(StabNormError, match=r"the 3\. time, and the budget is 2.*off"):
+    with pytest.raises(StabNormError, match=r"the 3\. time, and the budget is 2.*largest input"):
         Loop({"one_layer": Rollback(every=1000, budget=2)}, detector=Always).run(batches(30))
 
 

@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from stabnorm import StabilityMonitor
 from stabnorm.actions import Actions, Training
 from tests.actions.nets import batches, everything, net, same
-from tests.processes import leave
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -20,9 +18,7 @@ STEPS = 6
 SEEN_BY = {2: 1, 4: 0}  # the rank that sees the NaN of a step
 
 
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def one_rank(rank: int, folder: Path) -> None:
     model = net()
     trained = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -55,12 +51,10 @@ def one_rank(rank: int, folder: str) -> None:
             states.append(everything(model, optimizer))
     done = [(one.action, one.why.step, one.why.layer) for one in actions.done]
     torch.save((states, done, seen), f"{folder}/{rank}.pt")
-    dist.barrier()
-    leave()
 
 
 def test_both_ranks_skip_what_one_saw(tmp_path: Path) -> None:
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    run_ranks(one_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for rank, (states, done, seen) in enumerate(ranks):
         assert done == [("skip", step, "1") for step in SEEN_BY]

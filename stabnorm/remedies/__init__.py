@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stabnorm.remedies.report import undo as undo
     from stabnorm.remedies.residual_scaling import scale_residuals as scale_residuals
     from stabnorm.remedies.sigma_reparam import sigma_reparametrize as sigma_reparametrize
+    from stabnorm.remedies.standardized import standardize_weights as standardize_weights
     from stabnorm.remedies.symptoms import REMEDIES as REMEDIES
     from stabnorm.remedies.symptoms import Remedy as Remedy
     from stabnorm.remedies.symptoms import remedies_for as remedies_for
@@ -34,6 +35,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "stabnorm.remedies.report": ["Change", "RemedyReport", "undo"],
         "stabnorm.remedies.residual_scaling": ["scale_residuals"],
         "stabnorm.remedies.sigma_reparam": ["sigma_reparametrize"],
+        "stabnorm.remedies.standardized": ["standardize_weights"],
         "stabnorm.remedies.symptoms": ["REMEDIES", "Remedy", "remedies_for"],
         "stabnorm.remedies.trained_part": ["freeze_embedding", "train_only_norms"],
     },

@@ -46,6 +46,14 @@ def linear_weights(model: nn.Module) -> list[Weight]:
     return [weight for name, module in model.named_modules() if (weight := weight_of(name, module)) is not None]
 
 
+def convolution_weights(model: nn.Module) -> list[Weight]:
+    """Return the weights of all convolutions; not of transposed ones, whose first axis is that of the inputs."""
+    kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d
+    return [
+        Weight(name, module, "weight", False) for name, module in model.named_modules() if isinstance(module, kinds)
+    ]
+
+
 def weight_of(name: str, module: nn.Module) -> Weight | None:
     """Return the weight of a linear layer, or None for another module."""
     if isinstance(module, nn.Linear):

@@ -40,6 +40,7 @@ class Remedy:
 _ATTENTION = "the entropy of the attention collapses, and its logits grow"
 _DEPTH = "the scale of the residual stream grows over depth"
 _EMBEDDING = "the gradient of the embedding is too large"
+_NOISY = "the statistics of a batch are too noisy, as in micro-batches"
 _PART = "only the norms are worth training"
 
 REMEDIES: tuple[Remedy, ...] = (
@@ -77,6 +78,11 @@ REMEDIES: tuple[Remedy, ...] = (
         "stable_embedding", _EMBEDDING, ("embedding_gradient_ratio",),
         "normalises the embedding and draws it by Xavier's rule", "arXiv 2110.02861",
         "the norm, once convert_norms has switched it",
+    ),
+    Remedy(
+        "standardize_weights", _NOISY, ("var_fluctuation", "mean_fluctuation"),
+        "gives convolutions weights of mean 0 and variance 1, for norms that do not read the batch",
+        "arXiv 1903.10520", "into the weights, exactly",
     ),
     Remedy(
         "train_only_norms", _PART, (), "trains gains and biases of the norms only", "arXiv 2003.00152",

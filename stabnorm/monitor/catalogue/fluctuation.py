@@ -85,6 +85,10 @@ def _rank_share(now: Moments, past: Past) -> Tensor:
     return now.mean_over_channels(now.between / (now.var + now.layout.eps[:, None]))
 
 
+_NOISY = (
+    "its statistics differ from batch to batch: a BatchNorm needs larger batches, or a norm in its place that does not "
+    "read the batch, behind stabnorm.remedies.standardize_weights"
+)
 _DISCREPANCY = (
     "evaluation uses other statistics than training: use larger batches or a smaller momentum, or recompute them after "
     "training"
@@ -116,11 +120,11 @@ FLUCTUATION = (
     Statistic(
         "mean_fluctuation", "F3", "mean_c sd_t(mu_c) / sigma_hat_c, sd: standard deviation over time with an "
         "exponential window (momentum 0.1)",
-        "channel", "1", _UNIFIED, FREE, _mean_fluctuation,
+        "channel", "1", _UNIFIED, FREE, _mean_fluctuation, advice=_NOISY,
     ),
     Statistic(
         "var_fluctuation", "F3", "mean_c |log(var_c + eps) - its value one step before|",
-        "channel", "1", _UNIFIED, FREE, _var_fluctuation, floor=0.3,
+        "channel", "1", _UNIFIED, FREE, _var_fluctuation, floor=0.3, advice=_NOISY,
     ),
     Statistic(
         "absmax_fluctuation", "F3", "mean_c |log(max_n |x| + sqrt eps) - its value one step before|",

@@ -85,6 +85,16 @@ REMEDIES: tuple[Remedy, ...] = (
         "arXiv 1903.10520", "into the weights, exactly",
     ),
     Remedy(
+        "nn.BatchChannelNorm", _NOISY, ("var_fluctuation", "mean_fluctuation"),
+        "normalises with estimated statistics, and then groups of channels of each sample", "arXiv 1903.10520",
+        "its batch norm; the norm of each sample stays",
+    ),
+    Remedy(
+        "nn.EvoNormS0", _NOISY, ("var_fluctuation", "mean_fluctuation"),
+        "stands for a norm and its activation in a convolutional net, and does not read the batch", "arXiv 2004.02967",
+        "nothing folds",
+    ),
+    Remedy(
         "train_only_norms", _PART, (), "trains gains and biases of the norms only", "arXiv 2003.00152",
         "nothing is left",
     ),

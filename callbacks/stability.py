@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -13,6 +14,8 @@ from stabnorm._models.names import NameFilter
 from stabnorm._states import check_state
 from stabnorm.actions.actions import Actions, resolve_actions
 from stabnorm.callbacks._actions import actions_of
+from stabnorm.callbacks._changes import Feed
+from stabnorm.callbacks._gradient_norm import gradient_norm
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._live import REPORT, LiveReport
 from stabnorm.callbacks._masks import BatchMask
@@ -147,6 +150,7 @@ class StabilityCallback(Callback):
         self._step = _OpenStep()
         self._fitting = self._counted = self._loaded = False
         self._told = False  # whether other callbacks know of this fit's alerts
+        self._feed: Feed | None = None  # of the epoch
 
     @staticmethod
     def of(trainer: "Trainer") -> "StabilityCallback | None":
@@ -186,7 +190,7 @@ class StabilityCallback(Callback):
         # After a checkpoint, or in a second fit of the same Trainer; in a new run the callback starts again.
         if self._saved is not None and (self._loaded or trainer.global_step > 0):
             monitor.load_state_dict(self._saved)
-        self.monitor, self._step, self._loaded = monitor, _OpenStep(), False
+        self.monitor, self._step, self._loaded, self._feed = monitor, _OpenStep(), False, None
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self.directory = output_directory(trainer)
             names = [statistic.name for statistic in monitor.statistics]
@@ -275,6 +279,9 @@ class StabilityCallback(Callback):
         if not self._step.stepped:
             self._step.learning_rate = learning_rate(optimizer)
         scale = loss_scale(trainer)
+        if self.gradients and self.monitor is not None:
+            norm = self.monitor.outputs.attempt("the gradient's norm is not watched", gradient_norm, optimizer, scale)
+            self._step.add_gradient_norm(norm)
         if scale is not None:
             self._step.grad_scales[optimizer] = scale.clone() if isinstance(scale, Tensor) else scale
         self._step.stepped = True
@@ -298,6 +305,7 @@ class StabilityCallback(Callback):
             self.monitor.step(
                 loss=step.loss,
                 learning_rate=step.learning_rate,
+                gradient_norm=step.gradient_norm,
                 grad_scale=step.grad_scales or None,
                 optimizer=[optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)],
                 closure=step.loss_again,
@@ -321,6 +329,11 @@ class StabilityCallback(Callback):
         """Forget a step that the last epoch left open; automatic optimization drops its gradients, too."""
         if pl_module.automatic_optimization:
             self._step = _OpenStep()
+        feed = Feed.of(trainer)
+        change = "" if self._feed is None else feed.change(self._feed)
+        self._feed = feed
+        if change and self.monitor is not None:
+            self.monitor.announce_change(change)
 
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Count no forward of a validation, also where the model stays in training mode, as for MC dropout."""
@@ -441,8 +454,15 @@ class _OpenStep:
         self.loss: Tensor | None = None
         self.loss_again: Callable[[], Tensor | None] | None = None
         self.learning_rate: float | Tensor | None = None
+        self.gradient_norm: Tensor | None = None
         self.grad_scales: dict[Optimizer, Tensor | float] = {}
         self._batches = 0
+
+    def add_gradient_norm(self, norm: Tensor | None) -> None:
+        """Take in the norm of an optimizer's gradients; the step's is that of all of them."""
+        if norm is not None:
+            before = self.gradient_norm
+            self.gradient_norm = norm if before is None else torch.hypot(before.to(norm), norm)
 
     def add_loss(self, loss: Tensor, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Take in the loss of a batch; the step's is the mean of its batches, with manual optimization the last one."""

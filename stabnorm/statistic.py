@@ -81,6 +81,9 @@ class Statistic:
             smallest scale of this z-score, in log units: a change must exceed 6 floors to raise an alert.
         advice: what a value beyond the bound means, and where to look.
         least: a value below it is bad, as one above `threshold` is.
+        upward: whether only a rise above the past raises an alert, as for gradients, which fall after a spike.
+        start: a value above it in three quarters of the rows raises an alert as long as there is no past. Default: no
+            such bound.
         remembers: whether it needs `DetailedPast` instead of `Past`.
         bad: when it is bad, in words, for a statistic without a bound.
 
@@ -106,6 +109,8 @@ class Statistic:
     least: float | None = None
     remembers: bool = False
     bad: str = ""
+    upward: bool = False
+    start: float | None = None
 
     @property
     def needs_all(self) -> frozenset[str]:
@@ -121,7 +126,10 @@ class Statistic:
         if self.alarm is not None:
             bounds.append(f"alert > {self.alarm:g}")
         if self.floor is not None:
-            bounds.append(f"alert: x{math.exp(6 * self.floor):.2g} and 6 robust sigmas off its past")
+            off = "above" if self.upward else "off"
+            bounds.append(f"alert: x{math.exp(6 * self.floor):.2g} and 6 robust sigmas {off} its past")
+        if self.start is not None:
+            bounds.append(f"alert at a start: > {self.start:g} in most rows")
         return self.bad or ", ".join(bounds) or "no bound; compare layers and steps"
 
 

@@ -98,7 +98,7 @@ class WeightCompanion(Companion):
         Statistic(
             "update_ratio", formula="|dw| / |w|, dw what the optimizer step changed",
             source="bound ours: healthy starts stay below 0.006, runs without warm-up pass 0.24",
-            compute=lambda sums, _: (sums.update / sums.weight).sqrt(), threshold=0.05,
+            compute=lambda sums, _: (sums.update / sums.weight).sqrt(), threshold=0.05, start=0.1,
             advice="each step changes it by a large part: lower the learning rate, or lengthen the warm-up",
         ),
         Statistic(

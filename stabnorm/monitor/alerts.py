@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-Kind = Literal["past", "bound", "nonfinite"]
+Kind = Literal["past", "bound", "start", "nonfinite"]
 TRAINING = "training"  # the row of series that belong to no layer: loss and norm of the gradient
 
 
@@ -20,8 +20,8 @@ class Alert:
         value: value of the statistic of this layer at this step.
         threshold: the bound that it crossed.
         reason: one sentence that says what happened and where to look.
-        kind: "past" if the value left its usual range, "bound" if it crossed a fixed bound, "nonfinite" for a NaN or an
-            infinity. Default: "past".
+        kind: "past" if the value left its usual range, "bound" if it crossed a fixed bound, "start" if most rows
+            crossed a bound that holds at a start, "nonfinite" for a NaN or an infinity. Default: "past".
         usual: what was usual for this layer before; NaN if the alert needs no past. Default: NaN.
         score: by how many robust standard deviations the value is off; NaN if the alert needs no past. Default: NaN.
         companion: name of the companion that has the row. Default: "", the row is a norm, or "training".

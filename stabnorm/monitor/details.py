@@ -97,3 +97,9 @@ def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
         if not isinstance(one, Optimizer):
             raise TypeError(f"optimizer is a torch.optim.Optimizer, or several of them, got {shown(one)}")
     return optimizers
+
+
+def weight_decay_of(optimizers: Sequence[Optimizer]) -> float | None:
+    """Return the largest weight decay of all parameter groups, as norms and biases often have none; None if unknown."""
+    decays = [group.get("weight_decay") for optimizer in optimizers for group in optimizer.param_groups]
+    return max((float(decay) for decay in decays if isinstance(decay, int | float)), default=None)

@@ -19,6 +19,7 @@ from stabnorm._checks import (
     check_flag,
     check_function,
     check_has_numbers,
+    check_instance,
     check_model,
     check_scalar,
     wrong_type,
@@ -34,7 +35,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.alerts import Alert, Departure
 from stabnorm.monitor.cost import Cost, Stopwatch
-from stabnorm.monitor.details import Details, is_detailed, optimizers_of
+from stabnorm.monitor.details import Details, is_detailed, optimizers_of, weight_decay_of
 from stabnorm.monitor.detect import MakeDetector, RobustDetector
 from stabnorm.monitor.loss_scales import Scale, unscaled
 from stabnorm.monitor.measure import Measurement
@@ -48,6 +49,7 @@ from stabnorm.monitor.rows import BESIDE_NORMS
 from stabnorm.monitor.saved_past import unpadded
 from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.monitor.track import SCALARS, CompanionTracks, Track
+from stabnorm.monitor.training_series import TrainingSeries
 from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.monitor.verdict import Verdict, flags_of, gradients_of, verdict_of
 from stabnorm.norms import NormLayer, find_norms
@@ -56,6 +58,9 @@ from stabnorm.statistic import by_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_NEW_IN_STATE = {"companions", "onsets", "marks", "training"}  # older checkpoints do not have these
 
 
 def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any, on_alert: Any) -> None:
@@ -208,6 +213,7 @@ class StabilityMonitor:
         self._stopwatch = Stopwatch()
         self.outputs = Outputs()
         self._follower = OnsetFollower()
+        self._training = TrainingSeries() if detector is None else None  # the loss and the norm of the gradient
         self._nothing_ran = False
         self._other_norms: list[str] = []  # what was said about norms that left the model, or came into it
 
@@ -312,6 +318,7 @@ class StabilityMonitor:
         *,
         loss: Tensor | float | None = None,
         learning_rate: Tensor | float | None = None,
+        gradient_norm: Tensor | float | None = None,
         grad_scale: Scale | Mapping[Optimizer, Scale] | None = None,
         optimizer: Optimizer | Sequence[Optimizer] = (),
         closure: Callable[[], Tensor | None] | None = None,
@@ -321,6 +328,8 @@ class StabilityMonitor:
         Args:
             loss: the step's loss, for the record. A tensor is not read before the flush. Default: NaN in the record.
             learning_rate: the step's learning rate, for the record. Default: NaN in the record.
+            gradient_norm: the norm of all gradients before they were clipped, as `torch.nn.utils.clip_grad_norm_`
+                returns it, without the loss scale. It is watched, as the loss is. Default: NaN in the record.
             grad_scale: the factor by which gradients were scaled, ``scaler.get_scale()`` or the scaler's own tensor.
                 Call `step` before ``scaler.update()``. With several optimizers between whose steps the scale is
                 updated, give a mapping of the factor at the step of each optimizer. Default: 1.
@@ -336,7 +345,8 @@ class StabilityMonitor:
         """
         if not self._observer.attached:
             raise StabNormError("step() on a monitor whose hooks are off; use `with monitor:` or call attach() first")
-        for name, value in (("loss", loss), ("learning_rate", learning_rate)):
+        given = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
+        for name, value in given.items():
             if value is not None:
                 check_scalar(name, value)
         if grad_scale is not None:
@@ -350,19 +360,23 @@ class StabilityMonitor:
         start = self._stopwatch.begin_step(self._hook_seconds)
         self._agree()
         device = self._observer.device
+        last_scale = [*grad_scale.values()][-1] if isinstance(grad_scale, Mapping) else grad_scale
+        given |= {"loss_scale": last_scale, "weight_decay": weight_decay_of(optimizers)}
         scalars = torch.full((len(SCALARS),), torch.nan, dtype=torch.float32, device=device)
-        for column, scalar in enumerate((loss, learning_rate)):
+        for name, scalar in given.items():
             if scalar is not None:
-                scalars[column] = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else float(scalar)
+                number = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else float(scalar)
+                scalars[SCALARS.index(name)] = number
         states = self._measurement.states(device)
         gathered = self._measurement.gathered(states, device)
         if grad_scale is not None:
             gathered = unscaled(gathered, self._accumulators.bands, self._model, grad_scale)
         if merging_ranks(self.sync) > 1:
             gathered, scalars[:1] = merge_over_ranks(self.sync, gathered, scalars[:1])
+        if loss is not None:
+            scalars[SCALARS.index("nonfinite")] = ~torch.isfinite(scalars[0])
         row, norms = self._measurement.rows(states, gathered, optimizers)
         self._track.add(row, scalars)
-        last_scale = [*grad_scale.values()][-1] if isinstance(grad_scale, Mapping) else grad_scale
         self.companions.step(self.layers, norms, StepLoss(closure, last_scale, self.sync))
         self._observer.discard()
         for listen in self.listeners:
@@ -407,6 +421,34 @@ class StabilityMonitor:
             everyone = gather_in_group(own.to(torch.uint8), group_of(self.sync)).bool()
         here, *flags = torch.cat([own.any()[None], everyone.any(0)]).tolist()
         return verdict_of(flags, self.layers, here=here)
+    def announce_change(self, reason: str) -> None:
+        """Say that something was changed on purpose before the next step, such as batch size, data or a schedule.
+
+        The detectors learn again what is usual, within 64 steps; until then only fixed bounds and what is not finite
+        are watched. The reason is in the record, and an onset soon after names it.
+
+        Args:
+            reason: what was changed, in words.
+
+        Raises:
+            TypeError: the reason is no text.
+        """
+        check_instance("reason", reason, str, "a text that says what was changed")
+        self._send()
+        self._receive()  # alerts of the steps before belong to the past before
+        for detector in self._detectors:
+            forget = getattr(detector, "forget", None)
+            if forget is not None:
+                forget()
+        self._follower.settings.announced.append((self.steps_done, reason))
+        if self._speaks:
+            data = {"step": self.steps_done, "reason": reason}
+            self.outputs.write_event(self.records, "announced", self.steps_done, data)
+
+    @property
+    def _detectors(self) -> list[Any]:
+        own = [] if self._training is None else [self._training.detector]
+        return [track.detector for track in self._tracks] + own
 
     def _agree(self) -> None:
         """Check once that all ranks watch the same layers and statistics, because merging relies on it."""
@@ -526,6 +568,14 @@ class StabilityMonitor:
                 raised += alerts
                 departed += track.take_departures()
                 self._report(block, alerts)
+        if norms is not None and self._training is not None:
+            series = {name: norms.series[name] for name in ("loss", "gradient_norm") if name in norms.series}
+            seen = (norms.first_step, series, self._track.not_finite)
+            alerts = self.outputs.attempt("the loss is not watched", self._training.update, *seen) or []
+            self.alerts += alerts
+            raised += alerts
+            departed += self._training.take_departures()
+            self._tell(alerts)
         if norms is not None:
             self._follow_onsets(norms, raised, departed)
         self._stopwatch.flushes += time.perf_counter() - start
@@ -546,13 +596,16 @@ class StabilityMonitor:
         if not self._speaks:
             return
         self._warn_if_nothing_ran(block)
-        for alert in alerts:
+        self.outputs.write_block(self.records, block)
+        self._tell(alerts)
+
+    def _tell(self, alerts: Sequence[Alert]) -> None:
+        """Write alerts to the log and the record."""
+        for alert in alerts if self._speaks else ():
             where = f"stabnorm, step {alert.step}, {alert.layer}"
             say("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
             if self.on_alert is not None:
                 self.outputs.attempt("on_alert raised an error", self.on_alert, alert)
-        self.outputs.write_block(self.records, block)
-        for alert in alerts:
             self.outputs.write_event(self.records, "alert", alert.step, alert.as_dict())
 
     def _name_other_norms(self) -> None:
@@ -606,7 +659,7 @@ class StabilityMonitor:
         The state has tensors and plain containers only. This neither flushes nor writes anything.
         """
         rows = self._track.no_rows()
-        rows, scalars = self._track.unflushed() or (rows, rows.new_empty(0, len(SCALARS)))
+        rows, marks, scalars = self._track.unflushed() or (rows, rows, rows.new_empty(0, len(SCALARS)))
         return {
             "version": 3,
             "layers": list(self.layers),
@@ -618,7 +671,9 @@ class StabilityMonitor:
             "alerts": [alert.as_dict() for alert in self.alerts],
             "onsets": self._follower.state_dict(),
             "rows": rows,
+            "marks": marks,
             "scalars": scalars,
+            "training": None if self._training is None else self._training.detector.state_dict(),
             "companions": self.companions.state_dict(),
         }
 
@@ -633,7 +688,7 @@ class StabilityMonitor:
             TypeError: the state is no dict.
             ValueError: the state is not that of a monitor; nothing is loaded then.
         """
-        check_state(state, "StabilityMonitor", self.state_dict().keys() - {"companions", "onsets"})
+        check_state(state, "StabilityMonitor", self.state_dict().keys() - _NEW_IN_STATE)
         self.flush()
         load_whole(self, self._load, state)
 
@@ -650,21 +705,25 @@ class StabilityMonitor:
                 "at this step"
             )
             return
-        self._load_past(state)
-        self._track.restore(self.steps_done, state["rows"].cpu(), state["scalars"].cpu())
+        known = self._load_past(state) and "marks" in state
+        marks = state["marks"].cpu() if known else None
+        self._track.restore(self.steps_done, state["rows"].cpu(), marks, state["scalars"].cpu())
 
     def load_baselines(self, state: dict[str, Any]) -> None:
         """Take over what was usual for each layer in an earlier state of this monitor.
 
         Steps, history and alerts go on, as in a training that goes back to an earlier state and counts its steps on.
         """
-        check_state(state, "StabilityMonitor", self.state_dict().keys() - {"companions", "onsets"})
+        check_state(state, "StabilityMonitor", self.state_dict().keys() - _NEW_IN_STATE)
         self.flush()
         self._load_past(state)
         self.companions.load_baselines(state.get("companions", {}))
 
-    def _load_past(self, state: Mapping[str, Any]) -> None:
+    def _load_past(self, state: Mapping[str, Any]) -> bool:
+        """Load what was usual, and return whether the detector could read its part."""
         if state["past"] is not None:
             past = unpadded(state["past"], state["channels"]) if state["version"] == 2 else state["past"]
             self._measurement.load_past(past, self._observer.device)
-        self._track.load_detector(state["detector"])
+        if self._training is not None and state.get("training") is not None:
+            self._training.detector.load_state_dict(state["training"])
+        return self._track.load_detector(state["detector"])

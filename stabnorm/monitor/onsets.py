@@ -262,6 +262,8 @@ def _place(
     watched: Watched,
 ) -> tuple[Scope, str]:
     """Return the scope of an onset, and the layer where it began."""
+    if alert.kind == "start":
+        return "everywhere", alert.layer
     if alert.kind != "past":
         return ("from here on" if alert.kind == "nonfinite" else "one layer"), alert.layer
     for companion, rows in watched.rows.items():

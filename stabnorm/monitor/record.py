@@ -42,6 +42,9 @@ AXES = ("step", "layer", "rank")
 SIDE_SERIES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "loss": (AXES[:1], "training loss"),
     "learning_rate": (AXES[:1], "learning rate of the first parameter group"),
+    "gradient_norm": (AXES[:1], "norm of the gradient over all parameters, before clipping"),
+    "weight_decay": (AXES[:1], "largest weight decay of the parameter groups"),
+    "loss_scale": (AXES[:1], "factor by which the loss was scaled"),
     "tokens": (AXES[:2], "valid tokens the layer saw; 0 where it did not run"),
     "top_channel_ids": (AXES, "channels with the largest magnitude, largest first"),
     "top_channel_values": (AXES, "their magnitudes"),
@@ -51,6 +54,8 @@ SIDE_SERIES: Mapping[str, tuple[tuple[str, ...], str]] = {
 EVENT_KINDS: Mapping[str, str] = {
     "alert": "a statistic crossed its threshold",
     "action": "what was done at an alarm, and why",
+    "onset": "alerts that belong together, and what is known of their cause; written again as it grows",
+    "announced": "a change of the training that was announced",
     "hold": "the schedule waited, went on or went back",
     "fold_report": "which norms were folded, and what was kept",
 }

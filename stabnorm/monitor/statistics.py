@@ -87,11 +87,12 @@ def _check_own(statistic: Statistic) -> None:
         raise TypeError(
             f"statistic {name!r} has no function: give compute=, a function (moments, past) -> one number per layer"
         )
-    for bound in ("threshold", "alarm", "least", "floor"):
+    for bound in ("threshold", "alarm", "least", "floor", "start"):
         value = getattr(statistic, bound)
         if value is not None:
             check_number(f"{bound} of statistic {name!r}", value, above=0 if bound == "floor" else None)
     check_flag(f"remembers of statistic {name!r}", statistic.remembers)
+    check_flag(f"upward of statistic {name!r}", statistic.upward)
     needs = () if statistic.needs is None else statistic.needs
     needs = (needs,) if isinstance(needs, str) else needs
     check_all(f"needs of statistic {name!r}", needs, str, f"one or several of {', '.join(NEEDS)}")

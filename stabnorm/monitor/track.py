@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,8 @@ from stabnorm.monitor.record import Block
 from stabnorm.monitor.rows import RowLayout
 from stabnorm.statistic import Statistic
 
-SCALARS = ("loss", "learning_rate")  # one number per step, not per row
+# One number per step, not per row; the last one says whether a number that was given is NaN or infinite.
+SCALARS = ("loss", "learning_rate", "gradient_norm", "weight_decay", "loss_scale", "nonfinite")
 _HISTORY_BYTES = 64 << 20
 
 
@@ -60,6 +62,7 @@ class Track:
         self._in_flight: tuple[int, AsyncCopy] | None = None  # the first step, and what is copied
         self._flush_every = flush_every
         self._history = self._empty_history()
+        self.not_finite: npt.NDArray[np.float32] | None = None  # of the scalars of the steps received last
 
     def _empty_history(self) -> History:
         return History(len(self.rows), self.layout.width, self._flush_every, _HISTORY_BYTES)
@@ -89,9 +92,26 @@ class Track:
 
         Args:
             row: ``[rows, columns]``, see `RowLayout.pack`.
-            *scalars: ``[2]``, the `SCALARS`, or nothing.
+            *scalars: ``[len(SCALARS)]``, or nothing.
         """
-        self._waiting.append((row, *scalars))
+        self._waiting.append((row, self._marks(row), *scalars))
+
+    def _marks(self, row: Tensor) -> Tensor:
+        """Let the detector follow a step on the device; without marks it reads the step at the flush."""
+        nothing = row.new_empty(0)
+        step = getattr(self.detector, "step", None)
+        if step is None:
+            return nothing
+        marks = self._guard.attempt("the detector raises no alerts", step, *self._seen(row))
+        return nothing if marks is None else marks
+
+    def _seen(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a detector reads of rows ``[..., rows, columns]``: statistics, tokens, and what is not finite."""
+        if self.layout.beside:
+            tokens, nonfinite = (self.layout.part(rows, name) for name in ("tokens", "nonfinite"))
+        else:  # a companion's row stands for many tokens; alerts about what is not finite come from the norms
+            tokens, nonfinite = rows.new_full(rows.shape[:-1], torch.inf), rows.new_zeros(rows.shape[:-1])
+        return self.layout.statistics_of(rows), tokens, nonfinite > 0
 
     def send(self, steps_done: int) -> None:
         """Start to copy the waiting steps to the host."""
@@ -108,23 +128,23 @@ class Track:
         if self._in_flight is None:
             return None
         (first_step, copy), self._in_flight = self._in_flight, None
-        rows, *scalars = copy.wait()
+        rows, marks, *scalars = copy.wait()
         self._history.add(first_step, rows)
-        alerts = self._detect(first_step, rows)
+        alerts = self._detect(first_step, rows, marks)
         names = [*self.layout.statistics, *(name for name in self.layout.beside if name != "nonfinite")]
         series = {name: self.layout.part(rows, name).numpy() for name in names}
         for values in scalars:
             known = {name: values[:, i].numpy() for i, name in enumerate(SCALARS) if not values[:, i].isnan().all()}
+            self.not_finite = known.pop("nonfinite", None)
             series.update(known)
         return Block(first_step, self.rows, series, companion=self.name), alerts
 
-    def _detect(self, first_step: int, rows: Tensor) -> list[Alert]:
-        # A companion's row stands for many tokens; alerts about values that are not finite come from the norms.
-        tokens, nonfinite = rows.new_full(rows.shape[:2], torch.inf), rows.new_zeros(rows.shape[:2])
-        if self.layout.beside:
-            tokens, nonfinite = (self.layout.part(rows, name) for name in ("tokens", "nonfinite"))
-        seen = (first_step, self.layout.statistics_of(rows), tokens, nonfinite > 0)
-        alerts = self._guard.attempt("the detector raises no alerts", self.detector.update, *seen) or []
+    def _detect(self, first_step: int, rows: Tensor, marks: Tensor) -> list[Alert]:
+        read: Callable[..., list[Alert]] = self.detector.update
+        seen: tuple[Any, ...] = (first_step, *self._seen(rows))
+        if marks.numel():
+            read, seen = self.detector.alerts, (*seen, marks)  # type: ignore[attr-defined]  # it has made the marks
+        alerts = self._guard.attempt("the detector raises no alerts", read, *seen) or []
         return [dataclasses.replace(alert, companion=self.name) for alert in alerts] if self.name else alerts
 
     def take_departures(self) -> list[Departure]:
@@ -137,24 +157,42 @@ class Track:
         return [departure._replace(companion=self.name) for departure in departed]
 
     def unflushed(self) -> tuple[Tensor, ...]:
-        """Return rows and scalars that no flush has received yet, on the host, ``[steps, ...]``; () if none exist."""
+        """Return rows, marks and scalars that no flush has received yet, on the host, ``[steps, ...]``.
+
+        () if none exist.
+        """
         parts = [] if self._in_flight is None else [self._in_flight[1].wait()]
         if self._waiting:
             parts.append(AsyncCopy(*self._stacked()).wait())
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
-    def restore(self, steps_done: int, *unflushed: Tensor) -> None:
-        """Clear the history; the next flush receives the given rows and scalars of the steps before `steps_done`."""
-        self._history.clear()
-        if unflushed and len(unflushed[0]):
-            self._in_flight = steps_done - len(unflushed[0]), AsyncCopy(*unflushed)
+    def restore(
+        self, steps_done: int, rows: Tensor | None = None, marks: Tensor | None = None, *scalars: Tensor
+    ) -> None:
+        """Clear the history, and give the next flush the rows that no flush had received.
 
-    def load_detector(self, state: Any) -> None:
-        """Restore the detector; one that cannot read the state starts afresh, with a warning."""
+        Args:
+            steps_done: the number of steps before the next one.
+            rows: ``[steps, rows, columns]``, the last of these steps. Default: none.
+            marks: what the detector made of them. Default: it follows them again.
+            *scalars: their scalars.
+        """
+        self._history.clear()
+        if rows is not None and len(rows):
+            marks = self._marks_of(rows) if marks is None else marks
+            self._in_flight = steps_done - len(rows), AsyncCopy(rows, marks, *scalars)
+
+    def _marks_of(self, rows: Tensor) -> Tensor:
+        return torch.stack([self._marks(row) for row in rows])
+
+    def load_detector(self, state: Any) -> bool:
+        """Restore the detector; one that cannot read the state starts afresh, with a warning, and returns False."""
         try:
             self.detector.load_state_dict(state)
         except ValueError as error:
             logger.warning("the checkpoint's detector cannot be restored, so this one starts afresh: %s", error)
+            return False
+        return True
 
     def no_rows(self) -> Tensor:
         """Return an empty tensor of rows, ``[0, rows, columns]``."""
@@ -227,26 +265,31 @@ class CompanionTrack(Track):
             wider = rows.new_full((*rows.shape[:-2], len(self.rows), self.layout.width), torch.nan)
             return wider.index_copy_(-2, torch.tensor(kept, dtype=torch.int64, device=rows.device), rows)
 
-        self._waiting = [(widened(row),) for (row,) in self._waiting]
-        if self._in_flight is not None:
-            first_step, copy = self._in_flight
-            self._in_flight = first_step, AsyncCopy(*map(widened, copy.wait()))
         steps, values = self._history.steps(), widened(self._history.values())
         self._history = self._empty_history()
         self.detector = self._make_detector(self.statistics, self.rows, ())
         if len(steps):
             self._history.add(int(steps[0]), values)
-            self._detect(int(steps[0]), values)
+            self._detect(int(steps[0]), values, values.new_empty(0))
+            self.take_departures()
+        if self._in_flight is not None:
+            first_step, copy = self._in_flight
+            rows = widened(copy.wait()[0])
+            self._in_flight = first_step, AsyncCopy(rows, self._marks_of(rows))
+        waiting, self._waiting = [widened(row) for row, _ in self._waiting], []
+        for row in waiting:
+            self.add(row)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for the next step, and the rows since the last flush; the others are in the record."""
-        (values,) = self.unflushed() or (self.no_rows(),)
+        values, marks = self.unflushed() or (self.no_rows(), self.no_rows())
         return {
             "rows": list(self.rows),
             "statistics": list(self.layout.statistics),
             "watch": self.watch.state_dict(),
             "detector": self.detector.state_dict(),
             "values": values,
+            "marks": marks,
         }
 
     def load_state_dict(self, state: dict[str, Any], steps_done: int) -> None:
@@ -258,14 +301,18 @@ class CompanionTrack(Track):
         if state["rows"] != list(self.rows) or statistics != list(self.layout.statistics):
             logger.warning("the checkpoint's companion %r watched other rows: it starts afresh", self.name)
             return
-        self.load_baselines(state)
-        self.restore(steps_done, state["values"].cpu())
+        known = self.load_baselines(state) and "marks" in state
+        self.restore(steps_done, state["values"].cpu(), state["marks"].cpu() if known else None)
 
-    def load_baselines(self, state: dict[str, Any]) -> None:
-        """Take over what was usual in an earlier state of the same rows; the history stays."""
-        if state["rows"] == list(self.rows):
-            self.watch.load_state_dict(state["watch"])
-            self.load_detector(state["detector"])
+    def load_baselines(self, state: dict[str, Any]) -> bool:
+        """Take over what was usual in an earlier state of the same rows, and return whether the detector could.
+
+        The history stays.
+        """
+        if state["rows"] != list(self.rows):
+            return False
+        self.watch.load_state_dict(state["watch"])
+        return self.load_detector(state["detector"])
 
 
 class CompanionTracks(Mapping[str, CompanionTrack]):

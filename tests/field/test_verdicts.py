@@ -67,7 +67,7 @@ def test_a_resumed_run_has_the_past_of_the_one_before(tmp_path: Path) -> None:
     assert monitor is not None
     assert not monitor.compared
     state = monitor.state_dict()
-    state["detector"]["seen"].fill_(ARMED + 1)
+    state["detector"]["fast"]["seen"].fill_(ARMED + 1)
     monitor.load_state_dict(state)
     assert monitor.compared
 

@@ -28,8 +28,8 @@ def test_it_is_the_detectors_own_median_and_scale_at_every_step() -> None:
         detector.update(step, row, torch.full((1, 5), 64), torch.zeros(1, 5, dtype=torch.bool))
         if step >= 150 and step % 7 == 0:
             state, at = detector.state_dict(), np.array([step])
-            np.testing.assert_allclose(baseline.usual(at)[0], state["center"][:, 0].exp(), rtol=1e-5)
-            np.testing.assert_allclose(baseline.scale(at)[0], state["scale"][:, 0], rtol=1e-4)
+            np.testing.assert_allclose(baseline.usual(at)[0], state["fast"]["center"][:, 0].exp(), rtol=1e-5)
+            np.testing.assert_allclose(baseline.scale(at)[0], state["fast"]["scale"][:, 0], rtol=1e-4)
 
 
 def test_steps_may_arrive_in_any_pieces() -> None:

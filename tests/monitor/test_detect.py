@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabnorm import StabilityMonitor
 from stabnorm.monitor import Statistic, detect
@@ -63,9 +64,16 @@ def test_a_layer_that_leaves_its_past_is_named_at_once_and_once() -> None:
     assert "times its usual" in alert.reason
 
 
+def test_a_gradient_or_a_fluctuation_that_falls_raises_nothing() -> None:
+    values = calm(900)
+    values[400:, :, 2] *= 1e-3
+    assert run(values) == []
+    assert [statistic.upward for statistic in STATISTICS] == [False, False, True, False]
+
+
 def test_the_gradients_of_a_norm_that_a_schedule_takes_away_raise_nothing() -> None:
     values = calm(900)
-    values[400:, :, 2] *= torch.linspace(1, 1e-6, 500)[:, None]
+    values[400:, :, 2] *= torch.linspace(1, 1e6, 500)[:, None]
     assert run(values)[0].statistic == "grad_gain"
     assert run(values, fading=LAYERS) == []
     assert {alert.layer for alert in run(values, fading=LAYERS[1:])} == {"a"}
@@ -289,3 +297,111 @@ def test_a_checkpoint_of_another_detector_is_said_and_this_one_starts_afresh(cap
         one.load_state_dict(state)
         assert "the checkpoint's detector cannot be restored, so this one starts afresh" in caplog.text
         assert one.steps_done == 3
+
+
+# -- on the device, and what else ours promises ------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.count += "_local_scalar_dense" in name or "nonzero" in name
+        return func(*args, **(kwargs or {}))
+
+
+def test_following_a_step_reads_nothing_from_the_device() -> None:
+    values, detector = calm(100), RobustDetector(STATISTICS, LAYERS)
+    with Reads() as reads:
+        for row in values:
+            detector.step(row, torch.full((4,), 64.0), torch.zeros(4, dtype=torch.bool))
+    assert reads.count == 0
+
+
+def test_marks_made_at_each_step_give_the_alerts_of_the_same_values_read_at_once() -> None:
+    values = calm(600)
+    values[20, 0, 3] = 2
+    values[320:, 2, 0] *= 3
+    tokens, nonfinite = torch.full((600, 4), 100.0), torch.zeros(600, 4, dtype=torch.bool)
+    detector = RobustDetector(STATISTICS, LAYERS)
+    marks = torch.stack([detector.step(*seen) for seen in zip(values, tokens, nonfinite, strict=True)])
+    assert detector.alerts(0, values, tokens, nonfinite, marks) == run(values)
+
+
+@pytest.mark.slow
+def test_a_drift_that_the_fast_window_follows_is_seen_by_the_slow_one() -> None:
+    noise = calm(4000)[:, :1, :1] / torch.linspace(0, 0.3, 4000).exp()[:, None, None]
+    noise[2000:] *= 1.002 ** torch.arange(2000)[:, None, None]
+    detector = RobustDetector(STATISTICS[:1], LAYERS[:1])
+    alerts = detector.update(0, noise, torch.full((4000, 1), 64.0), torch.zeros(4000, 1, dtype=torch.bool))
+    assert alerts
+    assert 2100 < alerts[0].step < 3000
+
+
+def test_growth_of_twenty_percent_a_step_is_found_at_once_though_a_mean_would_follow_it() -> None:
+    values = calm(400)
+    values[300:, 1, 1] *= 1.2 ** torch.arange(100)
+    first = run(values)[0]
+    assert (first.layer, first.statistic) == ("b", "amax")
+    assert first.step <= 306
+
+
+def test_a_metric_near_zero_that_wobbles_by_decades_raises_nothing() -> None:
+    torch.manual_seed(0)
+    values = calm(700)
+    values[..., :3] = 1e-12 * torch.exp(torch.randn(700, 4, 3))
+    values[100:110, :, :3] = 0  # which has no logarithm
+    assert run(values) == []
+
+
+def test_after_an_announced_change_the_new_level_is_learnt_within_64_steps() -> None:
+    values = calm(700)
+    values[400:, :, 0] *= 3
+    tokens, nonfinite = torch.full((700, 4), 100.0), torch.zeros(700, 4, dtype=torch.bool)
+    detector = RobustDetector(STATISTICS, LAYERS)
+    assert detector.update(0, values[:400], tokens[:400], nonfinite[:400]) == []
+    detector.forget()
+    assert detector.update(400, values[400:500], tokens[400:500], nonfinite[400:500]) == []
+    values[500:, 2, 0] *= 3
+    (alert,) = detector.update(500, values[500:], tokens[500:], nonfinite[500:])
+    assert (alert.step, alert.layer) == (500, "c")
+
+
+def test_no_layer_is_named_whose_own_score_did_not_cross_the_bound() -> None:
+    values = calm(600)
+    values[400:, 1, 0] *= 1.32  # 5.5 robust standard deviations, at the least scale of 0.05
+    values[400:, 3, 0] *= 1.6
+    (alert,) = run(values)
+    assert alert.layer == "d"
+    assert alert.score > 6
+
+
+def test_a_fault_of_the_backward_pass_is_named_at_its_last_layer() -> None:
+    values = calm(600)
+    values[400:, :3, 2] *= 5  # the gradients of "a" to "c"
+    assert run(values)[0].layer == "c"
+
+
+START = Statistic("update_ratio", start=0.1, advice="lower the learning rate")
+
+
+@pytest.mark.parametrize(("hot", "raised"), [(4, [5]), (3, [5]), (2, [])])
+def test_a_start_that_most_rows_pass_raises_one_alert_without_any_past(hot: int, raised: list[int]) -> None:
+    values = torch.full((40, 4, 1), 0.005)
+    values[5:, :hot] = 0.3
+    detector = RobustDetector([START], LAYERS)
+    alerts = detector.update(0, values, torch.full((40, 4), torch.inf), torch.zeros(40, 4, dtype=torch.bool))
+    assert [alert.step for alert in alerts] == raised
+    assert all(alert.kind == "start" for alert in alerts)
+
+
+def test_a_matrix_that_starts_at_zero_is_no_hot_start() -> None:
+    values = torch.full((40, 4, 1), 0.3)
+    values[0] = torch.inf
+    detector = RobustDetector([START], LAYERS)
+    assert detector.update(0, values, torch.full((40, 4), torch.inf), torch.zeros(40, 4, dtype=torch.bool)) == []

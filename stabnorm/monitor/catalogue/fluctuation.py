@@ -124,11 +124,11 @@ FLUCTUATION = (
     ),
     Statistic(
         "var_fluctuation", "F3", "mean_c |log(var_c + eps) - its value one step before|",
-        "channel", "1", _UNIFIED, FREE, _var_fluctuation, floor=0.3, advice=_NOISY,
+        "channel", "1", _UNIFIED, FREE, _var_fluctuation, floor=0.3, upward=True, advice=_NOISY,
     ),
     Statistic(
         "absmax_fluctuation", "F3", "mean_c |log(max_n |x| + sqrt eps) - its value one step before|",
-        "channel", "1", _UNIFIED, "two reads", _absmax_fluctuation, floor=0.3,
+        "channel", "1", _UNIFIED, "two reads", _absmax_fluctuation, floor=0.3, upward=True,
     ),
     Statistic(
         "scale_jump", "F3", "|log(s) - its value one step before|, s = mean_n token standard deviation + sqrt eps",

@@ -43,7 +43,7 @@ GRADIENTS = (
     Statistic(
         "grad_gain", "F5", "mean_c |mean_n g_c xhat_c|, g the gradient at the normalised input xhat",
         "gradient", "gradient", _POWER + "; " + _UNIFIED, "free from the gain's gradient", _grad_gain,
-        needs="gradients", floor=0.1,
+        needs="gradients", floor=0.1, upward=True,
     ),
     Statistic(
         "grad_shift", "F5", "mean_c |mean_n g_c|; NaN for a norm that has a gain but no bias",

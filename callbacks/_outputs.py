@@ -19,7 +19,7 @@ from stabnorm.dashboard.headline import custom_scalars_layout, headline
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.images import log_image, shows_images
 from stabnorm.monitor._folders import FOLDER, local_folder
-from stabnorm.monitor.detect import Alert
+from stabnorm.monitor.alerts import Alert
 from stabnorm.monitor.outputs import Guard, cause, say
 from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
 from stabnorm.monitor.track import CompanionTrack

@@ -287,7 +287,7 @@ class RobustDetector:
         if best >= BOUND / 2 or self._away.any():
             new = (score > BOUND) & ~self._away
             self._away = (self._away | new) & (score >= BOUND / 2)
-            self._departures += [self._departure(step, *at, row, marks) for at in np.argwhere(new).tolist()]
+            self._departures += [self._departure(step, at, row, marks) for at in np.argwhere(new).tolist()]
         if not self._may_raise("past", best > BOUND, best < BOUND / 2):
             return None
         near = (score > BOUND) & (score >= _NEAR * best)
@@ -295,7 +295,7 @@ class RobustDetector:
         # A fault reaches the layers behind it; in the backward pass it reaches those before it.
         layer = int(forward.argmax()) if forward.any() else int(np.flatnonzero(near.any(1))[-1])
         columns = np.where(self._gradients & forward.any(), 0, score[layer])
-        off = self._departure(step, layer, int(columns.argmax()), row, marks)
+        off = self._departure(step, (layer, int(columns.argmax())), row, marks)
         reach = math.exp(BOUND * float(marks[2, layer, int(columns.argmax())]))
         threshold = off.usual * reach if off.value > off.usual else off.usual / reach
         loudest = self._layers[int(score.max(1).argmax())]
@@ -306,7 +306,8 @@ class RobustDetector:
         )
         return _Found(layer, off.statistic, off.value, threshold, reason, "past", off.usual, off.score)
 
-    def _departure(self, step: int, layer: int, column: int, row: Row, marks: Tensor) -> Departure:
+    def _departure(self, step: int, at: Sequence[int], row: Row, marks: Tensor) -> Departure:
+        layer, column = at
         score, usual, value = marks[0, layer, column], marks[1, layer, column].exp(), row[layer, self._watched[column]]
         name, gradient = self._statistics[self._watched[column]].name, bool(self._gradients[column])
         return Departure(step, self._layers[layer], name, float(value), float(usual), float(score), gradient)

@@ -10,7 +10,7 @@ from stabnorm.monitor.baseline import Baseline
 from stabnorm.statistic import by_name
 
 if TYPE_CHECKING:
-    from stabnorm.monitor.detect import Alert
+    from stabnorm.monitor.alerts import Alert
     from stabnorm.statistic import Statistic
 
 COLOURS = ("times", "value", "sigmas")

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabnorm import StabilityMonitor
 from stabnorm.monitor import Statistic, detect
-from stabnorm.monitor.detect import Alert, RobustDetector
+from stabnorm.monitor.alerts import Alert
+from stabnorm.monitor.detect import RobustDetector
 from stabnorm.monitor.statistics import resolve
 from stabnorm.nn import PRepBN
 
@@ -306,7 +307,7 @@ class Reads(TorchDispatchMode):
     """Counts what would wait for a device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -17,7 +17,8 @@ from stabnorm._models.names import NameFilter
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.monitor._folders import FOLDER, replace_file
-from stabnorm.monitor.detect import Alert, MakeDetector
+from stabnorm.monitor.alerts import Alert
+from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.record import FileRecord
 from stabnorm.monitor.statistics import resolve

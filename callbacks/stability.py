@@ -44,7 +44,8 @@ from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.table import Row, format_table, layers_worth_a_look, markdown_table
-from stabnorm.monitor.detect import Alert, MakeDetector
+from stabnorm.monitor.alerts import Alert
+from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.record import RecordWriter

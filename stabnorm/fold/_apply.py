@@ -25,7 +25,7 @@ def apply_plan(plan: Plan, manifest: dict[str, object], model: nn.Module) -> Non
     for edit in plan.edits:
         _edit(model, edit)
     for site in plan.neutral:
-        set_gain(model, site, torch.ones(()), torch.zeros(()))
+        set_gain(model, site, *(site.stays or (torch.ones(()), torch.zeros(()))))
 
 
 def set_gain(model: nn.Module, site: Site, scale: Tensor, shift: Tensor) -> None:

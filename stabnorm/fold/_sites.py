@@ -40,7 +40,7 @@ class Site:
     """What is y = scale x + shift per channel in eval; float64, on the CPU.
 
     That is a norm of which nothing is left, or, with `gain`, the gain and bias of one that stays: x is then what it
-    normalised. With `goes_on` the module's forward goes on with its children, and y is what they read.
+    normalised, or what a gain and bias of `stays` make of it. With `goes_on` the module's forward goes on with its children, and y is what they read.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Site:
     shift: Tensor
     channel_dim: int
     gain: Gain | None = None
+    stays: tuple[Tensor, Tensor] | None = None
     goes_on: bool = False
 
     @property

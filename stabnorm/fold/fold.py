@@ -146,8 +146,16 @@ def fold_gains(
     return _fold(find_gains, model, example, check, False, tied, outputs, False, inplace)
 
 
+Find = Callable[[nn.Module], tuple[list[Site], dict[str, str]]]
+
+
+def fold_sites(find: Find, model: nn.Module, example: Any, *, tied: Literal["untie", "refuse"]) -> FoldResult:
+    """Fold what `find` returns for a model, see `stabnorm.fold._sites.find_sites`, in a copy; method of `fold_norms`."""
+    return _fold(find, model, example, None, False, tied, None, False, False)
+
+
 def _fold(
-    find: Callable[[nn.Module], tuple[list[Site], dict[str, str]]],
+    find: Find,
     model: nn.Module,
     example: Any,
     check: Any,

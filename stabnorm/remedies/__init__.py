@@ -10,6 +10,8 @@ from stabnorm._lazy import lazy_exports
 if TYPE_CHECKING:
     from stabnorm.remedies.depth_scaling import scale_by_depth as scale_by_depth
     from stabnorm.remedies.embeddings import stable_embedding as stable_embedding
+    from stabnorm.remedies.equalize import equalize_channels as equalize_channels
+    from stabnorm.remedies.mixed_norms import mix_norm as mix_norm
     from stabnorm.remedies.output_norms import peri_norm as peri_norm
     from stabnorm.remedies.qk import qk_clip as qk_clip
     from stabnorm.remedies.qk import qk_norm as qk_norm
@@ -30,6 +32,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "stabnorm.remedies.depth_scaling": ["scale_by_depth"],
         "stabnorm.remedies.embeddings": ["stable_embedding"],
+        "stabnorm.remedies.equalize": ["equalize_channels"],
+        "stabnorm.remedies.mixed_norms": ["mix_norm"],
         "stabnorm.remedies.output_norms": ["peri_norm"],
         "stabnorm.remedies.qk": ["qk_clip", "qk_norm"],
         "stabnorm.remedies.report": ["Change", "RemedyReport", "undo"],

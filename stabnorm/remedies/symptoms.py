@@ -39,6 +39,7 @@ class Remedy:
 
 _ATTENTION = "the entropy of the attention collapses, and its logits grow"
 _DEPTH = "the scale of the residual stream grows over depth"
+_CHANNELS = "outlier channels"
 _EMBEDDING = "the gradient of the embedding is too large"
 _NOISY = "the statistics of a batch are too noisy, as in micro-batches"
 _PART = "only the norms are worth training"
@@ -69,6 +70,15 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy(
         "peri_norm", _DEPTH, ("depth_growth_rate",), "normalises what each residual branch adds", "arXiv 2502.02732",
         "the norms, backward, once convert_norms has switched them",
+    ),
+    Remedy(
+        "mix_norm", _DEPTH, ("depth_growth_rate",), "makes the first quarter of the blocks post-norm",
+        "arXiv 2412.13795, 2502.05795", "the post-norms stay", experimental=True,
+    ),
+    Remedy(
+        "equalize_channels", _CHANNELS, ("channel_spread", "massive_activation"),
+        "divides the channels of a norm's output by their ranges, and multiplies what reads them",
+        "arXiv 2212.08254", "nothing is left",
     ),
     Remedy(
         "freeze_embedding", _EMBEDDING, ("embedding_gradient_ratio",), "takes the embedding out of the training",

@@ -126,12 +126,15 @@ OUTLIERS = (
         "channel_spread", "O1", "max_c a_c / median_c a_c, a_c = max_n |x_c|: how much the ranges of channels differ, "
         "which matters to a quantiser with one scale",
         "channel", "1", "RepQ-ViT, arXiv 2212.08254", "two reads", _channel_spread,
+        advice="its channels have very different ranges: before it is quantised, apply "
+        "stabnorm.remedies.equalize_channels",
     ),
     Statistic(
         "massive_activation", "O2", "min(max |x| / 100, max |x| / (1000 median)), median = mean_n median_c |x|; at 1 "
         "or more, an activation is massive by the published rule; the record has the three largest, as top channels",
         "layer", "1", _MASSIVE, MEDIANS, _massive_activation, needs="token_shape", threshold=1.0,
-        advice="massive activations: keep these channels out of low precision, and look at its top channels",
+        advice="massive activations: keep these channels out of low precision, or apply "
+        "stabnorm.remedies.equalize_channels, and look at its top channels",
     ),
     Statistic(
         "massive_channels", "O2", "number of channels with max_n |x| > 100 and >= 1000 median, median as above",

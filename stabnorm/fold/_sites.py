@@ -40,7 +40,8 @@ class Site:
     """What is y = scale x + shift per channel in eval; float64, on the CPU.
 
     That is a norm of which nothing is left, or, with `gain`, the gain and bias of one that stays: x is then what it
-    normalised, or what a gain and bias of `stays` make of it. With `goes_on` the module's forward goes on with its children, and y is what they read.
+    normalised, or what the gain and bias in `stays` make of it. With `goes_on` the module's forward goes on with its
+    children, and y is what they read.
     """
 
     name: str

@@ -150,7 +150,7 @@ Find = Callable[[nn.Module], tuple[list[Site], dict[str, str]]]
 
 
 def fold_sites(find: Find, model: nn.Module, example: Any, *, tied: Literal["untie", "refuse"]) -> FoldResult:
-    """Fold what `find` returns for a model, see `stabnorm.fold._sites.find_sites`, in a copy; method of `fold_norms`."""
+    """Fold in a copy what `find` returns for it, as `stabnorm.fold._sites.find_sites` does; see `fold_norms`."""
     return _fold(find, model, example, None, False, tied, None, False, False)
 
 

@@ -121,11 +121,11 @@ def _nothing() -> None:
 def _write(model: nn.Module, changed: list[tuple[nn.Parameter, nn.Parameter]], new: Mapping[str, Tensor]) -> None:
     for old, numbers in changed:
         old.copy_(numbers)
-    for name, numbers in new.items():
+    for name, bias in new.items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
-        module.register_parameter(attribute, nn.Parameter(numbers.detach().clone(), trained))
+        module.register_parameter(attribute, nn.Parameter(bias.detach().clone(), trained))
 
 
 def _checked(scales: Mapping[str, Tensor], layers: Mapping[str, NormLayer]) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`equalize_channels`: the outputs stay, all channels of a norm's output get one range, and the readers take the rest."""
+"""`equalize_channels`: the outputs stay, the channels of a norm get one range, and the readers take the rest."""
 
 from typing import Any
 
@@ -71,7 +71,8 @@ def test_one_scale_for_all_channels_loses_less() -> None:
         handle = model.blocks[0].norm1.register_forward_hook(lambda *call: seen.append(call[2].detach().flatten(0, 1)))
         model.eval()(IDS)
         handle.remove()
-        return seen[0]
+        values: Tensor = seen[0]
+        return values
 
     model = with_outliers()
     before = error(model)

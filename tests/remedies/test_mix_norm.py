@@ -47,7 +47,7 @@ def test_blocks_without_the_flag_and_a_wrong_share_are_refused() -> None:
         mix_norm(net())
     with pytest.raises(ValueError, match="share"):
         mix_norm(encoder(), share=1.5)
+    model = encoder()
+    mix_norm(model)
     with pytest.raises(StabNormError, match="it is post-norm already"):
-        model = encoder()
-        mix_norm(model)
         mix_norm(model, include=r"layers\.0")

@@ -3,6 +3,7 @@
 # make test           lint, types, and all tests and doctests
 # make docs           the guide, and the reference from the docstrings, in build/docs/index.html
 # make bench          the figures of the README, measured on this machine
+# make wheel          a wheel for this platform in dist/, with the C++ library: it needs no compiler at the user's
 # make gpu            on a machine with a GPU: its tests, and everything there is to measure, as gpu.md
 # make test-oldest    the tests with the oldest versions that pyproject.toml allows
 # make test-newest    the tests with the newest versions that there are
@@ -10,7 +11,7 @@
 # make lock           constraints.txt made again from pyproject.toml; LOCK=--upgrade takes the newest versions
 #
 # PYTHON=python3.13 takes another Python; VENV=.venv-3.13 keeps its environment beside the first one.
-.PHONY: demo quick test lint tests docs bench gpu test-oldest test-newest check-install lock clean
+.PHONY: demo quick test lint tests docs bench wheel gpu test-oldest test-newest check-install lock clean
 PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -43,6 +44,10 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+wheel: $(STAMP)
+	STABNORM_WHEEL=library $(BIN)/python -m pip wheel --quiet --disable-pip-version-check . --no-deps --wheel-dir dist
+	@ls dist
 
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu

@@ -421,6 +421,7 @@ class StabilityMonitor:
             everyone = gather_in_group(own.to(torch.uint8), group_of(self.sync)).bool()
         here, *flags = torch.cat([own.any()[None], everyone.any(0)]).tolist()
         return verdict_of(flags, self.layers, here=here)
+
     def announce_change(self, reason: str) -> None:
         """Say that something was changed on purpose before the next step, such as batch size, data or a schedule.
 

@@ -3,8 +3,8 @@
 The self-test runs in a process of its own, so that it takes nothing from the training: no random number, no memory of
 the training's process, no stream, and not its life either if a kernel crashes. `stabnorm.ops.tested` keeps the result.
 
-* On a CPU the process builds the C++ library and tests it in the background, some 20 seconds at low priority. Until
-  then ATen runs.
+* On a CPU the process builds the C++ library, unless it came with the wheel, and tests it in the background, some 20
+  seconds at low priority. Until then ATen runs.
 * On a GPU `StabilityMonitor.attach` waits for it, before the first step, because the kernels need the GPU's memory.
 
 Of several processes that start together, one tests.
@@ -37,8 +37,9 @@ def start(device: torch.device) -> None:
     if device in _running or tested.entry_for(device) is not None:
         return
     _running[device] = None
-    if device.type == "cpu" and not library.has_compiler():
-        return  # nothing to build, and `stabnorm.ops.backends` says so
+    if device.type == "cpu" and not library.can_be_had():
+        logger.info("ATen runs on the CPU: stabnorm came without a C++ library for it, and there is no compiler here")
+        return
     lock = _lock_of(device)
     try:
         if _is_taken(lock):

@@ -3,7 +3,7 @@
 `op` makes an op from a formula, which runs anywhere and is the backend "reference". An op may have faster backends:
 
 * "aten" for CPUs uses ATen's fast primitives. A compiled graph gets the formula instead, which its compiler fuses.
-* "cpp" for CPUs is C++, which is built where there is a compiler (`stabnorm.ops.cpp.library`).
+* "cpp" for CPUs is C++, which comes with a wheel or is built where there is a compiler (`stabnorm.ops.cpp.library`).
 * "triton" for GPUs is a kernel. It runs on devices where its own tests have passed (`stabnorm.ops.tested`).
 
 The environment variable STABNORM_KERNELS, or `use_kernels`, sets which of them may run:

@@ -40,18 +40,19 @@ def interpreted() -> bool:
 
 @functools.cache
 def _hash_of(folder: str) -> str:
-    sources = sorted(path for path in (FOLDER / folder).iterdir() if path.suffix in (".py", ".cpp", ".h"))
+    kinds = (".py", ".cpp", ".h", ".so")  # a library that came with the wheel has records of its own
+    sources = sorted(path for path in (FOLDER / folder).rglob("*") if path.suffix in kinds)
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
-def _instructions() -> str:
-    """Return what tells CPUs apart: a library is compiled for the instructions of one."""
+def features_of_cpu() -> str:
+    """Return the names of the CPU's instructions, as Linux lists them; elsewhere, the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return platform.processor()
-    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return hashlib.sha256(features.encode()).hexdigest()[:16]
+    listed = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return listed.partition(":")[2]
 
 
 @functools.cache
@@ -60,7 +61,7 @@ def fingerprint(device: torch.device) -> dict[str, str]:
     if device.type == "cpu":
         return {
             "device": f"cpu {platform.system()} {platform.machine()}",
-            "capability": _instructions(),
+            "capability": hashlib.sha256(features_of_cpu().encode()).hexdigest()[:16],
             "torch": torch.__version__,
             "triton": "",
             "kernels": _hash_of("cpp"),

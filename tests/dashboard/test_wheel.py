@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,36 +14,14 @@ import pytest
 
 from stabnorm.dashboard.server import WEB
 from tests.dashboard.records import calm, event_record
+from tests.wheels import build_wheel
 
-ROOT = Path(__file__).parents[2]
 _HEAVY = ("torch", "functorch", "pytorch_lightning", "lightning", "triton", "stabnorm", "__editable__", "_stabnorm")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy, because building leaves folders behind."""
-    pytest.importorskip("setuptools", "77")
-    source = tmp_path_factory.mktemp("source")
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "runs", "shared")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out, dirs_exist_ok=True)
-    target = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        str(source),
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(target),
-    ]
-    built = subprocess.run(command, capture_output=True, text=True)
-    if "No module named pip" in built.stderr:
-        pytest.skip("there is no pip to build the wheel with")
-    assert built.returncode == 0, built.stderr
-    (path,) = target.glob("*.whl")
-    return path
+    return build_wheel(tmp_path_factory.mktemp("pure"))
 
 
 @pytest.mark.slow

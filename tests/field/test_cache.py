@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stabnorm.ops import cache
-from stabnorm.ops.cpp import library
+from stabnorm.ops.cpp import build, library
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the rights of Windows are others")
 root_only = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
@@ -25,7 +25,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return "what it defines"
 
     monkeypatch.setenv("STABNORM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(library, "_run", compile_)
+    monkeypatch.setattr(build, "run", compile_)
     return files
 
 
@@ -128,7 +128,7 @@ def test_a_compiler_with_a_space_in_its_path_is_found(
     compiler.write_text("#!/bin/sh\n", encoding="utf-8")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", form.format(compiler))
-    assert library._compiler() == [str(compiler), *(["-m64"] if "-m64" in form else [])]
+    assert build.compiler() == [str(compiler), *(["-m64"] if "-m64" in form else [])]
 
 
 def test_a_record_of_tested_devices_that_others_may_write_is_not_read(

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from stabnorm import StabilityMonitor
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from stabnorm.ops import backends, use_kernels
-from stabnorm.ops.cpp import library
+from stabnorm.ops.cpp import build, library
 from stabnorm.ops.one_pass import affine_with_square
 from stabnorm.ops.rows import moments_of_rows, sums_of_rows
 
@@ -59,7 +59,7 @@ def test_nothing_is_built_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     def not_called(*_: object) -> None:
         raise AssertionError("a compiler was called")
 
-    monkeypatch.setattr(library, "_run", not_called)
+    monkeypatch.setattr(build, "run", not_called)
     with use_kernels("aten"):
         assert "cpp: STABNORM_KERNELS is aten" in str(backends(["cpu"]))
         RepBN(8)(torch.randn(4, 8))
@@ -87,7 +87,7 @@ def test_cxx_may_be_a_path_with_a_space_or_a_command_with_arguments(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script = tmp_path / "my compiler"
-    script.write_text(f'#!/bin/sh\nexec {library._compiler()[0]} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {build.compiler()[0]} "$@"\n')
     script.chmod(0o755)
     for value, command in (
         (str(script), [str(script)]),
@@ -95,9 +95,9 @@ def test_cxx_may_be_a_path_with_a_space_or_a_command_with_arguments(
         ("ccache g++", ["ccache", "g++"]),
     ):
         monkeypatch.setenv("CXX", value)
-        assert library._compiler() == command
+        assert build.compiler() == command
     monkeypatch.setenv("CXX", str(script))
-    assert "__cplusplus" in library._run(library._compiler(), "-dM", "-E", "-x", "c++", "/dev/null")
+    assert "__cplusplus" in build.run(build.compiler(), "-dM", "-E", "-x", "c++", "/dev/null")
 
 
 def test_flags_that_a_compiler_does_not_know_are_left_out(
@@ -107,13 +107,14 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(
 
     def like_apples(compiler: list[str], *arguments: str) -> str:
         if "-march=native" in arguments or "-fopenmp" in arguments:
-            raise library._NotBuilt("unknown argument")
+            raise build.NotBuilt("unknown argument")
         if "-shared" in arguments:
             built.append(arguments)
             Path(arguments[-1]).write_bytes(b"")
         return "what it defines"
 
-    monkeypatch.setattr(library, "_run", like_apples)
+    monkeypatch.setattr(build, "run", like_apples)
+    monkeypatch.setattr(library, "THREADS", (library.OPENMP, ()))
     with caplog.at_level(logging.INFO, "stabnorm"):
         assert library._built().parent == not_loaded
     assert "-mcpu=native" in built[0]
@@ -130,7 +131,7 @@ def test_no_compiler_at_all_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("compiler")
 def test_what_was_built_is_found_again(not_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-    run = library._run
+    run = build.run
 
     def counted(compiler: list[str], *arguments: str) -> str:
         if "-shared" not in arguments:
@@ -139,11 +140,11 @@ def test_what_was_built_is_found_again(not_loaded: Path, monkeypatch: pytest.Mon
         Path(arguments[-1]).write_bytes(b"")
         return ""
 
-    monkeypatch.setattr(library, "_run", counted)
+    monkeypatch.setattr(build, "run", counted)
     first, second = library._built(), library._built()
     assert first == second
     assert len(built) == 1
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-DOTHER"))
+    monkeypatch.setattr(library, "FLAGS", (*build.FLAGS, "-DOTHER"))
     assert library._built() != first
     assert len(built) == 2
     assert len(list(not_loaded.iterdir())) == 4  # each with its digest, and no draft

@@ -11,12 +11,12 @@ import torch
 from stabnorm.functional import RawMoments, moments
 from stabnorm.functional.moments import RAW
 from stabnorm.ops import use_kernels
-from stabnorm.ops.cpp import library
+from stabnorm.ops.cpp import build, library
 from stabnorm.ops.cpp.moments import KINDS
 from stabnorm.ops.rows import affine_of_rows
 
 CHANNEL, TOKEN = RAW.fields["channel"].names, RAW.fields["token"].names
-MOMENTS_CPP = (library.FOLDER / "moments.cpp").read_text()
+MOMENTS_CPP = (build.FOLDER / "moments.cpp").read_text()
 
 
 def enums(text: str) -> list[list[str]]:
@@ -44,7 +44,7 @@ def test_the_sources_in_cpp_have_the_same_layout() -> None:
     assert [*TOKEN, "TOKEN_ROWS"] in declared
     assert [kind.upper() for kind in sorted(KINDS, key=KINDS.__getitem__)] in declared
     names = {"FLOAT": torch.float32, "BFLOAT16": torch.bfloat16, "HALF": torch.float16}
-    (types,) = [declared for declared in enums((library.FOLDER / "vectors.h").read_text()) if "HALF" in declared]
+    (types,) = [declared for declared in enums((build.FOLDER / "vectors.h").read_text()) if "HALF" in declared]
     assert {names[name]: number for number, name in enumerate(types)} == library.TYPES
 
 
@@ -59,11 +59,11 @@ def test_a_row_that_is_added_or_moved_on_one_side_only_is_noticed(change: str) -
 
 
 def test_the_arguments_of_every_function_are_read_from_its_declaration() -> None:
-    defined = {name for path in library._sources() for name in re.findall(r"\bstabnorm_(\w+)\(", path.read_text())}
+    defined = {name for path in build.sources() for name in re.findall(r"\bstabnorm_(\w+)\(", path.read_text())}
     signatures = library.signatures()
     assert set(signatures) == defined
     called = {
-        name for path in library.FOLDER.glob("*.py") for name in re.findall(r"\bcall\(\s*\"(\w+)\"", path.read_text())
+        name for path in build.FOLDER.glob("*.py") for name in re.findall(r"\bcall\(\s*\"(\w+)\"", path.read_text())
     }
     assert called == defined
     pointer, size, integer, real = (library._c_type(kind) for kind in ("void* x", "int64_t R", "int n", "float eps"))
@@ -96,12 +96,12 @@ def loaded_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_parameter_that_is_added_on_one_side_only_is_refused_before_memory_is_touched(
     old: str, new: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    text = (library.FOLDER / "rows.cpp").read_text()
+    text = (build.FOLDER / "rows.cpp").read_text()
     changed = tmp_path / "rows.cpp"
     start = text.index("void stabnorm_affine(")
     changed.write_text(text[:start] + text[start:].replace(old, new, 1))
     assert changed.read_text() != text
-    others = [path for path in library._sources() if path.name != "rows.cpp"]
-    monkeypatch.setattr(library, "_sources", lambda: [*others, changed])
+    others = [path for path in build.sources() if path.name != "rows.cpp"]
+    monkeypatch.setattr(build, "sources", lambda: [*others, changed])
     with use_kernels("cpp"), pytest.raises(TypeError, match=r"stabnorm_affine takes (9|7) arguments, got 8"):
         affine_of_rows(torch.ones(2, 3), torch.ones(3), torch.ones(3))

@@ -1,1 +1,1 @@
-"""The backend for CPUs in C++, built on the machine by its own compiler: one file for each file of ops."""
+"""The C++ backend for CPUs, from a wheel or built on the machine by its compiler: one file for each file of ops."""

@@ -1,12 +1,11 @@
-"""The C++ library for CPUs: it is built on the machine at first use, kept, and loaded.
+"""The C++ library for CPUs: it comes with a wheel, or is built on the machine at first use and kept; and it is loaded.
 
-The sources beside this file include nothing of torch. So the compiler takes only seconds, and no version of torch, of
-Python or of a build system has to match. Functions get addresses of memory. The arguments of a function are read from
-its declaration in the sources, so that a call that does not fit is refused.
+Functions get addresses of memory. The arguments of a function are read from its declaration in the sources, so that a
+call that does not fit is refused.
 
-A library is kept in the cache folder. Its name is a hash of its sources, its compiler and the instructions of the
-machine, so another machine with the same home folder builds its own. A library that is damaged, or that another user
-may have written, is built again, see `stabnorm.ops.cache`.
+A library that was built is kept in the cache folder. Its name is a hash of its sources, its compiler and the
+instructions of the machine, so another machine with the same home folder builds its own. A library that is damaged, or
+that another user may have written, is built again, see `stabnorm.ops.cache`. `stabnorm.ops.cpp.build` compiles.
 """
 
 import contextlib
@@ -14,9 +13,8 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import re
-import shlex
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,20 +26,17 @@ from torch import Tensor
 from stabnorm._log import logger
 from stabnorm.ops import tested
 from stabnorm.ops.cache import cache_folder, is_kept, keep, made, remove_old_drafts
+from stabnorm.ops.cpp import build
+from stabnorm.ops.cpp.build import FLAGS, FOLDER, NotBuilt
 
-FOLDER = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-w")
 # The first flags that the compiler accepts are used. Apple's compiler and others for ARM know -mcpu=native only.
 MACHINE: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
-# OpenMP is linked under the name of torch's own copy, so that both share their threads. Without it, one thread runs.
+# On Linux the library finds the threads of torch's own OpenMP runtime, see vectors.h. Elsewhere OpenMP is linked under
+# the name of torch's copy, so that both share their threads. Without it, one thread runs.
 TORCH_LIBRARIES = str(Path(torch.__file__).parent / "lib")
-THREADS: tuple[tuple[str, ...], ...] = (
-    ("-fopenmp",),
-    ("-Xpreprocessor", "-fopenmp", f"-L{TORCH_LIBRARIES}", f"-Wl,-rpath,{TORCH_LIBRARIES}", "-lomp"),
-    (),
-)
+OPENMP = ("-Xpreprocessor", "-fopenmp", f"-L{TORCH_LIBRARIES}", f"-Wl,-rpath,{TORCH_LIBRARIES}", "-lomp")
+THREADS: tuple[tuple[str, ...], ...] = ((),) if platform.system() == "Linux" else (OPENMP, ())
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BUILD_SECONDS = 300
 PREFIX = "stabnorm_"
 
 _T = TypeVar("_T")
@@ -103,13 +98,9 @@ def why_not() -> str | None:
     """Return why there is no library; None if it is built and loaded."""
     try:
         _library()
-    except _NotBuilt as error:
+    except NotBuilt as error:
         return str(error)
     return None
-
-
-class _NotBuilt(Exception):
-    pass
 
 
 _failure: str | None = None
@@ -118,18 +109,23 @@ _failure: str | None = None
 def _library() -> ctypes.CDLL:
     global _failure
     if _failure is not None:  # there is one attempt and one warning
-        raise _NotBuilt(_failure)
+        raise NotBuilt(_failure)
     try:
         return _load()
-    except (OSError, AttributeError, ValueError, subprocess.SubprocessError, _NotBuilt) as error:
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError, NotBuilt) as error:
         _failure = str(error)
         logger.warning("the C++ backend for CPUs cannot run, so ATen's backend runs instead: %s", _failure)
-        raise _NotBuilt(_failure) from error
+        raise NotBuilt(_failure) from error
+
+
+def can_be_had() -> bool:
+    """Whether the library came with the wheel, or there is a compiler to build it with."""
+    return _in_wheel() is not None or build.has_compiler()
 
 
 def path() -> Path:
-    """The library's file. It is built now unless that was done before."""
-    return _tested() or _built()
+    """The library's file. It is built now unless that was done before, or it came with the wheel."""
+    return _tested() or _in_wheel() or _built()
 
 
 @functools.cache
@@ -142,15 +138,21 @@ def _load() -> ctypes.CDLL:
 
 
 def _tested() -> Path | None:
-    """The library that has passed its self-test on this machine, which needs no compiler any more."""
+    """The library that was built and has passed its self-test on this machine, which needs no compiler any more."""
     entry = tested.entry_for(torch.device("cpu"))
     path = None if entry is None or "library" not in entry else cache_folder() / Path(entry["library"]).name
     return path if path is not None and is_kept(path) else None
 
 
+def _in_wheel() -> Path | None:
+    """The fastest library of the wheel whose instructions this CPU has; None where the package has none for it."""
+    features = set(tested.features_of_cpu().split())
+    return next((level.file for level in build.levels() if level.needs <= features and level.file.exists()), None)
+
+
 def signatures() -> dict[str, tuple[type | None, tuple[type, ...]]]:
     """Return types of the result and the arguments of every function, by its name, from the sources."""
-    texts = [path.read_text() for path in _sources()]
+    texts = [path.read_text() for path in build.sources()]
     return {
         name: (_C_TYPES[result], tuple(_c_type(argument) for argument in arguments.split(",")))
         for text in texts
@@ -164,21 +166,17 @@ def _c_type(argument: str) -> type:
     return kind
 
 
-def _sources() -> list[Path]:
-    return sorted(FOLDER.glob("*.cpp"))
-
-
 # --- the build ---
 
 
 def _built() -> Path:
     """Return the library's file; build it if it does not exist."""
-    compiler = _compiler()
+    compiler = build.compiler()
     ask = ("-dM", "-E", "-x", "c++", os.devnull)
-    machine = _first(MACHINE, lambda flags: _run(compiler, *flags, *ask))
+    machine = _first(MACHINE, lambda flags: build.run(compiler, *flags, *ask))
     # All macros that the compiler defines, among them its version and the instructions of this machine.
-    defined = _run(compiler, *machine, *ask)
-    texts = [path.read_bytes() for path in (*_sources(), *sorted(FOLDER.glob("*.h")))]
+    defined = build.run(compiler, *machine, *ask)
+    texts = [path.read_bytes() for path in (*build.sources(), *sorted(FOLDER.glob("*.h")))]
     parts = [defined.encode(), " ".join((*FLAGS, *machine)).encode(), *texts]
     path = made(cache_folder()) / f"cpu-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not is_kept(path):
@@ -186,9 +184,9 @@ def _built() -> Path:
         draft = path.with_suffix(f".draft-{os.getpid()}")
         logger.info("building the C++ backend for CPUs in %s", path.parent)
         try:
-            build = (*FLAGS, *machine, "-shared", *map(str, _sources()), "-o", str(draft))
-            threads = _first(THREADS, lambda flags: _run(compiler, *flags, *build))
-            if not threads:
+            arguments = (*FLAGS, *machine, *map(str, build.sources()), "-o", str(draft))
+            threads = _first(THREADS, lambda flags: build.run(compiler, *flags, *arguments))
+            if threads == () != THREADS[0]:
                 logger.info("the C++ backend runs on one thread: %s has no OpenMP", compiler[0])
             keep(draft, path)
         finally:
@@ -196,42 +194,11 @@ def _built() -> Path:
     return path
 
 
-def has_compiler() -> bool:
-    """Whether there is a compiler to build the library with."""
-    try:
-        return bool(_compiler())
-    except _NotBuilt:
-        return False
-
-
-def _compiler() -> list[str]:
-    """Return the compiler's command: $CXX, a path or a command with arguments; else the first compiler on the PATH."""
-    chosen = os.environ.get("CXX")
-    if chosen:
-        words = chosen.split(" ")
-        for end in range(len(words), 0, -1):  # a path may have spaces, and arguments may follow it
-            if shutil.which(command := " ".join(words[:end])):
-                return [command, *shlex.split(" ".join(words[end:]))]
-        return shlex.split(chosen)
-    for name in ("c++", "g++", "clang++"):
-        path = shutil.which(name)
-        if path is not None:
-            return [path]
-    raise _NotBuilt("no C++ compiler found. Install g++ or clang++, or set CXX")
-
-
 def _first(options: Sequence[_T], attempt: Callable[[_T], object]) -> _T:
     """Return the first option with which an attempt succeeds; raise the error of the last one."""
     for option in options[:-1]:
-        with contextlib.suppress(_NotBuilt):
+        with contextlib.suppress(NotBuilt):
             attempt(option)
             return option
     attempt(options[-1])
     return options[-1]
-
-
-def _run(compiler: list[str], *arguments: str) -> str:
-    ran = subprocess.run([*compiler, *arguments], capture_output=True, text=True, timeout=BUILD_SECONDS)
-    if ran.returncode:
-        raise _NotBuilt(f"{compiler[0]} failed: {ran.stderr.strip()[:500] or f'exit status {ran.returncode}'}")
-    return ran.stdout

@@ -18,8 +18,8 @@ enum { STD_MEAN, MEAN_MEAN, EPS_SHARE, STD_MIN, MEAN_MIN, STD_MAX, MEAN_MAX, TOK
 
 struct Accumulator {  // each thread has one
   int64_t C, width, count = 0, block = 0;  // number of rows, and of rows in the block
-  std::vector<float> shift, extreme;       // x, n; most, least
-  std::vector<double> now, mean, moment;   // sums of the block; x, n; xx, xn, nn
+  Array<float> shift, extreme;       // x, n; most, least
+  Array<double> now, mean, moment;   // sums of the block; x, n; xx, xn, nn
   double token_sum[2] = {0, 0}, below = 0;
   float token_min[2], token_max[2];
 
@@ -47,7 +47,7 @@ struct Accumulator {  // each thread has one
 
   void end_block() {
     if (block == 0) return;
-    std::vector<double> mean_b(2 * width), moment_b(3 * width);
+    Array<double> mean_b(2 * width), moment_b(3 * width);
     for (int64_t c = 0; c < C; c++) {
       double sx = now[S_X * width + c], sn = now[S_N * width + c];
       mean_b[c] = shift[c] + sx / block, mean_b[width + c] = shift[width + c] + sn / block;
@@ -218,7 +218,7 @@ static int64_t moments(const void* x, int type, int64_t rows, int64_t C, const u
                        bool normalized, float eps, int threads, float* channel, int64_t stride, float* token,
                        const Output& out, bool add) {
   const int parts = parts_of(rows, C, threads), columns = normalized || out.y ? kind : BATCH;
-  std::vector<Accumulator> accumulators(parts, Accumulator(C));
+  Array<Accumulator> accumulators(parts, Accumulator(C));
   in_parallel(parts, [&](int part) {
     int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
     with_type(type, [&](auto* typed) {

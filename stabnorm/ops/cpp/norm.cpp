@@ -46,7 +46,7 @@ extern "C" void stabnorm_norm_gradient(const void* dy, const void* x, int type, 
                                        const float* means, const float* scales, const float* gain, int threads, void* dx,
                                        float* out) {
   const int parts = parts_of(R, C, threads);
-  std::vector<std::vector<double>> sums(parts, std::vector<double>(2 * C));
+  Array<Array<double>> sums(parts, Array<double>(2 * C));
   with_type(type, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     in_parallel(parts, [&](int part) {

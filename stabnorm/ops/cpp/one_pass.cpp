@@ -9,7 +9,7 @@ constexpr int TILE = 16;
 // Call f(first, last, sums) for each tile of rows, with sums [count][C] of the thread. Their total goes to `out`.
 template <class F> void in_tiles(int64_t R, int64_t C, int count, int threads, float* out, F f) {
   const int parts = parts_of(R, C, threads);
-  std::vector<std::vector<double>> sums(parts, std::vector<double>(count * C));
+  Array<Array<double>> sums(parts, Array<double>(count * C));
   in_parallel(parts, [&](int part) {
     const int64_t first = R * part / parts, last = R * (part + 1) / parts;
     for (int64_t r = first; r < last; r += TILE) f(r, std::min<int64_t>(last, r + TILE), sums[part].data());

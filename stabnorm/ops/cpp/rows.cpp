@@ -40,7 +40,7 @@ template <class F> void split_rows(int64_t rows, int64_t C, int threads, F f) {
 
 struct Moments {
   int64_t count = 0;
-  std::vector<double> mean, square;  // sum of squared deviations
+  Array<double> mean, square;  // sum of squared deviations
   explicit Moments(int64_t width) : mean(width), square(width) {}
 
   void merge(int64_t n, const double* mean_b, const double* square_b, int64_t C) {
@@ -58,8 +58,8 @@ struct Moments {
 template <class T>
 void moments_of(Moments& into, const T* x, int64_t C, int64_t first, int64_t last, const uint8_t* valid, bool center) {
   const int64_t width = padded(C);
-  std::vector<float> shift(width);
-  std::vector<double> sums(width), squares(width);
+  Array<float> shift(width);
+  Array<double> sums(width), squares(width);
   const T* rows[TILE];
   int size = 0;
   int64_t block = 0;
@@ -136,7 +136,7 @@ template <class T, int count, class F>
 void column_sums(const T* dy, const T* x, int64_t R, int64_t C, const uint8_t* valid, int threads, float* out, F f) {
   const int64_t width = padded(C), size = (1 + count) * width;
   const int parts = parts_of(R, C, threads);
-  std::vector<double> sums(parts * 2 * size);  // each part has sums over valid rows and over the others
+  Array<double> sums(parts * 2 * size);  // each part has sums over valid rows and over the others
   in_parallel(parts, [&](int part) {
     double* mine = &sums[part * 2 * size];
     for_tiles(R * part / parts, R * (part + 1) / parts, [&](int64_t first, int64_t last) {
@@ -194,7 +194,7 @@ extern "C" {
 // Return the number of valid rows. If there is none, `mean` and `square` are 0. If not centred, `mean` is 0.
 int64_t stabnorm_batch_moments(const void* x, int type, int64_t R, int64_t C, const uint8_t* valid, int center, int threads,
                                float* mean, float* square) {
-  std::vector<Moments> found(parts_of(R, C, threads), Moments(padded(C)));
+  Array<Moments> found(parts_of(R, C, threads), Moments(padded(C)));
   with_type(type, [&](auto* typed) {
     using T = element<decltype(typed)>;
     split_rows(R, C, threads, [&](int part, int64_t first, int64_t last) {

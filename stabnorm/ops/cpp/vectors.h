@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -119,16 +120,54 @@ template <class T> static inline void fetch(const T* row, int64_t C) {
 
 static inline int64_t padded(int64_t C) { return (C + 4 * W - 1) / (4 * W) * (4 * W); }
 
+// A vector whose memory comes from the C library. What std::allocator calls differs from one release of the C++ library to
+// the next, so that a library that was built here would not load on an older system.
+template <class T> struct Memory {
+  using value_type = T;
+  Memory() = default;
+  template <class U> Memory(const Memory<U>&) {}
+  T* allocate(size_t n) {
+    void* p = std::malloc(n * sizeof(T));
+    if (!p && n) std::abort();
+    return (T*)p;
+  }
+  void deallocate(T* p, size_t) { std::free(p); }
+  template <class U> bool operator==(const Memory<U>&) const { return true; }
+  template <class U> bool operator!=(const Memory<U>&) const { return false; }
+};
+template <class T> using Array = std::vector<T, Memory<T>>;
+
+#if !defined(_OPENMP) && defined(__linux__)
+// The threads are those of the OpenMP runtime that torch has loaded, under whichever name; without one they are null. To
+// link it would load a second copy beside torch's, with threads of its own.
+extern "C" {
+__attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+__attribute__((weak)) int omp_get_thread_num();
+__attribute__((weak)) int omp_get_num_threads();
+}
+#endif
+
 // Call f(part) for every part, on a thread each. The split depends only on their number, so sums are the same every time.
 template <class F> static void in_parallel(int parts, F f) {
+  struct Job {
+    F& f;
+    int parts;
+    __attribute__((noinline)) void run(int first, int step) { for (int part = first; part < parts; part += step) f(part); }
+  } job{f, parts};
 #if defined(_OPENMP)
   if (parts > 1) {
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
-    for (int part = 0; part < parts; part++) f(part);
+    for (int part = 0; part < parts; part++) job.run(part, parts);
+    return;
+  }
+#elif defined(__linux__)
+  if (parts > 1 && GOMP_parallel && omp_get_thread_num && omp_get_num_threads) {
+    auto run = [](void* job) { ((Job*)job)->run(omp_get_thread_num(), omp_get_num_threads()); };
+    GOMP_parallel(run, &job, parts, 0);
     return;
   }
 #endif
-  for (int part = 0; part < parts; part++) f(part);
+  job.run(0, 1);
 }
 
 static inline int parts_of(int64_t rows, int64_t C, int threads) {

@@ -1,9 +1,9 @@
 """Measure how early loss spikes that arise by themselves are warned of: `python -m benchmarks.slingshot`.
 
 A transformer of two layers learns to add numbers modulo 97, with Adam and without weight decay. Once it has nearly
-learnt its data, its loss spikes now and then (slingshots). Each run is watched by the companion "curvature", and beside
-it by a rule on the gradient norm and one on the loss: the logarithm is six robust standard deviations above the median
-of the last 128 steps at two steps, or twelve at one.
+learnt its data, its loss spikes now and then (slingshots). Each run is watched by the companion "curvature", also as if
+it had fewer samples. Beside it stand a rule on the gradient norm and one on the loss: the logarithm is six robust
+standard deviations above the median of the last 128 steps at two steps, or twelve at one.
 
 A spike begins where the mean of ten steps of log10(loss) is more than 1, and six robust standard deviations, above the
 200 steps before. A warning counts for it if it comes in the 500 steps before; the lead is that of the first such
@@ -27,18 +27,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.peer_rules import Series, above_past
 from stabnorm import StabilityMonitor
 from stabnorm.companions import CurvatureCompanion
 
 PRIME, WIDTH, HEADS = 97, 64, 4
+RARER = (1, 2, 4, 10)  # which samples count: every one, every second, ...
 CALIBRATION, TEST = (0, 1, 2, 3), (10, 11, 12, 13)
 FIRST, REACH = 500, 500  # the first step that counts, and how far before a spike a warning counts
-Series = npt.NDArray[np.float64]
 
 
 class Setting(NamedTuple):
@@ -100,7 +100,7 @@ class Outcome:
     every: int
     spikes: list[int] = field(default_factory=list)
     warnings: dict[str, list[int]] = field(default_factory=dict)  # their steps, by rule
-    highest: float = math.nan  # the largest lasting curvature more than 500 steps away from a spike
+    samples: list[tuple[int, float]] = field(default_factory=list)  # step and curvature
     loss: float = math.nan
     seconds: float = 0.0
 
@@ -146,17 +146,12 @@ def run(outcome: Outcome, progress: Callable[[int, float], None]) -> Outcome:
             monitor.step(loss=loss, closure=closure)
             losses.append(loss.item())
             progress(step + 1, losses[-1])
-    track = monitor.companions["curvature"]
-    lasting = track.history()["lasting_curvature"][:, 0].double().numpy()
-    spikes = onsets(np.array(losses))
-    calm = [value for step, value in enumerate(lasting) if step >= FIRST and is_calm(step, spikes)]
-    outcome.spikes = spikes
-    outcome.warnings = {
-        "curvature": over(lasting, 1.0),
-        "gradient norm": unusual(np.array(gradients)),
-        "loss": unusual(np.array(losses)),
-    }
-    outcome.highest = max((value for value in calm if not math.isnan(value)), default=math.nan)
+    curvature = monitor.companions["curvature"].history()["update_curvature"][:, 0].tolist()
+    outcome.samples = [(step, value) for step, value in enumerate(curvature) if not math.isnan(value)]
+    outcome.spikes = onsets(np.array(losses))
+    outcome.warnings = {f"curvature, every {n * outcome.every} steps": over(outcome.samples[::n]) for n in RARER}
+    outcome.warnings["gradient norm"] = above_past(np.array(gradients))
+    outcome.warnings["loss"] = above_past(np.array(losses))
     outcome.loss, outcome.seconds = losses[-1], time.perf_counter() - start
     return outcome
 
@@ -179,24 +174,11 @@ def onsets(losses: Series) -> list[int]:
     return begins
 
 
-def over(values: Series, bound: float) -> list[int]:
-    """Return the steps from which on a value is above a bound."""
-    above = np.nan_to_num(values, nan=-math.inf) > bound
-    return [step for step in range(len(values)) if above[step] and (step == 0 or not above[step - 1])]
-
-
-def unusual(values: Series) -> list[int]:
-    """Return the steps at which the logarithm is far above its past, with a pause of 100 steps in between."""
-    logs = np.log(np.maximum(np.nan_to_num(values, nan=1.0), 1e-30))
-    steps, last_score = list[int](), 0.0
-    for step in range(FIRST, len(logs)):
-        before = logs[step - 128 : step]
-        middle = float(np.median(before))
-        score = (logs[step] - middle) / max(1.4826 * float(np.median(np.abs(before - middle))), 0.1)
-        held, last_score = max(min(score, last_score), score / 2), score
-        if held > 6 and (not steps or step - steps[-1] > 100):
-            steps.append(step)
-    return steps
+def over(samples: Sequence[tuple[int, float]]) -> list[int]:
+    """Return the steps from which on three of four samples are above 1: the companion's own rule."""
+    above = [value > 1 for _, value in samples]
+    lasting = [sum(above[max(0, i - 3) : i + 1]) >= 3 for i in range(len(above))]
+    return [step for i, (step, _) in enumerate(samples) if lasting[i] and not (i and lasting[i - 1])]
 
 
 def leads(outcome: Outcome, rule: str) -> list[int | None]:

@@ -135,10 +135,11 @@ def test_the_slingshot_benchmark_counts_leads_and_false_alarms_and_repeats_no_ru
     found = slingshot.Outcome("base", 10, 2000, 5, [spike], {"curvature": [300, 700, 750, 1100, 1400, spike + 20]})
     assert slingshot.leads(found, "curvature") == [spike - 1100]
     assert slingshot.false_alarms(found, "curvature") == 1
-    assert slingshot.unusual(losses) == [1500]
 
     few = ["--steps", "4", "--every", "1", "--seeds", "10", "--out", str(tmp_path / "runs.jsonl")]
     slingshot.main(few)
     slingshot.main(few)
     assert len(slingshot.read(tmp_path / "runs.jsonl")) == 1
-    assert "| test | curvature | 0 of 0 |" in capsys.readouterr().out
+    assert "| test | curvature, every 1 steps | 0 of 0 |" in capsys.readouterr().out
+    samples = [(5 * i, value) for i, value in enumerate([0.0, 2.0, 2.0, 0.0, 3.0, 0.0, 0.0, 2.0, 2.0, 2.0])]
+    assert slingshot.over(samples) == [20, 45]

@@ -2,9 +2,16 @@
 
 Before such a spike the curvature along the update passes the bound beyond which the optimizer's steps grow instead of
 settling, see `stabnorm.functional.curvature`. The curvature is measured at some steps only: the loss of the same batch
-is computed once more, a little further along the update, and the gradients are compared.
+is computed once more, with the weights moved by a whole step, and the gradients are compared.
+
+The weights move by a whole step, and uphill, because that is where spikes announce themselves. Measured before natural
+spikes of modular addition (`benchmarks.slingshot`), the curvature at the weights themselves, which is what short moves
+give, stays below the bound nearly always, by autograd and in float64 as well; so does the curvature downhill. But one
+step uphill the slope becomes up to 10,000 times as steep: the weights come to lie beside a wall that a parabola at the
+weights does not show. And a whole step suits every dtype, because it is the scale on which the optimizer itself works.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +31,14 @@ from stabnorm._models.random_state import random_state_kept
 from stabnorm._models.ranks import gather_in_group, is_distributed, ranks
 from stabnorm.companions._optimizer_steps import Group, OptimizerSteps
 from stabnorm.companions._sampling import Schedule
-from stabnorm.companions._stable_updates import decay_in_gradient, has_bound, metric
+from stabnorm.companions._stable_updates import decay_in_gradient, has_bound, steady_step
 from stabnorm.companions.companion import Companion, StepLoss, Watch
 from stabnorm.functional import relative_curvature
 from stabnorm.statistic import Statistic
 
-_DISTANCE = 1e-4  # size of the move, as a share of the weights': at 1e-3 the loss is no parabola any more
+_REACH = 1.0  # of the move, in steps: the module's text says why it is a whole one
 _SAMPLES, _OVER = 4, 3  # an alarm needs so many of so many samples over the bound
-_AGREES = 0.05  # largest error of R, or share of it, with which a one-sided difference is trusted
+_AGREES = 0.05  # largest error of R, or share of it, with which the optimizer's gradient is taken for the closure's
 
 
 class Curvature(NamedTuple):
@@ -62,12 +69,13 @@ def _lasting(now: Curvature, past: None) -> Tensor:
 class CurvatureCompanion(Companion):
     r"""Curvature of the loss along the optimizer's update, as a share of the one at which its steps begin to grow.
 
-    .. math:: R = \frac{d^T H d}{d^T M d},\qquad d = M^{-1} g,\qquad M = b\,P
+    .. math:: R = \frac{s^T (g(w + s) - g(w))}{s^T M s},\qquad M = b\,P
 
-    with g the gradient as the optimizer gets it, P what the optimizer divides it by (:math:`\sqrt{\hat v} + \epsilon`
-    with this step's gradient in v for Adam, 1 for SGD), and b the bound on the eigenvalues of :math:`P^{-1} H`, see
-    `stabnorm.functional.stability_bound`. Adam, AdamW and SGD, with and without momentum, have one. Parameters of
-    another optimizer do not count, and a warning says so.
+    with g the gradient of this batch, s the step that the optimizer would take if all gradients were as this one, P
+    what the optimizer divides by (:math:`\sqrt{\hat v} + \epsilon` with this step's gradient in v for Adam, 1 for SGD),
+    and b the bound on the eigenvalues of :math:`P^{-1} H`, see `stabnorm.functional.stability_bound`. On a parabola R
+    is :math:`s^T H s / s^T M s`. Adam, AdamW and SGD, with and without momentum, have a bound. Parameters of another
+    optimizer do not count, and a warning says so.
 
     ``monitor.step(closure=...)`` gives it the loss of the batch; `StabilityCallback` does so by itself. Gradients,
     buffers, random state and weights are afterwards what they were, bit for bit. At the steps that it measures it keeps
@@ -76,9 +84,11 @@ class CurvatureCompanion(Companion):
     Args:
         every: number of steps from sample to sample. Default: as many as keep its cost at 2 % of the training's time,
             measured while it runs, and 5 at least.
-        both_sides: True moves the weights to both sides, for an error of second order, with two forwards and backwards
-            instead of one. Where the gradient that the optimizer gets is not that of the closure's loss, because of
-            dropout, clipping, accumulation or loss scaling, both sides are always taken. Default: False.
+        both_sides: True moves the weights downhill as well, and takes the larger figure of the two. That costs one more
+            forward and backward. Default: False.
+
+    Where the gradient that the optimizer gets is not that of the closure's loss, because of dropout, clipping,
+    accumulation or loss scaling, the gradient at the weights is computed again, too.
 
     Raises:
         ValueError: `every` below 1; from `watch`: nothing is trained, or weights that cannot be watched.
@@ -102,18 +112,19 @@ class CurvatureCompanion(Companion):
     computes_loss: ClassVar[bool] = True
     statistics: ClassVar[tuple[Statistic, ...]] = (
         Statistic(
-            "update_curvature", formula="d'Hd / d'Md at the steps that are measured; d = M^-1 g the update, M = b P, "
-            "b the optimizer's bound of stability", source="arXiv 2207.14484, arXiv 2506.04805", threshold=1.0,
+            "update_curvature", formula="s'(g(w + s) - g(w)) / s'Ms at the steps that are measured; s the optimizer's "
+            "step, M = b P, b its bound of stability", source="arXiv 2207.14484, arXiv 2506.04805", threshold=1.0,
             compute=lambda now, _: now.sample,
-            advice="the loss is too curved for this learning rate along the update: steps grow instead of settling",
+            advice="the loss is too curved for this learning rate within one step of the weights: steps grow instead "
+            "of settling",
         ),
         Statistic(
             "lasting_curvature", formula="third largest of the last four samples of update_curvature",
             source="arXiv 2506.04805; rule ours", alarm=1.0, compute=_lasting,
-            advice="for 3 of 4 samples the loss has been more curved along the optimizer's update than its learning "
-            "rate allows, so that its steps grow instead of settling. A loss spike may follow within some hundred "
-            "steps: lower the learning rate, or keep a checkpoint from before. With Adam, a smaller beta2 or a larger "
-            "eps helps, too, because the second moment lags behind the gradient",
+            advice="in 3 of 4 samples the loss was more curved, within one step of the weights, than this learning "
+            "rate allows, so that steps grow instead of settling. A loss spike may follow within some hundred steps: "
+            "lower the learning rate, or keep a checkpoint from before. With Adam, a smaller beta2 or a larger eps "
+            "helps, too, because the second moment lags behind the gradient",
         ),
     )  # fmt: skip
 
@@ -157,8 +168,8 @@ class CurvatureWatch(Watch):
         self._moves: dict[int, _Move] = {}
         self._loss = StepLoss(None)
         self._recent = torch.full((_SAMPLES,), torch.nan, device="cpu")
-        self._trusts_one_side: bool | None = None  # None before the first sample
-        self._one_sided_error: AsyncCopy | None = None  # of the first sample, and its R
+        self._knows_slope: bool | None = None  # None before the first sample
+        self._slope_error: AsyncCopy | None = None  # of the first sample, and its R
         self._problem: str | None = None
 
     def attach(self) -> None:
@@ -222,39 +233,39 @@ class CurvatureWatch(Watch):
 
     def _sample(self, moves: list["_Move"]) -> Tensor:
         size, slope, decay = (_total([getattr(move, part) for move in moves]) for part in ("size", "slope", "decay"))
-        before, direction = (_norm([getattr(move, part) for move in moves]) for part in ("before", "direction"))
-        distance = _DISTANCE * before / direction
-        untouched = all(move.untouched for move in moves)
-        if untouched and self._one_side_is_right() and not self.both_sides:
-            (ahead,) = self._slopes(moves, [distance])
-            return relative_curvature(slope, ahead, distance, size) + decay / size
-        behind, ahead = self._slopes(moves, [-distance, distance])
-        curvature = relative_curvature(behind, ahead, 2 * distance, size)
-        if self._trusts_one_side is None:
-            error = relative_curvature(slope, (behind + ahead) / 2, distance, size)
-            self._one_sided_error = AsyncCopy(torch.stack([error, curvature]))
+        knows_slope = all(move.untouched for move in moves) and self._slope_is_right()
+        sides = [_REACH, -_REACH] if self.both_sides else [_REACH]
+        slopes = self._slopes(moves, sides if knows_slope else [*sides, 0.0])
+        here = slope if knows_slope else slopes[-1]
+        curvature = torch.stack([
+            relative_curvature(here, there, side, size) for side, there in zip(sides, slopes, strict=False)
+        ]).amax()  # fmt: skip
+        if self._knows_slope is None:
+            error = relative_curvature(slope, here, _REACH, size)
+            self._slope_error = AsyncCopy(torch.stack([error, curvature]))
         return curvature + decay / size
 
-    def _one_side_is_right(self) -> bool:
+    def _slope_is_right(self) -> bool:
         """Whether the first sample has shown that the optimizer's gradient is that of the closure's loss."""
-        if self._one_sided_error is not None:
-            error, curvature = self._one_sided_error.wait()[0].tolist()
-            self._trusts_one_side = abs(error) <= _AGREES * max(1.0, abs(curvature))
-            self._one_sided_error = None
-        return bool(self._trusts_one_side)
+        if self._slope_error is not None:
+            error, curvature = self._slope_error.wait()[0].tolist()
+            if not math.isnan(error):  # it is where the learning rate is 0
+                self._knows_slope = abs(error) <= _AGREES * max(1.0, abs(curvature))
+            self._slope_error = None
+        return bool(self._knows_slope)
 
-    def _slopes(self, moves: list["_Move"], distances: Sequence[Tensor]) -> Tensor:
-        """Return the slope of the loss at these distances along the update, as a mean over processes; NaN on an error.
+    def _slopes(self, moves: list["_Move"], distances: Sequence[float]) -> Tensor:
+        """Return s'g at these distances in steps, uphill, as a mean over processes; NaN on an error.
 
         The weights are afterwards what they were, bit for bit.
         """
         weights = [move.parameter.detach().clone() for move in moves]
-        slopes = torch.full_like(torch.stack(list(distances)), torch.nan)
+        slopes = torch.full((len(distances),), torch.nan, dtype=moves[0].size.dtype, device=moves[0].size.device)
         try:
             with put_back(self.model), uncounted(), _no_reduction():
                 for i, distance in enumerate(distances):
                     for move in moves:
-                        move.parameter.copy_(torch.addcmul(move.before, distance.to(move.before), move.direction))
+                        move.parameter.copy_(torch.add(move.before, move.step, alpha=distance))
                     slopes[i] = self._slope(moves)
         except Exception as error:  # the sample is lost, and the training goes on
             self._complain(f"the loss could not be computed again: {type(error).__name__}: {error}")
@@ -277,7 +288,7 @@ class CurvatureWatch(Watch):
             scaled = loss if scale is None else loss * scale
             gradients = torch.autograd.grad(scaled, [move.parameter for move in moves], allow_unused=True)
         pairs = zip(gradients, moves, strict=True)
-        slope = _total([_dot(gradient, move.direction) for gradient, move in pairs if gradient is not None])
+        slope = _total([_dot(gradient, move.step) for gradient, move in pairs if gradient is not None])
         return slope if scale is None else slope / scale
 
     # -- messages and state --------------------------------------------------------------------------------------------
@@ -291,17 +302,17 @@ class CurvatureWatch(Watch):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last samples, and when the next one is due."""
-        self._one_side_is_right()
+        self._slope_is_right()
         return {
             "recent": self._recent.detach().cpu(),
-            "trusts_one_side": self._trusts_one_side,
+            "knows_slope": self._knows_slope,
             "schedule": self._schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
-        self._recent, self._one_sided_error = state["recent"].clone(), None
-        self._trusts_one_side = state["trusts_one_side"]
+        self._recent, self._slope_error = state["recent"].clone(), None
+        self._knows_slope = state["knows_slope"]
         self._schedule.load_state_dict(state["schedule"])
 
 
@@ -312,16 +323,17 @@ class _Move:
     Attributes:
         parameter: the parameter.
         before: its value before the optimizer's step.
-        direction: d = M^-1 (g + c w), with c the weight decay that the optimizer adds to the gradient.
-        size: d'Md.
-        slope: d'g.
-        decay: c d'd, the curvature of the weight decay.
+        step: s, what the optimizer would take from it if all gradients were g + c w, with c the weight decay that it
+            adds to the gradient.
+        size: s'Ms.
+        slope: s'g.
+        decay: c s's, the curvature of the weight decay.
         untouched: whether the gradient is as one backward has left it: not added to, unscaled, clipped or reduced.
     """
 
     parameter: nn.Parameter
     before: Tensor
-    direction: Tensor
+    step: Tensor
     size: Tensor
     slope: Tensor
     decay: Tensor
@@ -336,8 +348,16 @@ class _Move:
         gradient = (gradient.to_dense() if gradient.is_sparse else gradient).to(before)
         decay = decay_in_gradient(optimizer, group)
         whole = torch.add(gradient, before, alpha=decay) if decay else gradient
-        d = whole / metric(parameter, optimizer, group)
-        return _Move(parameter, before, d, _dot(whole, d), _dot(gradient, d), decay * _dot(d, d), untouched)
+        step, reach = steady_step(whole, parameter, optimizer, group)
+        return _Move(
+            parameter,
+            before,
+            step,
+            reach * _dot(whole, step),
+            _dot(gradient, step),
+            decay * _dot(step, step),
+            untouched,
+        )
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -347,10 +367,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def _total(numbers: Sequence[Tensor]) -> Tensor:
     """Return the sum of numbers that may be on several devices."""
     return torch.stack([number.to(numbers[0]) for number in numbers]).sum()
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return _total([norm.square() for norm in torch._foreach_norm(tensors)]).sqrt()
 
 
 @contextmanager

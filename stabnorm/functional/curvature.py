@@ -3,11 +3,13 @@ r"""Curvature of the loss along an optimizer's own update, as a share of the cur
 An optimizer that moves the weights by :math:`-\eta P^{-1} g`, with momentum, is stable on a quadratic with the Hessian
 H while the largest eigenvalue of :math:`P^{-1} H` is below a bound :math:`b`, which depends on learning rate and
 momentum only. Beyond it the steps grow instead of settling (arXiv 2103.00065, and for Adam arXiv 2207.14484). The
-figure here is the curvature of the one direction that the optimizer is about to take, against the same bound:
+figure here is the curvature along the step s that the optimizer takes, over the length of this step, against the same
+bound:
 
-.. math:: R = \frac{d^T H d}{d^T M d}, \qquad M = b\,P, \qquad d = M^{-1} g
+.. math:: R = \frac{s^T (g(w + s) - g(w))}{s^T M s}, \qquad M = b\,P, \qquad s \propto P^{-1} g
 
-R is at most the largest eigenvalue of :math:`M^{-1} H`, so R > 1 says that the bound is passed.
+Where the loss is a parabola, this is :math:`s^T H s / s^T M s` and at most the largest eigenvalue of :math:`M^{-1} H`,
+so R > 1 says that the bound is passed.
 """
 
 from torch import Tensor

@@ -160,8 +160,15 @@ def metric_of_adam(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     return bound * p
 
 
-def by_autograd(make: MakeOptimizer, metric: Callable[..., Tensor], decay: float, steps: int) -> Tensor:
-    """R in float64 by autograd's Hessian-vector product."""
+def step_of(gradient: Tensor, group: dict[str, Any], metric: Tensor) -> Tensor:
+    """What the optimizer would take if all gradients were this one, from M = b P and the bound b of the optimizer."""
+    b = group["betas"][0] if "betas" in group else group["momentum"]
+    bound = float(metric) if "momentum" in group else 2 * (1 + b) / (1 - b) / group["lr"]
+    return gradient / metric * bound * group["lr"] / (1.0 if "betas" in group else 1 - b)
+
+
+def by_autograd(make: MakeOptimizer, metric: Callable[..., Tensor], decay: float, steps: int, reach: float) -> Tensor:
+    """R in float64: by autograd's Hessian-vector product if `reach` is 0, else by the gradients at two points."""
     model, figures = Net(dtype=torch.float64), []
     optimizer = make(model.parameters())
     for step in range(steps):
@@ -171,14 +178,26 @@ def by_autograd(make: MakeOptimizer, metric: Callable[..., Tensor], decay: float
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         weights, trained = list(before.parameters()), list(model.parameters())
-        loss = F.cross_entropy(before(x), y) + sum(decay / 2 * w.square().sum() for w in weights)
-        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+
+        def gradients(model: nn.Module, weights: list[nn.Parameter], x: Tensor = x, y: Tensor = y) -> Any:
+            loss = F.cross_entropy(model(x), y) + sum(decay / 2 * w.square().sum() for w in weights)
+            return torch.autograd.grad(loss, weights, create_graph=True)
+
+        here = gradients(before, weights)
         group = optimizer.param_groups[0]
-        pairs = zip(gradients, trained, strict=True)
-        d = [g.detach() / metric(group, optimizer.state.get(p, {})) for g, p in pairs]
-        slope = sum((g * part).sum() for g, part in zip(gradients, d, strict=True))
-        products = torch.autograd.grad(slope, weights)  # type: ignore[arg-type]
-        figures.append(sum((h * part).sum() for h, part in zip(products, d, strict=True)) / slope.detach())  # type: ignore[union-attr]
+        metrics = [metric(group, optimizer.state.get(p, {})) for p in trained]
+        s = [step_of(g.detach(), group, m) for g, m in zip(here, metrics, strict=True)]
+        if reach:
+            moved = copy.deepcopy(before)
+            with torch.no_grad():
+                for weight, part in zip(moved.parameters(), s, strict=True):
+                    weight.add_(reach * part)
+            products = [(b - a) / reach for a, b in zip(here, gradients(moved, list(moved.parameters())), strict=True)]
+        else:
+            slope: Any = sum((g * part).sum() for g, part in zip(here, s, strict=True))
+            products = list(torch.autograd.grad(slope, weights))
+        curved: Any = sum((h * part).sum() for h, part in zip(products, s, strict=True))
+        figures.append(curved.detach() / sum((m * part.square()).sum() for m, part in zip(metrics, s, strict=True)))
     return torch.stack(figures).float()
 
 
@@ -193,23 +212,46 @@ OPTIMIZERS: dict[str, tuple[MakeOptimizer, Callable[..., Tensor], float]] = {
 }
 
 
-@pytest.mark.parametrize("both_sides", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_samples_are_those_of_the_hessian_with_this_steps_gradient_in_the_second_moment(
-    name: str, both_sides: bool, monkeypatch: pytest.MonkeyPatch
+def test_short_moves_give_the_hessian_with_this_steps_gradient_in_the_second_moment(
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curvature, "_DISTANCE", 1e-4)  # where the loss is a parabola
+    monkeypatch.setattr(curvature, "_REACH", 1e-5)  # where the loss is a parabola
     make, metric, decay = OPTIMIZERS[name]
-    found, monitor = train(Net(dtype=torch.float64), make, both_sides=both_sides)
-    assert watch_of(monitor)._trusts_one_side
-    torch.testing.assert_close(found, by_autograd(make, metric, decay, 6), rtol=1e-4 if both_sides else 2e-2, atol=1e-4)
+    found, monitor = train(Net(dtype=torch.float64), make)
+    assert watch_of(monitor)._knows_slope
+    torch.testing.assert_close(found, by_autograd(make, metric, decay, 6, 0.0), rtol=1e-3, atol=1e-5)
 
 
-def test_float32_gives_the_figures_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curvature, "_DISTANCE", 1e-4)
-    exact, _ = train(Net(dtype=torch.float64), both_sides=True)
-    for both_sides, error in ((True, 5e-3), (False, 2e-2)):
-        torch.testing.assert_close(train(Net(), both_sides=both_sides)[0], exact, rtol=error, atol=1e-3)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_sample_compares_the_slope_at_the_weights_with_that_one_whole_step_uphill(name: str) -> None:
+    make, metric, decay = OPTIMIZERS[name]
+    found, _ = train(Net(dtype=torch.float64), make)
+    uphill, downhill = (by_autograd(make, metric, decay, 6, reach) for reach in (1.0, -1.0))
+    torch.testing.assert_close(found, uphill, rtol=1e-5, atol=1e-7)
+    both, _ = train(Net(dtype=torch.float64), make, both_sides=True)
+    torch.testing.assert_close(both, torch.maximum(uphill, downhill), rtol=1e-5, atol=1e-7)
+
+
+def test_float32_gives_the_figures_of_float64() -> None:
+    exact, _ = train(Net(dtype=torch.float64))
+    torch.testing.assert_close(train(Net())[0], exact, rtol=1e-3, atol=1e-4)
+
+
+def test_a_learning_rate_of_zero_gives_no_sample_and_later_steps_still_need_one_pass() -> None:
+    model = Net()
+    optimizer = adam(model.parameters())
+    with StabilityMonitor(model, companions=[CurvatureCompanion(1)]) as monitor:
+        counted = _Count(monitor)
+        for step in range(4):
+            optimizer.param_groups[0]["lr"] = 1e-2 * step
+            x, y = batch(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            monitor.step(closure=lambda x=x, y=y: F.cross_entropy(model(x), y))  # type: ignore[misc]
+    assert samples(monitor).isfinite().tolist() == [False, True, True, True]
+    assert counted.calls == 2 + 2 + 1 + 1
 
 
 class _Count:
@@ -229,11 +271,15 @@ class _Count:
 
 
 @pytest.mark.parametrize(
-    ("case", "passes"), [("plain", 2 + 5), ("both sides", 12), ("clipped", 12), ("dropout", 12), ("accumulated", 12)]
+    ("case", "passes"),
+    [("plain", 2 + 5), ("both sides", 3 + 5 * 2), ("clipped", 12), ("accumulated", 12), ("dropout", 12)],
 )
-def test_one_side_is_taken_only_where_the_gradient_is_that_of_the_closure(case: str, passes: int) -> None:
+def test_the_slope_at_the_weights_is_computed_again_unless_the_gradient_is_that_of_the_closure(
+    case: str, passes: int
+) -> None:
     model = Net(dropout=0.3 if case == "dropout" else 0.0)
-    optimizer = adam(model.parameters())
+    # With Adam's momentum, another mask of a dropout changes R by a thirty-eighth of what it changes the slope by.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if case == "dropout" else adam(model.parameters())
     with StabilityMonitor(model, companions=[CurvatureCompanion(1, case == "both sides")]) as monitor:
         counted = _Count(monitor)
         for step in range(6):
@@ -249,18 +295,16 @@ def test_one_side_is_taken_only_where_the_gradient_is_that_of_the_closure(case: 
     assert samples(monitor).isfinite().all()
 
 
-def test_clipping_changes_no_sample_of_sgd_because_only_the_direction_counts() -> None:
+def test_clipping_changes_no_sample_of_sgd_while_its_steps_are_short_because_only_the_direction_counts() -> None:
     def sgd(parameters: Any, clip: bool) -> Optimizer:
         weights = list(parameters)
-        optimizer = torch.optim.SGD(weights, lr=1e-9)  # all steps at the same weights
+        optimizer = torch.optim.SGD(weights, lr=1e-5)  # all steps at about the same weights
         if clip:
             optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(weights, 1e-3) and None)  # type: ignore[arg-type]
         return optimizer
 
-    plain, clipped = (
-        train(Net(dtype=torch.float64), functools.partial(sgd, clip=clip), both_sides=True)[0] for clip in (False, True)
-    )
-    torch.testing.assert_close(plain, clipped, rtol=1e-5, atol=0)
+    plain, clipped = (train(Net(dtype=torch.float64), functools.partial(sgd, clip=clip))[0] for clip in (False, True))
+    torch.testing.assert_close(plain, clipped, rtol=1e-2, atol=0)
 
 
 def test_parameters_of_an_optimizer_without_a_bound_do_not_count_and_a_warning_says_so(
@@ -409,7 +453,7 @@ def test_another_monitor_of_the_same_model_counts_no_forward_of_a_sample() -> No
 
 
 def test_autocast_to_bfloat16_gives_about_the_same_curvature() -> None:
-    exact, _ = train(Net(), both_sides=True)
+    exact, _ = train(Net())
     model = Net()
     optimizer = adam(model.parameters())
     with StabilityMonitor(model, companions=[CurvatureCompanion(1)]) as monitor:
@@ -427,7 +471,7 @@ def test_the_scale_of_the_loss_changes_no_sample() -> None:
     def run(scale: float) -> Tensor:
         model = Net(dtype=torch.float64)
         optimizer = adam(model.parameters())
-        with StabilityMonitor(model, companions=[CurvatureCompanion(1, both_sides=True)]) as monitor:
+        with StabilityMonitor(model, companions=[CurvatureCompanion(1)]) as monitor:
             for step in range(3):
                 x, y = batch(step, dtype=torch.float64)
                 optimizer.zero_grad()
@@ -505,9 +549,20 @@ def test_an_alarm_that_lasts_is_raised_once_also_between_rare_samples(monkeypatc
     assert "lower the learning rate" in next(a for a in monitor.alerts if a.layer == "update").reason
 
 
-def test_a_step_size_far_beyond_the_bound_of_a_real_net_alarms_and_one_far_below_does_not() -> None:
-    for rate, alarms in ((30.0, True), (1e-3, False)):
-        _, monitor = train(Net(), lambda p, rate=rate: torch.optim.SGD(p, lr=rate), steps=8)  # type: ignore[misc]
+def test_a_step_size_beyond_the_bound_of_a_parabola_alarms_and_one_below_does_not() -> None:
+    for share, alarms in ((1.2, True), (0.8, False)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 1, bias=False))
+        x = torch.randn(32, 4)
+        inputs = model[0](x)
+        bound = 2 / torch.linalg.eigvalsh(2 * inputs.T @ inputs / len(x)).max()
+        optimizer = torch.optim.SGD(model.parameters(), lr=share * float(bound))
+        with StabilityMonitor(model, companions=[CurvatureCompanion(1)]) as monitor:
+            for _ in range(12):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+                monitor.step(closure=lambda model=model, x=x: model(x).square().mean())  # type: ignore[misc]
         assert any(alert.layer == "update" for alert in monitor.alerts) is alarms
 
 

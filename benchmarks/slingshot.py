@@ -175,9 +175,9 @@ def onsets(losses: Series) -> list[int]:
 
 
 def over(samples: Sequence[tuple[int, float]]) -> list[int]:
-    """Return the steps from which on three of four samples are above 1: the companion's own rule."""
+    """Return the steps from which on two of eight samples are above 1: the companion's own rule."""
     above = [value > 1 for _, value in samples]
-    lasting = [sum(above[max(0, i - 3) : i + 1]) >= 3 for i in range(len(above))]
+    lasting = [sum(above[max(0, i - 7) : i + 1]) >= 2 for i in range(len(above))]
     return [step for i, (step, _) in enumerate(samples) if lasting[i] and not (i and lasting[i - 1])]
 
 

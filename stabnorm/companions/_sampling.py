@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from stabnorm._models.async_copy import AsyncCopy
 from stabnorm._models.ranks import gather_in_group, ranks
 
 if TYPE_CHECKING:
@@ -18,20 +20,23 @@ if TYPE_CHECKING:
 _BUDGET = 0.02  # share of the training's time
 _LEAST = 5  # steps between two samples: more samples warn hardly earlier
 _START = 50  # steps between two samples until their cost is known
+_CLOSE = 6  # samples that follow so soon after one that is near its bound
 
 
 class Schedule:
     """Measures at every n-th step, or as often as 2 % of the training's time allows.
 
-    The seconds of a sample are read some steps later, when a GPU has long done its work. All processes take the longest
-    interval of any of them, because they must measure at the same steps.
+    After a sample above `near` it looks closer: until six samples in a row are below, the next one comes after five
+    steps. Seconds and value of a sample are read these five steps later, when a GPU has long done its work. All
+    processes take the longest interval of any of them, because they must measure at the same steps.
 
     Args:
         every: the interval; None for the budget.
+        near: the value above which it looks closer.
     """
 
-    def __init__(self, every: int | None) -> None:
-        self.every = every
+    def __init__(self, every: int | None, near: float) -> None:
+        self.every, self.near = every, near
         self._interval = _START if every is None else every
         self._step = 0
         self._next = _LEAST if every is None else every - 1
@@ -39,6 +44,8 @@ class Schedule:
         self._last_end: float | None = None
         self._timer: _Timer | None = None
         self._measured_at: int | None = None
+        self._value: AsyncCopy | None = None  # of the last sample, until it is read
+        self._close = 0  # samples that still come soon
 
     @property
     def due(self) -> bool:
@@ -56,6 +63,10 @@ class Schedule:
             self._timer, self._measured_at = timer, self._step
             self.postpone()
 
+    def see(self, sample: Tensor) -> None:
+        """Take the value of the sample, a single number; all processes have the same one."""
+        self._value = AsyncCopy(sample.detach().reshape(()))
+
     def postpone(self) -> None:
         """Wait for the next sample."""
         self._next = self._step + self._interval
@@ -71,10 +82,16 @@ class Schedule:
             self._bare_steps.append(now - self._last_end)
         self._last_end = now
         self._step += 1
-        if self.every is None and self._timer is not None and self._step == (self._measured_at or 0) + _LEAST:
+        if self._measured_at is None or self._step != self._measured_at + _LEAST:
+            return
+        if self.every is None and self._timer is not None:
             self._interval = self._affordable(self._timer.seconds(), merged_over)
-            self._next = (self._measured_at or 0) + self._interval
             self._timer = None
+        if self._value is not None:
+            near = bool(self._value.wait()[0] > self.near)
+            self._close = _CLOSE if near else max(0, self._close - 1)
+            self._value = None
+        self._next = self._measured_at + (min(_LEAST, self._interval) if self._close else self._interval)
 
     def _affordable(self, seconds: float, merged_over: "bool | ProcessGroup") -> int:
         step = max(float(np.median(self._bare_steps)), 1e-9)
@@ -85,12 +102,19 @@ class Schedule:
         return interval
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps, the next one that is measured, and the interval."""
-        return {"step": self._step, "next": self._next, "interval": self._interval}
+        """Return the number of steps, when the next sample is due, and what decides about it."""
+        value = None if self._value is None else float(self._value.wait()[0])
+        return {
+            "step": self._step, "next": self._next, "interval": self._interval, "close": self._close,
+            "measured_at": self._measured_at, "value": value,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; an interval that was given stays."""
         self._step, self._next = int(state["step"]), int(state["next"])
+        self._close, self._measured_at = int(state.get("close", 0)), state.get("measured_at")
+        value = state.get("value")
+        self._value = None if value is None else AsyncCopy(torch.tensor(value, device="cpu"))
         if self.every is None:
             self._interval = int(state["interval"])
 

@@ -505,7 +505,7 @@ def test_without_every_a_sample_is_as_rare_as_two_percent_of_the_time_asks(monke
 
     clock = [0.0]
     monkeypatch.setattr("stabnorm.companions._sampling.time.perf_counter", lambda: clock[0])
-    schedule, sampled = _sampling.Schedule(None), []
+    schedule, sampled = _sampling.Schedule(None, 0.5), []
     for step in range(1200):
         clock[0] += 1.0
         if schedule.due:
@@ -523,6 +523,23 @@ def test_a_budget_that_allows_everything_still_leaves_four_steps_between_samples
     assert (~found.isnan()).nonzero()[:, 0].tolist()[0] == 5
 
 
+def sampled_steps(figures: list[float], monkeypatch: pytest.MonkeyPatch, every: int) -> list[int]:
+    left = iter(figures)
+    monkeypatch.setattr(CurvatureWatch, "_sample", lambda *_: torch.tensor(next(left)))
+    found, _ = train(Net(), steps=len(figures), every=every)
+    return (~found.isnan()).nonzero()[:, 0].tolist()
+
+
+def test_after_a_sample_near_the_bound_the_next_come_soon_until_six_are_calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = [0.1] * 100
+    assert sampled_steps(calm, monkeypatch, 20) == [19, 39, 59, 79, 99]
+    soon = [19, *range(24, 50, 5), 69, 89]
+    assert sampled_steps([0.6, *calm], monkeypatch, 20)[: len(soon)] == soon
+    longer = [19, *range(24, 75, 5), 94]
+    assert sampled_steps([0.6] + [0.1] * 4 + [0.7, *calm], monkeypatch, 20)[: len(longer)] == longer
+    assert sampled_steps([0.6, *calm], monkeypatch, 3)[:4] == [2, 5, 8, 11]
+
+
 # -- the alarm ---------------------------------------------------------------------------------------------------------
 
 
@@ -533,19 +550,27 @@ def alerts_of(figures: list[float], monkeypatch: pytest.MonkeyPatch) -> list[tup
     return [(a.step, a.statistic, a.threshold) for a in monitor.alerts if a.layer == "update"]
 
 
-def test_an_alarm_needs_three_of_the_last_four_samples_over_one_and_no_past(monkeypatch: pytest.MonkeyPatch) -> None:
-    nan = float("nan")
-    assert alerts_of([0.5, 2.0, 0.5, 2.0, 0.5, 2.0, 2.0, 0.5, 0.5], monkeypatch) == [(6, "lasting_curvature", 1.0)]
-    assert alerts_of([1.1, 1.2, 1.3], monkeypatch) == [(2, "lasting_curvature", 1.0)]
-    assert alerts_of([171.0, 0.1, 24.0, 0.1] * 4, monkeypatch) == []
-    assert alerts_of([2.0, nan, 2.0, nan, 2.0, -2.0, 2.0], monkeypatch) == []
+def test_an_alarm_needs_two_of_the_last_eight_samples_over_one_and_no_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    nan, calm = float("nan"), [0.1] * 7
+    assert alerts_of([0.5, 2.0, 0.5, 0.5, 2.0, 0.5], monkeypatch) == [(4, "lasting_curvature", 1.0)]
+    assert alerts_of([1.1, 1.2, 1.3], monkeypatch) == [(1, "lasting_curvature", 1.0)]
+    assert alerts_of([171.0, *calm] * 3, monkeypatch) == []
+    assert alerts_of([2.0, nan, -2.0, nan, nan, nan, nan, 2.0], monkeypatch) == [(7, "lasting_curvature", 1.0)]
     assert alerts_of([0.99] * 12, monkeypatch) == []
+
+
+def test_an_older_state_with_fewer_samples_is_read() -> None:
+    _, monitor = train(Net(), steps=1)
+    watch = watch_of(monitor)
+    watch.load_state_dict({**watch.state_dict(), "recent": torch.arange(4.0)})
+    assert watch.take().recent.tolist()[-4:] == [0.0, 1.0, 2.0, 3.0]
+    assert len(watch.take().recent) == 8
 
 
 def test_an_alarm_that_lasts_is_raised_once_also_between_rare_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CurvatureWatch, "_sample", lambda *_: torch.tensor(3.0))
     _, monitor = train(Net(), steps=120, every=20)
-    assert [alert.step for alert in monitor.alerts if alert.layer == "update"] == [59]
+    assert [alert.step for alert in monitor.alerts if alert.layer == "update"] == [24]  # samples come every 5 steps
     assert "lower the learning rate" in next(a for a in monitor.alerts if a.layer == "update").reason
 
 

@@ -164,7 +164,8 @@ def step_of(gradient: Tensor, group: dict[str, Any], metric: Tensor) -> Tensor:
     """What the optimizer would take if all gradients were this one, from M = b P and the bound b of the optimizer."""
     b = group["betas"][0] if "betas" in group else group["momentum"]
     bound = float(metric) if "momentum" in group else 2 * (1 + b) / (1 - b) / group["lr"]
-    return gradient / metric * bound * group["lr"] / (1.0 if "betas" in group else 1 - b)
+    step: Tensor = gradient / metric * bound * group["lr"] / (1.0 if "betas" in group else 1 - b)
+    return step
 
 
 def by_autograd(make: MakeOptimizer, metric: Callable[..., Tensor], decay: float, steps: int, reach: float) -> Tensor:

@@ -11,6 +11,7 @@ from stabnorm._models.examples import read_examples
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.errors import StabNormError
 from stabnorm.fold._writers import find_streams
+from stabnorm.nn.mixed_in import materialize
 from stabnorm.norms import find_norms
 
 
@@ -36,6 +37,8 @@ def residual_branches(model: nn.Module, example: Any) -> list[Branch]:
     examples = read_examples("example", example)
     with random_state_kept(device_of(model)), torch.inference_mode(False):
         copy = copied(model).eval()
+        for module in list(copy.modules()):
+            materialize(module)  # a computed weight is no parameter, and a forward is followed by its parameters
         norms = [layer.name for layer in find_norms(copy) if layer.channel_dim == -1 and layer.feature_dims == 1]
         try:
             streams = find_streams(copy, norms, examples, None)

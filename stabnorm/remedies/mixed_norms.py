@@ -20,7 +20,7 @@ def mix_norm(
     .. math:: x_{\ell+1} = \mathrm{norm}(x_\ell + F_\ell(x_\ell)) \quad \text{for } \ell \le \alpha L
 
     Experimental: the authors report gains, and those of LayerNorm Scaling (arXiv:2502.05795) saw it diverge at 350M and
-    1B parameters. Our own study (docs/remedies.md) has its figures beside those of the others. Watch such a run.
+    1B parameters. In our own study (docs/remedies.md) both the growth and the loss became worse. Watch such a run.
 
     It changes the outputs: apply it to a model that is not trained yet. A block must have the flag that says where it
     normalises: `norm_first` (torch), `do_layer_norm_before` (Hugging Face) or `normalize_before` (fairseq). No

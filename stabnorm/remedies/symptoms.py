@@ -42,6 +42,7 @@ _DEPTH = "the scale of the residual stream grows over depth"
 _CHANNELS = "outlier channels"
 _EMBEDDING = "the gradient of the embedding is too large"
 _NOISY = "the statistics of a batch are too noisy, as in micro-batches"
+_PATCHES = "the patch embedding of a vision transformer is unstable"
 _PART = "only the norms are worth training"
 
 REMEDIES: tuple[Remedy, ...] = (
@@ -103,6 +104,10 @@ REMEDIES: tuple[Remedy, ...] = (
         "nn.EvoNormS0", _NOISY, ("var_fluctuation", "mean_fluctuation"),
         "stands for a norm and its activation in a convolutional net, and does not read the batch", "arXiv 2004.02967",
         "nothing folds",
+    ),
+    Remedy(
+        "dual_patch_norm", _PATCHES, (), "normalises patches before and after they are embedded", "arXiv 2302.01327",
+        "both norms, once convert_norms has switched them",
     ),
     Remedy(
         "train_only_norms", _PART, (), "trains gains and biases of the norms only", "arXiv 2003.00152",

@@ -42,7 +42,8 @@ def train_only_norms(model: nn.Module, include: Patterns = None, exclude: Patter
 def freeze_embedding(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> RemedyReport:
     """Take the embeddings out of the training, as fine-tuning with SGD needs.
 
-    An output layer that shares its weight with the embedding is frozen with it.
+    An output layer that shares its weight with the embedding is frozen with it. It is for fine-tuning: in our study,
+    which trains from scratch, it took the symptom away and cost 0.3 nats (docs/remedies.md).
 
     Args:
         model: any module with `nn.Embedding` or `nn.EmbeddingBag`.

@@ -180,7 +180,10 @@ def _view(options: argparse.Namespace) -> str:
 
 _REPORT = """\
 Write a report on the runs below a folder: the page as one file that needs no server, or Markdown for a pull request. It
-works on a run that was killed, too."""
+works on a run that was killed, too.
+
+Given a file instead of a folder, it looks at a training that was made without stabnorm: a trainer_state.json, a
+metrics.csv, or another log with a column of losses. It says where loss or gradient norm left their usual range."""
 
 
 def _add_report(commands: Any) -> None:
@@ -188,8 +191,10 @@ def _add_report(commands: Any) -> None:
         "report", help="write a report of runs as one file", description=_REPORT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("folder", help="the folder of a run, or one above several")
-    parser.add_argument("-o", "--output", help="the file (default: report.html or report.md in the folder)")
+    parser.add_argument("folder", help="the folder of a run, or one above several; or a log of another trainer")
+    parser.add_argument(
+        "-o", "--output", help="the file (default: report.html or report.md in the folder; of a log, the terminal)"
+    )
     parser.add_argument("--format", choices=("html", "md"), help="default: what the output's name says, else html")
     parser.set_defaults(run=_report)
 
@@ -197,6 +202,15 @@ def _add_report(commands: Any) -> None:
 def _report(options: argparse.Namespace) -> str:
     from stabnorm.dashboard.report import write_report
 
+    if os.path.isfile(options.folder):
+        from stabnorm.dashboard.training_log import write_log_report
+
+        if options.format == "html" or (options.output or "").endswith((".html", ".htm")):
+            raise _Failure("the report on a log is Markdown: leave --format out, or name a file that ends with .md")
+        try:
+            return write_log_report(options.folder, options.output)
+        except (OSError, ValueError) as error:
+            raise _Failure(str(error)) from error
     named = "md" if (options.output or "").endswith(".md") else "html"
     try:
         return f"the report is in {write_report(options.folder, options.output, options.format or named)}"

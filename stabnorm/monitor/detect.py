@@ -184,6 +184,11 @@ class RobustDetector:
              torch.where(further, slow.scale, fast.scale)]
         )  # fmt: skip
 
+    @property
+    def usual(self) -> Tensor:
+        """What was usual for each row and watched statistic in the last 128 steps, on the device."""
+        return self._windows[0].center.exp()
+
     def forget(self) -> None:
         """Learn again what is usual, within 64 steps, because something was changed on purpose."""
         for window in self._windows:

@@ -448,7 +448,7 @@ class StabilityMonitor:
 
     @property
     def _detectors(self) -> list[Any]:
-        own = [] if self._training is None else [self._training.detector]
+        own = [] if self._training is None else [self._training]
         return [track.detector for track in self._tracks] + own
 
     def _agree(self) -> None:
@@ -674,7 +674,7 @@ class StabilityMonitor:
             "rows": rows,
             "marks": marks,
             "scalars": scalars,
-            "training": None if self._training is None else self._training.detector.state_dict(),
+            "training": None if self._training is None else self._training.state_dict(),
             "companions": self.companions.state_dict(),
         }
 
@@ -726,5 +726,5 @@ class StabilityMonitor:
             past = unpadded(state["past"], state["channels"]) if state["version"] == 2 else state["past"]
             self._measurement.load_past(past, self._observer.device)
         if self._training is not None and state.get("training") is not None:
-            self._training.detector.load_state_dict(state["training"])
+            self._training.load_state_dict(state["training"])
         return self._track.load_detector(state["detector"])

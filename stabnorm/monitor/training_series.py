@@ -4,7 +4,8 @@ On 84 logs of other people's trainings the two together alarm where one of them 
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ import numpy.typing as npt
 import torch
 
 from stabnorm.monitor.alerts import TRAINING, Alert, Departure
+from stabnorm.monitor.baseline import PAST
 from stabnorm.monitor.detect import RobustDetector
 from stabnorm.statistic import Statistic
+
+_LOST = 10.0  # times the lowest median of the loss
 
 Array = npt.NDArray[np.floating[Any]]
 
@@ -40,6 +44,8 @@ class TrainingSeries:
 
     def __init__(self) -> None:
         self.detector = RobustDetector(self.statistics, [TRAINING])
+        self._lowest = math.inf  # of the medians of the loss so far
+        self._quiet = 0  # steps until a lost level is told again
 
     def update(self, first_step: int, series: Mapping[str, Array], nonfinite: Array | None = None) -> list[Alert]:
         """Read the next steps on the host, and return their alerts.
@@ -55,11 +61,48 @@ class TrainingSeries:
             if statistic.name in series:
                 values[:, 0, column] = series[statistic.name]
         bad = np.zeros(steps, bool) if nonfinite is None else nonfinite > 0
-        alerts = self.detector.update(
-            first_step, torch.from_numpy(values), torch.full((steps, 1), torch.inf, device="cpu"),
-            torch.from_numpy(bad[:, None]),
-        )  # fmt: skip
-        return [_in_words(alert) for alert in alerts]
+        if not steps:
+            return []
+        tokens = torch.full((steps, 1), torch.inf, device="cpu")
+        seen = torch.from_numpy(values), tokens, torch.from_numpy(bad[:, None])
+        marks, medians = [], []
+        for one in zip(*seen, strict=True):
+            marks.append(self.detector.step(*one))
+            medians.append(float(self.detector.usual[0, 0]))
+        before = self.detector.steps
+        alerts = [_in_words(alert) for alert in self.detector.alerts(first_step, *seen, torch.stack(marks))]
+        return sorted([*alerts, *self._lost_levels(first_step, before, medians)], key=lambda alert: alert.step)
+
+    def _lost_levels(self, first_step: int, before: int, medians: Sequence[float]) -> Iterator[Alert]:
+        """Yield an alert where the median of the loss is ten times the lowest it was: a slow loss of all progress."""
+        for offset, median in enumerate(medians):
+            self._quiet = max(self._quiet - 1, 0)
+            if before + offset < PAST or not math.isfinite(median):
+                continue
+            self._lowest = min(self._lowest, median)
+            if median > _LOST * self._lowest:
+                reason = (
+                    f"the median of the last {PAST} losses is {median / self._lowest:.3g} times the lowest that it "
+                    "was: look at the learning rate"
+                )
+                if self._quiet == 0:
+                    bound = _LOST * self._lowest
+                    yield Alert(first_step + offset, TRAINING, "loss", median, bound, reason, "bound")
+                self._quiet = 2 * PAST
+
+    def forget(self) -> None:
+        """Learn again what is usual, because something was changed on purpose."""
+        self.detector.forget()
+        self._lowest = math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and plain containers."""
+        return {"detector": self.detector.state_dict(), "lowest": self._lowest, "quiet": self._quiet}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self.detector.load_state_dict(state["detector"])
+        self._lowest, self._quiet = float(state["lowest"]), int(state["quiet"])
 
     def take_departures(self) -> list[Departure]:
         """Return every departure since the last call."""

@@ -49,8 +49,8 @@ class DetailedPast(Past):
         self.gradient_size = self._nothing(2, width)
         self.gradient_steps = torch.zeros_like(self.layer)
 
-    def update(self, now: Moments, own: Tensor | None) -> None:
-        """Add the step, see `Past.update`."""
+    def update_details(self, now: Moments) -> None:
+        """Add the step to what stands above."""
         assert isinstance(now, DetailedMoments)  # a monitor whose past this is gathers them
         self.gain = now.parameters.gain
         self.first_bias = torch.where(self.first_bias.isnan(), now.parameters.bias, self.first_bias)
@@ -60,7 +60,6 @@ class DetailedPast(Past):
         weight = (1 / self.gradient_steps.clamp(min=1)).clamp(min=SPIKE_MOMENTUM)[..., None]
         average = torch.where(self.gradient_size.isnan(), size, torch.lerp(self.gradient_size, size, weight))
         self.gradient_size = torch.where(usable[..., None], average, self.gradient_size)
-        super().update(now, own)
 
     def channel_rows(self) -> dict[str, Tensor]:
         """See `Past.channel_rows`."""

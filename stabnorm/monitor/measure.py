@@ -1,6 +1,7 @@
 """`Measurement`: what a step has gathered becomes a row of numbers for each layer, and a part of its past."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from stabnorm.monitor.past import Layout, Moments, Past, running_buffers
 from stabnorm.monitor.ranks import Gathered
 from stabnorm.monitor.rows import RowLayout, beside_statistics
 from stabnorm.monitor.saved_past import load_pasts, saved_pasts
+from stabnorm.monitor.standard import STANDARD, has_backend, standard_step
 from stabnorm.statistic import Statistic
 
 
@@ -33,22 +35,22 @@ class NormsOfStep:
     """What companions read of the norms in a step, in the order of the layers.
 
     Args:
-        moments: those of each band.
+        moments: functions that return those of each band.
         in_order: puts the layers of all bands in their order.
     """
 
-    def __init__(self, moments: Sequence[Moments], in_order: LayerOrder) -> None:
+    def __init__(self, moments: Sequence[Callable[[], Moments]], in_order: LayerOrder) -> None:
         self._moments, self._in_order = moments, in_order
 
     @cached_property
     def ran(self) -> Tensor:
         """Whether the layer saw a valid token, ``[L]``."""
-        return self._in_order([now.ran for now in self._moments])
+        return self._in_order([now().ran for now in self._moments])
 
     @cached_property
     def affine_residual(self) -> Tensor:
         """See `Moments.affine_residual`, ``[L]``."""
-        return self._in_order([now.affine_residual for now in self._moments])
+        return self._in_order([now().affine_residual for now in self._moments])
 
 
 class Measurement:
@@ -70,7 +72,13 @@ class Measurement:
     ) -> None:
         self._accumulators, self.statistics, self._details = accumulators, tuple(statistics), details
         self._columns = columns
-        self._past_class = DetailedPast if any(s.remembers for s in statistics) else Past
+        self._remembers = any(statistic.remembers for statistic in statistics)
+        self._past_class = DetailedPast if self._remembers else Past
+        self._others = [statistic for statistic in statistics if statistic.name not in STANDARD.statistics]
+        # The columns of a row among those of `standard_step` and, after them, the other statistics.
+        given = [*STANDARD.statistics, *STANDARD.beside_columns, *(statistic.name for statistic in self._others)]
+        picked = [given.index(name) for name in (*columns.statistics, *columns.beside_columns)]
+        self._picked = None if picked == list(range(len(given))) else torch.tensor(picked, device="cpu")
         self._in_order = LayerOrder(accumulators.bands)
         self._states: list[BandState] = []  # made at first use, on the model's device
         self._channels = [layer.num_features for layer in accumulators.layers]
@@ -103,14 +111,34 @@ class Measurement:
         self, states: Sequence[BandState], gathered: Sequence[Gathered], optimizers: Sequence[Optimizer]
     ) -> tuple[Tensor, NormsOfStep]:
         """Return the step's row ``[L, columns]``, and what companions read of it; the step then belongs to the past."""
-        parts = []
-        moments = [self.moments(*of_band, optimizers) for of_band in zip(states, gathered, strict=True)]
-        for state, now, of in zip(states, moments, gathered, strict=True):
-            values = torch.stack([statistic.compute(now, state.past) for statistic in self.statistics], -1)
-            values = torch.where(now.ran[:, None], values, torch.nan)
-            parts.append(self._columns.pack(values, beside_statistics(now)))
-            state.past.update(now, of.running)
+        moments = [
+            functools.cache(functools.partial(self.moments, state, of, optimizers))
+            for state, of in zip(states, gathered, strict=True)
+        ]
+        parts = [self._row(state.past, *of_band) for state, *of_band in zip(states, gathered, moments, strict=True)]
         return self._in_order(parts), NormsOfStep(moments, self._in_order)
+
+    def _row(self, past: Past, of: Gathered, moments: Callable[[], Moments]) -> Tensor:
+        """Return a band's row, and add the step to its past."""
+        in_one_pass = has_backend(of.moments.channel)
+        chosen = self._others if in_one_pass else self.statistics
+        values = [statistic.compute(moments(), past) for statistic in chosen]
+        if self._remembers:
+            past.update_details(moments())
+        if in_one_pass:
+            seen, channel, token = of.moments
+            row = standard_step(channel, seen, token, of.gradient, of.between, past)
+            if values:
+                others = torch.where((seen > 0)[:, None], torch.stack(values, -1), torch.nan)
+                row = torch.cat([row, others.to(row.dtype)], -1)
+            row = row if self._picked is None else row.index_select(-1, self._picked)
+        else:
+            now = moments()
+            ran = torch.where(now.ran[:, None], torch.stack(values, -1), torch.nan)
+            row = self._columns.pack(ran, beside_statistics(now))
+            past.update(now)
+        past.own = of.running
+        return row
 
     def moments(self, state: BandState, gathered: Gathered, optimizers: Sequence[Optimizer]) -> Moments:
         """Return the moments of a band in a step, with the details if there are any."""

@@ -271,14 +271,8 @@ class Past:
         new = now.second_moment.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         return torch.cat([new, self.window[:, :-1]], 1)
 
-    def update(self, now: Moments, own: Tensor | None) -> None:
-        """Add the step.
-
-        Args:
-            now: the step.
-            own: ``[L, 2, C]``, the layers' own running means and variances after the step; anything where there are
-                none. None if no layer has any.
-        """
+    def update(self, now: Moments) -> None:
+        """Add the step to `channel` and `layer`; `standard_step` in C++ does the same."""
         usable = now.ran & now.finite.all(-1)
         # The row of a narrower layer ends with NaN, because these channels have no gradient.
         gradient = now.gain_gradient
@@ -300,7 +294,9 @@ class Past:
         scale = torch.where(usable, now.log_scale, self.log_scale)
         power = torch.where(with_gradient, average(self.gradient_power, power), self.gradient_power)
         self.layer = torch.stack([scale, power], 1)
-        self.own = own
+
+    def update_details(self, now: Moments) -> None:
+        """Add what only a `DetailedPast` remembers."""
 
     def channel_rows(self) -> dict[str, Tensor]:
         """What is remembered per channel, by name, as views ``[L, rows, C]`` that can be written."""

@@ -32,6 +32,11 @@ class RowLayout:
             self._columns[name] = self.width if columns == 1 else slice(self.width, self.width + columns)
             self.width += columns
 
+    @property
+    def beside_columns(self) -> list[str]:
+        """The name of every column after those of the statistics; parts of several columns are numbered."""
+        return [f"{name} {column}" for name, columns in self.beside.items() for column in range(columns)]
+
     def pack(self, statistics: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """Rows ``[..., width]``, float32, of the statistics ``[..., statistics]`` and the other parts by name."""
         parts = [beside[name] if columns > 1 else beside[name][..., None] for name, columns in self.beside.items()]

@@ -43,6 +43,7 @@ from stabnorm.ops import admission, tested
 KERNELS = ("auto", "aten", "cpp", "triton", "reference")
 VARIABLE = "STABNORM_KERNELS"
 REFERENCE = "reference"
+ABOVE = ("stabnorm.monitor.standard",)  # files of rooms above this one that have ops: this is all that is known of them
 BACKENDS = ("triton", "cpp", "aten")  # in order of preference
 
 _P = ParamSpec("_P")
@@ -264,9 +265,9 @@ def op(
 def all_ops() -> list[Op[..., Any]]:
     """Return all ops that have a backend, in the order of their files."""
     package = importlib.import_module("stabnorm.ops")
-    for module in pkgutil.iter_modules(package.__path__, "stabnorm.ops."):
-        if not module.ispkg:
-            importlib.import_module(module.name)
+    inside = [module.name for module in pkgutil.iter_modules(package.__path__, "stabnorm.ops.") if not module.ispkg]
+    for name in (*inside, *ABOVE):
+        importlib.import_module(name)
     usable = [name for name in BACKENDS if name != "triton" or tested.has_triton()]
     return [one for one in OPS.values() if any([one.find(name) for name in usable])]
 

@@ -3,6 +3,7 @@
 // times while it is in the innermost caches: first mean and variance of each token, then column sums of deviations from a
 // shift. Tiles accumulate in float64. The shift of a block is the mean of its first tile. Blocks, and then threads, merge
 // by Chan's rule.
+#include "layout.h"
 #include "vectors.h"
 
 namespace {
@@ -12,9 +13,6 @@ constexpr int64_t BLOCK = 16 * TILE;  // rows with a common shift, which is off 
 
 enum Kind { BATCH, LAYER, RMS };
 enum { S_X, S_N, M_XX, M_XN, M_NN, SUMS };
-// These are the names in stabnorm/functional/moments.py; tests/ops/test_layout.py compares them.
-enum { SHIFT_X, SHIFT_N, REST_X, REST_N, VAR_X, COV_XN, VAR_N, MAX, MIN, CHANNEL_ROWS };
-enum { STD_MEAN, MEAN_MEAN, EPS_SHARE, STD_MIN, MEAN_MIN, STD_MAX, MEAN_MAX, TOKEN_ROWS };
 
 struct Accumulator {  // each thread has one
   int64_t C, width, count = 0, block = 0;  // number of rows, and of rows in the block

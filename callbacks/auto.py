@@ -53,7 +53,7 @@ def read_options(text: str) -> dict[str, Any]:
                 f"{VARIABLE}={text!r} is neither 1 nor options. Write them as {VARIABLE}='preset=full, flush_every=20'"
             )
         options[name.strip()] = _value(value.strip())
-    known = ("preset", "flush_every", "include", "exclude", "gradients", "mask", "companions", "fused")
+    known = ("preset", "flush_every", "include", "exclude", "gradients", "mask", "companions", "fused", "budget")
     check_names(VARIABLE, options, known)
     return options
 

@@ -52,6 +52,7 @@ class StabilityTrainerCallback(TrainerCallback):
         companions: what to watch beside the norms, as for `StabilityMonitor`. Default: nothing.
         detector: as for `StabilityMonitor`. Default: `RobustDetector`.
         on_alert: as for `StabilityMonitor`. Default: none.
+        budget: as for `StabilityMonitor`. Default: none.
 
     Attributes:
         monitor: the `StabilityMonitor` of the current training or the last one; None before.
@@ -76,9 +77,17 @@ class StabilityTrainerCallback(TrainerCallback):
         companions: Sequence[str | Companion] = (),
         detector: MakeDetector | None = None,
         on_alert: Callable[[Alert], object] | None = None,
+        budget: float | None = None,
     ) -> None:
         resolve(preset)
-        check_options(flush_every=flush_every, gradients=gradients, fused=False, detector=detector, on_alert=on_alert)
+        check_options(
+            flush_every=flush_every,
+            gradients=gradients,
+            fused=False,
+            detector=detector,
+            on_alert=on_alert,
+            budget=budget,
+        )
         NameFilter(include, exclude)  # complain now
         if mask is not None:
             check_instance("mask", mask, str, "the name of the model's argument, or None")
@@ -98,6 +107,7 @@ class StabilityTrainerCallback(TrainerCallback):
             "companions": beside,
             "detector": detector,
             "on_alert": on_alert,
+            "budget": budget,
         }
         self.mask = mask
         self.monitor: StabilityMonitor | None = None

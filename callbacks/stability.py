@@ -94,6 +94,9 @@ class StabilityCallback(Callback):
             see `StabilityMonitor`; this changes their last bits. Default: False.
         detector: class or function that makes the detectors, which raise the alerts, see
             `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
+        budget: the share of a step that watching may take, such as 0.02. What is costly and raises no alert, such as
+            the affine residual and, in "full", medians, is then measured at every k-th step, with the least k that
+            fits, and is NaN at the others. Default: none, and every statistic is measured at every step.
         on_alert: a function that is called with each `stabnorm.Alert`, at the flush that brings it, on rank 0. If it
             raises an error, this is logged once and the training goes on. Default: none.
         actions: what to do at an alarm: a dict from its kind to an action, or a list of them, such as
@@ -130,13 +133,22 @@ class StabilityCallback(Callback):
         detector: MakeDetector | None = None,
         on_alert: Callable[[Alert], object] | None = None,
         actions: dict[str, Any] | None = None,
+        budget: float | None = None,
     ) -> None:
         super().__init__()
         resolve(preset)
         resolve_actions(actions or {})
         self.companions = resolve_companions(companions)
         self.fused, self.detector, self.on_alert, self.actions = fused, detector, on_alert, actions
-        check_options(flush_every=flush_every, gradients=gradients, fused=fused, detector=detector, on_alert=on_alert)
+        self.budget = budget
+        check_options(
+            flush_every=flush_every,
+            gradients=gradients,
+            fused=fused,
+            detector=detector,
+            on_alert=on_alert,
+            budget=budget,
+        )
         NameFilter(include, exclude)  # complain now
         self.preset, self.flush_every, self.gradients, self.mask = preset, flush_every, gradients, mask
         self.include, self.exclude = include, exclude
@@ -185,6 +197,7 @@ class StabilityCallback(Callback):
             fused=self.fused,
             detector=self.detector,
             on_alert=self.on_alert,
+            budget=self.budget,
         )
         if monitor.companions.computes_loss:
             check_loss_again(pl_module)

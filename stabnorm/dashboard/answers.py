@@ -160,12 +160,12 @@ class Answers:
         return {"low": _number(low), "least": _number(least), "high": _number(high)}
 
     def lines(self, run: str, **window: int) -> Answer:
-        """Return loss and learning rate in columns, and the scalars of validation as they are."""
+        """Return loss, learning rate and, under a budget, k in columns, and the scalars of validation as they are."""
         of = self._run(run)
         steps = of.rows().steps
         columns = _columns(steps, **window)
         answer: Answer = {"edges": columns.edges.tolist()}
-        for name in ("loss", "learning_rate"):
+        for name in ("loss", "learning_rate", "measured_every"):
             values = of.series(name)
             if values is not None and values.ndim == 1:
                 low, high = extremes(values, columns)

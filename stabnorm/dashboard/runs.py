@@ -150,7 +150,13 @@ class Run:
         """Return a series, ``[steps, ...]``, NaN where there is no value; None if the record does not have it."""
         if (companion, name) not in self._pieces:
             return None
-        return self._kept((companion, name), lambda: self._stitch(self._pieces[companion, name], self.rows(companion)))
+        return self._kept((companion, name), lambda: self._whole(name, companion))
+
+    def _whole(self, name: str, companion: str) -> Array:
+        """Return a series of all pieces; where a budget spared a statistic, its last value stands."""
+        values = self._stitch(self._pieces[companion, name], self.rows(companion))
+        every = None if companion or name in SIDE_SERIES else self.series("measured_every")
+        return values if every is None else between_measurements(values, every, self.rows(companion).steps)
 
     def baseline(self, name: str, companion: str = "") -> Baseline:
         """Return what was usual in a series of the record, ``[steps, layers]``."""
@@ -233,3 +239,24 @@ def run_folders(root: Path) -> dict[str, Path]:
 
 def _of_a_record(name: str) -> bool:
     return name == "record.json" or "tfevents" in name or name.startswith("block-")
+
+
+def between_measurements(values: Array, every: Array, steps: npt.NDArray[np.int64]) -> Array:
+    """Return ``[steps, rows]`` in which the last value stands in steps that did not measure the statistic.
+
+    Args:
+        values: a statistic.
+        every: ``[steps]``, from one measurement to the next; NaN where there was no budget.
+        steps: the number of each step.
+
+    >>> values = np.array([[1.0], [np.nan], [np.nan], [np.nan]], np.float32)
+    >>> between_measurements(values, np.array([3, 3, 3, 3], np.float32), np.arange(4)).ravel()
+    array([ 1.,  1.,  1., nan], dtype=float32)
+    """
+    with np.errstate(invalid="ignore"):
+        spared = (every > 1) & (steps % np.maximum(every, 1) != 0)
+    if not spared.any():
+        return values
+    places = np.where(spared[:, None] & np.isnan(values), 0, np.arange(len(values))[:, None])
+    held: Array = np.take_along_axis(values, np.maximum.accumulate(places, axis=0), axis=0)
+    return held

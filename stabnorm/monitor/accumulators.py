@@ -30,6 +30,7 @@ class Accumulators:
         places: the number of each layer's band, and its row there.
         seconds: spent in hooks so far, on the host; not counted in a compiled graph.
         paused: whether forwards do not count now, for example those of a validation.
+        dear: whether this step gathers what `stabnorm.monitor.budget` spares at most steps.
         in_eval: whether those of modules in eval mode count, too.
         steps: number of times that the accumulators were emptied.
         at_gain, at_output: the layers whose gradient was read there since the last step.
@@ -56,6 +57,7 @@ class Accumulators:
         }
         self.seconds = 0.0
         self.paused = self.in_eval = False
+        self.dear = True
         self.steps = 0
         self.at_gain: set[int] = set()
         self.at_output: set[int] = set()

@@ -59,6 +59,16 @@ class Stopwatch:
         if self._count == 1:
             self._first_step = (hooks, self.steps, self.flushes)
 
+    @property
+    def bare(self) -> float:
+        """Seconds of a usual step, without what monitoring took of it; NaN before the second step."""
+        return float(np.median(self._bare_steps)) if self._bare_steps else float("nan")
+
+    @property
+    def flush(self) -> float:
+        """Seconds that flushes took per step."""
+        return self.flushes / max(self._count, 1)
+
     def cost(self, hooks: float) -> Cost:
         """The cost per step, without the first step."""
         steps = self._count - 1
@@ -66,5 +76,5 @@ class Stopwatch:
             return Cost(*[float("nan")] * 4)
         spent = (hooks, self.steps, self.flushes)
         each = [1e3 * (now - first) / steps for now, first in zip(spent, self._first_step, strict=True)]
-        percent = 0.1 * sum(each) / float(np.median(self._bare_steps))
+        percent = 0.1 * sum(each) / self.bare
         return Cost(hooks=each[0], step=each[1], flush=each[2], percent=percent)

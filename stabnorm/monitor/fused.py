@@ -47,7 +47,7 @@ class FusedNorm:
             if x.dtype != torch.float32:
                 return False
             eps = torch.finfo(torch.float32).eps
-        spec = Spec(self.kind, shape, eps, self.into.tokens, self.into.normalized)
+        spec = Spec(self.kind, shape, eps, self.into.tokens, self.into.normalized and self.into.dear)
         backend = backend_for(x, *self._affine, spec, account)
         self._due = None if backend is None else (x, valid, account, spec, backend)
         return backend is not None

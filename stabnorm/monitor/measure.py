@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.bands import Band, LayerOrder
+from stabnorm.monitor.budget import dear_statistics
 from stabnorm.monitor.detailed import DetailedPast
 from stabnorm.monitor.details import Details
 from stabnorm.monitor.past import Layout, Moments, Past, running_buffers
@@ -37,10 +38,11 @@ class NormsOfStep:
     Args:
         moments: functions that return those of each band.
         in_order: puts the layers of all bands in their order.
+        everything: whether the step has gathered the dear data, too.
     """
 
-    def __init__(self, moments: Sequence[Callable[[], Moments]], in_order: LayerOrder) -> None:
-        self._moments, self._in_order = moments, in_order
+    def __init__(self, moments: Sequence[Callable[[], Moments]], in_order: LayerOrder, everything: bool) -> None:
+        self._moments, self._in_order, self._everything = moments, in_order, everything
 
     @cached_property
     def ran(self) -> Tensor:
@@ -49,12 +51,15 @@ class NormsOfStep:
 
     @cached_property
     def affine_residual(self) -> Tensor:
-        """See `Moments.affine_residual`, ``[L]``."""
-        return self._in_order([now().affine_residual for now in self._moments])
+        """See `Moments.affine_residual`, ``[L]``; NaN in a step that did not gather what it needs."""
+        residual = self._in_order([now().affine_residual for now in self._moments])
+        return residual if self._everything else torch.full_like(residual, torch.nan)
 
 
 class Measurement:
     """Runs the catalogue over each band of layers, and keeps their pasts on the device.
+
+    In a step that does not gather the dear data (`Accumulators.dear`), the statistics that need them are NaN.
 
     Args:
         accumulators: what the hooks fill.
@@ -81,6 +86,9 @@ class Measurement:
         self._picked = None if picked == list(range(len(given))) else torch.tensor(picked, device="cpu")
         self._in_order = LayerOrder(accumulators.bands)
         self._states: list[BandState] = []  # made at first use, on the model's device
+        self.dear = dear_statistics(statistics)
+        spared = [column for column, name in enumerate(columns.statistics) if name in self.dear]
+        self._spared = torch.tensor(spared, device="cpu")
         self._channels = [layer.num_features for layer in accumulators.layers]
 
     def states(self, device: torch.device) -> list[BandState]:
@@ -116,14 +124,16 @@ class Measurement:
             for state, of in zip(states, gathered, strict=True)
         ]
         parts = [self._row(state.past, *of_band) for state, *of_band in zip(states, gathered, moments, strict=True)]
-        return self._in_order(parts), NormsOfStep(moments, self._in_order)
+        return self._in_order(parts), NormsOfStep(moments, self._in_order, self._accumulators.dear)
 
     def _row(self, past: Past, of: Gathered, moments: Callable[[], Moments]) -> Tensor:
         """Return a band's row, and add the step to its past."""
         in_one_pass = has_backend(of.moments.channel)
+        everything = self._accumulators.dear
         chosen = self._others if in_one_pass else self.statistics
-        values = [statistic.compute(moments(), past) for statistic in chosen]
-        if self._remembers:
+        spared = frozenset[str]() if everything else self.dear
+        values = [_nothing(past) if s.name in spared else s.compute(moments(), past) for s in chosen]
+        if self._remembers and everything:
             past.update_details(moments())
         if in_one_pass:
             seen, channel, token = of.moments
@@ -138,12 +148,14 @@ class Measurement:
             row = self._columns.pack(ran, beside_statistics(now))
             past.update(now)
         past.own = of.running
+        if not everything and len(self._spared):
+            row.index_fill_(-1, self._spared.to(row.device), torch.nan)
         return row
 
     def moments(self, state: BandState, gathered: Gathered, optimizers: Sequence[Optimizer]) -> Moments:
         """Return the moments of a band in a step, with the details if there are any."""
         now = Moments.of(gathered.moments, gathered.gradient, state.layout, gathered.between)
-        if self._details is None or gathered.detail is None:
+        if self._details is None or gathered.detail is None or not self._accumulators.dear:
             return now
         return self._details.beside(state.band, now, gathered.detail, optimizers)
 
@@ -160,3 +172,8 @@ class Measurement:
         states = self.fresh_states(device)
         load_pasts(states, saved, self._channels)
         self._states = states
+
+
+def _nothing(past: Past) -> Tensor:
+    """Return NaN for each layer, as a statistic that was not measured."""
+    return torch.full_like(past.layout.eps, torch.nan)

@@ -21,6 +21,7 @@ from stabnorm._checks import (
     check_has_numbers,
     check_instance,
     check_model,
+    check_number,
     check_scalar,
     wrong_type,
 )
@@ -34,6 +35,7 @@ from stabnorm.companions.names import resolve_companions
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.alerts import Alert, Departure
+from stabnorm.monitor.budget import Budget
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.details import Details, is_detailed, optimizers_of, weight_decay_of
 from stabnorm.monitor.detect import MakeDetector, RobustDetector
@@ -43,12 +45,19 @@ from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.onsets import Onset, OnsetFollower, Watched, worst_channels
 from stabnorm.monitor.outputs import Outputs, say
 from stabnorm.monitor.plot import plot_track
-from stabnorm.monitor.ranks import group_of, is_first_rank, merge_over_ranks, merging_ranks, refuse_other_layers
+from stabnorm.monitor.ranks import (
+    group_of,
+    is_first_rank,
+    merge_over_ranks,
+    merging_ranks,
+    of_first_rank,
+    refuse_other_layers,
+)
 from stabnorm.monitor.record import Block, RecordWriter
 from stabnorm.monitor.rows import BESIDE_NORMS
 from stabnorm.monitor.saved_past import unpadded
 from stabnorm.monitor.statistics import Statistic, resolve
-from stabnorm.monitor.track import SCALARS, CompanionTracks, Track
+from stabnorm.monitor.track import SCALARS, CompanionTracks, Track, with_all_scalars
 from stabnorm.monitor.training_series import TrainingSeries
 from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.monitor.verdict import Verdict, flags_of, gradients_of, verdict_of
@@ -60,16 +69,18 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-_NEW_IN_STATE = {"companions", "onsets", "marks", "training"}  # older checkpoints do not have these
+_NEW_IN_STATE = {"companions", "onsets", "marks", "training", "budget"}  # older checkpoints do not have these
 
 
-def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any, on_alert: Any) -> None:
+def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any, on_alert: Any, budget: Any) -> None:
     """Check what `StabilityMonitor` and `StabilityCallback` both take, before there is a model.
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: `flush_every` is below 1.
+        ValueError: `flush_every` is below 1, or `budget` is not above 0.
     """
+    if budget is not None:
+        check_number("budget", budget, above=0)
     check_count("flush_every", flush_every, hint=": the steps from flush to flush")
     check_flag("gradients", gradients)
     check_flag("fused", fused)
@@ -124,6 +135,9 @@ class StabilityMonitor:
             bit for bit. Default: False, and the monitor changes nothing.
         detector: class or function that makes the detectors, which raise the alerts: one for the norms and one for each
             companion; see `stabnorm.monitor.detect.Detector`. Default: `RobustDetector`.
+        budget: the share of a step that watching may take, such as 0.02. What is costly and raises no alert, such as
+            the affine residual and, in "full", medians, is then measured at every k-th step, with the least k that
+            fits, and is NaN at the others. Default: none, and every statistic is measured at every step.
         on_alert: a function that is called with each `Alert`, at the flush that brings it, on the first rank. If it
             raises an error, this is logged once and the training goes on. Default: none.
 
@@ -163,9 +177,17 @@ class StabilityMonitor:
         fused: bool = False,
         detector: MakeDetector | None = None,
         on_alert: Callable[[Alert], object] | None = None,
+        budget: float | None = None,
     ) -> None:
         check_model("model", model)
-        check_options(flush_every=flush_every, gradients=gradients, fused=fused, detector=detector, on_alert=on_alert)
+        check_options(
+            flush_every=flush_every,
+            gradients=gradients,
+            fused=fused,
+            detector=detector,
+            on_alert=on_alert,
+            budget=budget,
+        )
         if not hasattr(sync, "rank"):  # a process group has one
             check_flag("sync", sync)
         chosen = [s for s in resolve(preset) if gradients or "gradients" not in s.needs_all]
@@ -208,6 +230,7 @@ class StabilityMonitor:
         self._measurement = Measurement(self._accumulators, chosen, details, self._track.layout)
         try_own_statistics(self._measurement, self._observer.device)
         self._observer.discard()
+        self._budget = Budget(budget, functools.partial(of_first_rank, sync))
         self._agreed = False  # whether it was checked that all ranks watch the same layers
         self._speaks = True  # only the first rank writes and warns
         self._stopwatch = Stopwatch()
@@ -259,6 +282,7 @@ class StabilityMonitor:
             except BaseException:
                 self.detach()
                 raise
+            self._accumulators.dear = self._budget.is_due(self.steps_done)
             self._measurement.states(self._observer.device)  # now, because that would stall a GPU in the first step
 
     def detach(self) -> None:
@@ -363,6 +387,7 @@ class StabilityMonitor:
         last_scale = [*grad_scale.values()][-1] if isinstance(grad_scale, Mapping) else grad_scale
         given |= {"loss_scale": last_scale, "weight_decay": weight_decay_of(optimizers)}
         scalars = torch.full((len(SCALARS),), torch.nan, dtype=torch.float32, device=device)
+        given["measured_every"] = None if self._budget.share is None else self._budget.every
         for name, scalar in given.items():
             if scalar is not None:
                 number = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else float(scalar)
@@ -383,6 +408,9 @@ class StabilityMonitor:
             listen(self.steps_done, self._track.layout.statistics_of(row))
         self.steps_done += 1
         self._stopwatch.end_step(start, self._hook_seconds)
+        self._budget.note(self._hook_seconds + self._stopwatch.steps)
+        self._budget.decide(self.steps_done, self._stopwatch)
+        self._accumulators.dear = self._budget.is_due(self.steps_done)
         if self._track.waiting == self.flush_every:
             self._send()
 
@@ -454,7 +482,8 @@ class StabilityMonitor:
     def _agree(self) -> None:
         """Check once that all ranks watch the same layers and statistics, because merging relies on it."""
         if not self._agreed and merging_ranks(self.sync) > 1:
-            refuse_other_layers(self.sync, [*self.layers, *(statistic.name for statistic in self.statistics)])
+            names = [*self.layers, *(statistic.name for statistic in self.statistics)]
+            refuse_other_layers(self.sync, [*names, *(["a budget"] if self._budget.share is not None else [])])
             self._agreed, self._speaks = True, is_first_rank(self.sync)
 
     # -- results -------------------------------------------------------------------------------------------------------
@@ -676,6 +705,7 @@ class StabilityMonitor:
             "scalars": scalars,
             "training": None if self._training is None else self._training.state_dict(),
             "companions": self.companions.state_dict(),
+            "budget": self._budget.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -698,6 +728,8 @@ class StabilityMonitor:
         self._track.restore(self.steps_done)
         self.alerts = [Alert(**alert) for alert in state["alerts"]]
         self._follower.load_state_dict(state.get("onsets", []))
+        self._budget.load_state_dict(state.get("budget", {}))
+        self._accumulators.dear = self._budget.is_due(self.steps_done)
         self.companions.load_state_dict(state.get("companions", {}), self.steps_done)
         own = self.state_dict()
         if state["version"] not in (2, 3) or any(state[p] != own[p] for p in ("layers", "channels", "statistics")):
@@ -708,7 +740,8 @@ class StabilityMonitor:
             return
         known = self._load_past(state) and "marks" in state
         marks = state["marks"].cpu() if known else None
-        self._track.restore(self.steps_done, state["rows"].cpu(), marks, state["scalars"].cpu())
+        scalars = with_all_scalars(state["scalars"].cpu())
+        self._track.restore(self.steps_done, state["rows"].cpu(), marks, scalars)
 
     def load_baselines(self, state: dict[str, Any]) -> None:
         """Take over what was usual for each layer in an earlier state of this monitor.

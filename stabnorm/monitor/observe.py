@@ -143,7 +143,7 @@ class _InputHook(LayerHook):
         layer, account = self.layer, self.account
         what = (
             x.detach(), valid, account.seen, account.channel, account.token, layer.kind, layer.channel_dim,
-            layer.feature_dims, layer.groups, layer.eps, self.into.tokens, self.into.normalized,
+            layer.feature_dims, layer.groups, layer.eps, self.into.tokens, self.into.normalized and self.into.dear,
         )  # fmt: skip
         if torch.compiler.is_compiling():
             torch.ops.stabnorm.accumulate_moments_.default(*what)
@@ -172,6 +172,8 @@ class _DetailedInputHook(_InputHook):
     @torch.no_grad()
     def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
         layer, details = self.layer, self.details
+        if not self.into.dear:
+            return
         if self.detail.seen.device != x.device:
             self.detail = details.account(self.index, x.device)
         compiling = torch.compiler.is_compiling()
@@ -199,7 +201,7 @@ class _OutlierHook(LayerHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         compiling = torch.compiler.is_compiling()
-        if not self.counts(module) or not self.understands(output):
+        if not self.into.dear or not self.counts(module) or not self.understands(output):
             return
         start = 0.0 if compiling else time.perf_counter()
         if self.detail.seen.device != output.device:

@@ -145,6 +145,15 @@ def variance_between(moments: RawMoments) -> Tensor:
     return (share * (means - (share * means).sum(0)).square()).sum(0)
 
 
+def of_first_rank(sync: "bool | dist.ProcessGroup", value: int) -> int:
+    """Return the first rank's value, on all ranks that merge; every one of them calls this."""
+    if merging_ranks(sync) <= 1:
+        return value
+    everyone: list[Any] = [None] * merging_ranks(sync)
+    dist.all_gather_object(everyone, value, group=group_of(sync))
+    return int(everyone[0])
+
+
 def refuse_other_layers(sync: "bool | dist.ProcessGroup", watched: list[str]) -> None:
     """Raise StabNormError if ranks watch different layers; they would wait for ever, or mix up layers.
 

@@ -45,6 +45,7 @@ SIDE_SERIES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "gradient_norm": (AXES[:1], "norm of the gradient over all parameters, before clipping"),
     "weight_decay": (AXES[:1], "largest weight decay of the parameter groups"),
     "loss_scale": (AXES[:1], "factor by which the loss was scaled"),
+    "measured_every": (AXES[:1], "steps from one measurement of the costly statistics to the next, under a budget"),
     "tokens": (AXES[:2], "valid tokens the layer saw; 0 where it did not run"),
     "top_channel_ids": (AXES, "channels with the largest magnitude, largest first"),
     "top_channel_values": (AXES, "their magnitudes"),

@@ -103,6 +103,10 @@ export function drawTimeline(canvas, legend, store, lines, { left, width, first,
     }
     context.setLineDash([]);
   }
+  if (lines.measured_every) {
+    const rarest = Math.max(...[...lines.measured_every.high].filter(Number.isFinite), 1);
+    entries.push([`costly statistics at every step${rarest > 1 ? ` or less often, up to every ${number(rarest)} steps` : ''}`, colours.faint]);
+  }
   Object.entries(lines.validation || {}).slice(0, 3).forEach(([tag, points], index) => {
     const values = points.map(([, value]) => Number(value)).filter(Number.isFinite);
     if (!values.length) return;

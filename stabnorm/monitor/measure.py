@@ -123,7 +123,7 @@ class Measurement:
             functools.cache(functools.partial(self.moments, state, of, optimizers))
             for state, of in zip(states, gathered, strict=True)
         ]
-        parts = [self._row(state.past, *of_band) for state, *of_band in zip(states, gathered, moments, strict=True)]
+        parts = [self._row(state.past, of, now) for state, of, now in zip(states, gathered, moments, strict=True)]
         return self._in_order(parts), NormsOfStep(moments, self._in_order, self._accumulators.dear)
 
     def _row(self, past: Past, of: Gathered, moments: Callable[[], Moments]) -> Tensor:

@@ -101,7 +101,7 @@ def steps_of(norms: int, preset: str) -> Iterator[StabilityMonitor]:
 def test_a_step_takes_few_operations_whatever_the_depth(preset: str) -> None:
     counts = []
     for norms in (1, 12):
-        with steps_of(norms, preset) as monitor, Counting() as counting:
+        with steps_of(norms, preset) as monitor, Counting() as counting:  # type: ignore[no-untyped-call]
             monitor.step()
         counts.append(counting.calls)
     assert counts[0] == counts[1] <= 16

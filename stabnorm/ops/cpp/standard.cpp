@@ -4,6 +4,14 @@
 #include "layout.h"
 #include "vectors.h"
 
+// Newer releases of glibc have a newer version of this symbol, with which a library from here would not load on an older
+// system.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver log, log@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver log, log@GLIBC_2.17");
+#endif
+
 namespace {
 
 // These are the rows of `Past.channel` and `Past.layer`, and the columns of the result; tests/ops/test_layout.py compares

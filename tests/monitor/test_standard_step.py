@@ -15,7 +15,7 @@ from stabnorm.monitor.past import CHANNEL_ROWS
 from stabnorm.monitor.record import Block
 from stabnorm.monitor.standard import STANDARD
 from stabnorm.ops import use_kernels
-from stabnorm.ops.cpp import library
+from stabnorm.ops.cpp import build, library
 from tests.monitor.test_bands import mixed
 from tests.ops.test_layout import enums
 
@@ -122,7 +122,7 @@ def test_the_measurement_of_a_step_takes_few_operations_whatever_the_depth(prese
 
 
 def test_rows_and_columns_are_where_their_names_say() -> None:
-    declared = enums((library.FOLDER / "standard.cpp").read_text())
+    declared = enums((build.FOLDER / "standard.cpp").read_text())
     past = [f"{name}_{i}" if rows > 1 else name for name, rows in CHANNEL_ROWS.items() for i in range(rows)]
     assert [*(name.upper() for name in past), "PAST_ROWS"] in declared
     columns = [name.upper().replace("EPS_SHARE", "SHARE_BELOW_EPS") for name in STANDARD.statistics]

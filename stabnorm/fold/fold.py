@@ -29,7 +29,7 @@ from stabnorm.fold._verify import largest_error, run_all
 from stabnorm.fold.folded import FrozenAffine
 from stabnorm.fold.manifest import manifest_of, own_parameters, write_computed
 from stabnorm.fold.result import FoldedSite, FoldResult
-from stabnorm.nn.mixed_in import ComputedWeights
+from stabnorm.nn.mixed_in import MixedIn
 
 
 def fold_norms(
@@ -168,7 +168,7 @@ def _fold(
     check_options(residual=residual, tied=tied, outputs=outputs, strict=strict)
     check_flag("inplace", inplace)
     check_model(model)
-    computed = [name for name, module in model.named_modules() if isinstance(module, ComputedWeights)]
+    computed = [name for name, module in model.named_modules() if isinstance(module, MixedIn) and module.computes]
     examples = read_examples("example", example)
     others = None if check is None else read_examples("check", check)
     if computed and not inplace:

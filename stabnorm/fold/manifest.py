@@ -111,8 +111,11 @@ def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
 
 
 def write_computed(model: nn.Module, names: Iterable[str]) -> None:
-    """Make plain parameters of the weights that the modules under these names compute, where they compute any."""
-    for name in names:
+    """Make plain parameters and constants of what the modules under these names compute from their parameters alone.
+
+    The last one is first, because positions that a block computes begin with those of the blocks before it.
+    """
+    for name in reversed(list(names)):
         materialize(model.get_submodule(name))
 
 

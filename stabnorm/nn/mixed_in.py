@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm.nn._base import Float32Buffers, LeavesFusedPath
+from stabnorm.norms import is_registered, register_norm
 
 _CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
 
@@ -21,9 +22,30 @@ class MixedIn(nn.Module):
 
     _mixed_of: ClassVar[tuple[Any, ...]]  # the mixin, the class it is over, and the names of computed weights
     adds: ClassVar[tuple[str, ...]] = ()  # the parameters, buffers and children that the mixin adds
+    adds_to_a_norm: ClassVar[bool] = False  # whether it is over a norm, and returns more than what the norm computes
 
     def begin(self) -> None:
         """Give first values to what was added, from the parameters as they are."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether something that inference need not compute again depends on the parameters alone."""
+        return any("become_plain" in vars(cls) for cls in type(self).__mro__ if cls is not MixedIn)
+
+    def become_plain(self) -> None:
+        """Keep what is computed from the parameters alone, and leave the mixin that computes it."""
+
+    def leave(self, mixin: "type[MixedIn]") -> None:
+        """Take off a mixin with all that it has added; the others stay, in their order."""
+        stack = [vars(cls)["_mixed_of"] for cls in type(self).__mro__ if "_mixed_of" in vars(cls)]
+        made: type[nn.Module] = stack[-1][1]
+        for other, _, weights in reversed(stack):
+            made = made if other is mixin else mixed_in(other, made, weights)
+        self.__class__ = made  # type: ignore[assignment]
+        for added in mixin.adds:
+            for table in (self._parameters, self._buffers, self._modules):
+                table.pop(added, None)
+            vars(self).pop(added, None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Load a checkpoint from before a mixin, too: what it added then begins with the loaded parameters."""
@@ -72,7 +94,9 @@ def mixed_in(mixin: type[MixedIn], base: type[nn.Module], weights: tuple[str, ..
     if mixed_of not in _CLASSES:
         content: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__, "_mixed_of": mixed_of}
         content |= {name: _property(mixin, base, name) for name in weights}
-        _CLASSES[mixed_of] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), content)
+        made = _CLASSES[mixed_of] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), content)
+        if mixin.adds_to_a_norm and not is_registered(made):  # what it returns does not show that it is a norm
+            register_norm(made, "rms" if issubclass(base, nn.RMSNorm) else "layer")
     return _CLASSES[mixed_of]
 
 
@@ -104,26 +128,24 @@ class ComputedWeights(MixedIn, Float32Buffers):
         """Return what readers of the weight get, in the precision and shape of the parameter."""
         raise NotImplementedError
 
-
-@torch.no_grad()
-def materialize(module: nn.Module) -> None:
-    """Write the computed weights of a module into new parameters, and give it its own class back; exact."""
-    while isinstance(module, ComputedWeights):
-        cls: Any = type(module)
-        while "_mixed_of" not in vars(cls):  # the class of a monitor's watch
-            cls = cls.__mro__[1]
-        mixin, base, weights = cls._mixed_of
-        values = {name: getattr(module, name) for name in weights}
-        module.__class__ = base
+    @torch.no_grad()
+    def become_plain(self) -> None:
+        """Write the computed weights into new parameters."""
+        stack = [vars(cls)["_mixed_of"] for cls in type(self).__mro__ if "_mixed_of" in vars(cls)]
+        values = {name: getattr(self, name) for _, _, weights in stack for name in weights}
+        for mixin, _, weights in stack:
+            if weights:
+                self.leave(mixin)
         for name, value in values.items():
-            if value is not None:
-                old = module._parameters[name]
-                assert old is not None
-                module._parameters[name] = nn.Parameter(value.detach().clone(), old.requires_grad)
-        for added in mixin.adds:
-            for table in (module._parameters, module._buffers, module._modules):
-                table.pop(added, None)
-            vars(module).pop(added, None)
+            old = self._parameters[name]
+            if old is not None:
+                self._parameters[name] = nn.Parameter(value.detach().clone(), old.requires_grad)
+
+
+def materialize(module: nn.Module) -> None:
+    """Make plain parameters and constants of what a module computes from its parameters alone; exact."""
+    while isinstance(module, MixedIn) and module.computes:
+        module.become_plain()
 
 
 class AddsNorm(MixedIn, LeavesFusedPath):

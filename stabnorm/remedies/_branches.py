@@ -37,7 +37,7 @@ def residual_branches(model: nn.Module, example: Any) -> list[Branch]:
     examples = read_examples("example", example)
     with random_state_kept(device_of(model)), torch.inference_mode(False):
         copy = copied(model).eval()
-        for module in list(copy.modules()):
+        for module in reversed(list(copy.modules())):
             materialize(module)  # a computed weight is no parameter, and a forward is followed by its parameters
         norms = [layer.name for layer in find_norms(copy) if layer.channel_dim == -1 and layer.feature_dims == 1]
         try:

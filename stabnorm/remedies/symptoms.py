@@ -110,6 +110,10 @@ REMEDIES: tuple[Remedy, ...] = (
         "both norms, once convert_norms has switched them",
     ),
     Remedy(
+        "lape", "positions get the same normalisation as the tokens", (),
+        "gives each block positions with a LayerNorm of their own", "arXiv 2212.05262", "the positions, as constants",
+    ),
+    Remedy(
         "train_only_norms", _PART, (), "trains gains and biases of the norms only", "arXiv 2003.00152",
         "nothing is left",
     ),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stabnorm import StabilityMonitor, StabNormError, convert_norms, find_norms, fold_gains, fold_norms
 from stabnorm.nn.added_norm import NormedOutput
 from stabnorm.nn.scaled_weights import ScaledWeights
-from stabnorm.remedies import peri_norm, qk_norm, scale_by_depth, scale_residuals, undo
+from stabnorm.remedies import peri_norm, qk_norm, scale_by_depth, scale_residuals, sigma_reparametrize, undo
 from tests.remedies.family import check_compiled, check_fold, in_the_family, largest, net, tokens, train
 
 
@@ -276,3 +276,17 @@ def test_torchs_own_attention_is_normalised_behind_its_output() -> None:
     undo(report)
     with torch.no_grad():
         assert torch.equal(model.eval()(x), before.detach()) or largest(model(x), before) < 1e-5
+
+
+def test_remedies_on_one_layer_fold_together_and_the_norm_among_them_stays() -> None:
+    """A computed weight under an added norm: the fold takes the one and keeps the other."""
+    model = net().double()
+    scale_residuals(model, tokens(1), scale="1/n")
+    peri(model)
+    sigma_reparametrize(model, "fc2")
+    train(model, tokens())
+    model.eval()
+    result = fold_norms(model, tokens())
+    assert largest(result.model(tokens()), model(tokens())) < 1e-12
+    assert isinstance(result.model.blocks[0].fc2, NormedOutput)  # type: ignore[index, union-attr]
+    assert not any(isinstance(module, ScaledWeights) for module in result.model.modules())

@@ -62,14 +62,24 @@ class AdaptiveClip:
         check_all("parameters", self.parameters, Tensor, "the model's parameters")
         if not self.parameters:
             raise ValueError("parameters=[] leaves nothing to clip. Give model.parameters()")
+        self.check(bound, momentum, warmup, warmup_norm)
+        self.bound, self.momentum, self.warmup, self.warmup_norm = bound, momentum, warmup, warmup_norm
+        self.past: Tensor | None = None  # [parameters], infinite before the first gradient
+        self.seen: Tensor | None = None  # [parameters], finite gradients so far
+
+    @staticmethod
+    def check(bound: Any, momentum: Any, warmup: Any, warmup_norm: Any) -> None:
+        """Check the options before there are parameters.
+
+        Raises:
+            TypeError: one has another type.
+            ValueError: one is out of range.
+        """
         check_number("bound", bound, least=1)
         check_number("momentum", momentum, above=0, most=1)
         check_count("warmup", warmup)
         if warmup_norm is not None:
             check_number("warmup_norm", warmup_norm, above=0, hint=", or None")
-        self.bound, self.momentum, self.warmup, self.warmup_norm = bound, momentum, warmup, warmup_norm
-        self.past: Tensor | None = None  # [parameters], infinite before the first gradient
-        self.seen: Tensor | None = None  # [parameters], finite gradients so far
 
     @torch.no_grad()
     def step(self, *, clip: bool = True) -> None:

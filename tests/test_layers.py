@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a room may import those before it, and no other.
 ROOMS = (
     "errors", "_checks", "_states", "_lazy", "_log", "_registration", "functional", "clipping", "statistic", "_models",
+    "gradient_noise",
     "norms", "ops", "nn", "companions", "monitor", "recalibrate", "_surgery", "fit", "convert", "switch", "progressive",
     "fold", "pretrained", "remedies", "actions", "dashboard", "cli", "__main__", "callbacks",
 )  # fmt: skip

@@ -102,7 +102,15 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_callbacks_export_what_they_promise() -> None:
     callbacks = importlib.import_module("stabnorm.callbacks")
-    assert callbacks.__all__ == ["FoldCallback", "ProgressiveNormCallback", "StabilityCallback", "repair_module"]
+    assert callbacks.__all__ == [
+        "AdaptiveClipCallback",
+        "FoldCallback",
+        "GradientNoiseCallback",
+        "ProgressiveNormCallback",
+        "ProjectWeightsCallback",
+        "StabilityCallback",
+        "repair_module",
+    ]
     assert callbacks.FoldCallback.__module__ == "stabnorm.callbacks.fold"
     assert callbacks.ProgressiveNormCallback.__module__ == "stabnorm.callbacks.progressive"
     assert callbacks.StabilityCallback.__module__ == "stabnorm.callbacks.stability"

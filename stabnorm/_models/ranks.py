@@ -15,6 +15,11 @@ def ranks(group: "dist.ProcessGroup | None" = None) -> int:
 
 
 @registered(lambda x: x.new_empty((ranks(), *x.shape)))
+def rank() -> int:
+    """Return this process's number among those of `torch.distributed`, 0 where it is not used."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def gather_over_ranks(x: Tensor) -> Tensor:
     """Stack every rank's ``x``: ``[...] -> [W, ...]``. It is not summed, so that ranks can merge by Chan's rule.
 

@@ -109,11 +109,15 @@ class WeightCompanion(Companion):
         Statistic(
             "radial_share", formula="<w, dw>^2 / (|w|^2 |dw|^2): what of the step only changes the norm",
             source="AdamP, arXiv 2006.08217", bad="near 1 where w feeds a norm", compute=_radial_share,
+            advice="steps only make it longer: where a norm follows, keep its length with "
+            "stabnorm.callbacks.ProjectWeightsCallback",
         ),
         Statistic(
             "effective_learning_rate", formula="lr / |w|^2, lr of the parameter's own group", unit="1 / weight^2",
             source=_KEPT, bad="decays with growing |w| faster than planned",
             compute=lambda sums, _: sums.learning_rate / sums.weight,
+            advice="the weights grow and their effective learning rate falls: where a norm follows, keep their length "
+            "with stabnorm.callbacks.ProjectWeightsCallback",
         ),
         Statistic(
             "weight_norm", formula="|w| before the step", unit="weight", source=_KEPT, bad="grows without end",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stabnorm.remedies.output_norms import peri_norm as peri_norm
     from stabnorm.remedies.patches import dual_patch_norm as dual_patch_norm
     from stabnorm.remedies.positions import lape as lape
+    from stabnorm.remedies.projection import WeightProjection as WeightProjection
     from stabnorm.remedies.qk import qk_clip as qk_clip
     from stabnorm.remedies.qk import qk_norm as qk_norm
     from stabnorm.remedies.report import Change as Change
@@ -39,6 +40,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "stabnorm.remedies.output_norms": ["peri_norm"],
         "stabnorm.remedies.patches": ["dual_patch_norm"],
         "stabnorm.remedies.positions": ["lape"],
+        "stabnorm.remedies.projection": ["WeightProjection"],
         "stabnorm.remedies.qk": ["qk_clip", "qk_norm"],
         "stabnorm.remedies.report": ["Change", "RemedyReport", "undo"],
         "stabnorm.remedies.residual_scaling": ["scale_residuals"],

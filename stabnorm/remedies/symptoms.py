@@ -43,6 +43,8 @@ _CHANNELS = "outlier channels"
 _EMBEDDING = "the gradient of the embedding is too large"
 _NOISY = "the statistics of a batch are too noisy, as in micro-batches"
 _PATCHES = "the patch embedding of a vision transformer is unstable"
+_SPIKES = "the gradients have spikes"
+_LENGTH = "the weights grow, so that the effective learning rate falls"
 _PART = "only the norms are worth training"
 
 REMEDIES: tuple[Remedy, ...] = (
@@ -112,6 +114,22 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy(
         "lape", "positions get the same normalisation as the tokens", (),
         "gives each block positions with a LayerNorm of their own", "arXiv 2212.05262", "the positions, as constants",
+    ),
+    Remedy(
+        "callbacks.AdaptiveClipCallback", _SPIKES, ("gradient_spike",),
+        "clips each gradient tensor against its own past", "arXiv 2502.11034", "nothing is left",
+    ),
+    Remedy(
+        "callbacks.GradientNoiseCallback", _SPIKES, (), "adds noise that fades away to the gradients",
+        "arXiv 1511.06807", "nothing is left", experimental=True,
+    ),
+    Remedy(
+        "callbacks.ProjectWeightsCallback", _LENGTH, ("effective_learning_rate", "radial_share"),
+        "scales the weights that a norm follows back to their first length", "arXiv 2407.01800", "nothing is left",
+    ),
+    Remedy(
+        "WeightProjection", _LENGTH, ("effective_learning_rate", "radial_share"),
+        "does the same in a training loop of your own", "arXiv 2407.01800", "nothing is left",
     ),
     Remedy(
         "train_only_norms", _PART, (), "trains gains and biases of the norms only", "arXiv 2003.00152",

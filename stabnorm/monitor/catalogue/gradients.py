@@ -59,6 +59,7 @@ GRADIENTS = (
         "0.01; from the 11th step on), i over gain and bias, g their gradients times the gain, before clipping",
         "gradient", "1", "SPAM, arXiv 2501.06842", "free from the parameters' gradients", _gradient_spike,
         needs="gradients", threshold=50.0, remembers=True,
-        advice="the gradients of its gain or bias have spikes: clip them, and look at the batches of these steps",
+        advice="the gradients of its gain or bias have spikes: clip each tensor against its own past with "
+        "stabnorm.callbacks.AdaptiveClipCallback, and look at the batches of these steps",
     ),
 )  # fmt: skip

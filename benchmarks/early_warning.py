@@ -22,6 +22,7 @@ Args: --kinds NAME ..., --families NAME ..., --seeds N ..., --folder PATH, --dep
 
 import argparse
 import copy
+import dataclasses
 import math
 import sys
 import time
@@ -40,8 +41,12 @@ from benchmarks.faulty_trainings import CALM, FAMILIES, FAULTS, Fault, Training,
 from benchmarks.peer_rules import GRADIENT_RULES, LOSS_RULES, Series, paused
 from stabnorm import Alert, StabilityMonitor
 from stabnorm.companions import AttentionCompanion, WeightCompanion
+from stabnorm.monitor.alerts import Departure
 from stabnorm.monitor.detect import RobustDetector
+from stabnorm.monitor.onsets import Onset, OnsetFollower, Watched
+from stabnorm.monitor.record import Block
 from stabnorm.monitor.statistics import resolve
+from stabnorm.monitor.training_series import TrainingSeries
 from stabnorm.statistic import Statistic, markdown_table
 
 OURS, LOSS = "stabnorm", "loss, by our rule"
@@ -49,7 +54,7 @@ STATISTICS: dict[str, tuple[Statistic, ...]] = {
     "": resolve("standard"), "attention": AttentionCompanion.statistics, "weights": WeightCompanion.statistics,
 }  # fmt: skip
 AMAX = [statistic.name for statistic in STATISTICS[""]].index("amax")
-ARMED = 256
+ARMED, FLUSH = 256, 50
 HOT = "learning rate x30 from the start"
 SLINGSHOTS = "slingshots"
 KINDS = (*FAULTS, HOT, *(f"calm: {name}" for name in CALM), SLINGSHOTS)
@@ -123,13 +128,13 @@ class Judged:
         run: the run.
         visible: the step at which the training visibly diverges; None if it does not.
         alarms: of each rule the steps of its alarms.
-        alerts: ours.
+        onsets: what ours says of them.
     """
 
     run: Outcome
     visible: int | None
     alarms: dict[str, list[int]]
-    alerts: list[Alert]
+    onsets: list[Onset]
 
     def first(self, rule: str) -> int | None:
         """Return the step of the first alarm since the fault."""
@@ -141,31 +146,60 @@ class Judged:
         return None if first is None or self.visible is None else self.visible - first
 
     @property
-    def is_right(self) -> bool | None:
-        """Whether the first layer that was named is a guilty one; None if the fault has no place or no alarm came."""
-        first = next((alert for alert in self.alerts if alert.step >= self.run.begin), None)
-        if not self.run.expected or first is None:
+    def onset(self) -> Onset | None:
+        """What was said first since the fault."""
+        return next((onset for onset in self.onsets if onset.last_step >= self.run.begin), None)
+
+    @property
+    def names_right(self) -> bool | None:
+        """Whether the layer that was named is a guilty one; None if the fault has no place or no alarm came."""
+        if not self.run.expected or self.onset is None:
             return None
-        return any(first.layer == name or first.layer.startswith(name + ".") for name in self.run.expected)
+        layer = self.onset.layer
+        return any(layer == name or layer.startswith(name + ".") for name in self.run.expected)
+
+    @property
+    def scope_right(self) -> bool | None:
+        """Whether it was told whether one place or everything is broken; None if no alarm came.
+
+        Nearly all layers see a broken input, so that either answer is right there. A value that is not finite has its
+        own answer.
+        """
+        if self.onset is None or self.run.kind not in FAULTS or FAULTS[self.run.kind].where == "input":
+            return None
+        local = self.onset.scope in ("one layer", "from here on")
+        return local == (FAULTS[self.run.kind].where == "block")
 
 
 def judge(run: Outcome) -> Judged:
-    """Let every rule read a run from its first step on."""
-    alerts = list[Alert]()
-    for name, values in run.values.items():
-        norms = not name
-        detector = RobustDetector(STATISTICS[name], run.rows[name])
-        tokens = run.tokens if norms else torch.full(values.shape[:2], torch.inf)
-        nonfinite = torch.zeros(values.shape[:2], dtype=torch.bool)
-        if norms:
-            nonfinite = ~torch.isfinite(values[..., AMAX]) & (tokens > 0)
-        alerts += detector.update(0, values, tokens, nonfinite)
-    alerts.sort(key=lambda alert: alert.step)
-    losses, gradients = np.array(run.losses), np.array(run.gradients)
-    alarms = {OURS: paused([alert.step for alert in alerts])}
+    """Let every rule read a run from its first step on; ours as the monitor does, flush by flush."""
+    detectors = {name: RobustDetector(STATISTICS[name], rows) for name, rows in run.rows.items()}
+    training, follower, alerts = TrainingSeries(), OnsetFollower(), list[Alert]()
+    beside = {name: len(rows) for name, rows in run.rows.items() if name}
+    losses, gradients, rates = np.array(run.losses), np.array(run.gradients), np.array(run.rates)
+    for first in range(0, len(losses), FLUSH):
+        part = slice(first, first + FLUSH)
+        raised, departed = list[Alert](), list[Departure]()
+        for name, detector in detectors.items():
+            values = run.values[name][part]
+            tokens = torch.full(values.shape[:2], torch.inf) if name else run.tokens[part]
+            nonfinite = torch.zeros(values.shape[:2], dtype=torch.bool)
+            if not name:
+                nonfinite = ~torch.isfinite(values[..., AMAX]) & (tokens > 0)
+            found = detector.update(first, values, tokens, nonfinite)
+            raised += [dataclasses.replace(alert, companion=name) for alert in found]
+            departed += [departure._replace(companion=name) for departure in detector.take_departures()]
+        series = {"loss": losses[part], "gradient_norm": gradients[part]}
+        raised += training.update(first, series, ~np.isfinite(losses[part]))
+        departed += training.take_departures()
+        follower.settings.see(Block(first, run.rows[""], {"learning_rate": rates[part]}))
+        watched = Watched(run.rows[""], beside, min(first + FLUSH, len(losses)))
+        follower.add(raised, departed, watched)
+        alerts += raised
+    alarms = {OURS: paused(sorted(alert.step for alert in alerts))}
     alarms |= {name: rule(losses) for name, rule in LOSS_RULES.items()}
     alarms |= {name: rule(gradients) for name, rule in GRADIENT_RULES.items()}
-    return Judged(run, visible_divergence(losses, run.begin), alarms, alerts)
+    return Judged(run, visible_divergence(losses, run.begin), alarms, follower.onsets)
 
 
 def visible_divergence(losses: Series, begin: int) -> int | None:
@@ -303,7 +337,19 @@ def faults_table(runs: Sequence[Judged]) -> str:
         chosen = [judged for judged in runs if judged.run.kind == kind and not judged.run.is_calm]
         if chosen:
             rows.append(_fault_row(kind, chosen))
-    columns = ("fault", "runs", "alarm", "diverge", "at once", "before", "20 before", "lead", "before loss", "place")
+    columns = (
+        "fault",
+        "runs",
+        "alarm",
+        "diverge",
+        "at once",
+        "before",
+        "20 before",
+        "lead",
+        "before loss",
+        "layer",
+        "scope",
+    )
     return markdown_table(columns, rows)
 
 
@@ -313,11 +359,12 @@ def _fault_row(kind: str, runs: Sequence[Judged]) -> list[str]:
     led = [lead for judged in visible if (lead := judged.lead(OURS)) is not None]
     firsts = [(judged.first(OURS), judged.first(LOSS)) for judged in alarmed]
     ahead = [plain - ours for ours, plain in firsts if ours is not None and plain is not None]
-    right = [judged.is_right for judged in runs if judged.is_right is not None]
+    named = [judged.names_right for judged in runs if judged.names_right is not None]
+    scoped = [judged.scope_right for judged in runs if judged.scope_right is not None]
     counts = [len(runs), len(alarmed), len(visible), *(sum(lead >= least for lead in led) for least in (0, 1, 20))]
     return [
         kind, *map(str, counts), middle(led), f"{middle(ahead)} ({len(ahead)})",
-        f"{sum(right)} of {len(right)}" if right else "-",
+        *(f"{sum(right)} of {len(right)}" if right else "-" for right in (named, scoped)),
     ]  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def test_a_quick_study_prints_its_tables_and_repeats_no_run(
     few = ["--quick", "--seeds", "10", "--families", "characters", "--folder", str(tmp_path), *chosen]
     early_warning.main(few)
     printed = capsys.readouterr().out
-    assert "| one infinity | 1 | 1 | 1 | 1 | 0 | 0 | 0 | - (0) | 1 of 1 |" in printed
+    assert "| one infinity | 1 | 1 | 1 | 1 | 0 | 0 | 0 | - (0) | 1 of 1 | 1 of 1 |" in printed
     assert "| Lightning SpikeDetection | 0 of 1 |" in printed
     monkeypatch.setattr(Training, "train_step", None)  # nothing is trained again
     early_warning.main(few)

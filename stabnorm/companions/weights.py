@@ -21,6 +21,7 @@ from stabnorm.companions.companion import Companion, Watch, selected, wide
 from stabnorm.statistic import Statistic
 
 _FIRST = 16  # power iterations before the first figure; after that one per step, from where the last one ended
+_LIVED_WITH = 128  # steps after which a learning rate is one that the training has lived with: the detector's window
 _SHIFT = 1e-15  # added to W^T W: the vectors are the same, and those of a matrix of zeros do not vanish
 
 
@@ -33,6 +34,7 @@ class WeightSums(NamedTuple):
         inner: <w, dw>.
         learning_rate: of the group the matrix is in.
         singular: the largest singular value at the end of the step; NaN for a sharded matrix.
+        highest: the highest learning rate of the steps before the last 128; NaN where there are none.
     """
 
     weight: Tensor
@@ -40,11 +42,14 @@ class WeightSums(NamedTuple):
     inner: Tensor
     learning_rate: Tensor
     singular: Tensor
+    highest: Tensor
 
     def merge(self, other: "WeightSums") -> "WeightSums":
         """Merge two shards of the matrices (FSDP); replicas, as in DDP, have the same values and need no merging."""
         parts = [a + b for a, b in zip(self, other, strict=True)]
-        return WeightSums(*parts)._replace(learning_rate=self.learning_rate, singular=self.singular)
+        return WeightSums(*parts)._replace(
+            learning_rate=self.learning_rate, singular=self.singular, highest=self.highest
+        )
 
 
 def _radial_share(sums: WeightSums, past: None) -> Tensor:
@@ -60,12 +65,18 @@ def _angular_update(sums: WeightSums, past: None) -> Tensor:
     return torch.atan2(across, along)
 
 
+def _update_excess(sums: WeightSums, past: None) -> Tensor:
+    del past
+    usual = torch.fmin(sums.learning_rate, sums.highest)
+    return (sums.update / sums.weight).sqrt() / usual
+
+
 _KEPT = "effective learning rate, arXiv 1706.05350"
 
 
 @dataclass(frozen=True)
 class WeightCompanion(Companion):
-    """Update-to-weight ratio, angle, radial share, effective learning rate and top singular value of weight matrices.
+    """How far each step moves each weight matrix, along and across, its effective learning rate and singular value.
 
     Any optimizer that derives from `torch.optim.Optimizer` is seen, several of them too; an optimizer step compiled by
     `torch.compile` is not. Keeps a copy of the watched weights, in float32.
@@ -100,6 +111,12 @@ class WeightCompanion(Companion):
             source="bound ours: healthy starts stay below 0.006, runs without warm-up pass 0.24",
             compute=lambda sums, _: (sums.update / sums.weight).sqrt(), threshold=0.05, start=0.1,
             advice="each step changes it by a large part: lower the learning rate, or lengthen the warm-up",
+        ),
+        Statistic(
+            "update_excess", formula="|dw| / |w| / min(lr, the highest lr of the steps before the last 128)",
+            source="ours", compute=_update_excess, floor=0.1, upward=True,
+            advice="each step changes it far more than the learning rates explain that this training has lived with: "
+            "look at the learning rate, at the optimizer's state, and at what was changed just before this step",
         ),
         Statistic(
             "angular_update", formula="angle between w and w + dw", unit="rad",
@@ -162,6 +179,9 @@ class WeightWatch(Watch):
         self._open = [0] * len(matrices)  # optimizers in the middle of their step; one may wrap another
         self._sums: Tensor | None = None  # [4, matrices]: the first four of `WeightSums`
         self._indices = Indices()
+        self._rates: Tensor | None = None  # [128, matrices], learning rates of the last steps, as a ring
+        self._highest: Tensor | None = None  # [matrices], the highest one that has left the ring
+        self._steps_taken = 0
         self._right: list[Tensor] = []  # right singular vectors
         self._iterated = False
         sharded = [hasattr(weight, "to_local") for weight in self._weights]
@@ -245,7 +265,24 @@ class WeightWatch(Watch):
     def take(self) -> WeightSums:
         """Return the sums of this process; for a sharded weight, those of its shard."""
         weight, update, inner, learning_rate = self._gathered.clone()
-        return WeightSums(weight, update, inner, learning_rate, self._singular_values())
+        highest = self._lived_with(learning_rate)
+        return WeightSums(weight, update, inner, learning_rate, self._singular_values(), highest)
+
+    def _lived_with(self, learning_rate: Tensor) -> Tensor:
+        """Add the learning rates of a step, and return the highest of those before the last 128 steps.
+
+        A return to such a rate, as in a schedule with restarts, is no surprise; a rise beyond it is one.
+        """
+        if self._rates is None or self._highest is None:
+            self._rates = learning_rate.new_full((_LIVED_WITH, len(learning_rate)), torch.nan)
+            self._highest = torch.full_like(learning_rate, torch.nan)
+        if self._rates.device != learning_rate.device:
+            self._rates, self._highest = self._rates.to(learning_rate), self._highest.to(learning_rate)
+        place = self._steps_taken % _LIVED_WITH
+        self._highest = torch.fmax(self._highest, self._rates[place])
+        self._rates[place] = learning_rate
+        self._steps_taken += 1
+        return self._highest
 
     def _singular_values(self) -> Tensor:
         matrices = list(self._matrices())
@@ -274,11 +311,19 @@ class WeightWatch(Watch):
         return no_step([name for name in self.without(values, 0) if name in trained])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the vectors of the power iteration."""
-        return {"right": [vector.detach().cpu() for vector in self._right]}
+        """Return the vectors of the power iteration, and the learning rates of the last steps."""
+        rates = None if self._rates is None else self._rates.cpu().clone()
+        highest = None if self._highest is None else self._highest.cpu().clone()
+        return {
+            "right": [vector.detach().cpu() for vector in self._right],
+            "rates": rates, "highest": highest, "steps_taken": self._steps_taken,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the power iteration from a state."""
+        """Continue from a state; an older one does not have the learning rates."""
+        if state.get("rates") is not None and state["rates"].shape[1] == len(self.rows):
+            self._rates, self._highest = state["rates"].clone(), state["highest"].clone()
+            self._steps_taken = int(state["steps_taken"])
         if [len(v) for v in state["right"]] == [local(weight).flatten(1).shape[1] for weight in self._weights]:
             self._right, self._iterated = list(state["right"]), True
 

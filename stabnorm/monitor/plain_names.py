@@ -66,6 +66,7 @@ PLAIN_NAMES: Mapping[str, str] = {
     "attention_entropy_share": "attention entropy, share of the largest",
     "attention_logit_max": "largest attention logit",
     "update_ratio": "update / weight",
+    "update_excess": "update / weight / learning rate",
     "angular_update": "turn of the weights",
     "radial_share": "radial share of the update",
     "effective_learning_rate": "effective learning rate",

@@ -16,6 +16,7 @@ _REMEDIES: Mapping[str, str] = {
     "gradient_norm": "clip the gradient: stabnorm.callbacks.AdaptiveClipCallback, or Trainer(gradient_clip_val=1.0)",
     "gradient_surprise": "lower Adam's beta2 (0.95), or clip each tensor: stabnorm.callbacks.AdaptiveClipCallback",
     "update_ratio": "lower the learning rate, or lengthen the warm-up",
+    "update_excess": "lower the learning rate to what it was before, or restore the optimizer's state",
     "update_curvature": "lower the learning rate, or Adam's beta2",
     "lasting_curvature": "lower the learning rate, or Adam's beta2",
     "loss": "look at the batches of these steps, and clip the gradient (Trainer(gradient_clip_val=1.0))",

@@ -241,3 +241,44 @@ def test_hooks_come_off() -> None:
     with StabilityMonitor(model, companions=["weights", "embedding"]):
         assert len(module._global_optimizer_post_hooks) == before[1] + 2
     assert (len(module._global_optimizer_pre_hooks), len(module._global_optimizer_post_hooks)) == before
+
+
+def excesses(rates: list[float], state: Any = None) -> tuple[Tensor, Any]:
+    """The excess of a matrix of ones that each step changes by the learning rate, and the monitor's state."""
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.LayerNorm(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    monitor = StabilityMonitor(model, ["amax"], companions=["weights"])
+    if state is not None:
+        monitor.load_state_dict(state)
+    with monitor:
+        for rate in rates:
+            weight = model.get_parameter("0.weight")
+            with torch.no_grad():
+                weight.fill_(1.0)
+            optimizer.param_groups[0]["lr"] = rate
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            monitor.step()
+        saved = monitor.state_dict()
+    return monitor.companions["weights"].history()["update_excess"][:, 0], saved
+
+
+def test_the_excess_is_calm_when_a_schedule_returns_to_a_rate_and_rises_beyond_the_rates_it_has_lived_with() -> None:
+    restarts = [*[0.2] * 140, *[0.01] * 60, *[0.2] * 20]
+    assert excesses(restarts)[0].tolist() == pytest.approx([1.0] * len(restarts), rel=1e-4)
+    ramp = [*[0.1] * 140, 0.2, 0.4, *[0.4] * 130]
+    found, _ = excesses(ramp)
+    assert found[139:142].tolist() == pytest.approx([1.0, 2.0, 4.0], rel=1e-4)
+    assert found[141 + 127].item() == pytest.approx(2.0, rel=1e-4)  # 128 steps after the first rise: 0.4 / 0.2
+    assert found[-1].item() == pytest.approx(1.0, rel=1e-4)
+    assert excesses([0.0, 0.1])[0][1].item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_excess_of_a_resumed_run_goes_on_from_the_rates_of_the_saved_one() -> None:
+    _, state = excesses([0.1] * 140)
+    found, _ = excesses([0.3], state)
+    assert found[-1].item() == pytest.approx(3.0, rel=1e-4)
+    for part in ("rates", "highest", "steps_taken"):  # as in an older state
+        state["companions"]["weights"]["watch"].pop(part)
+    found, _ = excesses([0.3], state)
+    assert found[-1].item() == pytest.approx(1.0, rel=1e-4)

@@ -1,9 +1,11 @@
 """What came of a run, in plain sentences: its state, when and where it left its own past, and what to do.
 
-Alerts are read from the record, and no other rule raises one here. A verdict adds what a reader asks next: which layers
-moved together, by which factor, and how long the loss took to follow.
+Alerts and onsets are read from the record, and no other rule makes one here: `stabnorm.monitor.onsets` says what
+belongs together and what to do. A verdict adds what a reader asks next: by which factor the layers moved, and how long
+the loss took to follow.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,15 +14,16 @@ import numpy as np
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.runs import Run
 from stabnorm.dashboard.text import number
+from stabnorm.monitor import onsets as monitored
+from stabnorm.monitor.alerts import Alert, Departure
 from stabnorm.monitor.baseline import ARMED, BOUND, Floats
+from stabnorm.monitor.onsets import TOGETHER
 from stabnorm.monitor.record import Event
+from stabnorm.monitor.words import times
 from stabnorm.remedies.symptoms import remedies_for
 
-TOGETHER = 32  # steps within which layers move together
-SAME = 100  # steps: an alert that follows another one as closely belongs to the same onset
 _USUAL_LOSS = 50  # steps before an onset, whose median loss is the usual one
 _SCALE = ("token_std_mean", "amax")  # of which it is told who moved, where an alert is about something else
-_MOST = 0.75  # of the layers: as many that move at once have one cause
 
 
 class Onset(NamedTuple):
@@ -29,9 +32,10 @@ class Onset(NamedTuple):
     Attributes:
         step: of the first alert.
         last_step: of the last alert.
-        kind: "past" if a layer left its own past, "bound" if a value crossed a fixed bound, "nonfinite" for NaN and
-            infinity.
-        layer: the layer of the first alert.
+        kind: "past" if a layer left its own past, "bound" or "start" if a value crossed a fixed bound, "nonfinite" for
+            NaN and infinity.
+        scope: "one layer", "from here on", "everywhere" or "training", see `stabnorm.Onset`.
+        layer: the layer where it began.
         statistic: its statistic.
         value: its value.
         usual: what was usual there; NaN if unknown.
@@ -48,6 +52,7 @@ class Onset(NamedTuple):
     step: int
     last_step: int
     kind: str
+    scope: str
     layer: str
     statistic: str
     value: float
@@ -83,7 +88,7 @@ class Verdict(NamedTuple):
 def verdict(run: Run) -> Verdict:
     """Judge a run by what its record holds so far."""
     steps = run.rows().steps
-    onsets = tuple(_onset(run, group) for group in _groups([e for e in run.events if e.kind == "alert"]))
+    onsets = tuple(_onset(run, onset) for onset in _recorded(run) or _of_alerts(run))
     if not len(steps):
         return Verdict("learning", 1, "no step was recorded yet", (), onsets)
     lines = _said_of_loss(run)
@@ -111,65 +116,117 @@ def verdict(run: Run) -> Verdict:
     return Verdict("healthy", 0, "nothing left its own past", (f"{watched} {armed}", *lines), onsets)
 
 
-def _groups(alerts: Sequence[Event]) -> list[list[Event]]:
-    groups: list[list[Event]] = []
-    for alert in alerts:
-        last = groups[-1][-1] if groups else None
-        if last and alert.step - last.step <= SAME and _not_finite(alert) == _not_finite(last):
-            groups[-1].append(alert)
-        else:
-            groups.append([alert])
-    return groups
+def _recorded(run: Run) -> list[monitored.Onset]:
+    """Return the onsets as the monitor wrote them, each in its last version."""
+    newest = {event.step: event.data for event in run.events if event.kind == "onset"}
+    return [monitored.Onset.of_dict(data) for _, data in sorted(newest.items())]
 
 
-def _not_finite(alert: Event) -> bool:
-    return bool(alert.data["statistic"] == "nonfinite")
+def _of_alerts(run: Run) -> list[monitored.Onset]:
+    """Group the alerts of a record that has no onsets, by the monitor's rule; who moved is read from the series."""
+    follower = monitored.OnsetFollower()
+    layers, steps = run.rows()
+    for alert in map(_alert, (event for event in run.events if event.kind == "alert")):
+        departed = _departures(run, alert) if alert.kind == "past" else []
+        follower.add([alert], departed, monitored.Watched(layers, steps=len(steps)))
+    return follower.onsets
 
 
-def _onset(run: Run, group: Sequence[Event]) -> Onset:
-    alert = group[0]
-    statistic, layer = str(alert.data["statistic"]), str(alert.data["layer"])
-    kind = "nonfinite" if _not_finite(alert) else "bound" if definition(statistic).floor is None else "past"
-    companion = next((c for c in run.companions() if layer in run.rows(c).layers), "")
+def _alert(event: Event) -> Alert:
+    """Return an alert of a record, also of an older one, which does not tell its kind."""
+    names = {field.name for field in dataclasses.fields(Alert)}
+    data: dict[str, Any] = {name: value for name, value in event.data.items() if name in names}
+    statistic = str(data["statistic"])
+    kind = "nonfinite" if statistic == "nonfinite" else "bound" if definition(statistic).floor is None else "past"
+    data |= {name: float(data[name]) for name in ("value", "threshold", "usual", "score") if name in data}
+    return Alert(**{"kind": kind, "threshold": float("nan"), "reason": "", **data})
+
+
+def _told(run: Run, statistic: str, companion: str) -> str:
+    """Return the statistic of which it is told who moved; "" if the record has none."""
     names = run.statistics(companion)
-    told = statistic if statistic in names and kind == "past" else next((n for n in _SCALE if n in names), "")
-    moved, usual, factors, now = _who_moved(run, told, companion, group[0].step, layer)
-    lead = _lead(run, group[0].step)
-    value = float(alert.data["value"])
-    onset = Onset(
-        group[0].step, group[-1].step, kind, layer, statistic, value, usual if told == statistic else float("nan"),
-        moved, factors, now, lead, tuple(e.data for e in group), "", "", "",
+    return statistic if statistic in names else next((name for name in _SCALE if name in names), "")
+
+
+def _companion(run: Run, layer: str) -> str:
+    return next((companion for companion in run.companions() if layer in run.rows(companion).layers), "")
+
+
+def _departures(run: Run, alert: Alert) -> list[Departure]:
+    companion = _companion(run, alert.layer)
+    told = _told(run, alert.statistic, companion)
+    moved, values, usual, scores = _who_moved(run, told, companion, alert.step, alert.layer)
+    rows = run.rows(companion).layers
+    return [
+        Departure(alert.step, name, told, *(float(of[rows.index(name)]) for of in (values, usual, scores)))
+        for name in moved
+        if name in rows
+    ]
+
+
+def _onset(run: Run, onset: monitored.Onset) -> Onset:
+    companion = _companion(run, onset.layer)
+    told = _told(run, onset.statistic if onset.kind == "past" else "", companion)
+    moved = onset.moved or (onset.layer,)
+    factors, now = _factors(run, told, companion, onset.step, moved)
+    lead = _lead(run, onset.step)
+    alerts = tuple(
+        event.data for event in run.events if event.kind == "alert" and onset.step <= event.step <= onset.last_step
+        and (event.data["statistic"] == "nonfinite") == (onset.kind == "nonfinite")
     )  # fmt: skip
-    sentence, advice, remedy = _words(run, onset, run.rows(companion).layers, told)
-    return onset._replace(sentence=sentence, advice=advice, remedy=remedy)
+    far = f" They are off by {times(*factors)}." if len(moved) > 1 and np.isfinite(factors[0]) else ""
+    at_end = f" At the end: {times(*now)}." if onset.kind == "past" and np.isfinite(now[0]) else ""
+    loss = "" if onset.kind == "nonfinite" else _said_of_lead(lead)
+    return Onset(
+        onset.step, onset.last_step, onset.kind, onset.scope, onset.layer, onset.statistic, onset.value, onset.usual,
+        moved, factors, now, lead, alerts, f"{onset.sentence}{far}{at_end}{loss}", onset.advice,
+        " ".join(filter(None, (onset.remedy, _named_remedies(onset.statistic)))),
+    )  # fmt: skip
 
 
 def _who_moved(
     run: Run, statistic: str, companion: str, step: int, layer: str
-) -> tuple[tuple[str, ...], float, tuple[float, float], tuple[float, float]]:
-    """Return the layers that moved together, the usual value of one layer, and the factors then and at the end."""
-    nothing = float("nan"), float("nan")
+) -> tuple[tuple[str, ...], Floats, Floats, Floats]:
+    """Return the layers that moved together, and of all layers the values then, what was usual, and the scores."""
     rows = run.rows(companion)
     values = run.series(statistic, companion) if statistic else None
     if values is None or not len(values) or layer not in rows.layers:
-        return (layer,), float("nan"), nothing, nothing
-    first, end = np.searchsorted(rows.steps, (step, step + TOGETHER))
-    first = min(int(first), len(values) - 1)
-    end = max(int(end), first + 1)
+        nothing = np.full(len(rows.layers), np.nan)
+        return (), nothing, nothing, nothing
+    first, end = _around(run, companion, step)
     baseline = run.baseline(statistic, companion)
     usual = baseline.usual(np.array([first]))[0]
     scale = baseline.scale(np.array([first]))[0]
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = values[first:end] / usual
-        off = np.abs(np.log(ratios)) / scale
-        at_end = _median(values[-10:]) / usual
+        off = np.abs(np.log(values[first:end] / usual)) / scale
     held = np.minimum(off[1:], off[:-1]) if len(off) > 1 else off  # one step alone does not count
-    column = rows.layers.index(layer)
     far = (np.nan_to_num(held) > BOUND).any(0)
-    far[column] = True
-    factors = ratios[-1][far]
     moved = tuple(name for name, is_far in zip(rows.layers, far, strict=True) if is_far)
-    return moved, float(usual[column]), _range(factors), _range(at_end[far])
+    return moved, values[end - 1], usual, np.nan_to_num(held).max(0)
+
+
+def _around(run: Run, companion: str, step: int) -> tuple[int, int]:
+    """Return the rows in which layers move together after a step."""
+    steps = run.rows(companion).steps
+    first, end = np.searchsorted(steps, (step, step + TOGETHER))
+    first = min(int(first), len(steps) - 1)
+    return first, max(int(end), first + 1)
+
+
+def _factors(
+    run: Run, statistic: str, companion: str, step: int, moved: Sequence[str]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return how far the moved layers were off their usual value, smallest and largest: then, and at the end."""
+    rows = run.rows(companion)
+    values = run.series(statistic, companion) if statistic else None
+    columns = [rows.layers.index(name) for name in moved if name in rows.layers]
+    if values is None or not len(values) or not columns:
+        return (float("nan"),) * 2, (float("nan"),) * 2
+    first, end = _around(run, companion, step)
+    usual = run.baseline(statistic, companion).usual(np.array([first]))[0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        then, at_end = values[end - 1] / usual, _median(values[-10:]) / usual
+    return _range(then[columns]), _range(at_end[columns])
 
 
 def _median(values: Floats) -> Floats:
@@ -234,94 +291,22 @@ def _who(run: Run, onset: Onset) -> str:
     return f"{len(onset.moved)} of {len(layers)} layers"
 
 
-def times(low: float, high: float) -> str:
-    """Say a factor, or a range of factors.
-
-    Example:
-        >>> times(1.24, 1.4), times(209.1, 209.2)
-        ('×1.24 to ×1.4', '×209')
-    """
-    low_text, high_text = number(low), number(high)
-    return f"×{high_text}" if low_text == high_text else f"×{low_text} to ×{high_text}"
-
-
-def _words(run: Run, onset: Onset, layers: Sequence[str], told: str) -> tuple[str, str, str]:
-    """Return what happened, where to look, and what to try."""
-    plain = definition(onset.statistic).plain
-    loss = _said_of_lead(onset)
-    if onset.kind == "nonfinite":
-        sentence = f"The input of {onset.layer} held a NaN or an infinity at step {onset.step:,}."
-        advice = (
-            f"{onset.layer} is the first layer in depth order that saw it: look at what feeds it, and at the batch of "
-            f"step {onset.step:,}."
-        )
-        remedy = (
-            "Check that batch for NaN. If it is clean, train this part in bfloat16 or float32, or clip the gradient "
-            "(Trainer(gradient_clip_val=1.0)). Go on from a checkpoint before this step."
-        )
-        return sentence, advice, remedy
-    moved = f" {_followed(onset, layers)}" if len(onset.moved) > 1 else ""
-    now = f" At the end it is {times(*onset.now)}." if np.isfinite(onset.now[0]) else ""
-    if onset.kind == "bound":
-        sentence = f"The {plain} of {onset.layer} was {number(onset.value)}.{moved}{loss}"
-        advice = definition(onset.statistic).advice
-        return sentence, advice[:1].upper() + advice[1:] + ".", _published_remedy(onset) or _remedy(onset, layers)
-    factor = onset.value / onset.usual
-    sentence = (
-        f"The {plain} of {onset.layer} was {number(onset.value)}, {times(factor, factor)} its usual "
-        f"{number(onset.usual)}.{moved}{now}{loss}"
-    )
-    return sentence, _advice(onset, layers), _remedy(onset, layers)
-
-
-def _followed(onset: Onset, layers: Sequence[str]) -> str:
-    count = f"{len(onset.moved)} of {len(layers)} layers"
-    far = f" ({times(*onset.factors)})" if np.isfinite(onset.factors[0]) else ""
-    return f"Within {TOGETHER} steps {count} moved{far}."
-
-
-def _said_of_lead(onset: Onset) -> str:
-    if onset.lead is None:
+def _said_of_lead(lead: int | None) -> str:
+    if lead is None:
         return " The loss did not double."
-    if onset.lead > 0:
-        return f" The loss doubled {onset.lead} steps later."
-    return f" The loss had doubled {-onset.lead} steps before." if onset.lead else " The loss doubled at this step."
+    if lead > 0:
+        return f" The loss doubled {lead} steps later."
+    return f" The loss had doubled {-lead} steps before." if lead else " The loss doubled at this step."
 
 
-def _is_global(onset: Onset, layers: Sequence[str]) -> bool:
-    return len(layers) > 2 and len(onset.moved) >= _MOST * len(layers)
-
-
-def _advice(onset: Onset, layers: Sequence[str]) -> str:
-    first = list(layers).index(onset.moved[0]) if onset.moved[0] in layers else 0
-    if _is_global(onset, layers):
-        return (
-            "Nearly all layers moved at once, so the cause is global and not one layer: look at the learning rate, the "
-            f"weight decay, and what changed just before step {onset.step:,}."
-        )
-    if first == 0:
-        return f"It begins at the first layer, {onset.moved[0]}: look at the inputs and the embedding before it."
-    where = f"between {layers[first - 1]} and {onset.moved[0]}"
-    if len(onset.moved) > 1:
-        return f"The layers before {onset.moved[0]} stayed calm, so the cause lies {where}: look at the weights there."
-    return f"Only {onset.layer} moved, so the cause lies {where}: look at the weights there."
-
-
-def _published_remedy(onset: Onset) -> str:
+def _named_remedies(statistic: str) -> str:
     """Name what `stabnorm.remedies` has for this statistic; "" where it has nothing."""
-    remedies = remedies_for(onset.statistic)
+    remedies = remedies_for(statistic)
     if not remedies:
         return ""
     first, *others = remedies
     more = f" Others are {', '.join(other.path for other in others)}." if others else ""
-    return f"{first.path} {first.action}.{more} See stabnorm remedies {onset.statistic}."
-
-
-def _remedy(onset: Onset, layers: Sequence[str]) -> str:
-    back = f"Go on from a checkpoint before step {onset.step:,}"
-    if _is_global(onset, layers):
-        return f'{back} with half the learning rate or a longer warm-up. companions=["weights"] shows what grows.'
-    return f'{back} and clip the gradient (Trainer(gradient_clip_val=1.0)). companions=["weights"] shows what grows.'
+    return f"{first.path} {first.action}.{more} See stabnorm remedies {statistic}."
 
 
 def _said_of_loss(run: Run) -> list[str]:

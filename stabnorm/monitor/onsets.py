@@ -185,10 +185,10 @@ class OnsetFollower:
         """
         newest = max([*(alert.step for alert in alerts), *(d.step for d in departures)], default=0)
         self._recent = [d for d in self._recent if newest - d.step <= 2 * SAME] + list(departures)
-        self._recent += [  # of another detector there are alerts only
+        self._recent += [  # of another detector, and of a lasting departure, there are alerts only
             Departure(a.step, a.layer, a.statistic, a.value, a.usual, a.score, companion=a.companion)
             for a in alerts
-            if a.kind == "past"
+            if a.kind == "past" and (a.step, a.layer) not in {(d.step, d.layer) for d in departures}
         ]
         changed: dict[int, Onset] = {}
         for alert in sorted(alerts, key=lambda alert: alert.step):
@@ -322,7 +322,7 @@ def _words(
         advice = alert.reason[:1].upper() + alert.reason[1:].rstrip(".") + "."
         return f"Step {at}: {what}", advice, remedy_of(alert.statistic, first=False, back_to=onset.step)
     if onset.scope == "everywhere":
-        head = f"Everywhere at once, since step {at}: {len(moved)} of {len(layers)} norms left their usual range"
+        head = f"Everywhere at once, since step {at}: {len(moved)} of {len(layers)} layers left their usual range"
         head = f"{head} within {TOGETHER} steps. {what}" if moved else f"Everywhere at once, since step {at}: {what}"
         unmoved = f"None of these is known to have moved: {known}. " if known else ""
         look = why or (
@@ -330,7 +330,7 @@ def _words(
         )
         return head, f"The cause is global and not one layer. {look}", global_remedy(onset.cause, onset.step)
     if onset.scope == "training":
-        look = f"Since step {at}: no norm has left its usual range. {what}"
+        look = f"Since step {at}: no layer has left its usual range. {what}"
         return (
             look,
             f"Look at the batches and targets of these steps. {why}".rstrip(),
@@ -340,7 +340,7 @@ def _words(
     head = f"Since step {at}, {'one layer' if onset.scope == 'one layer' else 'from here on'}: {what}"
     if onset.scope == "from here on" and len(moved) > 1:
         backward = all(d.gradient for d in moved.values())
-        head += f" {len(moved)} of {len(layers)} norms moved, {'in reverse depth order' if backward else 'and'} "
+        head += f" {len(moved)} of {len(layers)} layers moved, {'in reverse depth order' if backward else 'and'} "
         head += "the last of them is named." if backward else "the first of them in depth order is named."
     channels = f" Its largest channels are {', '.join(map(str, onset.channels))}." if onset.channels else ""
     remedy = remedy_of(event.statistic, first=place == 0, back_to=onset.step)
@@ -353,5 +353,5 @@ def _words(
             remedy,
         )
     between = f"between {layers[place - 1]} and {onset.layer}"
-    calm = "The norms before it stayed calm" if onset.scope == "from here on" else "No other norm moved"
+    calm = "The layers before it stayed calm" if onset.scope == "from here on" else f"Only {onset.layer} moved"
     return head, f"{calm}, so the cause lies {between}: look at the weights there.{channels}", remedy

@@ -1,5 +1,6 @@
 """A verdict says what happened, where and when, in sentences that somebody else's run makes true as well."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from stabnorm.dashboard.runs import open_run
 from stabnorm.dashboard.verdict import Verdict, verdict
+from stabnorm.monitor.onsets import Onset
 from tests.dashboard.records import LAYERS, alert, calm, file_record, growing
 
 
@@ -116,3 +118,13 @@ def test_an_alert_about_a_layer_that_the_record_lacks_is_still_told(tmp_path: Pa
     found = judged(file_record(tmp_path, calm(), events=[alert(300, "gone.norm")]))
     assert found.state == "unstable"
     assert "gone.norm" in found.title
+
+
+def test_an_onset_that_the_monitor_wrote_is_told_in_its_words_and_in_its_last_version(tmp_path: Path) -> None:
+    first = Onset(315, 315, "past", "one layer", LAYERS[5], "token_std_mean", 1.6, moved=LAYERS[5:6], sentence="Then.")
+    grown = dataclasses.replace(first, scope="from here on", moved=LAYERS[5:], sentence="Since then.", advice="Look.")
+    events = [alert(315, LAYERS[5]), *(("onset", 315, onset.as_dict()) for onset in (first, grown))]
+    (onset,) = judged(file_record(tmp_path, growing(first_layer=5), events=events)).onsets
+    assert (onset.scope, onset.layer, onset.moved, onset.advice) == ("from here on", LAYERS[5], LAYERS[5:], "Look.")
+    assert onset.sentence.startswith("Since then. They are off by ×")
+    assert [data["step"] for data in onset.alerts] == [315]

@@ -30,7 +30,7 @@ def test_a_loss_that_triples_is_an_alert_of_the_training_and_blames_no_layer() -
     assert (alert.step, alert.layer, alert.statistic) == (271, "training", "loss")
     assert onset.scope == "training"
     assert onset.moved == ()
-    assert "no norm has left its usual range" in onset.sentence
+    assert "no layer has left its usual range" in onset.sentence
 
 
 def test_a_gradient_norm_that_jumps_is_one_and_a_fall_is_none() -> None:

@@ -156,12 +156,12 @@ def _departures(run: Run, alert: Alert) -> list[Departure]:
     companion = _companion(run, alert.layer)
     told = _told(run, alert.statistic, companion)
     moved, values, usual, scores = _who_moved(run, told, companion, alert.step, alert.layer)
-    rows = run.rows(companion).layers
-    return [
-        Departure(alert.step, name, told, *(float(of[rows.index(name)]) for of in (values, usual, scores)))
-        for name in moved
-        if name in rows
-    ]
+    departures = []
+    for column, name in enumerate(run.rows(companion).layers):
+        if name in moved:
+            value, before, score = (float(of[column]) for of in (values, usual, scores))
+            departures.append(Departure(alert.step, name, told, value, before, score))
+    return departures
 
 
 def _onset(run: Run, onset: monitored.Onset) -> Onset:

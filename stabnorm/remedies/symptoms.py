@@ -45,6 +45,7 @@ _NOISY = "the statistics of a batch are too noisy, as in micro-batches"
 _PATCHES = "the patch embedding of a vision transformer is unstable"
 _SPIKES = "the gradients have spikes"
 _LENGTH = "the weights grow, so that the effective learning rate falls"
+_DISCREPANCY = "evaluation uses other statistics than training"
 _PART = "only the norms are worth training"
 
 REMEDIES: tuple[Remedy, ...] = (
@@ -114,6 +115,11 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy(
         "lape", "positions get the same normalisation as the tokens", (),
         "gives each block positions with a LayerNorm of their own", "arXiv 2212.05262", "the positions, as constants",
+    ),
+    Remedy(
+        "recalibrate.recalibrate_norms", _DISCREPANCY, ("var_discrepancy", "mean_discrepancy"),
+        "measures running statistics again: the median of batches, AdaB2N's average (kappa=), or a share of both "
+        "(alpha=)", "AdaB2N; arXiv 2110.04065", "the norm, with the new statistics",
     ),
     Remedy(
         "callbacks.AdaptiveClipCallback", _SPIKES, ("gradient_spike",),

@@ -90,8 +90,8 @@ _NOISY = (
     "read the batch, behind stabnorm.remedies.standardize_weights"
 )
 _DISCREPANCY = (
-    "evaluation uses other statistics than training: use larger batches or a smaller momentum, or recompute them after "
-    "training"
+    "evaluation uses other statistics than training: use larger batches or a smaller momentum, or measure them again "
+    "after training with stabnorm.recalibrate.recalibrate_norms"
 )
 _UNIFIED = "Unified Normalization, arXiv 2208.01313"
 _POWER = "PowerNorm, arXiv 2003.07845"

@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/python -m stabnorm.examples.demo
 
 quick: lint
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup -m "not slow"
 
 test: lint tests
 
@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 tests: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup
 
 # A warning, such as a link that leads nowhere, is an error. -E: a page is never left as an older build made it.
 docs: $(STAMP)

@@ -4,8 +4,9 @@ It runs the benchmarks one after the other, prints their output, and writes it a
 device if there is one. On a CPU, modules and monitor are measured twice: with the defaults, and with the C++ backend,
 which needs a compiler. `--only` and `--rounds` make it shorter.
 
-Args: --quick: a run that only shows that everything works; --only SECTION ...; --rounds N, --threads N,
---device cpu|cuda, --output FILE. Default: runs/benchmarks.md.
+Args: --quick: a run that only shows that everything works; --readme: only the tables that README.md and the docs show
+of norm modules, monitor and switched steps, in less than ten minutes of two cores; --only SECTION ...; --rounds N,
+--threads N, --device cpu|cuda, --output FILE. Default: runs/benchmarks.md.
 """
 
 import argparse
@@ -32,6 +33,11 @@ QUICK: dict[str, list[str]] = {
     "switch": ["--rounds", "2", "--models", "tiny", "--modes", "eager"],
     "memory": ["--shape", "128x16", "--batch", "1"],
     "inference": ["--rounds", "2", "--models", "vit-tiny", "--batch", "1", "--dtype", "float32", "--modes", "eager"],
+}
+README: dict[str, list[str]] = {  # fewer rounds than the benchmarks take by themselves
+    "modules": ["--rounds", "12"],
+    "monitor": ["--rounds", "5"],
+    "switch": ["--rounds", "5"],
 }
 
 
@@ -81,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
 
     def section(name: str, title: str, main: Callable[[Sequence[str]], None], arguments: list[str]) -> None:
         print(f"\n## {title}\n", flush=True)
-        main([*arguments, *(QUICK[name] if options.quick else [])])
+        main([*arguments, *(QUICK[name] if options.quick else README[name] if options.readme else [])])
 
     print(f"# Benchmarks\n\n{machine(device)}\n")
     for setting, title in settings(device):
@@ -97,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
             if "monitor" in chosen:
                 peers = ["--peers"] if title == "as they come" else []
                 section("monitor", f"Monitor, {title}", monitor_overhead.main, [*timed, *peers])
-            if "switch" in chosen:
+            if "switch" in chosen and not (options.readme and title != "as they come"):
                 section("switch", f"Training step while norms are switched, {title}", switched_step.main, timed)
     if "memory" in chosen:
         section("memory", "Memory", memory.main, common)
@@ -111,12 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="only to see that it runs")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--readme", action="store_true", help="the tables of README.md and of the docs")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs") / "benchmarks.md")
     options = parser.parse_args(arguments)
+    options.only = options.only or list(README if options.readme else SECTIONS)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     page = io.StringIO()

@@ -1,29 +1,36 @@
 """Run all tests and measurements for a machine with a GPU: `python -m benchmarks.gpu`, or `make gpu`.
 
-It runs these stages. If one fails, the others still run. After each stage, all results are written as one Markdown
-file:
+It runs these stages. If one fails, the others still run. Every section is printed as soon as it is measured, and all of
+them are written as one Markdown file. A stage has a share of --minutes, and what the stages before it left of theirs.
+When that is over, no further section of it is begun, and the page says so:
 
 * tests: `pytest -m gpu`, which also records the device, so that `auto` uses the kernels on it from then on;
-* memcheck: the tests of the kernels under compute-sanitizer, if it is installed;
 * kernels: `benchmarks.gpu_kernels`;
 * training: steps of ViT-S and GPT-2 small, bare, monitored, switching from LayerNorm, and switched;
-* inference: LayerNorm, folded and the norm-free floor, eager, compiled and as CUDA graphs; time and memory.
+* inference: LayerNorm, folded and the norm-free floor, eager, compiled and as CUDA graphs; time and memory;
+* memcheck: the tests of the kernels under compute-sanitizer, if it is installed.
 
-Args: --stages ..., --out FILE, --rounds N, --batches N ... (inference), --smoke (tiny, and on a CPU).
+Args: --stages ..., --out FILE, --minutes N (default 10), --rounds N, --batches N ... (inference), --smoke (tiny, and on
+a CPU).
 """
 
 import argparse
 import contextlib
 import copy
 import io
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,40 +47,51 @@ KERNEL_TESTS = ("rows", "moments", "observed", "blended")
 Options = argparse.Namespace
 
 
-def _run(command: Sequence[str], limit: float) -> str:
-    """Return the end of the output of a command."""
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"`{' '.join(command[:4])} ...` did not end within {limit:.0f} s"
-    tail = "\n".join((ran.stdout + ran.stderr).strip().splitlines()[-12:])
-    return f"exit code {ran.returncode}\n\n```\n{tail}\n```"
+def _run(command: Sequence[str], until: float) -> str:
+    """Run a command, print its lines as they come, and return the last ones; end it at a time."""
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        # With the processes that it has started, which would keep the pipe open.
+        ending = threading.Timer(max(0.0, until - time.monotonic()), os.killpg, (process.pid, signal.SIGKILL))
+        ending.start()
+        last: deque[str] = deque(maxlen=12)
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last.append(line)
+    ending.cancel()
+    ended = process.returncode < 0 and time.monotonic() >= until
+    code = f"`{' '.join(command[:4])} ...` did not end in time" if ended else f"exit code {process.returncode}"
+    return f"{code}\n\n```\n{''.join(last).rstrip()}\n```"
 
 
-def tests(options: Options) -> str:
+def tests(options: Options) -> Iterator[str]:
     """Run the tests that need a GPU."""
     if options.smoke:
-        return "skipped"
-    return _run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], 540)
+        yield "skipped"
+    else:
+        yield _run([sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", "tests"], options.until)
 
 
-def memcheck(options: Options) -> str:
+def memcheck(options: Options) -> Iterator[str]:
     """Run the kernels under compute-sanitizer, without torch's memory pool, which would hide the ends of tensors."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if options.smoke or sanitizer is None:
-        return "skipped: no compute-sanitizer"
+        yield "skipped: no compute-sanitizer"
+        return
     files = [f"tests/ops/test_triton_{name}.py" for name in KERNEL_TESTS]
     check = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     unpooled = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
-    return _run([*unpooled, *check, sys.executable, "-m", "pytest", "-q", "-x", *files], 540)
+    yield _run([*unpooled, *check, sys.executable, "-m", "pytest", "-x", "--tb=short", *files], options.until)
 
 
-def kernel_table(options: Options) -> str:
+def kernel_table(options: Options) -> Iterator[str]:
     """See `benchmarks.gpu_kernels`."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        gpu_kernels.main(["--rounds", str(options.rounds)])
-    return printed.getvalue()
+    for rows, channels in gpu_kernels.SIZES if torch.cuda.is_available() else gpu_kernels.SMALL_SIZES:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            gpu_kernels.main(["--rounds", str(options.rounds), "--shapes", f"{rows}x{channels}"])
+        yield printed.getvalue()
 
 
 # --- training ---
@@ -127,10 +145,9 @@ def _switched(model: nn.Module, lam: float) -> nn.Module:
     return model
 
 
-def training_table(options: Options) -> str:
+def training_table(options: Options) -> Iterator[str]:
     """Measure interleaved: in each round, every variant takes some steps."""
     device = torch.device("cpu" if options.smoke else "cuda")
-    sections = []
     for name, (build, make_example) in _models(options.smoke).items():
         torch.manual_seed(0)
         model, example = build().to(device), make_example(device)
@@ -157,8 +174,7 @@ def training_table(options: Options) -> str:
             low, middle, high = statistics.quantiles(ratios, n=4)
             ms = 1e3 * statistics.median(variant.seconds) / STEPS
             lines.append(f"| {label} | {ms:.2f} | {middle:.3f} ({low:.3f} to {high:.3f}) | {memory[label]} |")
-        sections.append("\n".join(lines))
-    return "\n\n".join(sections)
+        yield "\n".join(lines)
 
 
 def _rounds(variants: Mapping[str, Training], rounds: int, device: torch.device) -> dict[str, str]:
@@ -218,19 +234,19 @@ def _memory(call: Callable[[Tensor], Tensor], example: Tensor) -> float:
     return (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
-def inference_table(options: Options) -> str:
+def inference_table(options: Options) -> Iterator[str]:
     """Measure LayerNorm, switched, folded and the floor."""
     device = torch.device("cpu" if options.smoke else "cuda")
     dtype = torch.float32 if options.smoke else torch.bfloat16
     models = {"tiny": (lambda: ViT(24, 2), inference.MODELS["vit-tiny"][1])} if options.smoke else inference.MODELS
-    sections = []
     for name, (build, example) in models.items():
         torch.manual_seed(0)
         four = inference.variants(build(), example(2, torch.device("cpu"), torch.float32))
         cast = {label: copy.deepcopy(model).to(device, dtype).eval() for label, model in four.items()}
         for batch in [1] if options.smoke else options.batches:
             inputs = [example(batch, device, dtype) for _ in range(3)]
-            for mode in ("eager",) if options.smoke else ("eager", "compiled", "CUDA graph"):
+            compiled = ("compiled",) if batch == options.batches[0] else ()  # a minute for each batch and model
+            for mode in ("eager",) if options.smoke else ("eager", "CUDA graph", *compiled):
                 torch.compiler.reset()
                 ready: dict[str, Callable[[Tensor], Tensor]] = dict(cast)
                 if mode == "compiled":
@@ -238,20 +254,22 @@ def inference_table(options: Options) -> str:
                 elif mode == "CUDA graph":
                     ready = {label: graphed(m, inputs[0]) for label, m in cast.items()}
                 times = inference.time_table(ready, inputs, options.rounds)
-                sections.append(f"**{name}**, {str(dtype)[6:]}, batch {batch}, {mode}\n\n{times}")
+                used = ""
                 if mode == "eager" and device.type == "cuda":
                     used = ", ".join(f"{label} {_memory(m, inputs[0]):.1f}" for label, m in ready.items())
-                    sections.append(f"Peak MB of activations: {used}")
-    return "\n\n".join(sections)
+                    used = f"\n\nPeak MB of activations: {used}"
+                yield f"**{name}**, {str(dtype)[6:]}, batch {batch}, {mode}\n\n{times}{used}"
 
 
-STAGES: dict[str, Callable[[Options], str]] = {
+STAGES: dict[str, Callable[[Options], Iterator[str]]] = {
     "tests": tests,
-    "memcheck": memcheck,
     "kernels": kernel_table,
     "training": training_table,
     "inference": inference_table,
+    "memcheck": memcheck,
 }
+# Of the minutes; together less than all, because a section that has begun is measured to its end.
+SHARES = {"tests": 0.3, "kernels": 0.15, "training": 0.2, "inference": 0.2, "memcheck": 0.1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -259,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--out", type=Path, default=Path("gpu.md"))
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--smoke", action="store_true")
@@ -267,17 +286,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("there is no CUDA device: nothing was run. --smoke runs a tiny part on the CPU", file=sys.stderr)
         return 1
     name = "CPU, smoke run: figures mean nothing" if options.smoke else torch.cuda.get_device_name()
-    text, failed = f"# {name}, torch {torch.__version__}\n", 0
+    page, failed = [f"# {name}, torch {torch.__version__}"], 0
+    options.until = time.monotonic()
+
+    def add(text: str) -> None:
+        page.append(text)
+        print(f"\n{text}", flush=True)
+        options.out.write_text("\n\n".join(page) + "\n", encoding="utf-8")
+
     for stage in options.stages:
-        start = time.perf_counter()
+        start = time.monotonic()
+        options.until += 60 * options.minutes * SHARES[stage]  # what is left of a share goes to the next stage
+        add(f"## {stage}")
         try:
-            report = STAGES[stage](options)
-            failed += report.startswith(("exit code", "`")) and not report.startswith("exit code 0")
+            for section in STAGES[stage](options):
+                add(section.strip())
+                failed += section.startswith(("exit code", "`")) and not section.startswith("exit code 0")
+                if time.monotonic() > options.until:
+                    add("The time is over: what would follow here was left out.")
+                    break
         except Exception:  # the next stage may well run
-            report, failed = f"failed:\n\n```\n{traceback.format_exc()[-2000:]}\n```", failed + 1
-        text += f"\n## {stage} ({time.perf_counter() - start:.0f} s)\n\n{report}\n"
-        options.out.write_text(text, encoding="utf-8")
-        print(text.rpartition("\n## ")[2], flush=True)
+            add(f"failed:\n\n```\n{traceback.format_exc()[-2000:]}\n```")
+            failed += 1
+        add(f"({stage} took {time.monotonic() - start:.0f} s.)")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return failed

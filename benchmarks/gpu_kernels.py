@@ -33,6 +33,8 @@ from stabnorm.ops.rows import moments_of_rows
 
 CACHE = 256 << 20  # bytes of inputs taken in turn: several times the largest L2
 WARM_UP = 3
+SIZES = [(16384, 768), (50432, 384), (8192, 192), (65536, 1024)]
+SMALL_SIZES = [(65, 48)]  # without a GPU
 Call = Callable[[Tensor, Tensor], object]  # of input and upstream gradient
 
 
@@ -260,8 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
-    sizes = [(16384, 768), (50432, 384), (8192, 192), (65536, 1024)] if gpu else [(65, 48)]
-    parser.add_argument("--shapes", type=shape, nargs="+", default=sizes)
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SIZES if gpu else SMALL_SIZES)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if gpu else "cpu")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -19,6 +20,7 @@ IMPORTED = (
     "torch.nn.parallel",
 )
 RANKS = 2
+one_after_the_other = pytest.mark.xdist_group("ranks")  # in one process of the tests, which then imports once
 
 
 def run_ranks(function: Callable[..., None], folder: Path, *args: object) -> None:

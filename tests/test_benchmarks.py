@@ -13,6 +13,7 @@ from benchmarks import inference, monitor_overhead, peers, removal_ablation, sli
 from stabnorm.examples import finetune
 
 
+@pytest.mark.slow
 def test_the_overhead_benchmark_prints_a_row_for_each_preset(capsys: pytest.CaptureFixture[str]) -> None:
     monitor_overhead.main(["--rounds", "2", "--batch", "1"])
     printed = capsys.readouterr().out
@@ -50,6 +51,7 @@ def test_what_is_folded_has_the_operations_of_the_network_without_norms(name: st
     assert counts["switched"].total() > counts["floor"].total()
 
 
+@pytest.mark.slow
 def test_the_inference_benchmark_prints_a_row_for_each_variant(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +67,7 @@ def test_the_inference_benchmark_prints_a_row_for_each_variant(
         assert printed.count(f"| {variant} | ") == 3  # the operations, and two latencies
 
 
+@pytest.mark.slow
 def test_a_study_leaves_nothing_but_its_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     outcome = switch_study.run(switch_study.Outcome("digits", "calm", "linear", seed=3, steps=4), None)
@@ -72,12 +75,14 @@ def test_a_study_leaves_nothing_but_its_outcomes(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.rglob("*")) == []
 
 
+@pytest.mark.slow
 def test_the_removal_ablation_ends_without_norms_and_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     runs = removal_ablation.main(["--tasks", "digits", "--seeds", "1", "--steps", "6", "--repair", "2", "--jobs", "1"])
     assert [run.norms for run in runs] == [9, 0, 0, 0]
     assert "| after: fit + repair | 1 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The .* does not have many workers")
 def test_fine_tuning_keeps_to_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -95,6 +100,7 @@ ROWS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_make_bench_runs_every_section_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "new" / "page.md"
     suite.main(["--quick", "--device", "cpu", "--output", str(page)])
@@ -125,6 +131,7 @@ def test_a_peer_looks_at_every_norm_and_leaves_nothing_behind() -> None:
         peer.close()
 
 
+@pytest.mark.slow
 def test_the_slingshot_benchmark_counts_leads_and_false_alarms_and_repeats_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stabnorm import StabNormError, recalibrate_norms, valid_tokens
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 
 WIDTH, BATCHES = 6, 9
 
@@ -338,6 +338,8 @@ def one_rank(rank: int, folder: Path) -> None:
     torch.save((model.state_dict(), report.kept, report.after), f"{folder}/{rank}.pt")
 
 
+@one_after_the_other
+@pytest.mark.slow
 def test_two_processes_take_the_median_over_the_batches_of_both(tmp_path: Path) -> None:
     run_ranks(one_rank, tmp_path)
     torch.manual_seed(0)

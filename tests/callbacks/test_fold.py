@@ -18,7 +18,7 @@ from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityC
 from stabnorm.fold import FoldedNorm
 from tests.callbacks.test_progressive_ranks import variables_of
 from tests.lightning_small import BATCHES, WIDTH, fit, loader, module, trainer
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 from tests.versions import needs_weight_averaging
 from tests.watchers import watchers
 
@@ -182,6 +182,7 @@ def one_rank(rank: int, folder: Path) -> None:
     torch.save((callback.directory, model.net.state_dict()), folder / f"{rank}.pt")
 
 
+@one_after_the_other
 @pytest.mark.slow
 def test_of_two_processes_the_first_one_writes(tmp_path: Path) -> None:
     run_ranks(one_rank, tmp_path)

@@ -11,9 +11,9 @@ import torch
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.switch.lam import progressive_norms
 from tests.lightning_small import BATCHES, fit, module, trainer
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, one_after_the_other]
 
 LinearSwitch = functools.partial(ProgressiveNormCallback, schedule="linear")  # whose lam is known beforehand
 

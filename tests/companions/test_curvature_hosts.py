@@ -17,7 +17,7 @@ from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
 from stabnorm.companions import CurvatureCompanion
 from tests.companions.test_curvature import Net, adam, batch, samples, train, watch_of
 from tests.lightning_small import trainer
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 
 BATCHES = 8
 
@@ -170,6 +170,7 @@ def one_rank(rank: int, folder: Path) -> None:
     torch.save(results, f"{folder}/{rank}.pt")
 
 
+@one_after_the_other
 @pytest.mark.slow
 def test_two_processes_have_the_samples_of_one_and_agree_on_the_next(tmp_path: Path) -> None:
     run_ranks(one_rank, tmp_path)

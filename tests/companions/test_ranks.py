@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stabnorm import StabilityMonitor
 from tests.companions.nets import Text, loss
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 from tests.versions import needs_fsdp_on_cpu
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, one_after_the_other]
 
 STEPS, SIZE = 4, 6
 COMPANIONS = ("attention", "weights", "embedding", "output")

@@ -206,6 +206,7 @@ def test_a_norms_own_buffers_still_follow_the_models_precision() -> None:
 # --- compiled ---
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor's own
 def test_a_converted_model_compiles_to_one_graph_and_lam_moves_without_another() -> None:
     torch._dynamo.reset()
@@ -224,6 +225,7 @@ def test_a_converted_model_compiles_to_one_graph_and_lam_moves_without_another()
         torch.testing.assert_close(y, twin(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_model_that_was_compiled_before_notices() -> None:
     torch._dynamo.reset()

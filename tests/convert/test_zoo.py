@@ -102,6 +102,7 @@ def gradients(model: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "name"), [("timm", name) for name in TIMM] + [("transformers", name) for name in TRANSFORMERS]
 )

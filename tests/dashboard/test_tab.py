@@ -1,14 +1,10 @@
 """TensorBoard's tab in a real browser, on runs that the monitor really watched."""
 
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -18,6 +14,7 @@ from torch import nn
 from stabnorm import StabilityMonitor
 from stabnorm.monitor.record import TensorBoardRecord, read_record
 from tests.dashboard.browser import Browser, needs_browser
+from tests.dashboard.servers import serving
 
 ROOT = Path(__file__).parents[2]
 FAULT_AT = 290
@@ -80,26 +77,10 @@ def tensorboard(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "[tensorboard_plugins]\nstabnorm = stabnorm.dashboard.tensorboard:StabilityLoader\n"
         )
         path.append(str(installed))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", f"--logdir={runs}", f"--port={port}", "--reload_interval=1"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                urlopen(address).close()
-                break
-            except OSError:
-                time.sleep(0.1)
+    command = [sys.executable, "-m", "tensorboard.main", f"--logdir={runs}", "--reload_interval=1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])}
+    with serving(command, tmp_path_factory.mktemp("log") / "log", environment) as address:
         yield address
-    finally:
-        server.terminate()
-        server.wait()
 
 
 class Tab:
@@ -149,7 +130,7 @@ def tab(tensorboard: str) -> Iterator[Tab]:
         yield Tab(browser, tensorboard)
 
 
-pytestmark = [needs_browser, pytest.mark.slow]
+pytestmark = [needs_browser, pytest.mark.slow, pytest.mark.xdist_group("tab")]  # one TensorBoard
 
 
 def test_the_tab_is_there_and_shows_the_worst_run_first(tab: Tab) -> None:

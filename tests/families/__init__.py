@@ -22,9 +22,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # What holds for every family is tested on all of them; `make quick` takes one of each kind.
-_QUICK = {
-    "vit, class token", "swin", "convnext", "bert", "llama", "gpt-2, tied head", "whisper", "torch encoder, pre-norm"
-}  # fmt: skip
+_QUICK = {"vit, class token", "convnext", "bert", "llama", "gpt-2, tied head"}
 EVERY_FAMILY = [
     pytest.param(family, id=name, marks=() if name in _QUICK else pytest.mark.slow) for name, family in FAMILIES.items()
 ]

@@ -15,7 +15,7 @@ from stabnorm import StabilityMonitor
 from stabnorm.companions import AttentionCompanion
 from stabnorm.dashboard.table import layers_worth_a_look
 from stabnorm.monitor.record import FileRecord, read_record
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 
 DIM = 12
 
@@ -283,6 +283,7 @@ def one_rank(rank: int, folder: Path) -> None:
     torch.save((rows, shares(monitor), monitor.history()["amax"]), f"{folder}/{rank}.pt")
 
 
+@one_after_the_other
 @pytest.mark.slow
 def test_ranks_that_meet_an_attention_at_different_steps_stay_together(tmp_path: Path) -> None:
     run_ranks(one_rank, tmp_path)

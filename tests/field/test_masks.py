@@ -32,6 +32,7 @@ def _converted() -> nn.Module:
     return model[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("keyword", [False, True])
@@ -62,7 +63,7 @@ def test_a_mask_given_to_a_norm_is_the_monitors_mask(
 @pytest.mark.parametrize("keeps", [(2, 5), (2, None)])
 def test_each_of_two_threads_has_its_own_masks(keeps: tuple[int | None, ...]) -> None:
     models = [nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)) for _ in keeps]
-    monitors, both_are_open = [StabilityMonitor(model) for model in models], threading.Barrier(2, timeout=20)
+    monitors, both_are_open = [StabilityMonitor(model) for model in models], threading.Barrier(2, timeout=120)
 
     def train(model: nn.Module, keep: int | None) -> None:
         with nullcontext() if keep is None else valid_tokens(torch.arange(6) < keep):
@@ -84,7 +85,7 @@ def test_each_of_two_threads_has_its_own_masks(keeps: tuple[int | None, ...]) ->
 def test_each_of_two_threads_has_its_own_attention() -> None:
     models = [nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2)]
     monitors = [StabilityMonitor(model, companions=[AttentionCompanion(queries=None)]) for model in models]
-    at_once = threading.Barrier(2, timeout=20)
+    at_once = threading.Barrier(2, timeout=120)
 
     def wait(*_: object) -> None:
         at_once.wait()

@@ -114,6 +114,7 @@ def test_hooks_that_come_off_and_on_do_not_change_when_a_companion_measures() ->
     assert (~gaps.isnan()).nonzero().flatten().tolist() == [0, 4, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finder_first", [True, False])
 def test_a_fold_of_cross_validation_inherits_nothing_from_the_one_before(tmp_path: Path, finder_first: bool) -> None:
     ours: list[Any] = [StabilityCallback(flush_every=5), ProgressiveNormCallback(schedule="linear")]

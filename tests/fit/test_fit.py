@@ -15,7 +15,7 @@ from stabnorm.nn import PRepBN
 from stabnorm.norms import NormSearch
 from stabnorm.pretrained import Affine, Runner, fit_norms, measure_norms
 from tests.pretrained.nets import Batch, batches, converted_pair, post_norm
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 
 
 def least_squares(x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -246,6 +246,8 @@ def _one_rank(rank: int, folder: Path) -> None:
     torch.save((*_fitted(own_batches), removed.model.state_dict(), removed.error), f"{folder}/{rank}.pt")
 
 
+@one_after_the_other
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     run_ranks(_one_rank, tmp_path)
     state, residuals = _fitted(batches(24, 32))

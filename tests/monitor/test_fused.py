@@ -48,6 +48,7 @@ def close(got: History, want: History) -> None:
         torch.testing.assert_close(got[name], values, rtol=2e-4, atol=2e-4, equal_nan=True, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["off", "reentrant", "non-reentrant"])
 def test_the_history_is_that_of_one_who_looks_on(recompute: str, fused_calls: list[torch.Size]) -> None:
     plain = train(Net())

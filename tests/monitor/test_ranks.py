@@ -18,10 +18,10 @@ from stabnorm.monitor import ranks
 from stabnorm.monitor.ranks import gather_slabs, merge_stacked_, variance_between
 from stabnorm.monitor.record import Block
 from tests.monitor.one_history import STEPS, History, Net, assert_same, train
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 from tests.versions import needs_fsdp_on_cpu
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, one_after_the_other]
 
 # -- in two processes --------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from stabnorm import convert_norms, fold_norms, recalibrate_norms
 from stabnorm.nn import PRepBN, RepBN
 from stabnorm.ops import use_kernels
 from tests.nn_modules import run, state
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 
 masks = pytest.mark.parametrize("masked", [False, True])
 centers = pytest.mark.parametrize("center", [True, False])
@@ -209,6 +209,7 @@ def joined(masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, dy, torch.rand(8, 16, generator=generator) > 0.4 if masked else None
 
 
+@one_after_the_other
 @pytest.mark.slow
 @masks
 def test_two_processes_equal_one_with_the_joined_batch(masked: bool, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from tests.nn_modules import run, state
-from tests.processes import run_ranks
+from tests.processes import one_after_the_other, run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, one_after_the_other]
 
 STEPS, RANKS = 12, 2
 

@@ -223,6 +223,7 @@ def test_layouts_that_are_not_rows_side_by_side() -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_a_monitor_sees_the_same_with_them() -> None:
     histories = []

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.triton_kernels import MARKS
 from tests.versions import needs_triton_without_driver
 
-pytestmark = [MARKS[0], needs_triton_without_driver]
+pytestmark = [MARKS[0], needs_triton_without_driver, pytest.mark.slow]
 
 
 def test_kernels_compile_for_a_gpu_and_use_no_local_memory(tmp_path: Path) -> None:

@@ -277,6 +277,7 @@ def test_a_shuffling_loader_wants_held_out_batches_of_its_own() -> None:
 # --- what is shipped ---
 
 
+@pytest.mark.slow
 def test_the_result_exports_without_a_norm_and_computes_the_same(tmp_path: Path) -> None:
     model = post_norm().eval()
     result = remove_norms(model, batches(24, 32), steps=5)

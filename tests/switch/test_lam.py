@@ -134,6 +134,7 @@ def test_a_copy_of_a_watched_model_is_not_watched() -> None:
     assert gap.take().isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_model_is_compiled_again_only_when_the_norms_are_left_out() -> None:
     import torch._dynamo.testing as testing

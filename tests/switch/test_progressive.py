@@ -90,6 +90,7 @@ def late_trouble(step: int) -> float:
     return 1.5 if step >= 88 else 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_gate_is_fed_every_fourth_step_and_decides_four_steps_later(shared: bool) -> None:
     model, total = two(), 200
@@ -144,6 +145,7 @@ def uninterrupted(schedule: str, total: int) -> tuple[Two, ProgressiveSwitch, li
     return model, switch, train(model, switch, range(total), spread=late_trouble)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "stop"),
     [("linear", 17), ("linear", 190), *(("adaptive", stop) for stop in (4, 11, 118, 122, 126, 130))],

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from stabnorm.actions.action import Training
 from stabnorm.actions.actions import Actions, resolve_actions
-from stabnorm.callbacks._outputs import output_directory
+from stabnorm.callbacks._outputs import shared_directory
 from stabnorm.callbacks._run_facts import averages
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.switch.progressive import ProgressiveSwitch
@@ -33,12 +33,10 @@ def actions_of(
             f"{strategy} keeps gradients and optimizer to itself, so stabnorm can neither skip a step nor go back. Use "
             "StabilityCallback without actions, or another strategy"
         )
-    dry = bool(getattr(trainer, "fast_dev_run", False))  # which writes nothing
-    own = str(output_directory(trainer)) if trainer.is_global_zero and not dry else ""
-    directory = trainer.strategy.broadcast(own)
+    directory = shared_directory(trainer)
 
     def save(path: Path) -> None:
-        if not dry:
+        if directory is not None:
             trainer.save_checkpoint(path)
 
     def stop(reason: str) -> None:
@@ -51,7 +49,7 @@ def actions_of(
         schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
         scaler=getattr(trainer.precision_plugin, "scaler", None),
         averages=averages(trainer),
-        directory=Path(directory or trainer.default_root_dir),
+        directory=directory or Path(trainer.default_root_dir),
         save=save,
         stop=stop,
         switch=_Switches(trainer) if _Switches.are_in(trainer) else None,

@@ -46,6 +46,11 @@ class BatchMask:
                 shown(self.mask), 100 * (1 - valid / every),
             )  # fmt: skip
 
+    @property
+    def masks(self) -> Sequence[Tensor]:
+        """The masks that are open."""
+        return () if self._open is None else self._open.masks
+
     def leave(self) -> None:
         """Close the masks of the batch, if any are open."""
         if self._open is not None:

@@ -62,6 +62,13 @@ def output_directory(trainer: "Trainer") -> Path:
     return _directories[trainer]
 
 
+def shared_directory(trainer: "Trainer") -> Path | None:
+    """Return rank 0's folder of this run on every rank, which must all ask; None where nothing is to be written."""
+    if getattr(trainer, "fast_dev_run", False):
+        return None
+    return Path(trainer.strategy.broadcast(str(output_directory(trainer)) if trainer.is_global_zero else ""))
+
+
 def _new_directory(trainer: "Trainer") -> Path:
     own, shared = (next(filter(None, _folders(trainer, name)), None) for name in ("log_dir", "save_dir"))
     root = own or shared or trainer.default_root_dir

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stabnorm._checks import check_count
 from stabnorm._models.names import NameFilter
 from stabnorm._states import check_state
 from stabnorm.actions.actions import Actions, resolve_actions
@@ -30,6 +31,7 @@ from stabnorm.callbacks._outputs import (
     record_writers,
     summary_writers,
 )
+from stabnorm.callbacks._recorder import BatchIndices, recorder_of
 from stabnorm.callbacks._terminal import logger, show_messages
 from stabnorm.callbacks._trainer import (
     check_loss_again,
@@ -50,6 +52,7 @@ from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.record import RecordWriter
 from stabnorm.monitor.statistics import Statistic, resolve
+from stabnorm.recorder.recorder import FlightRecorder
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -104,6 +107,9 @@ class StabilityCallback(Callback):
             "from_here_on", "everywhere", "training" and "any"; the actions are "log", "checkpoint", "skip", "clip",
             "reduce_lr", "rollback", "hold_switch" and "stop", or objects of `stabnorm.actions`, which have options.
             Default: alarms are logged, and nothing is done.
+        dumps: how many dumps are written into `dumps/` of the run's folder, at most: the last steps, and a batch with
+            the weights before it, at an alarm, an exception or SIGTERM; ``stabnorm replay`` runs it again. 0 writes
+            none. Default: 3.
 
     `trainer.callback_metrics` has ``stability/alerts``, the number of alerts so far, and ``stability/worst_score``, the
     detector's highest score in the last flush (alerts begin at 6), for EarlyStopping and ModelCheckpoint.
@@ -134,10 +140,13 @@ class StabilityCallback(Callback):
         on_alert: Callable[[Alert], object] | None = None,
         actions: dict[str, Any] | None = None,
         budget: float | None = None,
+        dumps: int = 3,
     ) -> None:
         super().__init__()
         resolve(preset)
         resolve_actions(actions or {})
+        check_count("dumps", dumps, 0, hint=": the largest number of dumps")
+        self.dumps = dumps
         self.companions = resolve_companions(companions)
         self.fused, self.detector, self.on_alert, self.actions = fused, detector, on_alert, actions
         self.budget = budget
@@ -155,6 +164,8 @@ class StabilityCallback(Callback):
         self.monitor: StabilityMonitor | None = None
         self.directory: Path | None = None
         self.responses: Actions | None = None
+        self.recorder: FlightRecorder | None = None
+        self._indices = BatchIndices()
         self._live: LiveReport | None = None
         self._records: list[RecordWriter] = []
         self._saved: dict[str, Any] | None = None
@@ -180,7 +191,7 @@ class StabilityCallback(Callback):
         """Forget an earlier run, so that nothing of it is restored where a tuner saves and restores its callbacks."""
         if stage == "fit":
             begin_run(trainer)
-            self.monitor = self.responses = None
+            self.monitor = self.responses = self.recorder = None
             if trainer.global_step == 0:
                 self._saved, self._saved_actions, self._loaded = None, {}, False
 
@@ -219,7 +230,10 @@ class StabilityCallback(Callback):
         self.responses = actions_of(trainer, pl_module, monitor, self.actions or {})
         if self.responses is not None:
             self.responses.load_state_dict(self._saved_actions)
+        self.recorder = recorder_of(trainer, pl_module, monitor, self.dumps)
         monitor.attach()
+        if self.recorder is not None:
+            self._indices.attach()
         self._fitting, self._counted, self._told = True, False, False
 
     def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -228,6 +242,8 @@ class StabilityCallback(Callback):
         if self.monitor is not None and self._fitting:
             self._fitting = False
             self.monitor.flush()
+            if self.recorder is not None:
+                self.recorder.close()
             self._saved = self.monitor.state_dict()
             if trainer.is_global_zero:
                 self._close(trainer)
@@ -235,6 +251,8 @@ class StabilityCallback(Callback):
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Remove the hooks and write the closing report; an error in the report does not hide the exception."""
         self._release()  # first, because Lightning does not call `teardown` after an exception
+        if self.recorder is not None and self._fitting and not isinstance(exception, KeyboardInterrupt):
+            self.recorder.crashed(exception)
         Guard().attempt("there is no closing report", self.on_train_end, trainer, pl_module)
         self.teardown(trainer, pl_module, "fit")
 
@@ -254,6 +272,7 @@ class StabilityCallback(Callback):
 
     def _release(self) -> None:
         self._batch_mask.leave()
+        self._indices.detach()
         if self._live is not None:
             self._live.leave_bar()
         if self.monitor is not None:
@@ -278,6 +297,8 @@ class StabilityCallback(Callback):
             if self.responses is not None:
                 self.responses.begin_step()
         self._batch_mask.enter(batch)
+        if self.recorder is not None:
+            self.recorder.begin(batch, indices=self._indices.next(trainer), masks=self._batch_mask.masks)
         if self.monitor.companions.computes_loss:
             self._step.loss_again = loss_again(trainer, pl_module, batch, batch_idx)
 
@@ -299,8 +320,10 @@ class StabilityCallback(Callback):
         if scale is not None:
             self._step.grad_scales[optimizer] = scale.clone() if isinstance(scale, Tensor) else scale
         self._step.stepped = True
-        if self.responses is not None:
-            self.responses.skips(optimizer)
+        if self.responses is not None and self.responses.skips(optimizer) and self.recorder is not None:
+            verdict = self.responses.verdict
+            if verdict.here:
+                self.recorder.alarm(verdict.kind, verdict.reason, verdict.layer)
 
     def on_train_batch_end(
         self,
@@ -327,6 +350,8 @@ class StabilityCallback(Callback):
             self._step = _OpenStep()
             if self.responses is not None:
                 self.responses.end_step()
+            if self.recorder is not None:
+                self.recorder.end(step.loss)
             if self.monitor.flushed or not self._told:
                 self._tell_callbacks(trainer, pl_module, self.monitor)
         self._batch_mask.leave()  # only now, because the loss may have been computed again
@@ -448,7 +473,16 @@ class StabilityCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         saved = self.state_dict().get("monitor")
         return state_to_pickle(
-            self, monitor=None, responses=None, _live=None, _records=[], _fitting=False, _step=_OpenStep(), _saved=saved
+            self,
+            monitor=None,
+            responses=None,
+            recorder=None,
+            _indices=BatchIndices(),
+            _live=None,
+            _records=[],
+            _fitting=False,
+            _step=_OpenStep(),
+            _saved=saved,
         )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stabnorm import norms as norms
     from stabnorm import ops as ops
     from stabnorm import pretrained as pretrained
+    from stabnorm import recorder as recorder
     from stabnorm import remedies as remedies
     from stabnorm import switch as switch
     from stabnorm._models.masks import valid_tokens as valid_tokens
@@ -70,6 +71,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     },
     parts=(
         "actions", "callbacks", "companions", "dashboard", "fit", "fold", "functional", "monitor", "nn", "norms", "ops",
-        "pretrained", "remedies", "switch",
+        "pretrained", "recorder", "remedies", "switch",
     ),
 )  # fmt: skip

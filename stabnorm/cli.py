@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_plan(commands)
     _add_view(commands)
     _add_report(commands)
+    _add_replay(commands)
     _add_remedies(commands)
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], str] = options.run
@@ -241,6 +242,61 @@ def _remedies(options: argparse.Namespace) -> str:
         return remedies_list(options.statistic)
     except ValueError as error:
         raise _Failure(str(error)) from error
+
+
+# --- stabnorm replay ---
+
+_REPLAY = """\
+Run the step of a dump again, with the weights, the batch and the random states that it had, and print the figures
+beside the recorded ones. A LightningModule is built as it was, from its hyperparameters; for any other model name a
+function that returns it, with any weights."""
+
+
+def _add_replay(commands: Any) -> None:
+    parser = commands.add_parser(
+        "replay", help="run the step of a dump again", description=_REPLAY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("dump", help="the folder of a dump, in `dumps/` of the run's folder")
+    parser.add_argument(
+        "--model", type=_reference, help="the function that returns the model, as package.module:function"
+    )
+    parser.add_argument(
+        "--loss", type=_reference, help="a function of (model, batch) that returns the loss (default: training_step)"
+    )
+    parser.add_argument("--checkpoint", help="a checkpoint with the weights, if the dump has none")
+    parser.add_argument("--device", default="cpu", help="where to run it (default: cpu)")
+    parser.add_argument("--trust", action="store_true", help="read objects of any class, which runs code of the dump")
+    parser.set_defaults(run=_replay)
+
+
+def _replay(options: argparse.Namespace) -> str:
+    import torch
+    from torch import nn
+
+    from stabnorm.recorder.again import replay
+    from stabnorm.recorder.dump import read_dump
+
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    model = checkpoint = None
+    loss: Any = None
+    if options.model:
+        function, called = _find(*options.model)
+        model = _call(function, called)
+        if not isinstance(model, nn.Module):
+            raise _Failure(f"{called} returned a {type(model).__name__}. Return the model, an nn.Module")
+    if options.loss:
+        loss, _ = _find(*options.loss)
+    try:
+        if options.checkpoint:
+            checkpoint = torch.load(options.checkpoint, map_location="cpu", weights_only=not options.trust)
+        dump = read_dump(options.dump, trust=options.trust)
+        return str(replay(dump, model, loss, device=options.device, checkpoint=checkpoint))
+    except (OSError, StabNormError) as error:
+        raise _Failure(str(error)) from error
+    except Exception as error:
+        raise _of_the_user(error, "the step cannot be run again") from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ ROOMS = (
     "errors", "_checks", "_states", "_lazy", "_log", "_registration", "functional", "clipping", "statistic", "_models",
     "gradient_noise",
     "norms", "ops", "nn", "companions", "monitor", "recalibrate", "_surgery", "fit", "convert", "switch", "progressive",
-    "fold", "pretrained", "remedies", "actions", "dashboard", "cli", "__main__", "callbacks",
+    "fold", "pretrained", "remedies", "actions", "recorder", "dashboard", "cli", "__main__", "callbacks",
 )  # fmt: skip
 
 FILES = {

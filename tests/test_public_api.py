@@ -12,7 +12,7 @@ import stabnorm
 
 ROOMS = (
     "actions", "callbacks", "companions", "dashboard", "fit", "fold", "monitor", "norms", "ops", "pretrained",
-    "remedies", "switch",
+    "recorder", "remedies", "switch",
 )  # fmt: skip
 LAZY = ("stabnorm", *(f"stabnorm.{room}" for room in ROOMS))
 HEAVY = ("torch", "pytorch_lightning", "lightning", "triton", "tensorboard", "numpy")

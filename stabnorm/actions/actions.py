@@ -121,6 +121,7 @@ class Actions:
 
     Attributes:
         done: what was done, in order.
+        verdict: what is known of the open step.
 
     Raises:
         TypeError: an argument has another type.
@@ -157,13 +158,13 @@ class Actions:
         self._judges = any(action.before_step for action in distinct)
         self._followed = self._onsets()
         self._loss_bad: Tensor | None = None
-        self._verdict = Verdict()
+        self.verdict = Verdict()
         self._known = set[int]()  # the steps that were known to be bad before their alert
         self.done: list[Done] = []
 
     def begin_step(self) -> None:
         """Begin a step, before its first forward."""
-        self._loss_bad, self._verdict = None, Verdict()
+        self._loss_bad, self.verdict = None, Verdict()
         for worker in self._workers.values():
             worker.begin_step()
 
@@ -193,7 +194,7 @@ class Actions:
             bad = None if self._loss_bad is None else torch.where(self._loss_bad, torch.nan, 0.0)
             verdict = self.training.monitor.verdict_before_step(looked_at, loss=bad)
             if verdict.bad:
-                first, self._verdict = not self._verdict.bad, verdict
+                first, self.verdict = not self.verdict.bad, verdict
                 self._before_step(verdict, first=first)
                 return True
         for worker in self._workers.values():
@@ -219,8 +220,8 @@ class Actions:
         if self._workers and monitor.flushed:
             monitor.flush()  # what a GPU has sent arrives now, and not one flush later
         raised = dict[str, Why]()
-        if self._verdict.bad:
-            verdict = self._verdict
+        if self.verdict.bad:
+            verdict = self.verdict
             raised[verdict.kind] = Why(verdict.kind, monitor.steps_done - 1, verdict.layer, verdict.reason)
         onsets = self._onsets()
         for number, (kind, _) in onsets.items():

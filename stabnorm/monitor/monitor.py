@@ -543,6 +543,15 @@ class StabilityMonitor:
         return bool(getattr(self._track.detector, "compared", True))
 
     @property
+    def model(self) -> nn.Module:
+        """The model that is watched, without wrappers such as DDP."""
+        return self._model
+
+    def mute(self) -> None:
+        """Let this monitor neither warn nor write, because another one does."""
+        self._speaks = False
+
+    @property
     def speaks(self) -> bool:
         """Whether this process writes the record and warns, because it is the first of those that merge."""
         return self._speaks

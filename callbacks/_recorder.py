@@ -1,0 +1,99 @@
+"""The flight recorder of a Lightning training: how its model is built, and which rows a batch has."""
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch.utils.data import BatchSampler
+
+from stabnorm.callbacks._outputs import shared_directory
+from stabnorm.monitor.monitor import StabilityMonitor
+from stabnorm.recorder.recorder import FlightRecorder
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+FOLDER = "dumps"
+_AHEAD = 4096  # batches that a loader may ask for ahead of time
+_PLAIN = (bool, int, float, str, type(None))
+_AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+
+
+def recorder_of(
+    trainer: "Trainer", pl_module: "LightningModule", monitor: StabilityMonitor, times: int
+) -> FlightRecorder | None:
+    """Return the recorder of a fit that begins; None if none is asked for, or nothing is to be written."""
+    directory = shared_directory(trainer)
+    if not times or directory is None:
+        return None
+    about = {
+        "model": recipe_of(pl_module),
+        "autocast": _AUTOCAST.get(str(trainer.precision), ""),
+        "micro_batches": trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1,
+    }
+    return FlightRecorder(monitor, directory / FOLDER, times=times, about=about)
+
+
+def recipe_of(pl_module: "LightningModule") -> dict[str, Any] | None:
+    """Say how the module is built: its class, and its hyperparameters if they are plain; None if nobody can know."""
+    hyperparameters = dict(getattr(pl_module, "hparams", {}))
+    if not _is_plain(hyperparameters):
+        return None
+    cls = type(pl_module)
+    recipe: dict[str, Any] = {"module": cls.__module__, "class": cls.__qualname__, "hyperparameters": hyperparameters}
+    if cls.__module__ == "__main__":
+        main: Any = sys.modules["__main__"]
+        if getattr(main, "__spec__", None) is not None:  # python -m package.module
+            recipe["module"] = main.__spec__.name
+        elif getattr(main, "__file__", None):
+            recipe["file"] = str(Path(main.__file__).resolve())
+    return recipe
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+class BatchIndices:
+    """Notes which rows of the data set each batch has, where torch's `BatchSampler` chooses them.
+
+    Lightning asks for the first batches before a callback can look at the loader, so the class is followed while a fit
+    goes on. A loader with workers asks ahead of time and in order: what was noted first belongs to the next batch.
+    """
+
+    def __init__(self) -> None:
+        self._noted: WeakKeyDictionary[BatchSampler, deque[list[int]]] = WeakKeyDictionary()
+        self._own: Any = None
+
+    def attach(self) -> None:
+        """Begin to note."""
+        self.detach()
+        noted, own = self._noted, BatchSampler.__iter__
+
+        def noting(sampler: BatchSampler) -> Iterator[list[int]]:
+            rows = noted[sampler] = deque(maxlen=_AHEAD)
+            for batch in own(sampler):
+                rows.append(list(batch))
+                yield batch
+
+        self._own, self._noting = own, noting
+        BatchSampler.__iter__ = noting  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Give the class its own method back."""
+        if self._own is not None and BatchSampler.__iter__ is self._noting:
+            BatchSampler.__iter__ = self._own  # type: ignore[method-assign]
+        self._own = None
+
+    def next(self, trainer: "Trainer") -> list[int] | None:
+        """Return the rows of the batch that begins; None if they are not known."""
+        sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+        rows = self._noted.get(sampler) if isinstance(sampler, BatchSampler) else None
+        return rows.popleft() if rows else None

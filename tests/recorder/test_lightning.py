@@ -1,0 +1,156 @@
+"""The flight recorder of a Trainer, and `stabnorm replay` in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from stabnorm import StabNormError
+from stabnorm.callbacks import StabilityCallback
+from stabnorm.recorder import read_dump, replay
+from stabnorm.statistic import Statistic
+from tests.actions.test_plain_loop import AlarmAt
+from tests.lightning_small import BATCHES, SIZE, fit, loader, module, trainer
+
+STATISTICS: list[str | Statistic] = ["amax", "token_std_mean", "grad_gain"]
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+import torch, pytorch_lightning as pl
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from stabnorm.callbacks import StabilityCallback
+
+class Net(pl.LightningModule):
+    def __init__(self, width=8):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Dropout(0.2), nn.Linear(width, 1))
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch[0]).square().mean()
+        self.log("loss", loss)
+        return loss
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x = torch.randn(40, 4)
+    x[18] = torch.nan
+    callback = StabilityCallback(["amax", "token_std_mean", "grad_gain"], actions={"non_finite": "skip"})
+    run = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback],
+                     enable_progress_bar=False, default_root_dir=sys.argv[1])
+    run.fit(Net(width=16), DataLoader(TensorDataset(x), batch_size=4))
+    print("DUMP", callback.recorder.dumps[0])
+"""
+
+
+def loss_of(model: Any, batch: Any) -> Tensor:
+    loss: Tensor = model.loss(batch)
+    return loss
+
+
+def python(*arguments: object, folder: Path) -> str:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.slow
+def test_a_dump_is_run_again_in_another_process_without_being_told_how(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    dump = python(script, tmp_path / "run", folder=tmp_path).split("DUMP ")[1].strip()
+    assert dump.endswith("step00000004-non_finite")
+    assert read_dump(dump).header["indices"] == [[16, 17, 18, 19]]
+    printed = python("-m", "stabnorm", "replay", dump, folder=tmp_path)
+    assert "the norm 'net.1' is not finite" in printed
+    named = [line for line in printed.splitlines() if line.startswith("net.1") and "token_std_mean" in line]
+    assert len(named) == 1
+    recorded, again = named[0].split()[-2:]
+    assert recorded == again
+    assert "loss: nan" in printed
+
+
+def test_an_exception_in_a_fit_is_dumped_with_its_batch(tmp_path: Path) -> None:
+    callback = StabilityCallback(STATISTICS)
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(trainer(tmp_path, callback), module(poison=5))
+    assert callback.directory is not None
+    (folder,) = (callback.directory / "dumps").iterdir()
+    dump = read_dump(folder)
+    assert folder.name == "step00000005-exception"
+    assert dump.header["reason"] == "RuntimeError: boom"
+    assert dump.header["indices"] == [list(range(5 * SIZE, 6 * SIZE))]
+    assert dump.history["@steps"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_sigterm_in_a_fit_is_dumped(tmp_path: Path) -> None:
+    class Killed(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                raise SIGTERMException
+
+    callback = StabilityCallback(STATISTICS)
+    with pytest.raises(SIGTERMException):
+        fit(trainer(tmp_path, callback, Killed()), module())
+    assert callback.recorder is not None
+    assert [path.name for path in callback.recorder.dumps] == ["step00000003-sigterm"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_step_after_an_alarm_is_run_again_to_the_same_figures(tmp_path: Path, accumulate: int) -> None:
+    class Soon(AlarmAt):
+        step = 2
+
+    callback = StabilityCallback(STATISTICS, flush_every=3, detector=Soon, mask="mask")
+    fit(trainer(tmp_path, callback, accumulate_grad_batches=accumulate), module())
+    assert callback.recorder is not None
+    (folder,) = callback.recorder.dumps
+    dump = read_dump(folder)
+    assert dump.header["step"] == 3
+    assert dump.header["indices"] == [
+        list(range((3 * accumulate + i) * SIZE, (3 * accumulate + i + 1) * SIZE)) for i in range(accumulate)
+    ]
+    with pytest.raises(StabNormError, match=r"asks its Trainer.*--loss"):
+        replay(dump, module())
+    again = replay(dump, module(), loss_of)
+    assert again.difference < 1e-5
+    assert (folder / "detail.npz").exists()
+
+
+def test_recording_changes_nothing_and_leaves_the_sampler_alone(tmp_path: Path) -> None:
+    own = torch.utils.data.BatchSampler.__iter__
+    states = []
+    for dumps in (0, 3):
+        callback = StabilityCallback(STATISTICS, flush_every=3, detector=AlarmAt, dumps=dumps)
+        model = module()
+        torch.manual_seed(7)
+        fit(trainer(tmp_path, callback), model)
+        states.append((model.losses, torch.get_rng_state()))
+        assert (callback.recorder is None) == (dumps == 0)
+    assert states[0][0] == pytest.approx(states[1][0], rel=1e-6)
+    assert torch.equal(states[0][1], states[1][1])
+    assert torch.utils.data.BatchSampler.__iter__ is own
+    assert len(loader()) == BATCHES
+
+
+def test_a_fast_dev_run_has_no_recorder(tmp_path: Path) -> None:
+    callback = StabilityCallback(STATISTICS)
+    fit(trainer(tmp_path, callback, fast_dev_run=2), module())
+    assert callback.recorder is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_number_of_dumps_is_checked() -> None:
+    with pytest.raises(ValueError, match="dumps=-1 is out of range"):
+        StabilityCallback(dumps=-1)

@@ -105,8 +105,8 @@ class StabilityCallback(Callback):
         actions: what to do at an alarm: a dict from its kind to an action, or a list of them, such as
             ``{"non_finite": "skip", "any": "checkpoint"}``. The kinds are "non_finite", "bound", "one_layer",
             "from_here_on", "everywhere", "training" and "any"; the actions are "log", "checkpoint", "skip", "clip",
-            "reduce_lr", "rollback", "hold_switch" and "stop", or objects of `stabnorm.actions`, which have options.
-            Default: alarms are logged, and nothing is done.
+            "reduce_lr", "qk_clip", "rollback", "hold_switch" and "stop", or objects of `stabnorm.actions`, which have
+            options. Default: alarms are logged, and nothing is done.
         dumps: how many dumps are written into `dumps/` of the run's folder, at most: the last steps, and a batch with
             the weights before it, at an alarm, an exception or SIGTERM; ``stabnorm replay`` runs it again. 0 writes
             none. Default: 3.

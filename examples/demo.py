@@ -42,6 +42,7 @@ class Run:
     record: Record
     cost: str
     model: DigitsViT
+    dumps: list[Path]
 
     @property
     def loss_doubled_at(self) -> int | None:
@@ -78,7 +79,9 @@ def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: 
     trainer.validate(model, test, verbose=False)
     assert stability.monitor is not None
     accuracy = float(trainer.callback_metrics["val/accuracy"])
-    return Run(accuracy, stability.monitor.alerts, read_record(logger.log_dir), str(stability.monitor.cost), model)
+    assert stability.recorder is not None
+    record, cost, dumps = read_record(logger.log_dir), str(stability.monitor.cost), stability.recorder.dumps
+    return Run(accuracy, stability.monitor.alerts, record, cost, model, dumps)
 
 
 def draw(name: str, root: str, path: str) -> None:
@@ -139,7 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
         draw("unstable", options.root, options.picture)
     tensorboard = Path(sys.executable).with_name("tensorboard")  # the one that make installed
     print(f"Look at them:  {os.path.relpath(tensorboard)} --logdir {options.root}   (the tab Stability)")
-    print(f"or, without TensorBoard:  {os.path.relpath(tensorboard.with_name('stabnorm'))} view {options.root}")
+    command = os.path.relpath(tensorboard.with_name("stabnorm"))
+    print(f"or, without TensorBoard:  {command} view {options.root}")
+    if unstable.dumps:
+        print(f"Run the unstable run's step after its first alert again:  {command} replay {unstable.dumps[0]}")
     return healthy, unstable, switched
 
 

@@ -124,6 +124,7 @@ class DigitsViT(LightningModule):
         weight_decay: float = 0.05,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)  # `stabnorm replay` builds the model from them
         self.lr = lr
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay

@@ -8,7 +8,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from stabnorm.errors import StabNormError
 from stabnorm.monitor.monitor import StabilityMonitor
+
+
+class OutOfBudget(StabNormError):
+    """An action was to be done more often than its budget allows, so the training ends."""
 
 
 class Holds(Protocol):

@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stabnorm._checks import check_choice, shown, wrong_type
-from stabnorm.actions.action import Action, Training, Why, Worker
+from stabnorm.actions.action import Action, OutOfBudget, Training, Why, Worker
 from stabnorm.actions.checkpoint import Checkpoint
 from stabnorm.actions.clip import Clip
 from stabnorm.actions.hold_switch import HoldSwitch
+from stabnorm.actions.qk_clip import QKClip
 from stabnorm.actions.reduce_lr import ReduceLR
 from stabnorm.actions.rollback import Rollback
 from stabnorm.actions.skip import Skip
 from stabnorm.actions.stop import Stop
-from stabnorm.errors import StabNormError
 from stabnorm.monitor.onsets import Onset
 from stabnorm.monitor.outputs import cause, say
 from stabnorm.monitor.verdict import NON_FINITE, Verdict
@@ -33,7 +33,7 @@ KINDS: Mapping[str, str] = {
 BEFORE_STEP = (NON_FINITE,)  # the kinds that are known before the optimizer steps
 
 ACTIONS: Mapping[str, type[Action]] = {
-    one.name: one for one in (Checkpoint, Clip, HoldSwitch, ReduceLR, Rollback, Skip, Stop)
+    one.name: one for one in (Checkpoint, Clip, HoldSwitch, QKClip, ReduceLR, Rollback, Skip, Stop)
 }
 LOG = "log"  # which is done in any case
 
@@ -256,7 +256,7 @@ class Actions:
             return
         try:
             words = self._workers[action].act(why)
-        except StabNormError:
+        except OutOfBudget:
             raise
         except Exception as error:  # a full disk, for example
             words = f"it failed, and the training goes on: {cause(error)}"

@@ -4,9 +4,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from stabnorm._checks import check_count
-from stabnorm.actions.action import Action, Training, Why, Worker
+from stabnorm.actions.action import Action, OutOfBudget, Training, Why, Worker
 from stabnorm.actions.snapshot import Snapshot
-from stabnorm.errors import StabNormError
 
 
 @dataclass(frozen=True)
@@ -67,19 +66,19 @@ class _RollingBack(Worker):
         """Go back.
 
         Raises:
-            StabNormError: this was done too often, or no state is old enough.
+            OutOfBudget: this was done too often, or no state is old enough.
         """
         self._done += 1
         while len(self._states) > 1 and self._states[-1][0] > why.step - self.action.before:
             self._states.pop()
         if self._done > self.action.budget or not self._states:
-            raise StabNormError(
+            raise OutOfBudget(
                 f"the training would go back for the {self._done}. time, and the budget is {self.action.budget}. The "
                 f"last alarm: {why.reason}. Other data did not help: lower the learning rate, or look at that layer"
             )
         step, snapshot, monitored = self._states[-1]
         if step > why.step:
-            raise StabNormError(
+            raise OutOfBudget(
                 f"there is no state from before step {why.step} to go back to: the first one is of step {step}"
             )
         snapshot.restore()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm._checks import check_count
-from stabnorm.actions.action import Action, Training, Why, Worker
-from stabnorm.errors import StabNormError
+from stabnorm.actions.action import Action, OutOfBudget, Training, Why, Worker
 from stabnorm.norms import find_norms
 
 
@@ -104,7 +103,7 @@ class Skipping(Worker):
         """Leave the gradients out, and restore what the forward has changed.
 
         Raises:
-            StabNormError: too many steps were skipped.
+            OutOfBudget: too many steps were skipped.
         """
         training = self.training
         for optimizer in training.optimizers:
@@ -117,7 +116,7 @@ class Skipping(Worker):
         while self._skipped[0] <= why.step - self.action.within:
             self._skipped.popleft()
         if len(self._skipped) > self.action.budget:
-            raise StabNormError(
+            raise OutOfBudget(
                 f"{len(self._skipped)} of the last {self.action.within} steps were to be skipped, and the budget is "
                 f"{self.action.budget}. The last one: {why.reason}. So many batches are hardly at fault: look at that "
                 "layer, go back to an earlier checkpoint, or lower the learning rate. The weights are those of the "

@@ -18,6 +18,7 @@ from torch import Tensor
 import stabnorm
 from stabnorm._checks import check_count, check_instance
 from stabnorm._models.ranks import is_distributed
+from stabnorm.actions.actions import kind_of
 from stabnorm.actions.snapshot import random_state
 from stabnorm.monitor._folders import file_name, local_folder
 from stabnorm.monitor.monitor import StabilityMonitor
@@ -184,8 +185,7 @@ class FlightRecorder:
         self._onsets += len(onsets)
         if onsets and self._why is None and self._due() and self.monitor.speaks:
             last = onsets[-1]
-            kind = "non_finite" if last.statistic == "nonfinite" else last.scope.replace(" ", "_")
-            self._why = {"kind": kind, "reason": str(last), "layer": last.layer, "onset": last.as_dict()}
+            self._why = {"kind": kind_of(last), "reason": str(last), "layer": last.layer, "onset": last.as_dict()}
         self._batches.clear()
 
     def _due(self) -> bool:

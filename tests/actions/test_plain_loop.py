@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm import StabilityMonitor, StabNormError
-from stabnorm.actions import Actions, Clip, HoldSwitch, ReduceLR, Rollback, Skip, Training, scale_learning_rates
+from stabnorm.actions import Actions, Clip, HoldSwitch, QKClip, ReduceLR, Rollback, Skip, Training, scale_learning_rates
 from stabnorm.clipping import AdaptiveClip
 from stabnorm.monitor import Alert
 from tests.actions.nets import batches, everything, net, same
@@ -299,3 +299,41 @@ def test_a_switch_waits_and_still_ends_in_time() -> None:
     assert max(a - b for a, b in zip(lams[True], lams[True][1:], strict=False)) < 0.12
     assert lams[True][-1] == lams[False][-1] == 0
     assert HoldSwitch(steps=5).name == "hold_switch"
+
+
+class OneHead(nn.Module):
+    """An attention that says how many heads it has, with a norm before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        mixed: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return mixed
+
+
+def test_heads_with_large_logits_are_shrunk_at_an_alarm() -> None:
+    model = OneHead()
+    with torch.no_grad():
+        model.attention.in_proj_weight[:4] *= 500  # queries of the first head
+    x = torch.randn(2, 16, 8)
+    with StabilityMonitor(model, ["amax"], flush_every=5, detector=AlarmAt, companions=["attention"]) as monitor:
+        actions = Actions(Training(model, monitor, []), {"any": QKClip(threshold=50.0)})
+        before = model.attention.in_proj_weight.clone()
+        for _ in range(15):
+            actions.begin_step()
+            model(x)
+            monitor.step()
+            actions.end_step()
+        largest = monitor.companions["attention"].history()["attention_logit_max"]
+    assert "attention.head0" in actions.done[0].words
+    assert float(largest[9].max()) > 50 >= float(largest[10:].max()) * (1 - 1e-5)
+    assert torch.equal(before[4:8], model.attention.in_proj_weight[4:8])
+
+
+def test_logits_must_be_measured() -> None:
+    with pytest.raises(ValueError, match=r"companions=\['attention'\]"):
+        Loop({"one_layer": "qk_clip"})

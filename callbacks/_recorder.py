@@ -72,6 +72,9 @@ class BatchIndices:
         self._noted: WeakKeyDictionary[BatchSampler, deque[list[int]]] = WeakKeyDictionary()
         self._own: Any = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BatchIndices, ()  # a copy notes for itself
+
     def attach(self) -> None:
         """Begin to note."""
         self.detach()

@@ -507,6 +507,14 @@ class StabilityMonitor:
         """Return the optimizer steps of the rows of `history()`, counted from 0."""
         return self._track.history_steps()
 
+    def history_so_far(self, companion: str = "") -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the steps and what `history` would return, without a flush; this waits for the device.
+
+        Args:
+            companion: whose history it is. Default: that of the norms.
+        """
+        return (self.companions[companion] if companion else self._track).so_far(self.steps_done)
+
     def plot(self, statistic: str = "", *, companion: str = "", colour: str = "times", ax: Any = None) -> Any:
         """Flush, and draw a statistic of all layers over the steps, as a figure that a notebook shows.
 

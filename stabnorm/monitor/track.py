@@ -78,7 +78,17 @@ class Track:
         NaN where a row had nothing to measure. Bounded in memory: of a very long run the last 64 MiB are kept.
         """
         self._flush()
-        values = self._history.values()
+        return self._series(self._history.values())
+
+    def so_far(self, steps_done: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return steps and history without a flush, with the steps that none has received yet; this waits for them."""
+        steps, values = self._history.steps(), self._history.values()
+        if unflushed := self.unflushed():
+            values = torch.cat([values, unflushed[0]])
+            steps = torch.cat([steps, torch.arange(steps_done - len(unflushed[0]), steps_done, device="cpu")])
+        return steps, self._series(values)
+
+    def _series(self, values: Tensor) -> dict[str, Tensor]:
         names = (*self.layout.statistics, *({"tokens"} & self.layout.beside.keys()))
         return {name: self.layout.part(values, name) for name in names}
 

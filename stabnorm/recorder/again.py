@@ -89,7 +89,9 @@ class Replayed:
         first = [int(i) for i in np.flatnonzero(broken.any(1))[:1]]
         full = [self.layers.index(named)] if named in self.layers else first or [0]
         shown = [(i, k) for i in full for k in range(len(self.statistics))]
-        return shown + [(i, 0) for i in range(len(self.layers)) if i not in full][:_SHOWN]
+        statistic = self.dump.header.get("onset", {}).get("statistic", "")
+        column = self.statistics.index(statistic) if statistic in self.statistics else 0
+        return shown + [(i, column) for i in range(len(self.layers)) if i not in full][:_SHOWN]
 
 
 def replay(

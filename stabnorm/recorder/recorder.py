@@ -235,7 +235,6 @@ class FlightRecorder:
         monitor, capsule = self.monitor, self._capsule or {}
         closed = not self._open  # the open step has no figures of its own
         why["step"] = step = monitor.steps_done - closed
-        monitor.flush()
         tensors: dict[str, dict[str, Any]] = {}
         header: dict[str, Any] = {
             **why, **self.about, **self._describe(), "complete_step": closed,
@@ -271,11 +270,13 @@ class FlightRecorder:
         return [_on_host(one) for one in self._batches], ""
 
     def _history(self, monitor: StabilityMonitor) -> dict[str, Any]:
-        arrays: dict[str, Any] = {"@steps": monitor.history_steps()[-self.steps :].numpy()}
-        arrays |= {name: values[-self.steps :].numpy() for name, values in monitor.history().items()}
+        steps, series = monitor.history_so_far()
+        arrays: dict[str, Any] = {"@steps": steps[-self.steps :].numpy()}
+        arrays |= {name: values[-self.steps :].numpy() for name, values in series.items()}
         for track in monitor.companions.values():
             arrays[f"{track.name}/@rows"] = np.array(track.rows, str)
-            arrays |= {f"{track.name}/{name}": v[-self.steps :].numpy() for name, v in track.history().items()}
+            _, series = monitor.history_so_far(track.name)
+            arrays |= {f"{track.name}/{name}": values[-self.steps :].numpy() for name, values in series.items()}
         losses = dict(self._losses)
         arrays["loss"] = np.array([float(losses.get(int(step), np.nan)) for step in arrays["@steps"]], np.float32)
         return arrays

@@ -110,16 +110,21 @@ class _Blended(torch.autograd.Function):
 
 def fork(lam: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     """Pass on the input for norm and for RepBN, and RepBN's parameters; stop the gradient of a branch of weight 0."""
-    if torch.is_grad_enabled():
+    if _takes_gradients():
         return _Fork.apply(lam, x, *parameters)  # type: ignore[no-any-return, no-untyped-call]
     return x, x, *parameters  # Dynamo of torch 2.13 gives a forward a context here that it does not take
 
 
 def blend_of(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
     """Blend the outputs of norm and RepBN in the norm's dtype, see `stabnorm.ops.blend`."""
-    if torch.is_grad_enabled():
+    if _takes_gradients():
         return _Blend.apply(lam, norm, rep)  # type: ignore[no-any-return, no-untyped-call]
     return blend(lam, norm, rep.to(norm.dtype))
+
+
+def _takes_gradients() -> bool:
+    """Whether a backward may follow; not so while `torch.jit` traces, which writes a function twice in two ways."""
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
 
 
 class _Fork(torch.autograd.Function):

@@ -15,7 +15,9 @@ from tests.families import randomize_
 from tests.fold.nets import relative_error
 
 # TorchScript is deprecated from torch 2.14 on, FX quantisation has moved to another package: they warn.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning"
+)
 
 
 def script(model: nn.Module, *example: Tensor) -> nn.Module:
@@ -27,6 +29,10 @@ def script(model: nn.Module, *example: Tensor) -> nn.Module:
 
 def trace_by_fx(model: nn.Module, *example: Tensor) -> nn.Module:
     return torch.fx.symbolic_trace(model)
+
+
+def trace_by_jit(model: nn.Module, *example: Tensor) -> nn.Module:
+    return torch.jit.trace(model, example)  # type: ignore[no-untyped-call, no-any-return]  # it compares two traces
 
 
 def export(model: nn.Module, *example: Tensor) -> nn.Module:
@@ -46,7 +52,7 @@ def quantise_by_fx(model: nn.Module, *example: Tensor) -> nn.Module:
     return fx.prepare_fx(model, QConfigMapping(), example)  # type: ignore[no-any-return]
 
 
-TOOLS = [script, trace_by_fx, export, compile_whole, quantise_by_fx]
+TOOLS = [script, trace_by_fx, trace_by_jit, export, compile_whole, quantise_by_fx]
 every_tool = pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from stabnorm._checks import check_choice, check_has_numbers, check_loader, check_model, check_names
 from stabnorm._log import printable
+from stabnorm._models.ambient import plain_context
 from stabnorm._models.intact import intact_on_error
 from stabnorm._models.names import compiled
 from stabnorm._models.tables import aligned
@@ -185,7 +186,7 @@ def convert_norms(
     if loader is not None and report.converted:
         sized = {layer.name for layer in search.found if not layer.any_width}
         fits = fit_copies(model, loader, sized & {*report.converted}, lambda copy: convert_norms(copy, **norm_options))
-    with intact_on_error(model):
+    with plain_context(), intact_on_error(model):
         for layer in search.found:
             _carry_out(plans[id(layer.module)], layer, to)
         if fits:

@@ -210,7 +210,8 @@ class _Target:
         most = int(gather_over_ranks(torch.tensor(len(self.seen), device=device)).max())
         if not most:
             return None
-        padded = torch.full((most, *shape), torch.nan, device=device)  # ranks may have different numbers of batches
+        dtype = torch.promote_types(self.buffers[0].dtype, torch.float32)
+        padded = torch.full((most, *shape), torch.nan, dtype=dtype, device=device)  # ranks may have other counts
         if self.seen:
             padded[: len(self.seen)] = torch.stack(self.seen)
         of_all_ranks = gather_over_ranks(padded).cpu().double().transpose(0, 1).flatten(0, 1)  # in the batches' order

@@ -21,18 +21,24 @@ def plain_context() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     )  # fmt: skip
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.device("cpu"))
+        # Only what differs is set, because the fold does this at every operation.
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_grad_enabled():
+            stack.enter_context(torch.no_grad())
+        if torch.empty(0).device.type != "cpu":  # torch 2.6's get_default_device() does not see `with torch.device()`
+            stack.enter_context(torch.device("cpu"))
         for device in ("cpu", "cuda", "xpu"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        torch.set_default_dtype(torch.float32)
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
         if deterministic:
             torch.use_deterministic_algorithms(False)
         try:
             yield
         finally:
-            torch.set_default_dtype(dtype)
+            if dtype != torch.float32:
+                torch.set_default_dtype(dtype)
             if deterministic:
                 torch.use_deterministic_algorithms(True, warn_only=warn_only)

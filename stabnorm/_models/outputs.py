@@ -34,7 +34,7 @@ def tensors_in(output: Any, outputs: Picker = None) -> list[Tensor]:
 
 def _walk(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
     if isinstance(value, float):
-        yield torch.tensor(value, dtype=torch.float64)
+        yield torch.tensor(value, dtype=torch.float64, device="cpu")
         return
     if id(value) in seen or isinstance(value, nn.Module | type):
         return
@@ -42,7 +42,7 @@ def _walk(value: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fc":
-        yield torch.tensor(value.astype(np.complex128 if value.dtype.kind == "c" else np.float64))
+        yield torch.from_numpy(np.array(value, dtype=np.complex128 if value.dtype.kind == "c" else np.float64))
     elif isinstance(value, Iterator):
         raise OutputError(
             f"the model returns a {type(value).__name__}, and looking at what it yields would use it up. Return a "

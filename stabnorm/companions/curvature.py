@@ -171,7 +171,7 @@ class CurvatureWatch(Watch):
         self._old: dict[int, Tensor] = {}  # weights before the optimizer's step, by index
         self._moves: dict[int, _Move] = {}
         self._loss = StepLoss(None)
-        self._recent = torch.full((_SAMPLES,), torch.nan, device="cpu")
+        self._recent = torch.full((_SAMPLES,), torch.nan, dtype=torch.float32, device="cpu")
         self._knows_slope: bool | None = None  # None before the first sample
         self._slope_error: AsyncCopy | None = None  # of the first sample, and its R
         self._problem: str | None = None
@@ -224,7 +224,7 @@ class CurvatureWatch(Watch):
     def take(self) -> Curvature:
         """Return the samples so far; measure one if this step is due and the loss was given."""
         device = self._parameters[0].device
-        sample = torch.full((1,), torch.nan, device=device)
+        sample = torch.full((1,), torch.nan, dtype=torch.float32, device=device)
         if self._moves and self._loss.closure is None:
             self._complain("the loss is missing: give monitor.step(closure=lambda: loss_function(model(x), y))")
             self._schedule.postpone()

@@ -179,7 +179,7 @@ class Rests:
 def draw(rests: Sequence[Rests]) -> Rests:
     """Pick samples at even distances from those of all ranks."""
     both = torch.cat([torch.cat([rest.original, rest.converted], 1) for rest in rests])
-    own = both[torch.linspace(0, len(both) - 1, RESTS, device=both.device).long()]
+    own = both[torch.linspace(0, len(both) - 1, RESTS, dtype=torch.float64, device=both.device).long()]
     everyone = gather_over_ranks(own).flatten(0, 1)
     original, converted = everyone[:: len(everyone) // RESTS].chunk(2, 1)
     return Rests(original, converted)

@@ -2,11 +2,13 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stabnorm._models.ambient import plain_context
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.fold.folded import StandIn
 
@@ -50,9 +52,9 @@ def norm_inside(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     return scale, shift
 
 
-def standing_for(norm: nn.Module, new: StandIn, *, goes_on: bool, contiguous: bool) -> nn.Module:
+def standing_for(norm: nn.Module, new: StandIn, *, goes_on: bool, axes: Sequence[int] | None) -> nn.Module:
     """Give what takes a norm's place when `new` does its work; with `goes_on` the norm's children follow it."""
-    new.in_place_of(norm).contiguous = contiguous
+    new.in_place_of(norm).keep_memory(axes)
     if goes_on:
         children = OrderedDict(norm.named_children())
         for child in children.values():
@@ -62,6 +64,7 @@ def standing_for(norm: nn.Module, new: StandIn, *, goes_on: bool, contiguous: bo
     return new
 
 
+@plain_context()
 def _run(module: nn.Module, channels: int) -> tuple[list[Tensor], list[Tensor]] | None:
     """Run a copy in float64 on zeros, ones and numbers that are drawn, in the first number of axes that it takes."""
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +73,7 @@ def _run(module: nn.Module, channels: int) -> tuple[list[Tensor], list[Tensor]] 
         inputs = [torch.zeros_like(drawn), torch.ones_like(drawn), drawn]
         try:
             twin = copy.deepcopy(module).double().cpu().eval()
-            with torch.no_grad(), random_state_kept(torch.device("cpu")):
+            with random_state_kept(torch.device("cpu")):
                 outputs = [twin(x.clone()) for x in inputs]
         except Exception:  # it takes another number of axes, or cannot be copied
             continue

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.ambient import plain_context
 from stabnorm.fold._plan import Edit, Plan
 from stabnorm.fold._readers import Joined, NewBias, Slot, View
 from stabnorm.fold._sites import Site
+from stabnorm.fold._ties import drop_ties
 from stabnorm.fold.folded import FrozenAffine
 from stabnorm.fold.manifest import restructure
 
 
-@torch.no_grad()
+@plain_context()
 def apply_plan(plan: Plan, manifest: dict[str, object], model: nn.Module) -> None:
     """Change weights and put what is left in the norms' places."""
     restructure(model, manifest)
@@ -26,6 +28,7 @@ def apply_plan(plan: Plan, manifest: dict[str, object], model: nn.Module) -> Non
         _edit(model, edit)
     for site in plan.neutral:
         set_gain(model, site, *(site.stays or (torch.ones(()), torch.zeros(()))))
+    drop_ties(model, plan.untied)
 
 
 def set_gain(model: nn.Module, site: Site, scale: Tensor, shift: Tensor) -> None:

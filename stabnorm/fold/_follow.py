@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from stabnorm._models.ambient import plain_context
 from stabnorm._models.calls import input_name, tensor_input_of
 from stabnorm._models.examples import Example, run
 from stabnorm._models.hooks import hooked
@@ -145,16 +146,18 @@ class _Follow(Following):
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             self.pauses -= 1
             self._return(index, out)
-            name, read = self.trace.sites[index].name, tensors_of(args)
-            if read and isinstance(out, Tensor) and out.is_contiguous() and not read[0].is_contiguous():
-                self.trace.reordered += [name] if name not in self.trace.reordered else []
+            axes, read = memory_axes(out), tensors_of(args)
+            if axes and read and not read[0].movedim(*axes).is_contiguous():
+                self.trace.reordered.setdefault(self.trace.sites[index].name, axes)
 
         return hook
 
+    @plain_context()
     def _read(self, index: int, x: Tensor) -> None:
         if x.numel():  # an expert's norm, say, may have no token to read
             self.trace.calls.append(self._call(index, x))
 
+    @plain_context()
     def _return(self, index: int, out: Any) -> None:
         site, first = self.trace.sites[index], self.trace.first_tags[index]
         tags = torch.arange(first, first + site.num_features)
@@ -293,13 +296,16 @@ class _Follow(Following):
                 x, multiplier = multiplier, x
         elif packet is aten.masked_fill and args[2] == 0:
             x, multiplier = args[:2]
+        elif packet is aten.where and len(args) == 3 and any(_is_zero(t) for t in args[1:]):
+            x, multiplier = args[2] if _is_zero(args[1]) else args[1], args[0]
         else:
             return None
         shadow = self._shadow(x)
         if shadow is None or self._shadow(multiplier) is not None or not out.is_floating_point():
             return None
         tags, factors = shadow.tags.expand(out.shape), shadow.factors()
-        if packet is not aten.masked_fill and (not isinstance(multiplier, Tensor) or self._is_constant(multiplier)):
+        is_mask = packet in (aten.masked_fill, aten.where)
+        if not is_mask and (not isinstance(multiplier, Tensor) or self._is_constant(multiplier)):
             by = torch.as_tensor(multiplier, dtype=torch.float64, device=tags.device)
             return Shadow(tags, (factors / by if packet is aten.div else factors * by).expand(out.shape))
         self.stop([x], f"{self._where(func)} multiplies it by what depends on the input", shift_only=True)
@@ -443,3 +449,20 @@ class _Follow(Following):
         view = self.view_of(t)
         if view is not None:
             self.trace.uses.append(Use(view, linear, text))
+
+
+def memory_axes(t: Any) -> tuple[int, int] | None:
+    """Give the axis that is innermost in memory, and the last one; (0, 0) where t is contiguous, None for other memory.
+
+    >>> memory_axes(torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last))
+    (1, 3)
+    """
+    if not isinstance(t, Tensor) or t.layout != torch.strided or not t.ndim:
+        return None
+    innermost = min(range(t.ndim), key=lambda axis: t.stride(axis) if t.shape[axis] > 1 else t.numel() + 1)
+    candidates = [(0, 0), (innermost, t.ndim - 1)]
+    return next((axes for axes in candidates if t.movedim(*axes).is_contiguous()), None)
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0 and not bool(value)

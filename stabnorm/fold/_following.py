@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stabnorm._models.ambient import plain_context
 from stabnorm.fold._readers import View
 
 aten = torch.ops.aten
@@ -50,7 +51,8 @@ class Following(TorchDispatchMode):
             moves_nothing = func.overloadpacket in _OF_A_SHAPE or _keeps_elements(func, args)
             out = func(*args, **kwargs)
             if not self.pauses and not moves_nothing:
-                self.follow(func, args, kwargs, out)
+                with plain_context():  # what the model sets, or its caller, is not for what we compute
+                    self.follow(func, args, kwargs, out)
         return out
 
     def view_of(self, t: Any) -> View | None:

@@ -13,12 +13,13 @@ channel: v = A u + C. This is the whole algebra:
 Going the other way, a norm that reads nothing but a linear layer's outputs is taken into that layer's rows (backward).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from stabnorm._models.ambient import plain_context
 from stabnorm.fold._index import NONE, SEVERAL, Index
 from stabnorm.fold._readers import Joined, Linear, NewBias, Slot, views_in
 from stabnorm.fold._sites import Site
@@ -78,7 +79,7 @@ class Plan:
         untied: Parameters that get a copy of their own.
         neutral: Norms that stay and give up their gain and bias.
         going_on: Of the norms that go, those whose children stay, such as an activation.
-        contiguous: Of the norms that go, those whose output must still be contiguous.
+        contiguous: Of the norms that go, those whose output must lie in memory as the norm's did, and in which order.
         max_gauge: The largest factor by which a residual stream's channels are scaled, either way; 1 where none is.
     """
 
@@ -88,10 +89,18 @@ class Plan:
     untied: list[str] = field(default_factory=list)
     neutral: list[Site] = field(default_factory=list)
     going_on: list[str] = field(default_factory=list)
-    contiguous: list[str] = field(default_factory=list)
+    contiguous: dict[str, tuple[int, int]] = field(default_factory=dict)
     max_gauge: float = 1.0
 
+    @property
+    def parameters(self) -> set[str]:
+        """Names of the parameters that exist already and change."""
+        names = {name for edit in self.edits for name in edit.parameters}
+        gains = [(site.name, site.gain) for site in self.neutral if site.gain is not None]
+        return names | {f"{name}.{part}" for name, gain in gains for part in (gain.weight, gain.bias) if part}
 
+
+@plain_context()
 def plan_folds(
     trace: Trace,
     *,
@@ -100,7 +109,7 @@ def plan_folds(
     untie: bool = True,
     refused: Mapping[str, str] | None = None,
     fixed: Mapping[str, str] | None = None,
-    contiguous: Sequence[str] = (),
+    contiguous: Mapping[str, tuple[int, int]] | None = None,
 ) -> Plan:
     """Decide what happens to each norm and each weight.
 
@@ -111,7 +120,8 @@ def plan_folds(
         untie: Whether such a parameter may get a copy of its own. Default: True.
         refused: Norms that must not be folded, and why. Default: none.
         fixed: Norms that must not even become one multiply-add, and why. Default: none.
-        contiguous: Norms in whose place the memory must be rewritten, as the norm did. Default: none.
+        contiguous: Norms in whose place the memory must be rewritten, as the norm did, and in which order. Default:
+            none.
     """
     index = Index(trace, tied or {}, untie)
     unseen = {site.name: UNSEEN for site, calls in zip(trace.sites, index.calls, strict=True) if not calls}
@@ -126,7 +136,7 @@ def plan_folds(
     decisions.refuse_unreached()
     plan = decisions.plan()
     gone = {fold.name for fold in plan.folds if fold.status in FOLDED or fold.name in plan.affine}
-    plan.contiguous = [name for name in contiguous if name in gone]
+    plan.contiguous = {name: axes for name, axes in (contiguous or {}).items() if name in gone}
     return plan
 
 

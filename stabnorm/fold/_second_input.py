@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stabnorm._models.ambient import plain_context
 from stabnorm._models.examples import Example
 
 Axis = tuple[int, int]  # a tensor's number in the example, and the axis
@@ -96,6 +97,7 @@ def _sizes(tensors: Sequence[Tensor], axes: set[Axis]) -> list[int]:
     return [new for new in (*longer, size - 1, size // 2) if size and new > 0]
 
 
+@plain_context()
 def _resized(example: Example, sizes: Mapping[Axis, int]) -> Example:
     """Cut axes off, or repeat their last entry."""
     if not sizes:
@@ -111,6 +113,7 @@ def _resized(example: Example, sizes: Mapping[Axis, int]) -> Example:
     return _mapped(example, change)
 
 
+@plain_context()
 def redrawn(example: Example, rows: Mapping[int, int] | None = None, seed: int = 0) -> Example:
     """Make another input of these shapes: floats with another mean and scale, other tokens.
 

@@ -51,13 +51,16 @@ _MOVES = {
     aten.unsqueeze, aten.unbind, aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_split, aten.unsafe_chunk,
     aten.unsafe_split_with_sizes, aten.cat, aten.stack, aten.roll, aten.flip, aten.repeat, aten.repeat_interleave,
     aten.index, aten.index_select, aten.gather, aten.unfold, aten.diagonal, aten.constant_pad_nd, aten.pixel_shuffle,
-    aten.pixel_unshuffle, aten.channel_shuffle, aten.reflection_pad1d, aten.reflection_pad2d, aten.replication_pad1d,
-    aten.replication_pad2d, *_SAME, *_RESHAPE,
+    aten.pixel_unshuffle, aten.channel_shuffle, aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
+    aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d, aten.rot90, aten.im2col, aten._unsafe_index,
+    *_SAME, *_RESHAPE,
 }  # fmt: skip
 _AVERAGES = {
     aten.mean, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d,
     aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.upsample_nearest1d, aten.upsample_nearest2d,
-    aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
+    aten.upsample_nearest3d, aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d,
+    aten._upsample_nearest_exact3d, aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_trilinear3d,
+    aten.upsample_bicubic2d,
 }  # fmt: skip
 
 
@@ -79,6 +82,7 @@ def moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shadow: Shad
         return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
     is_zero = func.overloadpacket is aten.constant_pad_nd and (len(rest) < 2 or rest[1] == 0)
+    is_zero |= func.overloadpacket is aten.im2col
     tags = run(lambda source: source.tags, 0.0, ZERO if is_zero else 0.0)
     if all(source is None or source.factor is None for _, source in sources):
         return [Shadow(t) for t in tags]
@@ -93,6 +97,9 @@ def _run(func: Any, first: Any, rest: list[Any], kwargs: dict[str, Any], padding
         return first.reshape(rest[0])
     if packet is aten.constant_pad_nd:
         return aten.constant_pad_nd(first, rest[0], padding)
+    if packet is aten.im2col:  # it pads with zeros
+        patches = func(torch.ones_like(first), *rest, **kwargs)
+        return torch.where(patches == 0, padding, func(first, *rest, **kwargs))
     return func(first, *rest, **kwargs)
 
 

@@ -63,7 +63,8 @@ class Trace:
     """The records. Tags count from 1: first the norms' channels, site by site, then the features of each `Linear`.
 
     `unreached` are obstacles, too: what did not run, and could read these tags. `functional` names the function that a
-    module's own forward normalises with. `reordered` are norms whose output is contiguous where their input is not.
+    module's own forward normalises with. `reordered` are norms whose output lies in another order in memory than their
+    input, with the axes of `memory_axes`.
     `buffers` are the names of those that an operation reads.
     """
 
@@ -76,7 +77,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     functional: dict[str, str] = field(default_factory=dict)
-    reordered: list[str] = field(default_factory=list)
+    reordered: dict[str, tuple[int, int]] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     next_tag: int = 1
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.ambient import plain_context
 from stabnorm.fold._readers import Linear, Slot, View, renamed, views_in
 from stabnorm.fold._trace import Obstacle, Trace, Use
 from stabnorm.norms.torch_own import torch_own
@@ -19,6 +20,7 @@ _UNNAMED = (nn.ModuleList, nn.ParameterList)  # two siblings must agree, because
 _NAMED = (nn.ModuleDict, nn.ParameterDict)
 
 
+@plain_context()
 def note_unreached(
     model: nn.Module, trace: Trace, frames: Mapping[str, Sequence[Tensor]], tied: Mapping[str, str]
 ) -> None:

@@ -200,7 +200,8 @@ def _fold(
         folded = model if inplace else copied(model)
         with intact_on_error(folded):
             if inplace:  # the first change to the user's model; whatever shares memory with a weight does not change
-                own_parameters(folded, {name for edit in plan.edits for name in edit.parameters})
+                named = {name for name, _ in folded.named_parameters(remove_duplicate=False)}
+                own_parameters(folded, plan.parameters & named)
             apply_plan(plan, manifest, folded)
     precision = lanes.precision(error)
     return FoldResult(folded, norms, error, precision, lanes.checked_on, vacuous, plan.max_gauge, manifest)
@@ -288,8 +289,8 @@ def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
         scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
         if site.gain is None:
             affine = FrozenAffine(scale.to(like), shift.to(like), site.channel_dim)
-            norm, contiguous = faulty.get_submodule(site.name), site.name in plan.contiguous
-            new[site.name] = standing_for(norm, affine, goes_on=site.goes_on, contiguous=contiguous)
+            norm, axes = faulty.get_submodule(site.name), plan.contiguous.get(site.name)
+            new[site.name] = standing_for(norm, affine, goes_on=site.goes_on, axes=axes)
         else:
             set_gain(faulty, site, scale, shift)
     replace_modules(faulty, new)

@@ -1,5 +1,6 @@
 """Modules that take a folded norm's place: the identity, or one multiply-add. No class here names a normalization."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,17 +14,26 @@ from stabnorm.nn._base import Float32Buffers, LeavesFusedPath
 _NEUTRAL = {"weight", "bias", "running_mean", "running_var"}  # of the batch norm that changes nothing
 
 
+def _in_memory(t: Tensor, axis: int, to: int) -> Tensor:
+    """Make t contiguous with one axis moved, or as it is where both are 0."""
+    if to == 0:
+        return t.contiguous()
+    return t.movedim(axis, to).contiguous().movedim(to, axis)
+
+
 class StandIn(LeavesFusedPath):
     """What stands in a norm's place: it is called as the norm was, and answers code that reads the norm's attributes.
 
     `forward` has one argument, so that `torch.fx` and TorchScript can read it. The call takes the input by whatever
-    name the norm had for it; further arguments, such as a mask, are ignored. Where `contiguous` is True, the output is
-    contiguous, as the norm's was, for a `view` that comes after it.
+    name the norm had for it; further arguments, such as a mask, are ignored. Where `contiguous` is True, the output
+    lies in memory as the norm's did, for a `view` that comes after it: contiguous once the first of `axes` is moved to
+    the second.
     """
 
     input_name = ""
     contiguous = False
-    __constants__: ClassVar = ["contiguous"]  # for TorchScript, which does not look at a class's attributes
+    axes = (0, 0)
+    __constants__: ClassVar = ["contiguous", "axes"]  # for TorchScript, which does not look at a class's attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call `forward` with the input alone."""
@@ -31,6 +41,12 @@ class StandIn(LeavesFusedPath):
         if x is None:
             raise TypeError(f"{type(self).__name__} is called without an input. Pass a tensor, first or by keyword")
         return super().__call__(x)  # type: ignore[misc]
+
+    def keep_memory(self, axes: Sequence[int] | None) -> None:
+        """Write outputs in this order in memory; None leaves them as they are."""
+        self.contiguous = axes is not None
+        if axes is not None:
+            self.axes = (axes[0], axes[1])
 
     def in_place_of(self, norm: nn.Module) -> Self:
         """Take over what other code may read of a norm: its sizes, its eps, and its tensors' dtype and device.
@@ -69,7 +85,7 @@ class FoldedNorm(StandIn, nn.Identity):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the input."""
-        return input.contiguous() if self.contiguous else input
+        return _in_memory(input, self.axes[0], self.axes[1]) if self.contiguous else input
 
     def in_place_of(self, norm: nn.Module) -> Self:
         """Take over what other code may read of a norm; a batch norm's numbers become those that change nothing."""
@@ -133,7 +149,7 @@ class FrozenAffine(StandIn, Float32Buffers):
         x = input if self.channel_dim == -1 else input.transpose(self.channel_dim, -1)
         y = torch.addcmul(self.shift, x, self.scale).to(input.dtype)
         y = y if self.channel_dim == -1 else y.transpose(self.channel_dim, -1)
-        return y.contiguous() if self.contiguous else y
+        return _in_memory(y, self.axes[0], self.axes[1]) if self.contiguous else y
 
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """Give ``(scale, shift, channel_dim)`` in float64: it can be folded again after a change of the model."""

@@ -39,6 +39,7 @@ class FoldGuard:
         ValueError: the model has neither, `guard` is unknown, or `margin` is not above 0.
     """
 
+    @torch.inference_mode(False)  # its tensors change in forwards outside of that mode
     def __init__(self, model: nn.Module, guard: Action, margin: float) -> None:
         check_model("model", model)
         check_has_numbers(model, "to guard")
@@ -49,8 +50,8 @@ class FoldGuard:
             raise ValueError("the model has no folded norm to guard. Pass fold_norms(...).model")
         self.guard, self.margin = guard, margin
         self._names = list(sites)
-        self._bounds = torch.zeros(len(sites))
-        self._largest = torch.zeros(len(sites))  # in this forward, or over the calibration data
+        self._bounds = torch.zeros(len(sites), dtype=torch.float32, device="cpu")
+        self._largest = torch.zeros_like(self._bounds)  # in this forward, or over the calibration data
         self._unjudged: Tensor | None = None  # the largest values of a forward, on their way to the host
         self._copied: torch.cuda.Event | None = None
         self._calibrating = True
@@ -77,6 +78,8 @@ class FoldGuard:
         self.remove()
 
     def _reading(self, index: int) -> Any:
+        @torch.inference_mode(False)  # the next forward may run in another mode
+        @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = tensor_input_of(args, kwargs).detach()
             if not x.numel():

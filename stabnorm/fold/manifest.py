@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from stabnorm._checks import check_model, wrong_type
+from stabnorm._models.ambient import plain_context
 from stabnorm._models.devices import floating_tensor_of
 from stabnorm._models.intact import intact_on_error
 from stabnorm._models.tree import replace_modules
@@ -15,6 +16,7 @@ from stabnorm.fold._plan import Plan
 from stabnorm.fold._ties import drop_ties
 from stabnorm.fold.folded import FoldedNorm, FrozenAffine
 from stabnorm.fold.result import FOLDED
+from stabnorm.nn._base import take_flags
 from stabnorm.nn._fused_path import leave_fused_paths
 from stabnorm.nn.mixed_in import materialize
 
@@ -33,7 +35,7 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
         "biases": {bias.name: bias.size for edit in plan.edits for bias in edit.new_biases},
         "untied": plan.untied,
         "going_on": plan.going_on,
-        "contiguous": plan.contiguous,
+        "contiguous": {name: list(axes) for name, axes in plan.contiguous.items()},
     }
 
 
@@ -77,32 +79,36 @@ def apply_manifest(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
         )
     with intact_on_error(model):
         restructure(model, manifest)
+        drop_ties(model, manifest["untied"])
     return model
 
 
+@plain_context()
 def restructure(model: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Replace norms, register biases and copy tied parameters as a manifest says; numbers come later."""
+    """Replace norms, register biases and copy tied parameters as a manifest says; numbers come later.
+
+    What the model declares to be tied changes last of all, see `drop_ties`.
+    """
     write_computed(model, manifest.get("computed", ()))
     own_parameters(model, manifest["untied"])
-    drop_ties(model, manifest["untied"])
     for name, size in manifest["biases"].items():
         owner, attribute = _owner(model, name)
         if owner._parameters.get(attribute) is None:
             _register_zeros(owner, attribute, size)
         if isinstance(owner, nn.MultiheadAttention) and owner.out_proj.bias is None:
             _register_zeros(owner.out_proj, "bias", owner.embed_dim)  # the fast path needs both biases or none
-    going_on, contiguous = manifest.get("going_on", ()), manifest.get("contiguous", ())
+    going_on, contiguous = manifest.get("going_on", ()), manifest.get("contiguous", {})
     new: dict[str, nn.Module] = {}
     for name in manifest["folded"]:
         norm = model.get_submodule(name)
-        new[name] = standing_for(norm, FoldedNorm(), goes_on=name in going_on, contiguous=name in contiguous)
+        new[name] = standing_for(norm, FoldedNorm(), goes_on=name in going_on, axes=contiguous.get(name))
     for name, sizes in manifest["affine"].items():
         norm = model.get_submodule(name)
         like = floating_tensor_of(norm)
         dtype = torch.promote_types(like.dtype, torch.float32)
         scale = torch.ones(sizes["num_features"], dtype=dtype, device=like.device)
         affine = FrozenAffine(scale, torch.zeros_like(scale), sizes["channel_dim"])
-        new[name] = standing_for(norm, affine, goes_on=name in going_on, contiguous=name in contiguous)
+        new[name] = standing_for(norm, affine, goes_on=name in going_on, axes=contiguous.get(name))
     for name, sizes in manifest.get("rms", {}).items():
         like = floating_tensor_of(model.get_submodule(name), model)
         new[name] = nn.RMSNorm(sizes["num_features"], sizes["eps"], device=like.device, dtype=like.dtype)
@@ -119,12 +125,14 @@ def write_computed(model: nn.Module, names: Iterable[str]) -> None:
         materialize(model.get_submodule(name))
 
 
+@plain_context()
 def own_parameters(model: nn.Module, names: Iterable[str]) -> None:
     """Give the modules under these names parameters of their own, with memory of their own."""
     for name in names:
         owner, attribute = _owner(model, name)
-        shared = getattr(owner, attribute)
-        setattr(owner, attribute, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+        shared = owner.get_parameter(attribute)
+        owner._parameters[attribute] = nn.Parameter(shared.detach().clone())  # past a __setattr__ of the class's own
+        take_flags(owner._parameters[attribute], shared)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from stabnorm._models.ambient import plain_context
 from stabnorm._models.copies import copied
 from stabnorm._models.devices import device_of
 from stabnorm._models.examples import Example, read_examples, run
@@ -168,7 +169,7 @@ def plan_fold(
     check_conversion(model, to, norm_options)
     examples = read_examples("example", example)
     device = device_of(model)
-    with random_state_kept(device):
+    with random_state_kept(device), torch.inference_mode(False):
         now = copied(model).eval()
         layers = find_norms(now)  # says which layers look like norms and are not understood; once is enough
         with warnings.catch_warnings():
@@ -226,6 +227,7 @@ def _switch(model: nn.Module, to: Target, norm_options: dict[str, Any], examples
     return left
 
 
+@plain_context()
 def _train(norm: nn.Module) -> None:
     """Draw parameters that are all zero: a zero bias folds where no other bias does, and a zero gain nowhere."""
     for parameter in norm.parameters(recurse=False):

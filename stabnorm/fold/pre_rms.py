@@ -14,6 +14,7 @@ from stabnorm._models.outputs import Picker
 from stabnorm._models.random_state import random_state_kept
 from stabnorm.fold._lanes import make_lanes, try_on
 from stabnorm.fold._sites import HOOKED
+from stabnorm.fold._ties import drop_ties
 from stabnorm.fold._writers import Streams, Writer, find_streams
 from stabnorm.fold.fold import fold_gains
 from stabnorm.fold.manifest import restructure
@@ -166,3 +167,4 @@ def _convert(
             if view is not None:
                 part = view.of(model.get_parameter(view.name))
                 part.copy_(part.double() - part.double().mean(axis, keepdim=True))
+    drop_ties(model, manifest["untied"])

@@ -185,6 +185,15 @@ class ChannelNorm(EvalAffineNorm):
                 f"{name} reads plain tensors, and this one is nested. nn.TransformerEncoder nests padded batches in "
                 "eval: set its use_nested_tensor = False, or build it with enable_nested_tensor=False"
             )
+        if (
+            self.training
+            and not torch.compiler.is_compiling()
+            and torch._C._functorch.maybe_current_level() is not None
+        ):
+            raise StabNormError(
+                f"{name} in training mode updates its statistics, which a transform of torch.func (grad, vmap, jvp) "
+                "does not allow. Call eval() on the model first, or use torch.autograd"
+            )
         if not x.is_floating_point():
             raise TypeError(f"{name} normalises floating point input, and x is {x.dtype}. Use x.float()")
         axis = self.channel_dim % x.ndim if -x.ndim <= self.channel_dim < x.ndim else None
@@ -215,6 +224,7 @@ class ChannelNorm(EvalAffineNorm):
                 f"{type(self).__name__} learns its number of channels from its first input: run a batch"
             )
 
+    @torch.inference_mode(False)  # the first input may be that of a validation, and what is made here is trained
     def _take_width(self, width: int) -> None:
         """Start anew with another number of channels; the parameters stay the same objects."""
         self.any_width, before = False, self.num_features

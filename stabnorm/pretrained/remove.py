@@ -197,7 +197,7 @@ def remove_norms(
     every = NormSearch(model)
     check_patterns(model, every, keep=keep)
     device = device_of(model)
-    with random_state_kept(device):
+    with random_state_kept(device), torch.inference_mode(False):
         distance = loss or relative_error
         fitted = list(batches_of(loader, fit_batches))
         judged: list[Any] = []

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabnorm import StabNormError, apply_manifest, convert_norms, fold_norms, recalibrate_norms, register_norm
+from stabnorm import (
+    StabNormError,
+    apply_manifest,
+    convert_norms,
+    fold_gains,
+    fold_norms,
+    recalibrate_norms,
+    register_norm,
+)
+from stabnorm.fold import _apply
 from stabnorm.nn import PRepBN, RepBN
 
 TARGETS = ["prepbn", "repbn", "unified", "power"]
@@ -104,6 +113,89 @@ def test_a_manifest_that_does_not_fit_changes_nothing() -> None:
     with pytest.raises(KeyError):
         apply_manifest(model, manifest)
     assert structure(model) == before
+
+
+class Tied(nn.Module):
+    """Its fold changes a tied head, adds a bias, and switches its configuration's flag off."""
+
+    def __init__(self, norm: type[nn.Module] = RepBN) -> None:
+        super().__init__()
+        self.embed, self.fc, self.head = nn.Embedding(9, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 9)
+        self.inner, self.last = norm(8), norm(8)
+        self.head.weight = self.embed.weight
+        self.config = type("Config", (), {"tie_word_embeddings": True})()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(self.last(x + self.fc(self.inner(x))))  # type: ignore[no-any-return]
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(("step", "fold"), [("_edit", fold_norms), ("set_gain", fold_gains)])
+def test_a_fold_in_place_that_is_interrupted_changes_nothing(
+    step: str, fold: Any, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = drawn(Tied(RepBN if fold is fold_norms else nn.LayerNorm))
+    before, state = structure(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    own = getattr(_apply, step)
+
+    def interrupted(changed: nn.Module, *rest: Any) -> None:
+        own(changed, *rest)
+        if changed is model:
+            raise error("now")
+
+    monkeypatch.setattr(_apply, step, interrupted)
+    with pytest.raises(error, match="now"):
+        fold(model, torch.arange(6).view(2, 3), inplace=True)
+    assert structure(model) == before
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert model.config.tie_word_embeddings
+
+
+def test_a_manifest_that_does_not_fit_leaves_the_configuration() -> None:
+    manifest = fold_norms(drawn(Tied()), torch.arange(6).view(2, 3)).manifest
+    model: Any = Tied()
+    with pytest.raises(KeyError):
+        apply_manifest(model, {**manifest, "affine": {"last": {}}})
+    assert model.config.tie_word_embeddings
+
+
+def test_gains_that_are_folded_in_place_do_not_change_for_their_other_holders() -> None:
+    model: Any = drawn(Tied(nn.LayerNorm))
+    held = model.inner.weight
+    numbers = held.clone()
+    fold_gains(model, torch.arange(6).view(2, 3), inplace=True)
+    assert torch.equal(held, numbers)
+    assert model.inner.weight.unique().tolist() == [1.0]
+
+
+def test_weights_that_are_folded_in_place_keep_their_marks() -> None:
+    model: Any = drawn(nn.Sequential(RepBN(8), nn.Linear(8, 8)))
+    model[1].weight.sequence_parallel, model[1].bias._no_weight_decay = True, True
+    model[1].weight.requires_grad_(False)
+    before = model[1].weight
+    fold_norms(model, torch.randn(3, 8), inplace=True)
+    assert model[1].weight is not before
+    assert model[1].weight.sequence_parallel
+    assert model[1].bias._no_weight_decay
+    assert (model[1].weight.requires_grad, model[1].bias.requires_grad) == (False, True)
+
+
+def test_a_fold_in_place_goes_past_a_layer_that_takes_no_new_attribute() -> None:
+    class SealedLinear(nn.Linear):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if "weight" in vars(self).get("_parameters", {}) and name == "weight":
+                raise AttributeError("sealed")
+            super().__setattr__(name, value)
+
+    model = drawn(nn.Sequential(RepBN(8), SealedLinear(8, 8)))
+    assert [norm.status for norm in fold_norms(model, torch.randn(3, 8), inplace=True).norms] == ["forward"]
 
 
 def test_an_input_that_the_norm_refuses_moves_no_statistics() -> None:

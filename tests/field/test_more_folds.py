@@ -1,5 +1,6 @@
 """What real models do between a norm and its readers, and what changes nothing of the norm's channels."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,80 @@ def test_a_view_behind_a_norm_finds_the_memory_that_the_norm_returned(model: typ
     built.norm = Rewritten(C)
     norm = folds(ready(built), draw(2, 3, 8, 8))
     assert norm.status == "forward"
+
+
+class ChannelsLastNorm(nn.BatchNorm2d):
+    """Returns channels-last memory whatever it reads, as a LayerNorm over the channels of an image does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activated", [False, True], ids=["folded", "a multiply-add"])
+def test_a_view_of_an_image_in_channels_last_memory_finds_that_memory(
+    memory: torch.memory_format, activated: bool
+) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        h = m.norm(m.conv(x).relu()).permute(0, 2, 3, 1)
+        return m.fc((h.sigmoid() if activated else h).view(-1, C))
+
+    model = net(forward, conv=nn.Conv2d(3, C, 2), norm=ChannelsLastNorm(C))
+    x = draw(2, 3, 5, 5).to(memory_format=memory)
+    assert folds(model, x).status == ("affine" if activated else "forward")
+    result = fold_norms(model, x)
+    assert result.model.norm.axes == (1, 3)
+    fresh = apply_manifest(ready(Net(forward, **dict(model.named_children()))), json.loads(json.dumps(result.manifest)))
+    fresh.load_state_dict(result.model.state_dict())
+    assert torch.equal(fresh(x), result.model(x))
+    stand_in, y = result.model.norm, torch.randn(2, C, 4, 4)
+    for read in (torch.fx.symbolic_trace(stand_in), torch.jit.script(stand_in)):
+        assert read(y).is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(read(y), stand_in(y))
+
+
+# --- patches, enlarged images, padding ---
+
+MOVED: dict[str, tuple[Callable[[Any, Tensor], Any], nn.Module, nn.Module]] = {
+    "nearest": (
+        lambda m, x: m.fc(nn.functional.interpolate(m.norm(x), scale_factor=2)), nn.BatchNorm2d(C), nn.Conv2d(C, D, 1)
+    ),
+    "nearest-exact": (
+        lambda m, x: m.fc(nn.functional.interpolate(m.norm(x), scale_factor=2, mode="nearest-exact")),
+        nn.BatchNorm2d(C), nn.Conv2d(C, D, 1),
+    ),
+    "patches": (
+        lambda m, x: m.fc(nn.functional.unfold(m.norm(x), 2, stride=2).mT), nn.BatchNorm2d(C), nn.Linear(4 * C, D)
+    ),
+    "turned": (lambda m, x: m.fc(m.norm(x).rot90(1, (2, 3))), nn.BatchNorm2d(C), nn.Conv2d(C, D, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_what_only_moves_elements_passes_a_norm_s_channels(case: str) -> None:
+    forward, norm, fc = MOVED[case]
+    assert folds(net(forward, norm=norm, fc=fc), draw(2, C, 4, 4)).status == "forward"
+
+
+def test_patches_with_padding_keep_a_shift_and_pass_a_scale() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.norm(x.movedim(1, -1)).movedim(-1, 1)
+        return m.fc(nn.functional.unfold(y, 3, padding=1).mT)
+
+    shifted = folds(net(forward, fc=nn.Linear(9 * C, D)), draw(2, C, 4, 4))
+    assert shifted.status == "affine"
+    assert "zeros of a padding" in shifted.reason
+    scaled = folds(net(forward, norm=RepBN(C, center=False), fc=nn.Linear(9 * C, D)), draw(2, C, 4, 4))
+    assert scaled.status == "forward"
+
+
+def test_padding_that_is_set_to_zero_passes_a_scale() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        valid = torch.arange(x.shape[1]) < 3
+        return m.fc(torch.where(valid[:, None], m.norm(x), 0.0))
+
+    assert folds(net(forward, norm=RepBN(C, center=False)), draw(2, 4, C)).status == "forward"
+    assert folds(net(forward), draw(2, 4, C)).status == "affine"
 
 
 # --- a bias that is joined on the way ---

@@ -1,5 +1,6 @@
 """Ties: exactly the parameter that must go is untied; saving and loading keep every other tie."""
 
+import copy
 import tempfile
 from typing import Any
 
@@ -143,8 +144,41 @@ def test_a_folded_model_with_ties_is_the_same_after_saving_and_loading(name: str
         assert (loaded(**example).logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+class TiesByItsCode(Declares):
+    """As before transformers 5: names for saving, one flag for all, and a method that ties what it likes."""
+
+    def __init__(self) -> None:
+        super().__init__(dict(TIES))
+        del self.all_tied_weights_keys
+        self._tied_weights_keys: Any = list(TIES)
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            for name in TIES:
+                self.get_submodule(name.removesuffix(".weight")).weight = self.shared.weight
+
+
+def test_an_older_model_ties_all_others_whenever_it_ties() -> None:
+    ids = torch.arange(8).view(2, 4)
+    model: Any = ready(TiesByItsCode())
+    result = fold_norms(model, ids)
+    assert [norm.status for norm in result.norms] == ["forward"]
+    assert result.manifest["untied"] == ["head.weight"]
+    fresh: Any = apply_manifest(ready(TiesByItsCode()), result.manifest)
+    for folded in (result.model, copy.deepcopy(result.model), fresh):
+        assert folded.config.tie_word_embeddings
+        folded.load_state_dict(result.model.state_dict())
+        folded.encoder.weight = nn.Parameter(torch.zeros(V, C))  # as a loader leaves it that knows of the tie
+        folded.tie_weights()
+        assert folded.encoder.weight is folded.decoder.weight is folded.shared.weight
+        assert folded.head.weight is not folded.shared.weight
+        torch.testing.assert_close(folded(ids), model(ids), rtol=1e-12, atol=1e-12)
+    model.tie_weights()
+    assert model.head.weight is model.shared.weight
+
+
 def test_an_older_model_s_flag_is_switched_off() -> None:
-    """Before transformers 5 a model only has the flag."""
+    """A model that ties by the flag alone."""
     model: Any = ready(Declares({"head.weight": "shared.weight"}))
     model._tied_weights_keys = ["head.weight"]
     del model.all_tied_weights_keys

@@ -316,7 +316,7 @@ class CurvatureWatch(Watch):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
-        none = torch.full((_SAMPLES,), torch.nan, device="cpu")
+        none = torch.full((_SAMPLES,), torch.nan, dtype=torch.float32, device="cpu")
         self._recent, self._slope_error = torch.cat([none, state["recent"].cpu()])[-_SAMPLES:], None
         self._knows_slope = state["knows_slope"]
         self._schedule.load_state_dict(state["schedule"])

@@ -130,8 +130,9 @@ def own_parameters(model: nn.Module, names: Iterable[str]) -> None:
     """Give the modules under these names parameters of their own, with memory of their own."""
     for name in names:
         owner, attribute = _owner(model, name)
-        shared = owner.get_parameter(attribute)
-        owner._parameters[attribute] = nn.Parameter(shared.detach().clone())  # past a __setattr__ of the class's own
+        shared = owner._parameters[attribute]  # not the attribute: it may be computed, or the class refuse to set it
+        assert shared is not None
+        owner._parameters[attribute] = nn.Parameter(shared.detach().clone())
         take_flags(owner._parameters[attribute], shared)
 
 

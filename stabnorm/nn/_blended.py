@@ -124,7 +124,7 @@ def blend_of(lam: Tensor, norm: Tensor, rep: Tensor) -> Tensor:
 
 def _takes_gradients() -> bool:
     """Whether a backward may follow; not so while `torch.jit` traces, which writes a function twice in two ways."""
-    return torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 class _Fork(torch.autograd.Function):

@@ -180,12 +180,14 @@ def test_a_view_of_an_image_in_channels_last_memory_finds_that_memory(
     x = draw(2, 3, 5, 5).to(memory_format=memory)
     assert folds(model, x).status == ("affine" if activated else "forward")
     result = fold_norms(model, x)
-    assert result.model.norm.axes == (1, 3)
+    stand_in: Any = result.model.norm
+    assert stand_in.axes == (1, 3)
     fresh = apply_manifest(ready(Net(forward, **dict(model.named_children()))), json.loads(json.dumps(result.manifest)))
     fresh.load_state_dict(result.model.state_dict())
     assert torch.equal(fresh(x), result.model(x))
-    stand_in, y = result.model.norm, torch.randn(2, C, 4, 4)
-    for read in (torch.fx.symbolic_trace(stand_in), torch.jit.script(stand_in)):
+    y = torch.randn(2, C, 4, 4)
+    readers: list[Any] = [torch.fx.symbolic_trace(stand_in), torch.jit.script(stand_in)]
+    for read in readers:
         assert read(y).is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(read(y), stand_in(y))
 

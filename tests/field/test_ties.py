@@ -155,7 +155,7 @@ class TiesByItsCode(Declares):
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
             for name in TIES:
-                self.get_submodule(name.removesuffix(".weight")).weight = self.shared.weight
+                self.get_submodule(name.removesuffix(".weight")).weight = self.get_parameter("shared.weight")
 
 
 def test_an_older_model_ties_all_others_whenever_it_ties() -> None:
@@ -165,7 +165,8 @@ def test_an_older_model_ties_all_others_whenever_it_ties() -> None:
     assert [norm.status for norm in result.norms] == ["forward"]
     assert result.manifest["untied"] == ["head.weight"]
     fresh: Any = apply_manifest(ready(TiesByItsCode()), result.manifest)
-    for folded in (result.model, copy.deepcopy(result.model), fresh):
+    models: list[Any] = [result.model, copy.deepcopy(result.model), fresh]
+    for folded in models:
         assert folded.config.tie_word_embeddings
         folded.load_state_dict(result.model.state_dict())
         folded.encoder.weight = nn.Parameter(torch.zeros(V, C))  # as a loader leaves it that knows of the tie

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stabnorm.nn.mixed_in import AddsNorm, MixedIn, mixed_in
+from stabnorm.nn.mixed_in import AddsNorm, MixedIn, mix_in
 
 
 class HiddenPositions(MixedIn):
@@ -53,7 +53,7 @@ class AddsPositions(AddsNorm):
         """Keep the positions of this block as a constant; exact. The blocks behind this one must be done before."""
         constant = self.positions()
         self.leave(AddsPositions)
-        self.__class__ = mixed_in(FixedPositions, type(self))  # type: ignore[assignment]
+        mix_in(FixedPositions, self)
         self.register_buffer("position_constant", constant.detach().clone())
 
 

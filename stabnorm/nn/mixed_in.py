@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from stabnorm._models.watched import change_class, own_class
 from stabnorm.nn._base import Float32Buffers, LeavesFusedPath
 from stabnorm.norms import is_registered, register_norm
 
@@ -37,11 +38,11 @@ class MixedIn(nn.Module):
 
     def leave(self, mixin: "type[MixedIn]") -> None:
         """Take off a mixin with all that it has added; the others stay, in their order."""
-        stack = [vars(cls)["_mixed_of"] for cls in type(self).__mro__ if "_mixed_of" in vars(cls)]
+        stack = _stack_of(self)
         made: type[nn.Module] = stack[-1][1]
         for other, _, weights in reversed(stack):
             made = made if other is mixin else mixed_in(other, made, weights)
-        self.__class__ = made  # type: ignore[assignment]
+        change_class(self, made)
         for added in mixin.adds:
             for table in (self._parameters, self._buffers, self._modules):
                 table.pop(added, None)
@@ -65,20 +66,27 @@ class MixedIn(nn.Module):
         return [(name, t.detach()) for name, t in state.items() if name.partition(".")[0] in mixin.adds]
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
-        mixed_of = vars(type(self)).get("_mixed_of")
-        if mixed_of is None:  # the class of a monitor's watch, which has a way of its own
+        if "_mixed_of" not in vars(type(self)):  # the class of a monitor's watch, which has a way of its own
             return super().__reduce_ex__(protocol)
-        return _blank, mixed_of, self.__dict__
+        stack = _stack_of(self)
+        return _blank, (stack[-1][1], *((mixin, weights) for mixin, _, weights in reversed(stack))), self.__dict__
 
 
-def mixins_of(module: nn.Module) -> "list[type[MixedIn]]":
+def _stack_of(module: nn.Module) -> list[tuple[type[MixedIn], type[nn.Module], tuple[str, ...]]]:
+    """Return what the class of a module was made of, see `mixed_in`, the mixin that was applied last first."""
+    return [vars(cls)["_mixed_of"] for cls in type(module).__mro__ if "_mixed_of" in vars(cls)]
+
+
+def mixins_of(module: nn.Module) -> list[type[MixedIn]]:
     """Return the mixins of a module's class, the one that was applied last first."""
-    return [vars(cls)["_mixed_of"][0] for cls in type(module).__mro__ if "_mixed_of" in vars(cls)]
+    return [mixin for mixin, _, _ in _stack_of(module)]
 
 
-def _blank(mixin: type[MixedIn], base: type[nn.Module], weights: tuple[str, ...]) -> nn.Module:
-    """Create an empty instance of a mixin over `base`, for pickle and deepcopy."""
-    made = mixed_in(mixin, base, weights)
+def _blank(base: type[nn.Module], *layers: tuple[type[MixedIn], tuple[str, ...]]) -> nn.Module:
+    """Create an empty instance of mixins over `base`, for pickle and deepcopy; files know no class that was made."""
+    made = base
+    for mixin, weights in layers:
+        made = mixed_in(mixin, made, weights)
     return made.__new__(made)
 
 
@@ -98,6 +106,11 @@ def mixed_in(mixin: type[MixedIn], base: type[nn.Module], weights: tuple[str, ..
         if mixin.adds_to_a_norm and not is_registered(made):  # what it returns does not show that it is a norm
             register_norm(made, "rms" if issubclass(base, nn.RMSNorm) else "layer")
     return _CLASSES[mixed_of]
+
+
+def mix_in(mixin: type[MixedIn], module: nn.Module, weights: tuple[str, ...] = ()) -> None:
+    """Put a mixin over the class of a module; who watches the module goes on watching. Arguments as for `mixed_in`."""
+    change_class(module, mixed_in(mixin, own_class(module), weights))
 
 
 def _property(mixin: type[MixedIn], base: type[nn.Module], name: str) -> property:
@@ -131,7 +144,7 @@ class ComputedWeights(MixedIn, Float32Buffers):
     @torch.no_grad()
     def become_plain(self) -> None:
         """Write the computed weights into new parameters."""
-        stack = [vars(cls)["_mixed_of"] for cls in type(self).__mro__ if "_mixed_of" in vars(cls)]
+        stack = _stack_of(self)
         values = {name: getattr(self, name) for _, _, weights in stack for name in weights}
         for mixin, _, weights in stack:
             if weights:

@@ -9,7 +9,7 @@ from torch import nn
 from stabnorm._models.names import Patterns
 from stabnorm._models.tree import Tree
 from stabnorm.nn._base import EvalAffineNorm
-from stabnorm.nn.mixed_in import MixedIn, mixed_in
+from stabnorm.nn.mixed_in import MixedIn, mix_in
 from stabnorm.nn.scaled_weights import ScaledWeights
 from stabnorm.norms import NormLayer, find_norms
 from stabnorm.remedies._blocks import block_around, blocks_of
@@ -89,6 +89,6 @@ def _obstacle(layer: NormLayer, tree: Tree) -> str | None:
 def _scale(layer: NormLayer, factor: float) -> None:
     module = layer.module
     names = tuple(name for name in (layer.weight_name, layer.bias_name) if name and name in module._parameters)
-    module.__class__ = mixed_in(ScaledWeights, type(module), names)
+    mix_in(ScaledWeights, module, names)
     assert isinstance(module, ScaledWeights)
     module.adopt(factor, offset=layer.gain_offset)

@@ -9,7 +9,7 @@ from stabnorm._checks import check_choice
 from stabnorm._models.names import Patterns
 from stabnorm._models.tree import Tree
 from stabnorm.nn.added_norm import NormedOutput, NormKind, new_norm
-from stabnorm.nn.mixed_in import mixed_in, mixins_of
+from stabnorm.nn.mixed_in import mix_in, mixins_of
 from stabnorm.remedies._branches import residual_branches
 from stabnorm.remedies.report import RemedyReport, Step, carried_out, check_remedied, chosen
 
@@ -81,5 +81,5 @@ def peri_norm(
 def add_output_norm(module: nn.Module, kind: NormKind, width: int) -> None:
     """Normalise the output of a module by a new norm, which becomes its child `output_norm`."""
     made = new_norm(kind, width, module)
-    module.__class__ = mixed_in(NormedOutput, type(module))
+    mix_in(NormedOutput, module)
     module.output_norm = made

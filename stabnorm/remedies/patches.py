@@ -6,7 +6,7 @@ from torch import nn
 
 from stabnorm._models.names import Patterns
 from stabnorm.nn.added_norm import new_norm
-from stabnorm.nn.mixed_in import MixedIn, mixed_in
+from stabnorm.nn.mixed_in import MixedIn, mix_in
 from stabnorm.nn.patch_norm import NormedPatches
 from stabnorm.remedies.report import RemedyReport, Step, carried_out, check_remedied, chosen
 
@@ -71,5 +71,5 @@ def _cuts_patches(conv: nn.Conv2d) -> bool:
 
 def _normalise(conv: nn.Conv2d, size: int) -> None:
     first, second = new_norm("layer", size, conv), new_norm("layer", conv.out_channels, conv)
-    conv.__class__ = mixed_in(NormedPatches, type(conv))  # type: ignore[assignment]
+    mix_in(NormedPatches, conv)
     conv.patch_norm, conv.output_norm = first, second

@@ -9,7 +9,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.nn._base import EvalAffineNorm
 from stabnorm.nn.added_norm import new_norm
 from stabnorm.nn.layer_positions import AddsPositions, HiddenPositions
-from stabnorm.nn.mixed_in import MixedIn, mixed_in
+from stabnorm.nn.mixed_in import MixedIn, mix_in
 from stabnorm.norms import NormLayer, find_norms
 from stabnorm.remedies._blocks import block_around, blocks_of
 from stabnorm.remedies.report import RemedyReport, Step, carried_out, check_remedied, chosen
@@ -100,10 +100,10 @@ def _positions(model: nn.Module, width: int) -> str:
 
 def _add(module: nn.Module, before: tuple[nn.Module, ...], holder: nn.Module, attribute: str, width: int) -> None:
     norm = new_norm("layer", width, module)
-    module.__class__ = mixed_in(AddsPositions, type(module))
+    mix_in(AddsPositions, module)
     module.position_norm = norm
     module.position_source, module.position_before = (holder, attribute), before  # type: ignore[assignment]
 
 
 def _hide(holder: nn.Module, attribute: str) -> None:
-    holder.__class__ = mixed_in(HiddenPositions, type(holder), (attribute,))
+    mix_in(HiddenPositions, holder, (attribute,))

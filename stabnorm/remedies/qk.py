@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stabnorm._checks import check_choice, check_number, nearest, wrong_type
 from stabnorm._models.names import Patterns
 from stabnorm.nn.added_norm import NormedHeads, NormKind, new_norm
-from stabnorm.nn.mixed_in import ComputedWeights, mixed_in
+from stabnorm.nn.mixed_in import ComputedWeights, mix_in
 from stabnorm.remedies._heads import Attention, Projection, attentions_of, normalised_heads
 from stabnorm.remedies.report import RemedyReport, Step, carried_out, check_remedied, chosen
 
@@ -80,7 +80,7 @@ def _normalise(attention: Attention, norm: NormKind) -> None:
 
 def _add_norms(module: nn.Module, sizes: tuple[tuple[int, int, bool], ...], norm: NormKind) -> None:
     norms = nn.ModuleList(new_norm(norm, width // heads, module) for heads, width, normed in sizes if normed)
-    module.__class__ = mixed_in(NormedHeads, type(module))
+    mix_in(NormedHeads, module)
     assert isinstance(module, NormedHeads)
     module.head_norms, module.head_sizes = norms, sizes
 

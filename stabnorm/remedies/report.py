@@ -12,6 +12,7 @@ from stabnorm._log import printable
 from stabnorm._models.intact import intact_on_error
 from stabnorm._models.names import NameFilter, Patterns, compiled
 from stabnorm._models.tables import aligned
+from stabnorm._models.watched import change_class, own_class
 from stabnorm._models.wrappers import is_compiled, is_scripted, parallel_wrapper
 from stabnorm.errors import StabNormError
 from stabnorm.nn._fused_path import leave_fused_paths
@@ -176,7 +177,7 @@ def undo(report: RemedyReport) -> None:
     Raises:
         TypeError: it is no report.
         StabNormError: it is a copy, it was undone already, a parameter has changed since, or the modules were changed
-            again, by another remedy or by an attached monitor. The model has not changed then.
+            again, by another remedy. The model has not changed then.
 
     >>> from stabnorm.remedies import freeze_embedding
     >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
@@ -232,8 +233,7 @@ class _Past:
         for module, after in zip(self.modules, self.after, strict=True):
             if not after.is_still(module):
                 raise StabNormError(
-                    f"a {type(module).__name__} was changed again since {remedy}. Undo the later remedies first, and "
-                    "detach the monitor"
+                    f"a {type(module).__name__} was changed again since {remedy}. Undo the later remedies first"
                 )
         for module, before, after in zip(self.modules, self.before, self.after, strict=True):
             before.restore(module, after)
@@ -243,10 +243,9 @@ class _Past:
 class _Print(NamedTuple):
     """What shows that a parameter's numbers have changed; another device only rounds the sums differently.
 
-    Torch counts the changes in place, but its fused optimizers, and whatever writes to `.data`, do not count theirs.
+    Torch's own count of changes in place lacks those of fused optimizers, and counts an `undo` that brings them back.
     """
 
-    version: int
     total: float
     norm: float
     size: int
@@ -256,12 +255,11 @@ class _Print(NamedTuple):
     def of(cls, tensor: Tensor) -> "_Print":
         total = tensor.sum(dtype=torch.float64)
         norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-        version = 0 if tensor.is_inference() else tensor._version
-        return cls(version, total.item(), norm.item(), tensor.numel())
+        return cls(total.item(), norm.item(), tensor.numel())
 
     def differs_from(self, other: "_Print") -> bool:
         rounding = 1e-12 * self.norm * max(self.size, 1) ** 0.5
-        return self.version != other.version or abs(self.total - other.total) > rounding
+        return bool(abs(self.total - other.total) > rounding or abs(self.norm - other.norm) > rounding)
 
 
 class _State(NamedTuple):
@@ -274,7 +272,7 @@ class _State(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module) -> "_State":
         attributes = {name: v for name, v in vars(module).items() if "hook" not in name and name not in _TABLES}
-        return cls(type(module), attributes, {name: dict(vars(module)[name]) for name in _TABLES})
+        return cls(own_class(module), attributes, {name: dict(vars(module)[name]) for name in _TABLES})
 
     def is_still(self, module: nn.Module) -> bool:
         now = _State.of(module)
@@ -283,10 +281,10 @@ class _State(NamedTuple):
             for name, table in self.tables.items()
             if name != "_buffers"  # a buffer may become another object, as when the model moves
         )
-        return type(module) is self.cls and same
+        return own_class(module) is self.cls and same
 
     def restore(self, module: nn.Module, after: "_State") -> None:
-        object.__setattr__(module, "__class__", self.cls)
+        change_class(module, self.cls)
         attributes = vars(module)
         for name in after.attributes.keys() | self.attributes.keys():
             if name not in self.attributes:

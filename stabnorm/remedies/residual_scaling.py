@@ -9,7 +9,7 @@ from torch import nn
 from stabnorm._checks import check_choice, check_number
 from stabnorm._models.names import Patterns
 from stabnorm._models.tree import Tree
-from stabnorm.nn.mixed_in import mixed_in, mixins_of
+from stabnorm.nn.mixed_in import mix_in, mixins_of
 from stabnorm.nn.scaled_weights import ScaledWeights
 from stabnorm.remedies._branches import residual_branches
 from stabnorm.remedies._weights import tensor_obstacle
@@ -96,6 +96,6 @@ def scale_residuals(
 
 def _scale(module: nn.Module, factor: float, learnable: bool) -> None:
     names = tuple(name for name in ("weight", "bias") if module._parameters.get(name) is not None)
-    module.__class__ = mixed_in(ScaledWeights, type(module), names)
+    mix_in(ScaledWeights, module, names)
     assert isinstance(module, ScaledWeights)
     module.adopt(factor, learnable)

@@ -6,7 +6,7 @@ from torch import nn
 
 from stabnorm._models.names import Patterns
 from stabnorm._models.tree import Tree
-from stabnorm.nn.mixed_in import mixed_in, mixins_of
+from stabnorm.nn.mixed_in import mix_in, mixins_of
 from stabnorm.nn.sigma_reparam import SigmaReparam
 from stabnorm.remedies._weights import Weight, linear_weights, obstacle
 from stabnorm.remedies.report import RemedyReport, Step, carried_out, check_remedied, chosen
@@ -78,6 +78,6 @@ def _obstacle(weight: Weight) -> str | None:
 
 def _reparametrize(weight: Weight) -> None:
     module = weight.module
-    module.__class__ = mixed_in(SigmaReparam, type(module), (weight.attribute,))
+    mix_in(SigmaReparam, module, (weight.attribute,))
     assert isinstance(module, SigmaReparam)
     module.adopt(weight.attribute, weight.parts, weight.transposed)

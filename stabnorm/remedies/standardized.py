@@ -7,7 +7,7 @@ from torch import nn
 from stabnorm._checks import check_number
 from stabnorm._models.names import Patterns
 from stabnorm._models.tree import Tree
-from stabnorm.nn.mixed_in import mixed_in, mixins_of
+from stabnorm.nn.mixed_in import mix_in, mixins_of
 from stabnorm.nn.standardized import StandardizedWeights
 from stabnorm.remedies._weights import Weight, convolution_weights, obstacle
 from stabnorm.remedies.report import RemedyReport, Step, carried_out, check_remedied, chosen
@@ -76,6 +76,6 @@ def _obstacle(weight: Weight) -> str | None:
 
 def _standardize(weight: Weight, eps: float) -> None:
     module = weight.module
-    module.__class__ = mixed_in(StandardizedWeights, type(module), (weight.attribute,))
+    mix_in(StandardizedWeights, module, (weight.attribute,))
     assert isinstance(module, StandardizedWeights)
     module.standardized_eps, module.standardized_transposed = eps, weight.transposed

@@ -86,7 +86,9 @@ def test_undo_is_refused_after_a_step_of_an_optimizer_and_changes_nothing(fused:
 def test_undo_is_refused_after_a_checkpoint_was_loaded() -> None:
     model = net()
     report = freeze_embedding(model)
-    model.load_state_dict(net().state_dict())
+    other = net()
+    nn.init.normal_(other[3].bias)
+    model.load_state_dict(other.state_dict())
     with pytest.raises(StabNormError, match="trained or loaded"):
         undo(report)
 

@@ -337,21 +337,23 @@ def _words(
             remedy_of(onset.statistic, first=False, back_to=onset.step),
         )
     place = list(layers).index(onset.layer) if onset.layer in layers else -1
-    head = f"Since step {at}, {'one layer' if onset.scope == 'one layer' else 'from here on'}: {what}"
-    if onset.scope == "from here on" and len(moved) > 1:
-        backward = all(d.gradient for d in moved.values())
-        head += f" {len(moved)} of {len(layers)} layers moved, {'in reverse depth order' if backward else 'and'} "
-        head += "the last of them is named." if backward else "the first of them in depth order is named."
+    one = onset.scope == "one layer"
+    head = f"Since step {at}, {'one layer' if one else 'from here on'}: {what}"
+    backward = bool(moved) and all(d.gradient for d in moved.values())
+    if not one and len(moved) > 1:
+        first = "the first one in reverse depth order is named" if backward else "the first one is named"
+        head += f" Within {TOGETHER} steps {len(moved)} of {len(layers)} layers moved, and {first}."
     channels = f" Its largest channels are {', '.join(map(str, onset.channels))}." if onset.channels else ""
-    remedy = remedy_of(event.statistic, first=place == 0, back_to=onset.step)
+    remedy = remedy_of(event.statistic, first=place == 0 and not backward, back_to=onset.step)
     if place < 0:
         return head, f"Look at {onset.layer}, and at what changed just before step {at}.{channels}", remedy
+    if backward:
+        after = f"between {onset.layer} and {layers[place + 1]}" if place + 1 < len(layers) else "behind the last norm"
+        calm = f"Only {onset.layer} moved" if one else "The layers behind it were calm"
+        return head, f"{calm}, so the cause lies {after}: look at the weights there.{channels}", remedy
     if place == 0:
-        return (
-            head,
-            f"It begins at the first norm, {onset.layer}: look at input data and embedding.{channels}",
-            remedy,
-        )
+        look = f"It begins at the first norm, {onset.layer}: look at input data and embedding."
+        return head, f"{look}{channels}", remedy
     between = f"between {layers[place - 1]} and {onset.layer}"
-    calm = "The layers before it stayed calm" if onset.scope == "from here on" else f"Only {onset.layer} moved"
+    calm = f"Only {onset.layer} moved" if one else "The layers before it were calm at that step"
     return head, f"{calm}, so the cause lies {between}: look at the weights there.{channels}", remedy

@@ -48,6 +48,7 @@ def test_gradients_are_read_in_reverse_depth_order() -> None:
     onset = followed(first, [left(name, gradient=True) for name in LAYERS[1:5]])
     assert (onset.scope, onset.layer) == ("from here on", "norm4")
     assert "reverse depth order" in onset.sentence
+    assert "between norm4 and norm5" in onset.advice
 
 
 def test_nearly_all_layers_at_once_blame_none_and_say_which_setting_moved() -> None:

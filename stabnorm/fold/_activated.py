@@ -1,8 +1,12 @@
 """BatchNorms that do more than normalise, such as timm's ``BatchNormAct2d``: what they are in eval, by running them."""
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
+from types import CodeType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +34,7 @@ def affine_map_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def norm_inside(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Give scale and shift of a BatchNorm whose forward goes on with its children, one after the other; else None."""
+    """Give scale and shift of a BatchNorm whose forward goes on behind it, with children or functions; else None."""
     mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     if not isinstance(module, _BatchNorm) or not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         return None
@@ -43,7 +47,7 @@ def norm_inside(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     shift = -scale * mean.detach().double().cpu()
     if module.bias is not None:
         shift = shift + module.bias.detach().double().cpu()
-    rest = nn.Sequential(*(copy.deepcopy(child) for child in module.children())).double().cpu()
+    rest = nn.Sequential(copy.deepcopy(_behind(module))).double().cpu()
     for x, y in zip(*taken, strict=True):
         with torch.no_grad(), random_state_kept(torch.device("cpu")):
             expected = rest(_along(scale, x) * x + _along(shift, x))
@@ -53,15 +57,62 @@ def norm_inside(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def standing_for(norm: nn.Module, new: StandIn, *, goes_on: bool, axes: Sequence[int] | None) -> nn.Module:
-    """Give what takes a norm's place when `new` does its work; with `goes_on` the norm's children follow it."""
+    """Give what takes a norm's place when `new` does its work; with `goes_on` the rest of its forward follows it."""
     new.in_place_of(norm).keep_memory(axes)
-    if goes_on:
-        children = OrderedDict(norm.named_children())
-        for child in children.values():
-            if getattr(child, "inplace", False):
-                child.inplace = False  # type: ignore[assignment]  # it would write into what the norm read
-        return nn.Sequential(OrderedDict([("norm", new), *children.items()]))
-    return new
+    return nn.Sequential(OrderedDict([("norm", new), *_behind(norm).items()])) if goes_on else new
+
+
+def _behind(norm: nn.Module) -> "OrderedDict[str, nn.Module]":
+    """List what a norm's forward does with its output: its own code, where that calls ``super``, else its children."""
+    if "__class__" in _code_of(type(norm).forward).co_freevars:
+        return OrderedDict(rest=Rest.of(norm))
+    children = OrderedDict(norm.named_children())
+    for child in children.values():
+        if getattr(child, "inplace", False):
+            child.inplace = False  # type: ignore[assignment]  # it would write into what the norm read
+    return children
+
+
+def _code_of(function: Any) -> CodeType:
+    code: CodeType = inspect.unwrap(function).__code__
+    return code
+
+
+class Rest(nn.Identity):
+    """A norm's own forward without the norm: there ``super().forward`` returns its input.
+
+    Every instance belongs to a subclass that `rest_class` makes of the norm's class.
+    """
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> "Rest":
+        """Make one from a norm, with the norm's children and plain attributes."""
+        rest = _blank(type(norm))
+        held = {**vars(norm), "_parameters": {}, "_buffers": {}, "_modules": dict(norm._modules)}
+        kept = {name: value for name, value in held.items() if "_hooks" not in name}
+        vars(rest).update(kept, training=norm.training)
+        return rest
+
+    def extra_repr(self) -> str:
+        """Name the class."""
+        return str(type(self).__mro__[1].__name__)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (type(self).__mro__[1],), self.__dict__  # pickle cannot find the class by its name
+
+
+@cache
+def rest_class(cls: type[nn.Module]) -> type[Rest]:
+    """Make the class that is `cls` without the norm of torch's that it derives from."""
+    norm = next(base for base in cls.__mro__ if base.__module__.startswith("torch."))
+    return type("Rest", (cls, type("Rest", (Rest, norm), {})), {"extra_repr": Rest.extra_repr})  # type: ignore[return-value]
+
+
+def _blank(cls: type[nn.Module]) -> Rest:
+    made = rest_class(cls)
+    rest = made.__new__(made)
+    nn.Module.__init__(rest)
+    return rest
 
 
 @plain_context()

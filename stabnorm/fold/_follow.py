@@ -27,6 +27,7 @@ from stabnorm._models.examples import Example, run
 from stabnorm._models.hooks import hooked
 from stabnorm._models.outputs import Picker, tensors_in
 from stabnorm.errors import StabNormError
+from stabnorm.fold._branches import Branches
 from stabnorm.fold._following import Following, storage_of, tensors_of
 from stabnorm.fold._readers import Joined, Linear, NewBias, Operands, Slot, View, new_bias, operands, views_in
 from stabnorm.fold._shadow import Shadow, averaged, columns, function_of, moved
@@ -58,13 +59,15 @@ def trace_model(
         tied: For each parameter that had a second owner, that owner's name for it. Default: none.
     """
     mode = _Follow(model, sites)
+    branches = Branches(mode.tags_of, mode.path, mode.frames)
     with hooked(mode.hooks()):
         for number, example in enumerate(examples):
             mode.on = f", on {others}" if given is not None and number >= given else ""
-            with _NormCalls(mode), mode:
+            with _NormCalls(mode), mode, branches:
                 result = run(model, example)
             mode.stop(tensors_in(result, outputs), "the model returns it: name the outputs that matter with outputs=")
     note_unreached(model, mode.trace, mode.frames, tied or {})
+    mode.trace.unreached += branches.obstacles()
     return mode.trace
 
 
@@ -131,9 +134,16 @@ class _Follow(Following):
 
     def _hold(self, values: Any) -> None:
         """Note that the forward that runs now holds these values, and may hand them to any of its modules."""
-        held = self.frames.setdefault(self.paths[-1], [])
+        self.frames.setdefault(self.paths[-1], []).extend(self.tags_of(values))
+
+    def tags_of(self, values: Any) -> list[Tensor]:
+        """Give the tags of each tensor among these values."""
         shadows = map(self._shadow, tensors_of(values))
-        held += [shadow.present for shadow in shadows if shadow is not None and len(shadow.present)]
+        return [shadow.present for shadow in shadows if shadow is not None and len(shadow.present)]
+
+    def path(self) -> str | None:
+        """Give the name of the module that runs; None inside a norm."""
+        return None if self.pauses else self.paths[-1]
 
     def _reading(self, index: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -164,17 +174,25 @@ class _Follow(Following):
         if not isinstance(out, Tensor):
             self.trace.obstacles.append(Obstacle(tags, f"'{site.name}' does not return a tensor"))
         elif out.numel():
-            shape = [1] * out.ndim
-            shape[site.channel_dim] = site.num_features
+            shape = [*site.shape]
+            if not shape:
+                shape = [1] * out.ndim
+                shape[site.channel_dim] = site.num_features
             self.shadows[out] = Shadow(tags.to(out.device).double().view(shape).expand(out.shape))
 
     def _call(self, index: int, x: Tensor) -> Call:
         site = self.trace.sites[index]
         dim = site.channel_dim
-        if not -x.ndim <= dim < x.ndim or x.shape[dim] != site.num_features:
+        sizes = (x.shape[dim],) if -x.ndim <= dim < x.ndim else ()
+        if (x.shape[-len(site.shape) :] if site.shape else sizes) != (site.shape or (site.num_features,)):
+            channels = (
+                f"{' x '.join(map(str, site.shape))} channels on the last axes"
+                if site.shape
+                else (f"{site.num_features} channels on axis {dim}")
+            )
             raise StabNormError(
-                f"norm '{site.name}' says that it has {site.num_features} channels on axis {dim}, but it reads the "
-                f"shape {tuple(x.shape)}. Mend its fold_affine()"
+                f"norm '{site.name}' says that it has {channels}, but it reads the shape {tuple(x.shape)}. Mend its "
+                "fold_affine()"
             )
         none = torch.empty(0, dtype=torch.long)
         raw = Call(index, "raw", none, none, none.double())
@@ -184,7 +202,7 @@ class _Follow(Following):
             return raw
         if shadow is None or not bool((shadow.tags > 0).any()):
             return raw
-        tags, factors = (plane.movedim(site.channel_dim, 0).flatten(1) for plane in (shadow.tags, shadow.factors()))
+        tags, factors = map(site.flat, (shadow.tags, shadow.factors()))
         channels = torch.arange(len(tags), device=tags.device)[:, None].expand(tags.shape)
         landed = function_of(tags, channels)
         if landed is not None:

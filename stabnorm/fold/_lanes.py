@@ -18,7 +18,7 @@ from stabnorm._models.outputs import OutputError, Picker
 from stabnorm._models.tree import Tree
 from stabnorm.errors import StabNormError
 from stabnorm.fold._follow import trace_model
-from stabnorm.fold._second_input import LookUps, cast, second_inputs
+from stabnorm.fold._second_input import LookUps, cast, padded, second_inputs
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Trace
 from stabnorm.fold._verify import TOLERANCE, Outputs, Precision, finite, largest_error, run_all
@@ -234,8 +234,10 @@ def _second_inputs(
     seconds: list[Example] = []
     resized = False
     for example in examples:
-        others, has_other_sizes = second_inputs(example, look_ups.rows(example), lambda other: bool(returned(other)))
-        seconds += others
+        rows = look_ups.rows(example)
+        others, has_other_sizes = second_inputs(example, rows, lambda other: bool(returned(other)))
+        with_masks = [padded(model, other, rows) for other in others]
+        seconds += [masked if returned(masked) else other for masked, other in zip(with_masks, others, strict=True)]
         resized |= has_other_sizes
     words = ("a second input of another size" if resized else "a second input") if seconds else ""
     return seconds, run_all(model, seconds, outputs), words

@@ -319,7 +319,7 @@ class _Decisions:
                 plan.folds.append(FoldedSite(affine.name, "kept", (), reason))
                 continue
             plan.folds.append(FoldedSite(affine.name, "affine", (), reason))
-            plan.affine[affine.name] = (*self._composed(site), affine.channel_dim)
+            plan.affine[affine.name] = affine.frozen(*self._composed(site))
         plan.edits = [edit for edit in plan.edits if edit.changes]
         plan.untied = sorted({name for edit in plan.edits for name in edit.parameters if name in self.index.tied})
         return plan

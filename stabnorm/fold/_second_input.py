@@ -2,14 +2,15 @@
 
 A path that depends on sizes or values differs from the example's: a batch of one that is squeezed, a padding to a
 multiple, a factor ``length ** -0.5``, an expert that only other tokens reach. The model says which sizes it takes, by
-running on them.
+running on them. A language model that takes a mask also gets one: a norm's shift does not pass what multiplies by it.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,6 +72,24 @@ def second_inputs(
     variants = [sizes, one_row] if batch > 1 and takes(draw(_resized(example, one_row))) else [sizes]
     made = [draw(_resized(example, variant)) for variant in variants]
     return [other for other in made if not _is_same(other, example)], bool(sizes) or len(made) > 1
+
+
+def padded(model: nn.Module, example: Example, rows: Mapping[int, int]) -> Example:
+    """Let the first row of tokens end in a padding, where a forward takes ``attention_mask`` and the example has none.
+
+    Args:
+        model: The model.
+        example: Its input.
+        rows: The tensors that are looked up in tables, see `LookUps`.
+    """
+    tokens = next((t for number, t in enumerate(_tensors(example)) if number in rows and t.ndim == 2), None)
+    forward = inspect.signature(model.forward)
+    given = forward.bind_partial(*example.args, **example.kwargs).arguments
+    if tokens is None or tokens.shape[1] < 2 or "attention_mask" not in forward.parameters or "attention_mask" in given:
+        return example
+    mask = torch.ones_like(tokens)
+    mask[0, -(tokens.shape[1] // 2) :] = 0
+    return Example(example.args, {**example.kwargs, "attention_mask": mask})
 
 
 def _axes_of_one_size(tensors: Sequence[Tensor]) -> Iterator[set[Axis]]:

@@ -41,7 +41,7 @@ class Site:
 
     That is a norm of which nothing is left, or, with `gain`, the gain and bias of one that stays: x is then what it
     normalised, or what the gain and bias in `stays` make of it. With `goes_on` the module's forward goes on with its
-    children, and y is what they read.
+    children, and y is what they read. Where several trailing axes hold the channels, `shape` has their sizes.
     """
 
     name: str
@@ -51,11 +51,21 @@ class Site:
     gain: Gain | None = None
     stays: tuple[Tensor, Tensor] | None = None
     goes_on: bool = False
+    shape: tuple[int, ...] = ()
 
     @property
     def num_features(self) -> int:
         """Channels."""
         return self.scale.numel()
+
+    def flat(self, t: Tensor) -> Tensor:
+        """Give a tensor of the norm's shape with its channels first, and all else behind them."""
+        return t.flatten(t.ndim - len(self.shape) if self.shape else -1).movedim(self.channel_dim, 0).flatten(1)
+
+    def frozen(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Give what `FrozenAffine` takes."""
+        sizes = self.shape or (self.num_features,)
+        return scale.view(sizes), shift.view(sizes), self.channel_dim
 
 
 def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
@@ -80,8 +90,10 @@ def find_sites(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
         if has_forward_hooks(module):
             staying[name] = HOOKED
         else:
+            axes = tuple(size for size in scale.shape if size > 1)
             scale, shift = (t.detach().to("cpu", torch.float64).flatten() for t in (scale, shift))
-            sites.append(Site(name, scale, shift, channel_dim, goes_on=goes_on))
+            shape = axes if len(axes) > 1 and channel_dim == -1 else ()
+            sites.append(Site(name, scale, shift, channel_dim, goes_on=goes_on, shape=shape))
     known = {site.name for site in sites} | set(staying)
     search = NormSearch(model)
     for norm in search.found:

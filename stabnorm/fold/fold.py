@@ -288,7 +288,7 @@ def _shows_faults(lanes: Lanes, plan: Plan, outputs: Picker) -> bool:
             continue
         scale, shift = 1.01 * site.scale, site.shift + 0.01 * site.scale.abs().mean()
         if site.gain is None:
-            affine = FrozenAffine(scale.to(like), shift.to(like), site.channel_dim)
+            affine = FrozenAffine(*site.frozen(scale.to(like), shift.to(like)))
             norm, axes = faulty.get_submodule(site.name), plan.contiguous.get(site.name)
             new[site.name] = standing_for(norm, affine, goes_on=site.goes_on, axes=axes)
         else:

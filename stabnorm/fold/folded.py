@@ -59,7 +59,9 @@ class StandIn(LeavesFusedPath):
                 setattr(self, name, value)
         for name, tensor in (*norm._parameters.items(), *norm._buffers.items()):
             if not hasattr(self, name) and (tensor is None or tensor.is_floating_point()):
-                answer = None if tensor is None else torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                # Not on the meta device: no checkpoint would ever fill it, and it could not be moved from there.
+                device = "cpu" if tensor is None or tensor.is_meta else tensor.device
+                answer = None if tensor is None else torch.empty(0, dtype=tensor.dtype, device=device)
                 nn.Module.register_buffer(self, name, answer, persistent=False)  # in low precision, too
         return self
 
@@ -112,8 +114,8 @@ class FrozenAffine(StandIn, Float32Buffers):
     Scale and shift stay float32 under ``.to(torch.bfloat16)``, as the statistics they come from.
 
     Args:
-        scale: ``[C]``.
-        shift: ``[C]``.
+        scale: ``[C]``, or with the sizes of several trailing axes, such as ``[heads, C]``.
+        shift: the same shape.
         channel_dim: axis of the input that holds the channels. Default: -1.
 
     Shape:
@@ -121,7 +123,7 @@ class FrozenAffine(StandIn, Float32Buffers):
 
     Raises:
         TypeError: scale or shift is no tensor, or it is called without an input.
-        ValueError: scale and shift do not have one number for each channel.
+        ValueError: scale and shift do not have one number for each channel, or several axes are not the last ones.
 
     >>> affine = FrozenAffine(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
     >>> affine(torch.ones(1, 2))
@@ -135,10 +137,14 @@ class FrozenAffine(StandIn, Float32Buffers):
         super().__init__()
         check_instance("scale", scale, Tensor, "a tensor [C]")
         check_instance("shift", shift, Tensor, "a tensor [C]")
-        if scale.ndim != 1 or scale.shape != shift.shape:
+        if scale.ndim == 0 or scale.shape != shift.shape:
             shapes = f"{tuple(scale.shape)} and {tuple(shift.shape)}"
             raise ValueError(f"scale and shift have the shapes {shapes}. Give one number for each channel, [C]")
         check_axis("channel_dim", channel_dim)
+        if scale.ndim > 1 and channel_dim != -1:
+            raise ValueError(
+                f"channel_dim={channel_dim} goes with a scale of one axis, not {scale.ndim}. Leave it at -1"
+            )
         self.channel_dim = channel_dim
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
@@ -157,7 +163,8 @@ class FrozenAffine(StandIn, Float32Buffers):
 
     def extra_repr(self) -> str:
         """Channels, and their axis where it is not the last."""
-        return f"{self.scale.numel()}" + ("" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}")
+        sizes = " x ".join(map(str, self.scale.shape))
+        return sizes + ("" if self.channel_dim == -1 else f", channel_dim={self.channel_dim}")
 
     def _own_buffers(self) -> dict[str, Tensor | None]:
         return {name: self._buffers[name] for name in ("scale", "shift")}

@@ -29,7 +29,7 @@ def manifest_of(plan: Plan) -> dict[str, Any]:
         "format": FORMAT,
         "folded": [fold.name for fold in plan.folds if fold.status in FOLDED],
         "affine": {
-            name: {"num_features": scale.numel(), "channel_dim": channel_dim}
+            name: {"num_features": scale.numel() if scale.ndim == 1 else [*scale.shape], "channel_dim": channel_dim}
             for name, (scale, _, channel_dim) in plan.affine.items()
         },
         "biases": {bias.name: bias.size for edit in plan.edits for bias in edit.new_biases},

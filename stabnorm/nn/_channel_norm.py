@@ -83,6 +83,14 @@ class ChannelNorm(EvalAffineNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         was_meta = self.weight.is_meta
         if self.without_numbers and not was_meta:  # a loader has put one tensor after the other in place
+            tensors = self._own_tensors()
+            lacking = {name: tensor for name, tensor in tensors if tensor.is_meta}
+            for name, tensor in lacking.items():  # a plain checkpoint does not have it
+                held = self._parameters if name in self._parameters else self._buffers
+                empty = torch.empty_like(tensor, device=self.weight.device)
+                held[name] = nn.Parameter(empty, tensor.requires_grad) if name in self._parameters else empty
+            if lacking:
+                self._fill_in({name for name, _ in tensors} - lacking.keys())
             self._fill_in_unsaved()
         super()._apply(fn, recurse)
         if self.without_numbers and was_meta and not self.weight.is_meta:  # to_empty() left what the memory held
@@ -310,7 +318,7 @@ class ChannelNorm(EvalAffineNorm):
         """Build the new module with the norm's weight and bias; see the base class."""
         old = layer.module
         if layer.feature_dims > 1:
-            raise StabNormError(f"it normalises {layer.feature_dims} axes together: only to='prepbn' can convert it")
+            raise StabNormError(f"its channels are on {layer.feature_dims} axes: only to='prepbn' can convert it")
         like = floating_tensor_of(old) if like is None else like
         with tensors_like(like):
             options = cls.defaults_after(layer) | options

@@ -138,7 +138,7 @@ class PRepBN(EvalAffineNorm):
             if hasattr(module, name) and not (name == "channel_dim" and module.channel_dim == layer.channel_dim):
                 raise StabNormError(f"its class has an attribute {name!r} of its own, which PRepBN needs")
         if layer.feature_dims > 1 and layer.channel_dim != -1:
-            raise StabNormError(f"it normalises {layer.feature_dims} axes together that are not the last ones")
+            raise StabNormError(f"its channels are on {layer.feature_dims} axes that are not the last ones")
         like = floating_tensor_of(module) if like is None else like
         with tensors_like(like):  # a PRepBN over torch's norm checks the options and builds `rep`
             options = RepBN.defaults_after(layer) | options
@@ -202,10 +202,10 @@ class PRepBN(EvalAffineNorm):
         Args:
             rep: the RepBN to switch to.
             eval_mode: see the class. Default: "blend".
-            feature_dims: how many trailing axes the norm normalises together. Default: 1.
+            feature_dims: how many trailing axes hold the channels. Default: 1.
 
         Raises:
-            ValueError: `eval_mode` is unknown, or several axes are normalised together and are not the last ones.
+            ValueError: `eval_mode` is unknown, or several axes hold the channels and are not the last ones.
         """
         check_choice("eval_mode", eval_mode, get_args(EvalMode))
         if feature_dims > 1 and rep.channel_dim != -1:
@@ -222,8 +222,13 @@ class PRepBN(EvalAffineNorm):
         self.start_from_norm()
 
     @property
-    def _channels(self) -> int:
-        return self.rep.num_features  # as the first call decided, where the norm takes any width
+    def _channels(self) -> int | tuple[int, ...]:
+        """The sizes of the axes that hold the channels; as the first call decided, where the norm takes any width."""
+        if self.feature_dims == 1:
+            return self.rep.num_features
+        own = (tensor.shape for tensor in self._parameters.values() if tensor is not None)
+        shapes = (tuple(shape) for shape in (*own, getattr(self, "normalized_shape", ())))
+        return next(shape for shape in shapes if len(shape) == self.feature_dims)
 
     @property
     def sync(self) -> bool:
@@ -302,7 +307,7 @@ class PRepBN(EvalAffineNorm):
         return as_rows(self.__norm(x), self.channel_dim, self.feature_dims), rep, valid
 
     def __flat(self, x: Tensor) -> Tensor:
-        """Flatten the axes that are normalised together to one axis."""
+        """Flatten the axes that hold the channels to one axis."""
         if self.feature_dims == 1:
             return x
         return x.flatten(x.ndim - self.feature_dims) if x.ndim > self.feature_dims else x.reshape(1, -1)
@@ -335,8 +340,10 @@ class PRepBN(EvalAffineNorm):
     def fold_affine(self) -> tuple[Tensor, Tensor, int]:
         """Return ``(scale, shift, channel_dim)`` of the norm in eval mode, in float64.
 
+        Where several trailing axes hold the channels, scale and shift have their sizes.
+
         Raises:
-            StabNormError: lam is not 0 and eval mode blends, or several axes are normalised together.
+            StabNormError: lam is not 0 and eval mode blends.
         """
         lam = float(self.lam)
         if lam != 0 and self.eval_mode == "blend":
@@ -344,11 +351,8 @@ class PRepBN(EvalAffineNorm):
                 f"PRepBN at lam={lam:.4g} still holds a share of {norm_class(self).__name__}, so it is no affine map "
                 "in eval. Finish the schedule: lam reaches 0, then it folds"
             )
-        if self.feature_dims > 1:
-            raise StabNormError(
-                f"PRepBN over {self.feature_dims} trailing axes has no single channel axis to fold along"
-            )
-        return self.rep.fold_affine()
+        scale, shift, channel_dim = self.rep.fold_affine()
+        return scale.reshape(self._channels), shift.reshape(self._channels), channel_dim
 
     def extra_repr(self) -> str:
         """Return the norm's own arguments, and those of PRepBN that differ from their default."""
@@ -369,9 +373,7 @@ class PRepBN(EvalAffineNorm):
                 warn_of_partial_checkpoint(self, prefix)
             if self.without_numbers and self.lam.is_meta and rest[0].get("assign_to_params_buffers"):
                 device = next((tensor.device for tensor in given if isinstance(tensor, Tensor)), torch.device("cpu"))
-                self.rep.to_empty(device=device)
-                self.lam = torch.empty_like(self.lam, device=device)
-                self._fill_in(set())
+                self.__start_on(device)
             state_dict.update(self.rep.state_dict(prefix=added[1], keep_vars=True))
             state_dict[added[0]] = self.lam
         self.leave_out_norm = False  # lam may be above 0 from now on
@@ -384,6 +386,23 @@ class PRepBN(EvalAffineNorm):
         return (name for name, tensor in self._own_tensors() if tensor is not added)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.without_numbers and self.rep.weight.is_meta:
+            own = [tensor for name in self.__norm_tensors() if (tensor := getattr(self, name)) is not None]
+            if own and not any(tensor.is_meta for tensor in own):
+                self.__start_on(own[0].device)  # a loader has put the tensors of a plain checkpoint in place
+            elif not own:
+                try:
+                    return self.__apply(fn, recurse)
+                except NotImplementedError:  # a move, of a norm of which no checkpoint says anything
+                    self.__start_on(torch.device("cpu"))
+        return self.__apply(fn, recurse)
+
+    def __start_on(self, device: torch.device) -> None:
+        self.rep.to_empty(device=device)
+        self.lam = torch.empty_like(self.lam, device=device)
+        self._fill_in(set())
+
+    def __apply(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
         was_meta = self.lam.is_meta
         super()._apply(fn, recurse)
         self.without_numbers &= was_meta  # a loader may have put one tensor after the other in place

@@ -28,10 +28,11 @@ class NormLayer:
         kind: What it normalises over: "layer", "rms", "batch", "group" or "instance".
         channel_dim: Axis of the input that holds the channels: -1, 1, or counted from the end for InstanceNorm, which
             takes unbatched input, too.
-        num_features: Number of channels; the product when several trailing dims are normalised together.
+        num_features: Number of channels; the product when several trailing dims hold them.
         eps: What is added to the variance.
         groups: GroupNorm's groups; `num_features` for InstanceNorm. Default: 1.
-        feature_dims: How many trailing dims are normalised together. Default: 1.
+        feature_dims: How many trailing dims hold the channels: those that are normalised together, or those of a gain
+            for each channel of each attention head. Default: 1.
         weight_name: Attribute that holds the weight; None when there is none. Default: "weight".
         bias_name: Attribute that holds the bias; None when there is none. Default: "bias".
         gain_offset: What is added to the weight before it multiplies; 1 for Gemma's `1 + weight`. Default: 0.

@@ -43,6 +43,7 @@ class Formula(NamedTuple):
     bias_name: str | None
     gain_offset: float
     groups: int = 1
+    feature_dims: int = 1
     any_width: bool = False
 
 
@@ -84,6 +85,7 @@ def probe(module: nn.Module) -> Formula | None:
         if sizes:
             told = sizes.pop()
             formula = None if sizes or told < 2 else _explain(twin, told, stand_ins, generator)  # 1: as in ScaleNorm
+            formula = formula or _explain_heads(twin, stand_ins, generator)
             if formula is None or formula.weight_name or formula.bias_name or formula.kind == "batch":
                 return formula  # else it does not use what it holds
         free = [_explain(twin, _ANY_WIDTH, stand_ins, generator, layouts) for layouts in (_LAYOUTS, [_IMAGE])]
@@ -149,7 +151,6 @@ def _explain(
     """Run the copy in each layout that it takes, and compare its output with every norm."""
     values = {name: tensor.flatten().double().cpu() for name, tensor in stand_ins.items() if tensor.numel() == width}
     device = next((tensor.device for tensor in stand_ins.values()), torch.device("cpu"))
-    own_eps = [value for name, value in vars(twin).items() if "eps" in name.lower() and isinstance(value, float)]
     sizes, accepted = [size for size in _SIZES if size != width], False
     for layout in layouts:
         axis = layout.index(None)
@@ -164,17 +165,55 @@ def _explain(
             break  # two axes are too few to tell a norm over the last one from a norm over the second
         accepted = True
         output = y.double().cpu().movedim(axis, -1)
-        for eps, (kind, groups) in itertools.product(dict.fromkeys((*own_eps, *_CUSTOMARY_EPS)), _kinds(twin, width)):
+        for eps, (kind, groups) in itertools.product(_eps_of(twin), _kinds(twin, width)):
             normalized = _normalized(kind, groups, x, axis, eps, values)
             if normalized is None:
                 continue
-            for weight, bias, gain_offset in _roles([name for name in values if name not in _RUNNING]):
-                expected = normalized * (values[weight] + gain_offset) if weight else normalized
-                expected = expected + values[bias] if bias else expected
-                if torch.allclose(output, expected, rtol=1e-4, atol=1e-4):  # room for fp32; a wrong formula is far off
-                    dim = channel_dim if kind != "instance" else axis - len(layout)
-                    return Formula(kind, dim, width, eps, weight, bias, gain_offset, groups)
+            role = _role(output, normalized, values)
+            if role is not None:
+                dim = channel_dim if kind != "instance" else axis - len(layout)
+                return Formula(kind, dim, width, eps, *role, groups)
     return None
+
+
+def _explain_heads(twin: nn.Module, stand_ins: Mapping[str, Tensor], generator: torch.Generator) -> Formula | None:
+    """Find a norm over the last axis whose gain has an axis more, such as one gain for each attention head."""
+    shapes = {tensor.shape for tensor in stand_ins.values()}
+    shape = shapes.pop()
+    if shapes or len(shape) < 2 or 1 in shape:  # an axis of 1 stands for any size
+        return None
+    values = {name: tensor.double().cpu() for name, tensor in stand_ins.items()}
+    device = next(iter(stand_ins.values())).device
+    x = _input([*_SIZES[:2], *shape], len(shape) + 1, generator)
+    y: object = None
+    with contextlib.suppress(Exception):  # it takes no such input
+        y = twin(x.to(device, torch.float32, copy=True))
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    for eps, (kind, _) in itertools.product(_eps_of(twin), _kinds(twin, shape[-1])[:2]):
+        normalized = _normalized(kind, 1, x, x.ndim - 1, eps, {})
+        role = None if normalized is None else _role(y.double().cpu(), normalized, values)
+        if role is not None:
+            return Formula(kind, -1, math.prod(shape), eps, *role, feature_dims=len(shape))
+    return None
+
+
+def _role(
+    output: Tensor, normalized: Tensor, values: Mapping[str, Tensor]
+) -> tuple[str | None, str | None, float] | None:
+    """Say which tensors are weight and bias, and what is added to the weight; None if nothing explains the output."""
+    for weight, bias, gain_offset in _roles([name for name in values if name not in _RUNNING]):
+        expected = normalized * (values[weight] + gain_offset) if weight else normalized
+        expected = expected + values[bias] if bias else expected
+        if torch.allclose(output, expected, rtol=1e-4, atol=1e-4):  # room for fp32; a wrong formula is far off
+            return weight, bias, gain_offset
+    return None
+
+
+def _eps_of(twin: nn.Module) -> list[float]:
+    """List the values that eps may have, those that the module holds first."""
+    own = [value for name, value in vars(twin).items() if "eps" in name.lower() and isinstance(value, float)]
+    return list(dict.fromkeys((*own, *_CUSTOMARY_EPS)))
 
 
 def _input(shape: Sequence[int], channel_dim: int, generator: torch.Generator) -> Tensor:

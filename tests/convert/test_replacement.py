@@ -156,4 +156,4 @@ def test_what_cannot_be_replaced_is_left_with_the_reason() -> None:
     report = convert_norms(nn.Sequential(hooked, nn.LayerNorm((2, 8)), nn.LayerNorm(8)), "repbn")
     assert report.converted == ["2"]
     assert report.left["0"].startswith("it has state_dict hooks")
-    assert report.left["1"] == "it normalises 2 axes together: only to='prepbn' can convert it"
+    assert report.left["1"] == "its channels are on 2 axes: only to='prepbn' can convert it"

@@ -1,6 +1,8 @@
 """Whatever normalises is in the report: norms that do more, functions in a forward, classes that nobody knows."""
 
+import copy
 import json
+import pickle
 import warnings
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stabnorm import StabNormError, apply_manifest, fold_norms
+from stabnorm import StabNormError, apply_manifest, find_norms, fold_norms
 from stabnorm.nn import RepBN
 from tests.fold.nets import Net, draw, error_of
 
@@ -99,6 +101,57 @@ def test_an_activation_that_wrote_into_the_norm_s_output_does_not_write_into_wha
     assert error_of(result.model, model, [(draw(3, 3, 9, 7, seed=1),)]) < 1e-12
 
 
+class BatchNormLeaky(nn.BatchNorm2d):
+    """Its activation is a function."""
+
+    def __init__(self, channels: int, slope: float = 0.1) -> None:
+        super().__init__(channels)
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(super().forward(x), self.slope)
+
+
+class DerivedBatchNorm(BatchNormLeaky):
+    pass
+
+
+class BatchNormInPlace(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x), inplace=True)
+
+
+class BatchNormPRelu(nn.BatchNorm2d):
+    """A child with a weight, and a function."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x)).square()
+
+
+@pytest.mark.parametrize("kind", [BatchNormLeaky, DerivedBatchNorm, BatchNormInPlace, BatchNormPRelu])
+@pytest.mark.parametrize("place", ["behind a layer", "first"])
+def test_the_norm_inside_a_batch_norm_that_calls_a_function_folds(kind: type[nn.BatchNorm2d], place: str) -> None:
+    def build() -> nn.Module:
+        first: nn.Module = nn.Conv2d(C, C, 3) if place == "behind a layer" else nn.Identity()
+        return ready(nn.Sequential(first, kind(C), nn.Conv2d(C, D, 1)))
+
+    model = build()
+    result = fold_norms(model, draw(2, C, 8, 8), strict=True)
+    assert [norm.status for norm in result.norms] == ["backward" if place == "behind a layer" else "affine"]
+    inputs = [(draw(3, C, 9, 7, seed=1),)]
+    assert error_of(result.model, model, inputs) < 1e-12
+    fresh = apply_manifest(build(), json.loads(json.dumps(result.manifest)))
+    fresh.load_state_dict(result.model.state_dict(), strict=True)
+    for other in (fresh, copy.deepcopy(result.model), pickle.loads(pickle.dumps(result.model))):
+        assert error_of(other, model, inputs) < 1e-12
+    assert find_norms(result.model) == []
+    assert "batch_norm" not in str(torch.export.export(result.model, (draw(2, C, 8, 8),)).graph)
+
+
 def test_such_a_fold_is_saved_and_loaded() -> None:
     result = fold_norms(activated(nn.ReLU()), draw(2, 3, 8, 8))
     fresh = apply_manifest(activated(nn.ReLU()), json.loads(json.dumps(result.manifest)))
@@ -117,9 +170,9 @@ def test_a_frozen_batch_norm_is_affine_by_what_it_computes(kind: type[Frozen]) -
 # --- what stays is listed, and strict raises ---
 
 
-class BatchNormRelu(nn.BatchNorm2d):
+class BatchNormGate(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).relu()
+        return super().forward(x) * x
 
 
 FUNCTIONS = {
@@ -143,11 +196,11 @@ def test_a_function_that_normalises_in_a_forward_is_listed_as_kept(function: str
 
 
 def test_a_norm_that_nobody_understands_is_listed_as_kept_and_strict_raises() -> None:
-    model = ready(nn.Sequential(nn.Conv2d(3, C, 3), BatchNormRelu(C), nn.Conv2d(C, D, 1)))
-    with pytest.warns(UserWarning, match="BatchNormRelu"):
+    model = ready(nn.Sequential(nn.Conv2d(3, C, 3), BatchNormGate(C), nn.Conv2d(C, D, 1)))
+    with pytest.warns(UserWarning, match="BatchNormGate"):
         result = fold_norms(model, draw(2, 3, 8, 8))
     assert [(norm.name, norm.status) for norm in result.norms] == [("1", "kept")]
-    with pytest.warns(UserWarning, match="BatchNormRelu"), pytest.raises(StabNormError, match="BatchNormRelu"):
+    with pytest.warns(UserWarning, match="BatchNormGate"), pytest.raises(StabNormError, match="BatchNormGate"):
         fold_norms(model, draw(2, 3, 8, 8), strict=True)
 
 

@@ -189,6 +189,43 @@ def test_a_loader_that_puts_one_tensor_after_the_other_in_place_is_not_undone_by
 
 
 @pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("buffers", ["meta", "cpu"])
+def test_a_plain_checkpoint_that_a_loader_puts_in_place_fills_a_converted_model_as_it_moves(
+    to: str, buffers: str
+) -> None:
+    plain: Any = Net()
+    nn.init.uniform_(plain.norm.weight)
+    with torch.device("meta"):
+        model: Any = Net(to)
+    if buffers == "cpu":  # as in accelerate's init_empty_weights
+        usual = dict(Net(to).named_buffers())
+        for module_name, module in model.named_modules():
+            for name in module._buffers:
+                module._buffers[name] = usual[f"{module_name}.{name}".lstrip(".")]
+    for name, tensor in plain.state_dict().items():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._parameters[attribute] = nn.Parameter(tensor)
+    model.to("cpu")
+    expected = Net()
+    expected.load_state_dict(plain.state_dict())
+    convert_norms(expected, to=to)  # type: ignore[arg-type]
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    model.train()(torch.randn(6, 4)).sum().backward()
+
+
+def test_a_norm_without_weights_starts_as_a_new_one_where_a_loader_leaves_it_empty() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8, elementwise_affine=False))
+        convert_norms(model)
+    model[0] = nn.Linear(4, 8)
+    model.to("cpu")
+    x = torch.randn(3, 4)
+    assert torch.equal(model(x), nn.functional.layer_norm(model[0](x), (8,)))
+
+
+@pytest.mark.parametrize("to", TARGETS)
 def test_a_model_that_was_moved_from_the_meta_device_starts_as_a_new_one(to: str) -> None:
     with torch.device("meta"):
         model = Net(to)

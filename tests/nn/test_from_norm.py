@@ -107,7 +107,7 @@ def test_from_norm_takes_size_axis_precision_and_mode(successor: type[ChannelNor
 
 def test_from_norm_says_why_there_is_no_successor() -> None:
     (layer,) = find_norms(nn.LayerNorm((4, 8)))
-    with pytest.raises(StabNormError, match="it normalises 2 axes together"):
+    with pytest.raises(StabNormError, match="its channels are on 2 axes"):
         RepBN.from_norm(layer)
     (layer,) = find_norms(nn.LayerNorm(8))
     with pytest.raises(StabNormError, match="its bias would be lost: center=False"):

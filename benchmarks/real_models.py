@@ -211,6 +211,41 @@ MODELS: dict[str, Entry] = {
     "wav2vec 2": _hf("Wav2Vec2Config", "Wav2Vec2ForCTC", SPEECH, sounds),
     "hubert": _hf("HubertConfig", "HubertForCTC", SPEECH, sounds),
     "wavlm": _hf("WavLMConfig", "WavLMForCTC", SPEECH, sounds),
+    "mpt": _hf("MptConfig", "MptForCausalLM", {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2,
+                                              "max_seq_len": 64, "bos_token_id": 1, "eos_token_id": 2}),
+    "codegen": _hf("CodeGenConfig", "CodeGenForCausalLM", {
+        "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64, "rotary_dim": 4,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }),
+    "gpt bigcode": _hf("GPTBigCodeConfig", "GPTBigCodeForCausalLM", {
+        "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
+        "eos_token_id": 2,
+    }),
+    "gpt-neo": _hf("GPTNeoConfig", "GPTNeoForCausalLM", {
+        "vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]],
+        "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+    }),
+    "qwen 2": _hf("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
+    "cohere 2": _hf("Cohere2Config", "Cohere2ForCausalLM", GROUPED),
+    "helium": _hf("HeliumConfig", "HeliumForCausalLM", GROUPED),
+    "smol lm 3": _hf("SmolLM3Config", "SmolLM3ForCausalLM", GROUPED),
+    "xglm": _hf("XGLMConfig", "XGLMForCausalLM", {
+        "vocab_size": 64, "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4,
+        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }),
+    "biogpt": _hf("BioGptConfig", "BioGptForCausalLM", NARROW),
+    "deberta": _hf("DebertaConfig", "DebertaForSequenceClassification", NARROW),
+    "squeezebert": _hf("SqueezeBertConfig", "SqueezeBertForSequenceClassification", NARROW, embedding_size=32),
+    "f-net": _hf("FNetConfig", "FNetForMaskedLM", NARROW),
+    "nystromformer": _hf("NystromformerConfig", "NystromformerForMaskedLM", NARROW, segment_means_seq_len=64),
+    "convbert": _hf("ConvBertConfig", "ConvBertForMaskedLM", NARROW, embedding_size=32),
+    "vit msn": _hf_images("ViTMSNConfig", "ViTMSNForImageClassification", VISION),
+    "poolformer": _hf_images("PoolFormerConfig", "PoolFormerForImageClassification", {
+        "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+    }, (1, 64), (3, 96)),
+    "siglip": _hf("SiglipConfig", "SiglipModel", {
+        "text_config": NARROW | {"max_position_embeddings": 11}, "vision_config": VISION,
+    }, pictures_and_texts),
     "beit": _timm("beit_base_patch16_224", 32, **VIT),
     "cait": _timm("cait_xxs24_224", 32, **VIT),
     "xcit": _timm("xcit_nano_12_p8_224", 32, (1, 32), (3, 48), depth=2, embed_dim=32, num_heads=4),
@@ -232,6 +267,14 @@ MODELS: dict[str, Entry] = {
     "efficientformer": _timm("efficientformer_l1", 224),
     "davit": _timm("davit_tiny", 64, (1, 96), (3, 64), depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64),
                    num_heads=(1, 2, 3, 4)),
+    "mlp-mixer": _timm("mixer_s32_224", 64, img_size=64),
+    "resmlp": _timm("resmlp_12_224", 64, img_size=64),
+    "visformer": _timm("visformer_tiny", 224),
+    "ghostnet": _timm("ghostnet_100", 64, (1, 96), (3, 64)),
+    "inception next": _timm("inception_next_atto", 64, (1, 96), (3, 64), depths=(1, 1, 1, 1), dims=(16, 24, 32, 48)),
+    "caformer": _timm("caformer_s18", 64, (1, 96), (3, 64)),
+    "nest": _timm("nest_tiny", 64, img_size=64),
+    "repvit": _timm("repvit_m0_9", 64, (1, 96), (3, 64)),
 }  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def rest_class(cls: type[nn.Module]) -> type[Rest]:
     return type("Rest", (cls, type("Rest", (Rest, norm), {})), {"extra_repr": Rest.extra_repr})  # type: ignore[return-value]
 
 
-def _blank(cls: type[nn.Module]) -> Rest:
+def _blank(cls: Any) -> Rest:
     made = rest_class(cls)
     rest = made.__new__(made)
     nn.Module.__init__(rest)

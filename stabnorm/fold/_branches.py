@@ -145,7 +145,6 @@ class _Run:
         at = ways.offset(frame.f_lasti)
         if self.fork is not None and at != self.fork.at:
             function.taken.setdefault(self.fork, set()).add(ways.is_jump(self.fork, at))
-            self.fork = None
         arrived = self.branches.arrived.get(self.path, ())
         for fork, count in self.waiting.pop(at, ()):
             _note(function.values.setdefault(fork, {}), arrived[count:])
@@ -155,14 +154,13 @@ class _Run:
             for name in names:
                 if name in values:
                     _note(function.held.setdefault((at, name), {}), self.branches.tags_of(values[name]))
-        fork = ways.fork_at.get(at)
-        if fork is not None:
-            self.fork = fork
-            for name in fork.asks:
+        self.fork = ways.fork_at.get(at)
+        if self.fork is not None:
+            for name in self.fork.asks:
                 (function.modules if isinstance(frame.f_locals.get(name), nn.Module) else function.others).add(name)
-            for side in fork.sides:
+            for side in self.fork.sides:
                 if side.is_value and side.meets is not None:
-                    self.waiting.setdefault(side.meets, []).append((fork, len(arrived)))
+                    self.waiting.setdefault(side.meets, []).append((self.fork, len(arrived)))
         return self.step
 
 

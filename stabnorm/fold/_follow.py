@@ -182,17 +182,10 @@ class _Follow(Following):
 
     def _call(self, index: int, x: Tensor) -> Call:
         site = self.trace.sites[index]
-        dim = site.channel_dim
-        sizes = (x.shape[dim],) if -x.ndim <= dim < x.ndim else ()
-        if (x.shape[-len(site.shape) :] if site.shape else sizes) != (site.shape or (site.num_features,)):
-            channels = (
-                f"{' x '.join(map(str, site.shape))} channels on the last axes"
-                if site.shape
-                else (f"{site.num_features} channels on axis {dim}")
-            )
+        if not site.fits(x.shape):
             raise StabNormError(
-                f"norm '{site.name}' says that it has {channels}, but it reads the shape {tuple(x.shape)}. Mend its "
-                "fold_affine()"
+                f"norm '{site.name}' says that it has {site.channels}, but it reads the shape {tuple(x.shape)}. Mend "
+                "its fold_affine()"
             )
         none = torch.empty(0, dtype=torch.long)
         raw = Call(index, "raw", none, none, none.double())

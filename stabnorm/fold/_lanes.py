@@ -18,6 +18,7 @@ from stabnorm._models.outputs import OutputError, Picker
 from stabnorm._models.tree import Tree
 from stabnorm.errors import StabNormError
 from stabnorm.fold._follow import trace_model
+from stabnorm.fold._following import tensors_of
 from stabnorm.fold._second_input import LookUps, cast, padded, second_inputs
 from stabnorm.fold._sites import Site
 from stabnorm.fold._trace import Trace
@@ -176,6 +177,12 @@ def run_checked(model: nn.Module, examples: Sequence[Example], outputs: Picker, 
     except OutputError:
         raise
     except Exception as error:
+        if any(t.is_nested for example in examples for t in tensors_of((example.args, example.kwargs))):
+            raise ValueError(
+                f"the model does not run on {name}, which holds a nested tensor: torch's attention takes one in fused "
+                "layers only, which a fold must leave, and norms read plain tensors. Pass a padded tensor, such as "
+                "torch.nested.to_padded_tensor gives, and the model's padding mask"
+            ) from error
         raise ValueError(
             f"the model does not run on {name}: {type(error).__name__}: {error}. A tuple is positional arguments, "
             "a dict keyword arguments, a tuple (args, kwargs) both"

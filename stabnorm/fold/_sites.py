@@ -58,6 +58,19 @@ class Site:
         """Channels."""
         return self.scale.numel()
 
+    @property
+    def channels(self) -> str:
+        """How many, and where, in words."""
+        if self.shape:
+            return f"{' x '.join(map(str, self.shape))} channels on the last axes"
+        return f"{self.num_features} channels on axis {self.channel_dim}"
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether a tensor of this shape has the norm's channels where the norm says."""
+        if self.shape:
+            return tuple(shape[-len(self.shape) :]) == self.shape
+        return -len(shape) <= self.channel_dim < len(shape) and shape[self.channel_dim] == self.num_features
+
     def flat(self, t: Tensor) -> Tensor:
         """Give a tensor of the norm's shape with its channels first, and all else behind them."""
         return t.flatten(t.ndim - len(self.shape) if self.shape else -1).movedim(self.channel_dim, 0).flatten(1)

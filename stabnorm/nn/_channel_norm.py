@@ -86,9 +86,11 @@ class ChannelNorm(EvalAffineNorm):
             tensors = self._own_tensors()
             lacking = {name: tensor for name, tensor in tensors if tensor.is_meta}
             for name, tensor in lacking.items():  # a plain checkpoint does not have it
-                held = self._parameters if name in self._parameters else self._buffers
                 empty = torch.empty_like(tensor, device=self.weight.device)
-                held[name] = nn.Parameter(empty, tensor.requires_grad) if name in self._parameters else empty
+                if isinstance(tensor, nn.Parameter):
+                    self._parameters[name] = nn.Parameter(empty, tensor.requires_grad)
+                else:
+                    self._buffers[name] = empty
             if lacking:
                 self._fill_in({name for name, _ in tensors} - lacking.keys())
             self._fill_in_unsaved()
@@ -190,8 +192,8 @@ class ChannelNorm(EvalAffineNorm):
             raise TypeError(f"{name} normalises a tensor x, got {shown(x)} of type {type(x).__name__}")
         if x.is_nested:
             raise TypeError(
-                f"{name} reads plain tensors, and this one is nested. nn.TransformerEncoder nests padded batches in "
-                "eval: set its use_nested_tensor = False, or build it with enable_nested_tensor=False"
+                f"{name} reads plain tensors, and this one is nested. Pass a padded tensor and its mask. Where it "
+                "comes from an nn.TransformerEncoder, which nests padded batches, set its use_nested_tensor = False"
             )
         if (
             self.training

@@ -129,7 +129,8 @@ class BatchNormPRelu(nn.BatchNorm2d):
         self.act = nn.PReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(super().forward(x)).square()
+        y: Tensor = self.act(super().forward(x)).square()
+        return y
 
 
 @pytest.mark.parametrize("kind", [BatchNormLeaky, DerivedBatchNorm, BatchNormInPlace, BatchNormPRelu])

@@ -96,3 +96,14 @@ def test_rows_of_padding_that_are_not_finite_hide_nothing_of_the_others() -> Non
     x[1] = torch.nan
     mine = ready(nn.Sequential(nn.Linear(C, C), Liar(), nn.Linear(C, D)))
     assert [norm.status for norm in fold_norms(mine, x).norms] == ["kept"]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that nested tensors may change
+@pytest.mark.parametrize("where", ["a norm", "an attention"])
+def test_a_nested_example_that_does_not_run_is_told_to_be_padded(where: str) -> None:
+    layer = nn.TransformerEncoderLayer(C, 2, C, batch_first=True)
+    net = nn.Sequential(nn.Linear(C, C), RepBN(C), layer if where == "an attention" else nn.Identity()).eval()
+    example = torch.nested.nested_tensor([torch.randn(3, C), torch.randn(5, C)])
+    with pytest.raises(ValueError, match=r"holds a nested tensor.*Pass a padded tensor.*padding mask") as raised:
+        fold_norms(net, example)
+    assert "get_fastpath_enabled" not in str(raised.value)

@@ -10,7 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "ABOUT.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPTIONAL = ("accelerate", "peft", "safetensors", "sentence_transformers", "timm", "transformers")  # a block that needs one is left out without it
+OPTIONAL = (
+    "accelerate",
+    "peft",
+    "safetensors",
+    "sentence_transformers",
+    "timm",
+    "transformers",
+)  # a block that needs one is left out without it
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

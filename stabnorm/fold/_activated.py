@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabnorm._models.ambient import plain_context
 from stabnorm._models.random_state import random_state_kept
+from stabnorm._models.watched import own_class
 from stabnorm.fold.folded import StandIn
 
 _AXES = ((2,), (2, 3), (2, 3, 2), (2, 2, 3, 2))  # of the input, the channels left out
@@ -87,7 +88,7 @@ class Rest(nn.Identity):
     @classmethod
     def of(cls, norm: nn.Module) -> "Rest":
         """Make one from a norm, with the norm's children and plain attributes."""
-        rest = _blank(type(norm))
+        rest = _blank(own_class(norm))
         held = {**vars(norm), "_parameters": {}, "_buffers": {}, "_modules": dict(norm._modules)}
         kept = {name: value for name, value in held.items() if "_hooks" not in name}
         vars(rest).update(kept, training=norm.training)

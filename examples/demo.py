@@ -2,9 +2,10 @@
 
 The demo trains three times on scikit-learn's digit images, with 600 steps each; together this takes a minute and a
 half. The first run is healthy. The second one equals the first until step 300; from then on, a weight decay with the
-wrong sign makes every weight matrix grow by one percent in each step. The LayerNorms hide this growth, so for more than
-fifty steps the loss looks normal, but the inputs of the norms show it within twenty steps. The third run is the first
-one with `ProgressiveNormCallback()`: it ends without LayerNorm, and `FoldCallback()` writes a model without any norm.
+wrong sign makes the weight matrices of one block grow by two percent in each step. The LayerNorms hide this growth, so
+for more than a hundred steps the loss looks normal, but the inputs of the norms show it within twenty steps, and the
+alarm says between which norms the cause lies. The third run is the first one with `ProgressiveNormCallback()`: it ends
+without LayerNorm, and `FoldCallback()` writes a model without any norm.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from PIL import Image
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from stabnorm import Alert, find_norms
+from stabnorm import Alert, Onset, find_norms
 from stabnorm.callbacks import FoldCallback, ProgressiveNormCallback, StabilityCallback
 from stabnorm.dashboard.relative_map import relative_map
 from stabnorm.dashboard.runs import open_run
@@ -31,6 +32,7 @@ from stabnorm.monitor.record import Record, read_record
 
 STEPS = 600
 FAULT_AT = 300
+BROKEN, GROWTH = "blocks.1", 1.02  # what breaks in the unstable run, and how fast
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Run:
 
     accuracy: float
     alerts: list[Alert]
+    onsets: list[Onset]
     record: Record
     cost: str
     model: DigitsViT
@@ -80,8 +83,9 @@ def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: 
     assert stability.monitor is not None
     accuracy = float(trainer.callback_metrics["val/accuracy"])
     assert stability.recorder is not None
-    record, cost, dumps = read_record(logger.log_dir), str(stability.monitor.cost), stability.recorder.dumps
-    return Run(accuracy, stability.monitor.alerts, record, cost, model, dumps)
+    monitor, dumps = stability.monitor, stability.recorder.dumps
+    record, cost = read_record(logger.log_dir), str(monitor.cost)
+    return Run(accuracy, monitor.alerts, monitor.onsets, record, cost, model, dumps)
 
 
 def draw(name: str, root: str, path: str) -> None:
@@ -115,8 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
     progress = sys.stderr.isatty() and not options.no_progress
     print("--- healthy: a small vision transformer on digit images ---")
     healthy = watch("healthy", options.root, progress=progress)
-    print(f"--- unstable: the same, with a weight decay whose sign is turned from step {FAULT_AT} on ---")
-    unstable = watch("unstable", options.root, Destabilize(start=FAULT_AT), progress=progress)
+    print(f"--- unstable: the same, with a weight decay in {BROKEN} whose sign is turned from step {FAULT_AT} on ---")
+    unstable = watch("unstable", options.root, Destabilize(BROKEN, FAULT_AT, GROWTH), progress=progress)
     print("--- switched: the healthy one, whose norms leave LayerNorm while it trains ---")
     callback, fold = ProgressiveNormCallback(), FoldCallback()
     switched = watch("switched", options.root, callback, fold, progress=progress)
@@ -127,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Run, Run, Run]:
         first = f"first alert at step {run.alerts[0].step}" if run.alerts else "no alert"
         doubled = f"loss doubled at step {run.loss_doubled_at}" if run.loss_doubled_at else "loss never doubled"
         print(f"{name:9s} accuracy {100 * run.accuracy:5.1f} %   {first}, {doubled}   monitoring {run.cost}")
+    for onset in unstable.onsets[:1]:
+        print(f"what broke: {onset}")
     norms, kept = len(callback.switch.norms), len(callback.switch.kept)
     print(
         f"accuracy with LayerNorm {100 * healthy.accuracy:.1f} %, switched {100 * switched.accuracy:.1f} %; "

@@ -18,7 +18,8 @@ class Feed(NamedTuple):
         """Look at the Trainer, at the start of an epoch."""
         loader: Any = trainer.train_dataloader
         size, data = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
-        return cls(trainer.accumulate_grad_batches, size if isinstance(size, int) else None, data and id(data))
+        identity = None if data is None else id(data)  # a data set may be a tensor, which is not asked for its truth
+        return cls(trainer.accumulate_grad_batches, size if isinstance(size, int) else None, identity)
 
     def change(self, before: "Feed") -> str:
         """Say what is different from before; "" if nothing is.

@@ -48,6 +48,7 @@ class Branches:
     ) -> None:
         self.tags_of, self.path, self.arrived = tags_of, path, arrived
         self.functions: dict[tuple[str, CodeType], _Function] = {}
+        self.inner: set[CodeType] = set()  # of functions that are defined while the model runs
 
     def __enter__(self) -> Self:
         self.before = sys.gettrace()
@@ -71,10 +72,11 @@ class Branches:
         code = frame.f_code
         if not _is_own(code.co_filename):
             return None
+        self.inner.update(each for each in code.co_consts if isinstance(each, CodeType))
         path, ways = self.path(), _ways(code)
         if path is None or not ways.forks:
             return None
-        function = self.functions.setdefault((path, code), _Function(ways, is_root=not path))
+        function = self.functions.setdefault((path, code), _Function(ways, not path, code not in self.inner))
         function.given.update(_given(frame, ways, path))
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return _Run(self, function, path).step
@@ -83,8 +85,8 @@ class Branches:
 class _Function:
     """What was seen of one function, run by one module."""
 
-    def __init__(self, ways: Ways, is_root: bool) -> None:
-        self.ways, self.is_root = ways, is_root
+    def __init__(self, ways: Ways, is_root: bool, fixed_closure: bool) -> None:
+        self.ways, self.is_root, self.fixed_closure = ways, is_root, fixed_closure
         self.given: set[str] = set()
         self.modules: set[str] = set()  # variables that hold a module where a condition asks for them
         self.others: set[str] = set()  # variables that hold something else there
@@ -95,7 +97,7 @@ class _Function:
 
     def not_taken(self) -> Iterator[tuple[Fork, Tags]]:
         """List the forks with a way that was not taken, and the tags that it could meet."""
-        constants = self.ways.constants(self.given) | (self.modules - self.others)
+        constants = self.ways.constants(self.given, fixed_closure=self.fixed_closure) | (self.modules - self.others)
         for fork, taken in self.taken.items():
             if fork.asks <= constants or (len(taken) > 1 and not fork.ends_rounds):
                 continue

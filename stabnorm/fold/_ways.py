@@ -132,15 +132,20 @@ class Ways:
         """Every condition and loop of the function."""
         return [self._fork(n, target) for n, target in self._jumps.items() if self._is_conditional(n)]
 
-    def constants(self, given: Iterable[str]) -> frozenset[str]:
-        """Name the variables that are the same on every input, if the caller gives these arguments."""
+    def constants(self, given: Iterable[str], *, fixed_closure: bool) -> frozenset[str]:
+        """Name the variables that are the same on every input, if the caller gives these arguments.
+
+        Args:
+            given: Names of the arguments.
+            fixed_closure: Whether the function was defined before the model ran, and with it what it closes over.
+        """
         writers: dict[str, list[int]] = {}
         for n, step in enumerate(self.steps):
             for name in _names(step, "STORE"):
                 writers.setdefault(name, []).append(n)
         code, count = self.code, len(self.arguments)
         rest = code.co_varnames[count : count + bool(code.co_flags & CO_VARARGS) + bool(code.co_flags & CO_VARKEYWORDS)]
-        varying = (set(given) & set(self.arguments)) | set(rest)
+        varying = (set(given) & set(self.arguments)) | set(rest) | set(() if fixed_closure else code.co_freevars)
         while True:
             more = {
                 name
@@ -148,7 +153,7 @@ class Ways:
                 if name not in varying and any(self._asks(self._expression(n)) & varying for n in steps)
             }
             if not more:
-                return frozenset(code.co_varnames) - varying
+                return frozenset((*code.co_varnames, *code.co_freevars)) - varying
             varying |= more
 
     def text(self, fork: Fork) -> str:

@@ -49,7 +49,7 @@ class Budget:
 
     >>> class Clock:  # of steps of 1 s
     ...     bare, flush = 1.0, 0.0
-    >>> budget, spent = Budget(0.02, lambda every: every), 0.0
+    >>> budget, spent = Budget(0.021, lambda every: every), 0.0
     >>> for step in range(32):  # 30 ms with the dear data, 15 ms without
     ...     spent += 0.030 if budget.is_due(step) else 0.015
     ...     budget.note(spent)

@@ -216,3 +216,27 @@ def test_a_tracer_of_the_user_stays() -> None:
     before = sys.gettrace()
     fold_norms(model_of(exits_early), (draw(3, C), 0))
     assert sys.gettrace() is before
+
+
+@pytest.mark.parametrize("bends", [False, True])
+def test_what_a_forward_closed_over_before_the_model_ran_is_fixed(bends: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        h = m.norm(x)
+        return m.fc(h.tanh() if bends else h)
+
+    result = fold_norms(model_of(forward), draw(3, C))
+    assert [norm.status for norm in result.norms] == ["affine" if bends else "forward"]
+
+
+def test_what_a_function_closes_over_while_the_model_runs_is_not_fixed() -> None:
+    def forward(m: Any, x: Tensor, bends: int = 0) -> Any:
+        h, fc = m.norm(x), m.fc
+
+        def out() -> Any:
+            return fc(h.tanh() if bends else h)
+
+        return out()
+
+    result = fold_norms(model_of(forward), (draw(3, C), 0))
+    assert [norm.status for norm in result.norms] == ["affine"]
+    assert "no example reaches that" in result.norms[0].reason

@@ -96,7 +96,8 @@ class GradientNoise:
             sharded = is_distributed(gradient)  # each rank has numbers of its own, and needs noise of its own
             own: Any = gradient.to_local() if sharded else gradient  # type: ignore[attr-defined]
             if own.device not in generators:
-                own_seed = hash((self.seed, self.steps_done, rank() if sharded else 0)) % 2**63
+                # Plain arithmetic: `hash` of a tuple differs between builds of Python.
+                own_seed = ((self.seed * 1_000_003 + self.steps_done) * 65_537 + (rank() if sharded else 0)) % 2**63
                 generators[own.device] = torch.Generator(own.device).manual_seed(own_seed)
             noise = torch.empty(own.shape, dtype=torch.float32, device=own.device)
             own.add_(noise.normal_(0.0, std, generator=generators[own.device]).to(own.dtype))

@@ -59,10 +59,11 @@ class WeightProjection:
         tree = Tree(model)
         hint = "The last layer is left out unless include= names it"
         self.left: dict[str, str] = {}
-        for name in chosen("linear layers and convolutions", weights, include, exclude, hint=hint):
+        names = chosen("linear layers and convolutions", weights, include, exclude, hint=hint)
+        for name in names:
             if why := obstacle(weights[name], tree):
                 self.left[name] = why
-        projected = {n: weights[n] for n in chosen("such layers", weights, include, exclude) if n not in self.left}
+        projected = {name: weights[name] for name in names if name not in self.left}
         if not projected:
             raise StabNormError(f"no weight can be projected: {self.left}")
         self.names = tuple(projected)

@@ -1,6 +1,5 @@
 """Torch's settings around a call (default dtype and device, inference mode, autocast) do not change what it does."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,26 +18,9 @@ from stabnorm import (
     remove_norms,
 )
 from stabnorm.nn import PRepBN
+from tests.torch_settings import default_dtype, deterministic
 
 C = 300  # more than bfloat16 can count
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Any:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@contextlib.contextmanager
-def deterministic() -> Any:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 SETTINGS: dict[str, Callable[[], Any]] = {

@@ -1,6 +1,5 @@
 """What `find_norms` finds depends on what a module computes, not on torch's settings, names, or sizes that agree."""
 
-import contextlib
 import copy
 import logging
 import warnings
@@ -23,6 +22,7 @@ from stabnorm import (
     register_norm,
 )
 from stabnorm.nn import PRepBN
+from tests.torch_settings import default_dtype, deterministic
 
 
 class T5LayerNorm(nn.Module):
@@ -82,26 +82,6 @@ class ScaledSeriesNorm(OverTime):
 
 
 # --- torch's settings ---
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Any:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@contextlib.contextmanager
-def deterministic() -> Any:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
-
 
 SETTINGS: dict[str, Callable[[], Any]] = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),

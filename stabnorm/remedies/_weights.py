@@ -1,5 +1,6 @@
 """The weights of a model that can become a function of their parameter, and why others cannot."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,22 @@ def weight_of(name: str, module: nn.Module) -> Weight | None:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is Hugging Face's linear layer with the weight ``[inputs, outputs]``."""
     return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers") for cls in type(module).__mro__)
+
+
+def changeable(
+    model: nn.Module, weights: Sequence[Weight], own_obstacle: Callable[[Weight], str | None] = lambda _: None
+) -> tuple[list[Weight], dict[str, str]]:
+    """Return the weights that can become a function of their parameter, and by name why the others cannot.
+
+    Args:
+        model: the model that holds them.
+        weights: the candidates.
+        own_obstacle: what else stands in the way. Default: nothing.
+    """
+    tree = Tree(model)
+    reasons = {weight.name: obstacle(weight, tree) or own_obstacle(weight) for weight in weights}
+    left = {name: why for name, why in reasons.items() if why}
+    return [weight for weight in weights if weight.name not in left], left
 
 
 def obstacle(weight: Weight, tree: Tree) -> str | None:

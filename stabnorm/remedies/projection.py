@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from stabnorm._models.names import Patterns
 from stabnorm._models.ranks import is_distributed
-from stabnorm._models.tree import Tree
 from stabnorm._states import check_state, load_whole
 from stabnorm.errors import StabNormError
-from stabnorm.remedies._weights import convolution_weights, linear_weights, obstacle
+from stabnorm.remedies._weights import changeable, convolution_weights, linear_weights
 from stabnorm.remedies.report import check_remedied, chosen
 
 
@@ -56,18 +55,13 @@ class WeightProjection:
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         listed = sorted((*linear_weights(model), *convolution_weights(model)), key=lambda weight: order[weight.name])
         weights = {weight.name: weight for weight in (listed[:-1] if include is None else listed)}
-        tree = Tree(model)
         hint = "The last layer is left out unless include= names it"
-        self.left: dict[str, str] = {}
         names = chosen("linear layers and convolutions", weights, include, exclude, hint=hint)
-        for name in names:
-            if why := obstacle(weights[name], tree):
-                self.left[name] = why
-        projected = {name: weights[name] for name in names if name not in self.left}
+        projected, self.left = changeable(model, [weights[name] for name in names])
         if not projected:
             raise StabNormError(f"no weight can be projected: {self.left}")
-        self.names = tuple(projected)
-        self.weights: list[Any] = [weight.parameter for weight in projected.values()]
+        self.names = tuple(weight.name for weight in projected)
+        self.weights: list[Any] = [weight.parameter for weight in projected]
         self.lengths = self._norms()
 
     @torch.no_grad()

@@ -5,10 +5,9 @@ from functools import partial
 from torch import nn
 
 from stabnorm._models.names import Patterns
-from stabnorm._models.tree import Tree
 from stabnorm.nn.mixed_in import mix_in, mixins_of
 from stabnorm.nn.sigma_reparam import SigmaReparam
-from stabnorm.remedies._weights import Weight, linear_weights, obstacle
+from stabnorm.remedies._weights import Weight, changeable, linear_weights
 from stabnorm.remedies.report import RemedyReport, Step, carried_out, check_remedied, chosen
 
 
@@ -54,17 +53,13 @@ def sigma_reparametrize(model: nn.Module, include: Patterns = None, exclude: Pat
     """
     check_remedied(model)
     weights = {weight.name: weight for weight in linear_weights(model)}
-    names = chosen("linear layers", weights, include, exclude)
-    tree, steps, left = Tree(model), [], {}
-    for name in names:
-        weight = weights[name]
-        why = obstacle(weight, tree) or _obstacle(weight)
-        if why:
-            left[name] = why
-            continue
+    wanted = [weights[name] for name in chosen("linear layers", weights, include, exclude)]
+    changed, left = changeable(model, wanted, _obstacle)
+    steps = []
+    for weight in changed:
         each = "queries, keys and values have" if weight.parts == 3 else f"{weight.attribute} has"
         action = f"{each} a learnable largest singular value" + " each" * (weight.parts == 3)
-        steps.append(Step(name, action, partial(_reparametrize, weight), (weight.module,)))
+        steps.append(Step(weight.name, action, partial(_reparametrize, weight), (weight.module,)))
     return carried_out("sigma_reparametrize", model, steps, left, "1e-6")
 
 

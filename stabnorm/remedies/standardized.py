@@ -6,10 +6,9 @@ from torch import nn
 
 from stabnorm._checks import check_number
 from stabnorm._models.names import Patterns
-from stabnorm._models.tree import Tree
 from stabnorm.nn.mixed_in import mix_in, mixins_of
 from stabnorm.nn.standardized import StandardizedWeights
-from stabnorm.remedies._weights import Weight, convolution_weights, obstacle
+from stabnorm.remedies._weights import Weight, changeable, convolution_weights
 from stabnorm.remedies.report import RemedyReport, Step, carried_out, check_remedied, chosen
 
 
@@ -53,16 +52,10 @@ def standardize_weights(
     check_remedied(model)
     check_number("eps", eps, least=0)
     weights = {weight.name: weight for weight in convolution_weights(model)}
-    names = chosen("convolutions", weights, include, exclude)
-    tree, steps, left = Tree(model), [], {}
-    for name in names:
-        weight = weights[name]
-        why = obstacle(weight, tree) or _obstacle(weight)
-        if why:
-            left[name] = why
-        else:
-            action = f"{weight.attribute} has mean 0 and variance 1 per output channel"
-            steps.append(Step(name, action, partial(_standardize, weight, float(eps)), (weight.module,)))
+    wanted = [weights[name] for name in chosen("convolutions", weights, include, exclude)]
+    changed, left = changeable(model, wanted, _obstacle)
+    action = "weight has mean 0 and variance 1 per output channel"
+    steps = [Step(w.name, action, partial(_standardize, w, float(eps)), (w.module,)) for w in changed]
     return carried_out("standardize_weights", model, steps, left, "no")
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -25,7 +24,7 @@ from stabnorm._checks import (
     check_scalar,
     wrong_type,
 )
-from stabnorm._log import logger, printable
+from stabnorm._log import logger
 from stabnorm._models.masks import ask_about_masks
 from stabnorm._models.ranks import gather_in_group
 from stabnorm._models.wrappers import unwrapped
@@ -34,7 +33,7 @@ from stabnorm.companions.companion import Companion, StepLoss
 from stabnorm.companions.names import resolve_companions
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.accumulators import Accumulators
-from stabnorm.monitor.alerts import Alert, Departure
+from stabnorm.monitor.alerts import Alert
 from stabnorm.monitor.budget import Budget
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.details import Details, is_detailed, optimizers_of, weight_decay_of
@@ -42,8 +41,8 @@ from stabnorm.monitor.detect import MakeDetector, RobustDetector
 from stabnorm.monitor.loss_scales import Scale, unscaled
 from stabnorm.monitor.measure import Measurement
 from stabnorm.monitor.observe import Observer
-from stabnorm.monitor.onsets import Onset, OnsetFollower, Watched, worst_channels
-from stabnorm.monitor.outputs import Outputs, say
+from stabnorm.monitor.onsets import Onset
+from stabnorm.monitor.outputs import Outputs
 from stabnorm.monitor.plot import plot_track
 from stabnorm.monitor.ranks import (
     group_of,
@@ -54,14 +53,23 @@ from stabnorm.monitor.ranks import (
     refuse_other_layers,
 )
 from stabnorm.monitor.record import Block, RecordWriter
+from stabnorm.monitor.reporter import Reporter
 from stabnorm.monitor.rows import BESIDE_NORMS
 from stabnorm.monitor.saved_past import unpadded
+from stabnorm.monitor.scalars import (
+    SCALARS,
+    check_scalars,
+    last_scale,
+    mark_nonfinite_loss,
+    scalars_of,
+    with_all_scalars,
+)
 from stabnorm.monitor.statistics import Statistic, resolve
-from stabnorm.monitor.track import SCALARS, CompanionTracks, Track, with_all_scalars
+from stabnorm.monitor.track import CompanionTracks, Track
 from stabnorm.monitor.training_series import TrainingSeries
 from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.monitor.verdict import Verdict, flags_of, gradients_of, verdict_of
-from stabnorm.norms import NormLayer, find_norms
+from stabnorm.monitor.watched_norms import WatchedNorms
 from stabnorm.ops.dispatch import admit, look_again
 from stabnorm.statistic import by_name
 
@@ -90,20 +98,6 @@ def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any
             raise wrong_type("detector", detector, "a class of detectors, see stabnorm.monitor.detect.Detector")
     if on_alert is not None:
         check_function("on_alert", on_alert, "alert")
-
-
-def _of_known_width(norms: Sequence[NormLayer]) -> list[NormLayer]:
-    """Leave out the norms whose number of channels nothing tells, because there is no room for their sums; say so."""
-    unknown = [norm for norm in norms if not norm.num_features]
-    if unknown:
-        example = f"stabnorm.register_norm({type(unknown[0].module).__name__}, {unknown[0].kind!r}, num_features=...)"
-        say(
-            "stabnorm: nothing tells how many channels %s normalises, so it is not watched. Give the number to the "
-            "norm, as an attribute num_features, or register its class with %s",
-            ", ".join(printable(norm.name) or "the model itself" for norm in unknown),
-            example,
-        )
-    return [norm for norm in norms if norm.num_features]
 
 
 class StabilityMonitor:
@@ -194,20 +188,11 @@ class StabilityMonitor:
         if not chosen:
             raise ValueError(f"preset {preset!r} holds gradient statistics only, and gradients=False leaves them out")
         model = unwrapped(model)
-        self._find_norms = functools.partial(find_norms, model, include=include, exclude=exclude)
-        norms = _of_known_width(self._find_norms())
-        if not norms:
-            narrowed = f" with include={include!r}, exclude={exclude!r}" if include or exclude else ""
-            raise ValueError(
-                f"no normalization layer found in {type(model).__name__}{narrowed}: nothing to monitor. If it has "
-                "norms of its own, tell stabnorm with stabnorm.register_norm"
-            )
+        self._watched = WatchedNorms(model, include, exclude)
+        norms = self._watched.norms
         self.statistics = tuple(chosen)
         self.layers = tuple(norm.name for norm in norms)
         self.flush_every = flush_every
-        self.alerts: list[Alert] = []
-        self.on_alert = on_alert
-        self.records: list[RecordWriter] = []
         self.listeners: list[Callable[[int, Tensor], None]] = []
         self.steps_done = 0
         self.sync = sync
@@ -232,13 +217,9 @@ class StabilityMonitor:
         self._observer.discard()
         self._budget = Budget(budget, functools.partial(of_first_rank, sync))
         self._agreed = False  # whether it was checked that all ranks watch the same layers
-        self._speaks = True  # only the first rank writes and warns
         self._stopwatch = Stopwatch()
-        self.outputs = Outputs()
-        self._follower = OnsetFollower()
+        self._reporter = Reporter(self.layers, on_alert)
         self._training = TrainingSeries() if detector is None else None  # the loss and the norm of the gradient
-        self._nothing_ran = False
-        self._other_norms: list[str] = []  # what was said about norms that left the model, or came into it
 
     def __repr__(self) -> str:
         state = "hooks on" if self._observer.attached else "hooks off"
@@ -370,28 +351,17 @@ class StabilityMonitor:
         if not self._observer.attached:
             raise StabNormError("step() on a monitor whose hooks are off; use `with monitor:` or call attach() first")
         given = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
-        for name, value in given.items():
-            if value is not None:
-                check_scalar(name, value)
-        if grad_scale is not None:
-            if isinstance(grad_scale, Mapping) and not optimizers_of(list(grad_scale)):
-                raise ValueError("grad_scale={} names no optimizer. Give one number, or a number for each optimizer")
-            for scale in grad_scale.values() if isinstance(grad_scale, Mapping) else [grad_scale]:
-                check_scalar("grad_scale", scale, above=0)
+        check_scalars(given, grad_scale)
         if closure is not None:
             check_function("closure", closure)
         optimizers = optimizers_of(optimizer)
         start = self._stopwatch.begin_step(self._hook_seconds)
         self._agree()
         device = self._observer.device
-        last_scale = [*grad_scale.values()][-1] if isinstance(grad_scale, Mapping) else grad_scale
-        given |= {"loss_scale": last_scale, "weight_decay": weight_decay_of(optimizers)}
-        scalars = torch.full((len(SCALARS),), torch.nan, dtype=torch.float32, device=device)
-        given["measured_every"] = None if self._budget.share is None else self._budget.every
-        for name, scalar in given.items():
-            if scalar is not None:
-                number = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else float(scalar)
-                scalars[SCALARS.index(name)] = number
+        scale = last_scale(grad_scale)
+        every = None if self._budget.share is None else self._budget.every
+        given |= {"loss_scale": scale, "weight_decay": weight_decay_of(optimizers), "measured_every": every}
+        scalars = scalars_of(given, device)
         states = self._measurement.states(device)
         gathered = self._measurement.gathered(states, device)
         if grad_scale is not None:
@@ -399,10 +369,10 @@ class StabilityMonitor:
         if merging_ranks(self.sync) > 1:
             gathered, scalars[:1] = merge_over_ranks(self.sync, gathered, scalars[:1])
         if loss is not None:
-            scalars[SCALARS.index("nonfinite")] = ~torch.isfinite(scalars[0])
+            mark_nonfinite_loss(scalars)
         row, norms = self._measurement.rows(states, gathered, optimizers)
         self._track.add(row, scalars)
-        self.companions.step(self.layers, norms, StepLoss(closure, last_scale, self.sync))
+        self.companions.step(self.layers, norms, StepLoss(closure, scale, self.sync))
         self._observer.discard()
         for listen in self.listeners:
             listen(self.steps_done, self._track.layout.statistics_of(row))
@@ -469,10 +439,7 @@ class StabilityMonitor:
             forget = getattr(detector, "forget", None)
             if forget is not None:
                 forget()
-        self._follower.settings.announced.append((self.steps_done, reason))
-        if self._speaks:
-            data = {"step": self.steps_done, "reason": reason}
-            self.outputs.write_event(self.records, "announced", self.steps_done, data)
+        self._reporter.announce(self.steps_done, reason)
 
     @property
     def _detectors(self) -> list[Any]:
@@ -484,7 +451,7 @@ class StabilityMonitor:
         if not self._agreed and merging_ranks(self.sync) > 1:
             names = [*self.layers, *(statistic.name for statistic in self.statistics)]
             refuse_other_layers(self.sync, [*names, *(["a budget"] if self._budget.share is not None else [])])
-            self._agreed, self._speaks = True, is_first_rank(self.sync)
+            self._agreed, self._reporter.speaks = True, is_first_rank(self.sync)
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -536,9 +503,28 @@ class StabilityMonitor:
         return plot_track(watched, rows, chosen, self.alerts, statistic, colour, ax)
 
     @property
+    def alerts(self) -> list[Alert]:
+        """The alerts so far, in the order of the flushes that brought them."""
+        return self._reporter.alerts
+
+    @property
+    def records(self) -> list[RecordWriter]:
+        """What gets every block and every event; add writers to this list."""
+        return self._reporter.records
+
+    @records.setter
+    def records(self, writers: list[RecordWriter]) -> None:
+        self._reporter.records = writers
+
+    @property
+    def outputs(self) -> Outputs:
+        """Where everything is called that writes, draws or logs, see `Outputs`."""
+        return self._reporter.outputs
+
+    @property
     def onsets(self) -> list[Onset]:
         """The alerts so far, grouped: what moved together, where it began, and what to do; see `Onset`."""
-        return list(self._follower.onsets)
+        return self._reporter.onsets
 
     @property
     def steps_watched(self) -> int:
@@ -557,12 +543,12 @@ class StabilityMonitor:
 
     def mute(self) -> None:
         """Let this monitor neither warn nor write, because another one does."""
-        self._speaks = False
+        self._reporter.speaks = False
 
     @property
     def speaks(self) -> bool:
         """Whether this process writes the record and warns, because it is the first of those that merge."""
-        return self._speaks
+        return self._reporter.speaks
 
     @property
     def flushed(self) -> bool:
@@ -592,8 +578,8 @@ class StabilityMonitor:
             return
         self._receive()
         start = time.perf_counter()
-        if self._observer.modules_changed():
-            self._name_other_norms()
+        if self._observer.modules_changed() and self.speaks:
+            self._watched.tell_changes()
         for track in self._tracks:
             track.send(self.steps_done)
         self._stopwatch.flushes += time.perf_counter() - start
@@ -603,86 +589,23 @@ class StabilityMonitor:
     def _receive(self) -> None:
         """Finish the copy, and update history, alerts and record."""
         start = time.perf_counter()
-        raised: list[Alert] = []
-        departed: list[Departure] = []
         norms: Block | None = None
         for track in self._tracks:
             arrived = track.receive()
             if arrived is not None:
                 block, alerts = arrived
                 norms = norms or block  # their track is the first
-                self.alerts += alerts
-                raised += alerts
-                departed += track.take_departures()
-                self._report(block, alerts)
+                self._reporter.write_block(block)
+                self._reporter.take(alerts, track.take_departures())
         if norms is not None and self._training is not None:
             series = {name: norms.series[name] for name in ("loss", "gradient_norm") if name in norms.series}
             seen = (norms.first_step, series, self._track.not_finite)
             alerts = self.outputs.attempt("the loss is not watched", self._training.update, *seen) or []
-            self.alerts += alerts
-            raised += alerts
-            departed += self._training.take_departures()
-            self._tell(alerts)
+            self._reporter.take(alerts, self._training.take_departures())
         if norms is not None:
-            self._follow_onsets(norms, raised, departed)
+            rows = {name: len(track.rows) for name, track in self.companions.items()}
+            self._reporter.group(norms, rows, self.steps_watched)
         self._stopwatch.flushes += time.perf_counter() - start
-
-    def _follow_onsets(self, norms: Block, alerts: Sequence[Alert], departures: Sequence[Departure]) -> None:
-        """Group what a flush has brought, and write the onsets that are new or have grown into the record."""
-        self._follower.settings.see(norms)
-        rows = {name: len(track.rows) for name, track in self.companions.items()}
-        watched, channels = Watched(self.layers, rows, self.steps_watched), functools.partial(worst_channels, norms)
-        add = self._follower.add
-        changed = self.outputs.attempt("alerts are not grouped", add, alerts, departures, watched, channels)
-        if self._speaks:
-            for onset in changed or []:
-                self.outputs.write_event(self.records, "onset", onset.step, onset.as_dict())
-
-    def _report(self, block: Block, alerts: Sequence[Alert]) -> None:
-        """Write a block and its alerts to the log and the record."""
-        if not self._speaks:
-            return
-        self._warn_if_nothing_ran(block)
-        self.outputs.write_block(self.records, block)
-        self._tell(alerts)
-
-    def _tell(self, alerts: Sequence[Alert]) -> None:
-        """Write alerts to the log and the record."""
-        for alert in alerts if self._speaks else ():
-            where = f"stabnorm, step {alert.step}, {alert.layer}"
-            say("%s: %s = %.4g: %s", where, alert.statistic, alert.value, alert.reason)
-            if self.on_alert is not None:
-                self.outputs.attempt("on_alert raised an error", self.on_alert, alert)
-            self.outputs.write_event(self.records, "alert", alert.step, alert.as_dict())
-
-    def _name_other_norms(self) -> None:
-        """Say which norms of the model are not the watched ones any more."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what looks like a norm was named at the start
-            now = {id(norm.module): norm.name for norm in self._find_norms() if norm.num_features}
-        watched = {id(norm.module): norm.name for norm in self._norms}
-        present = set(map(id, self._accumulators.model.modules()))
-        gone = [name for module, name in watched.items() if module not in present]
-        new = [name for module, name in now.items() if module not in watched]
-        parts = [f"{', '.join(gone)} left the model"] * bool(gone) + [f"{', '.join(new)} came into it"] * bool(new)
-        if parts != self._other_norms and self._speaks:
-            self._other_norms = parts
-            say(
-                "stabnorm: after the monitor was attached, %s: what came later is not watched. Make a new monitor, or "
-                "change the model before the training starts",
-                ", and ".join(parts),
-            )
-
-    def _warn_if_nothing_ran(self, block: Block) -> None:
-        if self._nothing_ran or "tokens" not in block.series or (block.series["tokens"] > 0).any():
-            return
-        self._nothing_ran = True
-        say(
-            "stabnorm: no monitored norm ran in training mode in %d steps. Is the model in training mode, "
-            "model.train()? If it runs from a fixed graph, such as one of torch.jit or your own CUDA graph, attach the "
-            "monitor before that graph is made",
-            block.num_steps,
-        )
 
     @property
     def _hook_seconds(self) -> float:
@@ -715,8 +638,7 @@ class StabilityMonitor:
             "steps_done": self.steps_done,
             "past": self._measurement.state_dict(),
             "detector": self._track.detector.state_dict(),
-            "alerts": [alert.as_dict() for alert in self.alerts],
-            "onsets": self._follower.state_dict(),
+            **self._reporter.state_dict(),
             "rows": rows,
             "marks": marks,
             "scalars": scalars,
@@ -743,8 +665,7 @@ class StabilityMonitor:
     def _load(self, state: Mapping[str, Any]) -> None:
         self.steps_done = int(state["steps_done"])
         self._track.restore(self.steps_done)
-        self.alerts = [Alert(**alert) for alert in state["alerts"]]
-        self._follower.load_state_dict(state.get("onsets", []))
+        self._reporter.load_state_dict(state)
         self._budget.load_state_dict(state.get("budget", {}))
         self._accumulators.dear = self._budget.is_due(self.steps_done)
         self.companions.load_state_dict(state.get("companions", {}), self.steps_done)

@@ -22,10 +22,9 @@ from stabnorm.monitor.history import History
 from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.record import Block
 from stabnorm.monitor.rows import RowLayout
+from stabnorm.monitor.scalars import SCALARS
 from stabnorm.statistic import Statistic
 
-# One number per step, not per row; the last one says whether a number that was given is NaN or infinite.
-SCALARS = ("loss", "learning_rate", "gradient_norm", "weight_decay", "loss_scale", "measured_every", "nonfinite")
 _HISTORY_BYTES = 64 << 20
 
 
@@ -207,11 +206,6 @@ class Track:
     def no_rows(self) -> Tensor:
         """Return an empty tensor of rows, ``[0, rows, columns]``."""
         return torch.empty(0, len(self.rows), self.layout.width, dtype=torch.float32, device="cpu")
-
-
-def with_all_scalars(scalars: Tensor) -> Tensor:
-    """Return ``[steps, SCALARS]``, NaN where a checkpoint of an earlier version has fewer of them."""
-    return nn.functional.pad(scalars, (0, len(SCALARS) - scalars.shape[1]), value=torch.nan)
 
 
 class CompanionTrack(Track):

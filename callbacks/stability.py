@@ -4,9 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,23 +13,21 @@ from stabnorm._states import check_state
 from stabnorm.actions.actions import Actions, resolve_actions
 from stabnorm.callbacks._actions import actions_of
 from stabnorm.callbacks._changes import Feed
+from stabnorm.callbacks._closing import ClosingReport
 from stabnorm.callbacks._gradient_norm import gradient_norm
 from stabnorm.callbacks._lightning import Callback
-from stabnorm.callbacks._live import REPORT, LiveReport
+from stabnorm.callbacks._live import LiveReport
 from stabnorm.callbacks._masks import BatchMask
+from stabnorm.callbacks._open_step import OpenStep
 from stabnorm.callbacks._outputs import (
     alert_writers,
     begin_run,
     headline_writers,
-    log_companion,
-    log_picture,
-    log_text,
     output_directory,
     record_writers,
-    summary_writers,
 )
 from stabnorm.callbacks._recorder import BatchIndices, recorder_of
-from stabnorm.callbacks._terminal import logger, show_messages
+from stabnorm.callbacks._terminal import show_messages
 from stabnorm.callbacks._trainer import (
     check_loss_again,
     described,
@@ -44,8 +39,6 @@ from stabnorm.callbacks._trainer import (
 )
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
-from stabnorm.dashboard.heatmap import heatmap
-from stabnorm.dashboard.table import Row, format_table, layers_worth_a_look, markdown_table
 from stabnorm.monitor.alerts import Alert
 from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
@@ -56,15 +49,6 @@ from stabnorm.recorder.recorder import FlightRecorder
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-
-_PICTURES = {
-    "token_std_mean": "how large the input of each norm is",
-    "amax": "the largest input of each norm",
-    "mean_discrepancy": "how far batch means are from running means",
-    "var_fluctuation": "how the variances change from step to step",
-    "affine_residual": "what no affine map per channel could replace",
-    "grad_gain": "how strong the gradient at each norm is",
-}
 
 
 class StabilityCallback(Callback):
@@ -171,7 +155,7 @@ class StabilityCallback(Callback):
         self._saved: dict[str, Any] | None = None
         self._saved_actions: dict[str, Any] = {}
         self._batch_mask = BatchMask(mask)
-        self._step = _OpenStep()
+        self._step = OpenStep()
         self._fitting = self._counted = self._loaded = False
         self._told = False  # whether other callbacks know of this fit's alerts
         self._feed: Feed | None = None  # of the epoch
@@ -215,7 +199,7 @@ class StabilityCallback(Callback):
         # After a checkpoint, or in a second fit of the same Trainer; in a new run the callback starts again.
         if self._saved is not None and (self._loaded or trainer.global_step > 0):
             monitor.load_state_dict(self._saved)
-        self.monitor, self._step, self._loaded, self._feed = monitor, _OpenStep(), False, None
+        self.monitor, self._step, self._loaded, self._feed = monitor, OpenStep(), False, None
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self.directory = output_directory(trainer)
             names = [statistic.name for statistic in monitor.statistics]
@@ -246,7 +230,7 @@ class StabilityCallback(Callback):
                 self.recorder.close()
             self._saved = self.monitor.state_dict()
             if trainer.is_global_zero:
-                self._close(trainer)
+                ClosingReport(trainer, self.monitor, self.directory, self._live).write()
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
         """Remove the hooks and write the closing report; an error in the report does not hide the exception."""
@@ -293,7 +277,7 @@ class StabilityCallback(Callback):
             self.monitor.steps_done, self._counted = logged_steps(trainer), True
         if not self._step.open:
             self.monitor.discard()  # forwards of a learning-rate search, for example
-            self._step = _OpenStep(open=True)
+            self._step = OpenStep(open=True)
             if self.responses is not None:
                 self.responses.begin_step()
         self._batch_mask.enter(batch)
@@ -347,7 +331,7 @@ class StabilityCallback(Callback):
                 optimizer=[optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)],
                 closure=step.loss_again,
             )
-            self._step = _OpenStep()
+            self._step = OpenStep()
             if self.responses is not None:
                 self.responses.end_step()
             if self.recorder is not None:
@@ -367,7 +351,7 @@ class StabilityCallback(Callback):
     def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Forget a step that the last epoch left open; automatic optimization drops its gradients, too."""
         if pl_module.automatic_optimization:
-            self._step = _OpenStep()
+            self._step = OpenStep()
         feed = Feed.of(trainer)
         change = "" if self._feed is None else feed.change(self._feed)
         self._feed = feed
@@ -383,72 +367,6 @@ class StabilityCallback(Callback):
         """Go on with the open step."""
         if self.monitor is not None:
             self.monitor.resume()
-
-    # -- the closing report --------------------------------------------------------------------------------------------
-
-    def _close(self, trainer: "Trainer") -> None:
-        monitor = self.monitor
-        assert monitor is not None
-        steps = monitor.history_steps().numpy()
-        if not steps.size:
-            return
-        guard = monitor.outputs
-        rows = guard.attempt("the closing table cannot be made", self._rows, monitor, steps)
-        if self._live is not None:
-            self._live.close(int(steps[-1]))
-        guard.attempt("the closing words cannot be logged", self._say, trainer, monitor, rows, len(steps))
-        if self.directory is None:
-            return
-        for name, meaning in _PICTURES.items():
-            if name in monitor.history():
-                guard.attempt(f"no picture of {name} is drawn", self._draw, trainer, monitor, name, meaning)
-        for track in monitor.companions.values():
-            what = f"no pictures of the companion {track.name!r} are drawn"
-            guard.attempt(what, log_companion, trainer, guard, track, monitor.alerts, self.directory)
-        if rows is not None:
-            guard.attempt("the closing table cannot be logged", self._log_table, trainer, monitor, rows, steps)
-
-    def _say(self, trainer: "Trainer", monitor: StabilityMonitor, rows: list[Row] | None, steps: int) -> None:
-        """Log the closing table, the cost, and where everything lies, as one message."""
-        words = [] if rows is None else [format_table(rows, steps=steps, compared=monitor.compared)]
-        words.append(f"monitoring cost {monitor.cost}")
-        places = [str(writer.log_dir) for writer in summary_writers(trainer, monitor.outputs)]
-        if self.directory is not None and self.directory.exists():
-            places.append(str(self.directory))
-            words.append(f"stabnorm: the report is {self.directory / REPORT}")
-        if places:
-            words.append(f"stabnorm: record and pictures are in {', '.join(places)}; `stabnorm view` shows them")
-        logger.info("%s", "\n".join(words))
-
-    @staticmethod
-    def _log_table(trainer: "Trainer", monitor: StabilityMonitor, rows: list[Row], steps: npt.NDArray[Any]) -> None:
-        markdown = markdown_table(rows, steps=len(steps), compared=monitor.compared)
-        log_text(trainer, monitor.outputs, "stability/closing_table", markdown, int(steps[-1]))
-
-    def _rows(self, monitor: StabilityMonitor, steps: npt.NDArray[Any]) -> list[Row]:
-        history = {name: values.numpy() for name, values in monitor.history().items()}
-        for name in {"mean_discrepancy", "var_discrepancy"} & set(history):
-            # Only layers with running statistics have a discrepancy, and it needs 5 / momentum steps to settle.
-            history[name] = np.where(monitor.has_running_statistics & (len(steps) >= 50), history[name], np.nan)
-        for statistic in monitor.statistics:
-            if statistic.axis == "gradient" or "optimizer" in statistic.needs_all:
-                # The norm of a layer that is being switched gets no gradient any more, as it should be.
-                history[statistic.name] = np.where(monitor.fading, np.nan, history[statistic.name])
-        alerts = [alert.as_dict() for alert in monitor.alerts]
-        rows = layers_worth_a_look(monitor.layers, history, alerts, steps=steps, **_bounds(monitor.statistics))
-        for track in monitor.companions.values():
-            measured = {name: values.numpy() for name, values in track.history().items()}
-            track_steps = track.history_steps().numpy()
-            rows += layers_worth_a_look(track.rows, measured, [], steps=track_steps, **_bounds(track.statistics))
-        return rows
-
-    def _draw(self, trainer: "Trainer", monitor: StabilityMonitor, name: str, meaning: str) -> None:
-        assert self.directory is not None
-        steps = monitor.history_steps().numpy()
-        marks = [(alert.step, alert.layer) for alert in monitor.alerts if alert.statistic in (name, "nonfinite")]
-        values = monitor.history()[name].numpy()
-        picture = heatmap(values, steps, monitor.layers, f"{name}: {meaning}", marks=marks)
-        log_picture(trainer, monitor.outputs, f"stability/{name}", picture, int(steps[-1]), self.directory)
 
     # -- checkpoints and copies ----------------------------------------------------------------------------------------
 
@@ -481,44 +399,6 @@ class StabilityCallback(Callback):
             _live=None,
             _records=[],
             _fitting=False,
-            _step=_OpenStep(),
+            _step=OpenStep(),
             _saved=saved,
         )
-
-
-def _bounds(statistics: Sequence[Statistic]) -> dict[str, dict[str, tuple[float, str]]]:
-    """Return the bounds of statistics with their advice, for the closing table."""
-    return {
-        "thresholds": {s.name: (s.threshold, s.advice) for s in statistics if s.threshold is not None},
-        "least": {s.name: (s.least, s.advice) for s in statistics if s.least is not None},
-    }
-
-
-class _OpenStep:
-    """The data of the current optimizer step."""
-
-    def __init__(self, *, open: bool = False) -> None:
-        self.open, self.stepped = open, False
-        self.loss: Tensor | None = None
-        self.loss_again: Callable[[], Tensor | None] | None = None
-        self.learning_rate: float | Tensor | None = None
-        self.gradient_norm: Tensor | None = None
-        self.grad_scales: dict[Optimizer, Tensor | float] = {}
-        self._batches = 0
-
-    def add_gradient_norm(self, norm: Tensor | None) -> None:
-        """Take in the norm of an optimizer's gradients; the step's is that of all of them."""
-        if norm is not None:
-            before = self.gradient_norm
-            self.gradient_norm = norm if before is None else torch.hypot(before.to(norm), norm)
-
-    def add_loss(self, loss: Tensor, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Take in the loss of a batch; the step's is the mean of its batches, with manual optimization the last one."""
-        if self.loss is None or not pl_module.automatic_optimization:
-            self.loss = loss
-        else:
-            self.loss = self.loss + loss
-        self._batches += 1
-        if self.stepped and pl_module.automatic_optimization and self._batches != trainer.accumulate_grad_batches:
-            # Lightning has divided by as many batches as it wanted to accumulate, but the epoch was over before.
-            self.loss = self.loss * (trainer.accumulate_grad_batches / self._batches)

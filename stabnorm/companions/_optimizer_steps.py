@@ -57,10 +57,10 @@ class OptimizerSteps:
                 yield rows, group
 
 
-def learning_rate_of(group: Group) -> float | Tensor:
-    """Return the learning rate of a group; NaN if it has none, or keeps something else there."""
-    rate = group.get("lr")
-    return rate if isinstance(rate, int | float | Tensor) else torch.nan
+def option_of(group: Group, name: str) -> float | Tensor:
+    """Return an option of a group, such as "lr"; NaN if it has none of this name, or keeps something else there."""
+    value = group.get(name)
+    return value if isinstance(value, int | float | Tensor) else torch.nan
 
 
 class Indices:

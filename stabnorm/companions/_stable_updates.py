@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
-from stabnorm.companions._optimizer_steps import Group, learning_rate_of
+from stabnorm.companions._optimizer_steps import Group, option_of
 from stabnorm.functional import adam_preconditioner, stability_bound
 
 
@@ -28,7 +28,7 @@ def steady_step(
     the eigenvalues of :math:`P^{-1} H`; the other letters are those of `stability_bound`. The learning rate cancels out
     in r, so that it may be 0.
     """
-    rate = learning_rate_of(group)
+    rate = option_of(group, "lr")
     if _steps_as(optimizer, SGD):
         momentum, nesterov = group["momentum"], group["nesterov"]
         gain = 1 - group["dampening"] if momentum else 1.0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stabnorm._checks import check_model
 from stabnorm._models.names import NameFilter
 from stabnorm._models.wrappers import plain_name
-from stabnorm.companions._optimizer_steps import Group, Indices, OptimizerSteps, learning_rate_of, local, no_step
+from stabnorm.companions._optimizer_steps import Group, Indices, OptimizerSteps, local, no_step, option_of
 from stabnorm.companions.companion import Companion, Watch, selected, wide
 from stabnorm.statistic import Statistic
 
@@ -33,22 +33,25 @@ class WeightSums(NamedTuple):
         update: |dw|^2.
         inner: <w, dw>.
         learning_rate: of the group the matrix is in.
+        weight_decay: of this group; NaN if it has none.
         singular: the largest singular value at the end of the step; NaN for a sharded matrix.
         highest: the highest learning rate of the steps before the last 128; NaN where there are none.
+        columns: number of columns, all axes but the first taken as one.
     """
 
     weight: Tensor
     update: Tensor
     inner: Tensor
     learning_rate: Tensor
+    weight_decay: Tensor
     singular: Tensor
     highest: Tensor
+    columns: Tensor
 
     def merge(self, other: "WeightSums") -> "WeightSums":
         """Merge two shards of the matrices (FSDP); replicas, as in DDP, have the same values and need no merging."""
-        parts = [a + b for a, b in zip(self, other, strict=True)]
-        return WeightSums(*parts)._replace(
-            learning_rate=self.learning_rate, singular=self.singular, highest=self.highest
+        return self._replace(
+            weight=self.weight + other.weight, update=self.update + other.update, inner=self.inner + other.inner
         )
 
 
@@ -69,6 +72,12 @@ def _update_excess(sums: WeightSums, past: None) -> Tensor:
     del past
     usual = torch.fmin(sums.learning_rate, sums.highest)
     return (sums.update / sums.weight).sqrt() / usual
+
+
+def _singular_to_proxy(sums: WeightSums, past: None) -> Tensor:
+    del past
+    proxy = (sums.learning_rate / sums.weight_decay).sqrt() * sums.columns**0.75
+    return torch.where(proxy.isfinite() & (proxy > 0), sums.singular / proxy, torch.nan)
 
 
 _KEPT = "effective learning rate, arXiv 1706.05350"
@@ -145,6 +154,15 @@ class WeightCompanion(Companion):
             "iteration, one per step", unit="weight", source="arXiv 1802.05957, arXiv 2303.06296",
             bad="grows without end", compute=lambda sums, _: sums.singular,
         ),
+        Statistic(
+            "singular_to_proxy", formula="top_singular_value / (sqrt(lr / weight_decay) d^0.75), d the number of "
+            "columns: what AdamW's weight decay lets a matrix grow to at any width, up to a factor that a smaller "
+            "model shows; NaN without weight decay",
+            source="weight decay scaling rule, arXiv 2510.15262",
+            bad="settles at another value than in a model of another width", compute=_singular_to_proxy,
+            advice="once it has settled, it should be that of the same matrix in the smaller model whose settings are "
+            "used: where the learning rate is divided by the width, multiply the weight decay by its square root",
+        ),
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -177,13 +195,15 @@ class WeightWatch(Watch):
         self._steps = OptimizerSteps(self._weights, self._before, self._after)
         self._old: list[Tensor | None] = [None] * len(matrices)  # weights before the step, then what it took from them
         self._open = [0] * len(matrices)  # optimizers in the middle of their step; one may wrap another
-        self._sums: Tensor | None = None  # [4, matrices]: the first four of `WeightSums`
+        self._sums: Tensor | None = None  # [5, matrices]: the first five of `WeightSums`
         self._indices = Indices()
         self._rates: Tensor | None = None  # [128, matrices], learning rates of the last steps, as a ring
         self._highest: Tensor | None = None  # [matrices], the highest one that has left the ring
         self._steps_taken = 0
         self._right: list[Tensor] = []  # right singular vectors
         self._iterated = False
+        columns = [weight[0].numel() for weight in self._weights]
+        self._columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
         sharded = [hasattr(weight, "to_local") for weight in self._weights]
         self._sharded = torch.tensor(sharded, device="cpu") if any(sharded) else None
 
@@ -191,7 +211,7 @@ class WeightWatch(Watch):
     def _gathered(self) -> Tensor:
         device = local(self._weights[0]).device
         if self._sums is None or self._sums.device != device:
-            self._sums = torch.full((4, len(self.rows)), torch.nan, dtype=wide(device), device=device)
+            self._sums = torch.full((5, len(self.rows)), torch.nan, dtype=wide(device), device=device)
         return self._sums
 
     def attach(self) -> None:
@@ -226,7 +246,6 @@ class WeightWatch(Watch):
 
     def _after(self, rows: list[int], optimizer: torch.optim.Optimizer, group: Group) -> None:
         start = time.perf_counter()
-        learning_rate = learning_rate_of(group)
         ended = [row for row in rows if self._open[row] == 1]  # 0: added to the optimizer in between
         for row in rows:
             self._open[row] = max(0, self._open[row] - 1)
@@ -240,11 +259,8 @@ class WeightWatch(Watch):
             inner = self._stack([torch.dot(w.to(d.dtype).flatten(), d.flatten()) for w, d in pairs])
             self._write(1, rows, update)
             self._write(2, rows, -inner - update)  # from <w + dw, -dw>
-            if isinstance(learning_rate, Tensor):  # filling with a tensor would read it
-                self._write(3, rows, learning_rate.reshape(1).expand(len(rows)))
-            else:
-                index = self._indices.on(self._gathered.device, rows)
-                self._gathered[3].index_fill_(0, index, learning_rate)
+            for part, option in ((3, "lr"), (4, "weight_decay")):
+                self._fill(part, rows, option_of(group, option))
         self.seconds += time.perf_counter() - start
 
     def _old_of(self, rows: list[int]) -> list[Tensor]:
@@ -257,6 +273,12 @@ class WeightWatch(Watch):
     def _stack(self, numbers: Sequence[Tensor]) -> Tensor:
         return torch.stack([number.to(self._gathered) for number in numbers])
 
+    def _fill(self, part: int, rows: list[int], value: float | Tensor) -> None:
+        if isinstance(value, Tensor):  # filling with a tensor would read it
+            self._write(part, rows, value.reshape(1).expand(len(rows)))
+        else:
+            self._gathered[part].index_fill_(0, self._indices.on(self._gathered.device, rows), value)
+
     def _write(self, part: int, rows: list[int], values: Tensor) -> None:
         gathered = self._gathered
         gathered[part].index_copy_(0, self._indices.on(gathered.device, rows), values.to(gathered))
@@ -264,9 +286,10 @@ class WeightWatch(Watch):
     @torch.no_grad()
     def take(self) -> WeightSums:
         """Return the sums of this process; for a sharded weight, those of its shard."""
-        weight, update, inner, learning_rate = self._gathered.clone()
-        highest = self._lived_with(learning_rate)
-        return WeightSums(weight, update, inner, learning_rate, self._singular_values(), highest)
+        weight, update, inner, learning_rate, weight_decay = self._gathered.clone()
+        highest, singular = self._lived_with(learning_rate), self._singular_values()
+        columns = self._columns.to(weight)
+        return WeightSums(weight, update, inner, learning_rate, weight_decay, singular, highest, columns)
 
     def _lived_with(self, learning_rate: Tensor) -> Tensor:
         """Add the learning rates of a step, and return the highest of those before the last 128 steps.

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from stabnorm._checks import check_all, check_flag, check_number, is_collection, nearest, wrong_type
 from stabnorm.companions.names import known_companions
 from stabnorm.monitor.catalogue.affinity import AFFINITY
+from stabnorm.monitor.catalogue.collapse import COLLAPSE
 from stabnorm.monitor.catalogue.depth import DEPTH
 from stabnorm.monitor.catalogue.fluctuation import FLUCTUATION
 from stabnorm.monitor.catalogue.gradients import GRADIENTS
@@ -23,7 +24,7 @@ from stabnorm.monitor.record import SIDE_SERIES
 from stabnorm.statistic import NEEDS, by_name, markdown_table, undefined
 from stabnorm.statistic import Statistic as Statistic
 
-_FAMILIES = (FLUCTUATION, SCALE, DEPTH, OUTLIERS, AFFINITY, GRADIENTS, PARAMETER_HEALTH)
+_FAMILIES = (FLUCTUATION, SCALE, DEPTH, OUTLIERS, AFFINITY, COLLAPSE, GRADIENTS, PARAMETER_HEALTH)
 CATALOGUE: dict[str, Statistic] = {statistic.name: statistic for family in _FAMILIES for statistic in family}
 PRESETS: dict[str, tuple[str, ...]] = {
     "economy": ("mean_fluctuation", "var_fluctuation", "absmax_fluctuation"),

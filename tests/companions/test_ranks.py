@@ -72,4 +72,4 @@ def test_two_processes_have_the_weights_and_gradients_of_one_and_their_own_atten
         for part in (0, 1, 2):  # squares and products of shards
             torch.testing.assert_close(one[part] + two[part], sums[step]["weights"][part], rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(one[3], sums[step]["weights"][3])
-        assert one[4].isnan().all()  # no singular value of a shard
+        assert one[5].isnan().all()  # no singular value of a shard

@@ -56,7 +56,7 @@ def test_every_measure_has_a_value_for_each_row_and_step() -> None:
     rows = {name: track.rows for name, track in monitor.companions.items()}
     assert rows["embedding"] == ("tokens.weight",)
     assert rows["attention"][3] == "attentions.1.head0"
-    assert [len(values.shape) for values in figures(monitor).values()] == [2] * 16
+    assert [len(values.shape) for values in figures(monitor).values()] == [2] * 17
 
 
 def test_what_ran_between_steps_is_discarded() -> None:

@@ -211,6 +211,36 @@ def test_the_top_singular_value_is_found_and_followed() -> None:
     companion.detach()
 
 
+def test_the_singular_value_is_compared_with_what_the_weight_decay_of_its_own_group_lets_it_grow_to() -> None:
+    model = Text()
+    head = {"params": [model.head.weight], "weight_decay": 0.5, "lr": torch.tensor(0.02)}
+    others = {"params": [p for name, p in model.named_parameters() if name != "head.weight"], "weight_decay": 0.0}
+    monitor, _ = train(model, [torch.optim.AdamW([head, others], lr=0.01)], 40)
+    track = monitor.companions["weights"]
+    found = track.history()["singular_to_proxy"]
+    row = track.rows.index("head.weight")
+    rows, columns = model.head.weight.shape
+    assert rows != columns
+    exact = torch.linalg.matrix_norm(model.head.weight.detach().double(), 2)
+    assert float(found[-1, row]) == pytest.approx(float(exact) / (math.sqrt(0.02 / 0.5) * columns**0.75), rel=1e-2)
+    assert [bool(column.isnan().all()) for column in found.T] == [name != "head.weight" for name in track.rows]
+
+
+def test_the_ratio_to_the_proxy_stays_when_a_matrix_is_scaled_as_the_rule_says() -> None:
+    found = []
+    for factor in (1.0, 4.0):  # the matrix grows by 4, and lr / weight_decay by 16
+        torch.manual_seed(1)
+        linear = nn.Linear(6, 5, bias=False)
+        with torch.no_grad():
+            linear.weight.mul_(factor)
+        optimizer = torch.optim.AdamW(linear.parameters(), lr=1e-6, weight_decay=1e-6 / factor**2)
+        monitor, _ = train(
+            nn.Sequential(linear, nn.LayerNorm(5)), [optimizer], 1, forward=lambda m=linear: m(torch.ones(2, 6)).sum()
+        )
+        found.append(float(monitor.companions["weights"].history()["singular_to_proxy"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_bfloat16_weights_are_measured_in_float32() -> None:
     model = nn.Sequential(nn.Linear(33, 17), nn.LayerNorm(17)).to(torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0)

@@ -109,6 +109,37 @@ def test_one_sequence_says_nothing_about_its_certainty() -> None:
     assert torch.isnan(history["effective_samples"]).all()
 
 
+# --- collapse ---
+
+
+def cosines(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[float]:
+    return watched(layers, inputs, ["token_cosine"])["token_cosine"][0].tolist()
+
+
+def test_the_cosine_of_tokens_is_that_of_all_pairs_and_does_not_ask_how_long_they_are() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 16) + torch.randn(16)
+    lengths = torch.rand(40, 1).mul(3).exp()
+    unit = nn.functional.normalize(x.double(), dim=-1)
+    products = unit @ unit.T
+    expected = float((products.sum() - 40) / (40 * 39))
+    found = cosines([nn.RMSNorm(16, eps=1e-12) for _ in range(2)], [x, lengths * x])
+    assert found == pytest.approx([expected] * 2, abs=1e-5)
+
+
+def test_tokens_with_nothing_in_common_have_cosine_0_and_copies_1() -> None:
+    axes = torch.eye(8)
+    opposite = torch.cat([torch.ones(1, 8), -torch.ones(1, 8)])
+    norms = [nn.RMSNorm(8, eps=1e-12) for _ in range(3)]
+    assert cosines(norms, [axes, torch.randn(8).expand(5, 8), opposite]) == pytest.approx([0, 1, -1], abs=1e-5)
+
+
+def test_one_token_a_dead_layer_and_a_batch_norm_have_no_cosine() -> None:
+    x = torch.randn(6, 8)
+    norms = [nn.LayerNorm(8), nn.LayerNorm(8), nn.BatchNorm1d(8)]
+    assert all(math.isnan(value) for value in cosines(norms, [x[:1], torch.zeros(6, 8), x]))
+
+
 # --- outliers ---
 
 

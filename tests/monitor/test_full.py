@@ -13,6 +13,9 @@ from stabnorm.monitor.statistics import PRESETS
 from tests.monitor.norm_cases import CASES, Array, normalised, rows
 
 STEPS = 13  # a gradient spike is believed from the eleventh step on
+# The step with values of 9e5. They move the mean of their channel by 1e4, around which float32 keeps four decimals of
+# the other values; the error of the normalised channel's mean, and so that of `token_cosine`, is of this size there.
+OUTLIERS, COARSE = 7, 2e-3
 EXTRA = (*(name for name in PRESETS["full"] if name not in PRESETS["standard"]), "switch_readiness")
 
 
@@ -31,7 +34,7 @@ class Reference:
         self.sizes = 0
 
     def step(
-        self, x: Array, sequence: Array, y: Array, residual: float, gradient: list[Array], gain: Array | None,
+        self, x: Array, sequence: Array, y: Array, n: Array | None, gradient: list[Array], gain: Array | None,
         bias: Array | None, adam: list[tuple[Array, Array, float, float, float]],
     ) -> None:  # fmt: skip
         channels = x.shape[1]
@@ -66,6 +69,8 @@ class Reference:
         moving = 0.1 if self.mean is not None else 1.0
         self.mean = moving * x.mean(0) + (1 - moving) * (0 if self.mean is None else self.mean)
         self.var = moving * x.var(0) + (1 - moving) * (0 if self.var is None else self.var)
+        residual = residual_of(n, x)
+        out["token_cosine"] = np.nan if n is None else cosine_of(n)
         self.residual = residual if np.isnan(self.residual) else 0.9 * self.residual + 0.1 * residual
         out["switch_readiness"] = min(max((0.5 - self.residual) / 0.2, 0), 1)
         if self.sizes >= 10:
@@ -138,6 +143,12 @@ def residual_of(n: Array | None, x: Array) -> float:
     return float(1 - ((dx * dn).mean(0) ** 2 / ((dx**2).mean(0) * (dn**2).mean(0))).mean())
 
 
+def cosine_of(n: Array) -> float:
+    """Over all pairs of tokens, one by one."""
+    products = n @ n.T
+    return float(products[~np.eye(len(n), dtype=bool)].mean() / products.diagonal().mean())
+
+
 def run(
     make: Callable[[], nn.Module], shape: tuple[int, ...], *, offset: float = 0.0, dtype: torch.dtype = torch.float32,
     micro_batches: int = 1, mask: Tensor | None = None,
@@ -165,7 +176,7 @@ def run(
                 1 + 0.3 * torch.rand(())
             ) + offset
             x = torch.where(torch.rand(shape) < 0.03, 0, x) if not offset else x
-            if step == 7:
+            if step == OUTLIERS:
                 x = torch.where(torch.rand(shape) < 2e-3, 9e5 * (1 + torch.rand(shape)), x)
             x, g = x.to(dtype), torch.randn(shape).to(dtype) * (60 if step == 12 else 1)
             if mask is not None:
@@ -204,8 +215,7 @@ def run(
             x_rows = rows(x, module)[keep]
             reference.step(
                 x_rows, sequences_of(module, shape)[keep], rows(y, module)[keep],
-                residual_of(None if n is None else rows(n, module)[keep], x_rows), gradient, parameters[0],
-                parameters[1], adam,
+                None if n is None else rows(n, module)[keep], gradient, parameters[0], parameters[1], adam,
             )  # fmt: skip
     history = monitor.history() | monitor.companions["switch"].history()
     return {name: history[name] for name in EXTRA}, reference.history()
@@ -217,7 +227,11 @@ def assert_equals_reference(history: dict[str, Tensor], reference: dict[str, Arr
         assert np.array_equal(np.isnan(got), np.isnan(expected)), (name, got, expected)
         scale = max(1.0, float(np.nanmax(np.abs(expected), initial=0.0)))  # all are dimensionless
         scale *= 5 if name == "switch_readiness" else 1  # it is five times an affine residual
-        assert np.nanmax(np.abs(got - expected), initial=0.0) <= 1e-5 * scale, (name, got, expected)
+        error = np.abs(got - expected)
+        if name == "token_cosine":
+            assert not error[OUTLIERS] > COARSE
+            error[OUTLIERS] = 0
+        assert np.nanmax(error, initial=0.0) <= 1e-5 * scale, (name, got, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -257,5 +271,8 @@ def test_accumulation_gives_the_figures_of_one_batch(case: str) -> None:
         torch.manual_seed(1)
         histories.append(run(*CASES[case], micro_batches=micro_batches)[0])
     for name, whole in histories[0].items():
-        scale = max(1.0, float(whole.nan_to_num(0).abs().max()))
-        torch.testing.assert_close(histories[1][name] / scale, whole / scale, rtol=0, atol=1e-6, equal_nan=True)
+        scale, parts = max(1.0, float(whole.nan_to_num(0).abs().max())), histories[1][name]
+        if name == "token_cosine":
+            torch.testing.assert_close(parts[OUTLIERS], whole[OUTLIERS], rtol=0, atol=COARSE)
+            parts[OUTLIERS] = whole[OUTLIERS]
+        torch.testing.assert_close(parts / scale, whole / scale, rtol=0, atol=1e-6, equal_nan=True)

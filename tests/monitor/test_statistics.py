@@ -225,7 +225,7 @@ def test_a_gradient_that_overflows_is_no_part_of_what_later_ones_are_compared_wi
 
 def test_the_catalogue_is_whole() -> None:
     families = {"F": 6, "S": 3, "O": 7, "P": 5}
-    numbers = ["A", "A1", "N2", *(f"{name}{i + 1}" for name, last in families.items() for i in range(last))]
+    numbers = ["A", "A1", "C1", "N2", *(f"{name}{i + 1}" for name, last in families.items() for i in range(last))]
     assert {s.number for s in (*CATALOGUE.values(), *SwitchCompanion.statistics)} == set(numbers)
     assert set(PRESETS["economy"]) < set(PRESETS["standard"]) < set(PRESETS["full"]) == set(CATALOGUE)
     table = catalogue_table()

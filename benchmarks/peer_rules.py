@@ -1,20 +1,21 @@
 """Rules that tell a loss spike by one series of numbers, beside which our detector is measured.
 
 Most are those of others; `above_past` is our own detector's rule, for one series. Each takes the loss or the norm of
-the gradient at every step, and returns the steps of its alarms. After an alarm every rule is silent for `PAUSE` steps,
-so that one event counts once.
+the gradient at every step, and yields the steps of its alarms. Where alarms are counted, `events` makes one of those
+that follow each other closely: a rule that goes on alarming is counted once, as a detector is that stays silent until
+all is calm again.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 PAUSE = 100
 Series = npt.NDArray[np.float64]
-Rule = Callable[[Series], list[int]]
+Rule = Callable[[Series], Iterator[int]]
 
 
 def spike_detection(losses: Series, window: int = 10, rtol: float = 2.0) -> Iterator[int]:
@@ -43,7 +44,11 @@ def olmo_core(values: Series, window: int = 128, sigmas: float = 6.0) -> Iterato
 
 
 def zclip(norms: Series, alpha: float = 0.97, warm_up: int = 25, bound: float = 2.5) -> Iterator[int]:
-    """ZClip (arXiv 2504.02507): a z-score of the gradient's norm above 2.5; its clipped value enters the averages."""
+    """ZClip (arXiv 2504.02507): a z-score of the gradient's norm above 2.5; its clipped value enters the averages.
+
+    As its authors' code does it by default: mode "zscore", option "adaptive_scaling", the mean before the variance. A
+    norm that is not finite stays in the averages there, so that the rule is silent from then on.
+    """
     mean, variance = float(norms[:warm_up].mean()), float(norms[:warm_up].var())
     for step, norm in enumerate(norms[warm_up:].tolist(), warm_up):
         scale = math.sqrt(variance)
@@ -63,45 +68,45 @@ def above_median(values: Series, window: int = 128, times: float = 1.5) -> Itera
             yield step
 
 
-def above_past(values: Series, window: int = 128, bound: float = 6.0, learnt: int = 256) -> list[int]:
+def above_past(values: Series, window: int = 128, bound: float = 6.0, learnt: int = 256) -> Iterator[int]:
     """Our own detector's rule, upwards only, on one series.
 
     The logarithm is six robust standard deviations above the median of the last 128 steps at two steps, or twelve at
     one; a robust standard deviation is 0.1 at least.
     """
     logs = np.log(np.maximum(np.nan_to_num(values, nan=1.0), 1e-30))
-    steps, last = list[int](), 0.0
+    last = 0.0
     for step in range(learnt, len(logs)):
         before = logs[step - window : step]
         middle = float(np.median(before))
         score = (logs[step] - middle) / max(1.4826 * float(np.median(np.abs(before - middle))), 0.1)
         held, last = max(min(score, last), score / 2), score
         if held > bound or not math.isfinite(values[step]):
-            steps.append(step)
-    return paused(steps)
+            yield step
 
 
-def paused(steps: Iterator[int] | Sequence[int], pause: int = PAUSE) -> list[int]:
-    """Leave out the alarms that come within `pause` steps of the last one that counts.
+def events(steps: Iterable[int], pause: int = PAUSE) -> list[int]:
+    """Return the first step of each event; an alarm that comes within `pause` steps of another belongs to its event.
 
-    >>> paused([3, 50, 103, 104])
-    [3, 104]
+    >>> events([3, 50, 103, 104, 205])
+    [3, 205]
     """
-    kept = list[int]()
+    firsts, last = list[int](), -math.inf
     for step in steps:
-        if not kept or step - kept[-1] > pause:
-            kept.append(step)
-    return kept
+        if step - last > pause:
+            firsts.append(step)
+        last = step
+    return firsts
 
 
 LOSS_RULES: dict[str, Rule] = {
-    "Lightning SpikeDetection": lambda values: paused(spike_detection(values)),
-    "OLMo-core, loss": lambda values: paused(olmo_core(values)),
+    "Lightning SpikeDetection": spike_detection,
+    "OLMo-core, loss": olmo_core,
     "loss, by our rule": above_past,
-    "loss > 1.5 median": lambda values: paused(above_median(values)),
+    "loss > 1.5 median": above_median,
 }
 GRADIENT_RULES: dict[str, Rule] = {
-    "OLMo-core, gradient norm": lambda values: paused(olmo_core(values)),
+    "OLMo-core, gradient norm": olmo_core,
     "gradient norm, by our rule": above_past,
-    "ZClip": lambda values: paused(zclip(values)),
+    "ZClip": zclip,
 }

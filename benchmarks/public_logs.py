@@ -5,10 +5,10 @@ The detector of the loss and of the gradient's norm, beside the rules of others 
 not part of the project. PATH may also be a log of your own, a `trainer_state.json` or a `metrics.csv`, or a folder of
 them: then each is looked at.
 
-Every rule is silent for 100 points after an alarm. Calm and noisy logs count false alarms per 10,000 points; logs with
-a spike or a divergence count if they are alarmed at all. The detector's constants are those of a study of other runs.
-One constant was chosen with these logs in view: the loss counts as lost at ten times its lowest median, which one of
-them needs. The table is printed for two halves of the logs, too.
+Alarms within 100 points of each other count once, for every rule. Calm and noisy logs count false alarms per 10,000
+points; logs with a spike or a divergence count if they are alarmed at all. The detector's constants are those of a
+study of other runs. One constant was chosen with these logs in view: the loss counts as lost at ten times its lowest
+median, which one of them needs. The table is printed for two halves of the logs, too.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.peer_rules import GRADIENT_RULES, LOSS_RULES
+from benchmarks.peer_rules import GRADIENT_RULES, LOSS_RULES, Rule, events
 from stabnorm.dashboard.training_log import log_report, logs_below
 from stabnorm.monitor.training_series import TrainingSeries
 
@@ -28,7 +28,6 @@ Series = npt.NDArray[np.float64]
 Log = Mapping[str, Any]
 CATEGORIES = ("calm", "noisy", "spike", "diverged", "grad-spike")
 CALM = CATEGORIES[:2]
-PAUSE = 100
 
 
 def load(folder: Path) -> list[Log]:
@@ -51,16 +50,16 @@ def ours(*names: str) -> Callable[[Log], list[int] | None]:
         if not series:
             return None
         bad = ~np.isfinite(log["loss"]) if "loss" in series else None
-        return sorted({alert.step for alert in TrainingSeries().update(0, series, bad)})
+        return events(sorted(alert.step for alert in TrainingSeries().update(0, series, bad)))
 
     return alarms
 
 
-def peer(key: str, rule: Callable[[Series], list[int]]) -> Callable[[Log], list[int] | None]:
+def peer(key: str, rule: Rule) -> Callable[[Log], list[int] | None]:
     """Return a rule of others on one series of a log."""
 
     def alarms(log: Log) -> list[int] | None:
-        return None if log[key] is None else rule(log[key])
+        return None if log[key] is None else events(rule(log[key]))
 
     return alarms
 

@@ -150,8 +150,8 @@ def run(outcome: Outcome, progress: Callable[[int, float], None]) -> Outcome:
     outcome.samples = [(step, value) for step, value in enumerate(curvature) if not math.isnan(value)]
     outcome.spikes = onsets(np.array(losses))
     outcome.warnings = {f"curvature, every {n * outcome.every} steps": over(outcome.samples[::n]) for n in RARER}
-    outcome.warnings["gradient norm"] = above_past(np.array(gradients))
-    outcome.warnings["loss"] = above_past(np.array(losses))
+    outcome.warnings["gradient norm"] = list(above_past(np.array(gradients)))
+    outcome.warnings["loss"] = list(above_past(np.array(losses)))
     outcome.loss, outcome.seconds = losses[-1], time.perf_counter() - start
     return outcome
 

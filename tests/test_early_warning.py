@@ -11,7 +11,7 @@ import torch
 from benchmarks import early_warning
 from benchmarks.early_warning import Length, Outcome, Study, visible_divergence
 from benchmarks.faulty_trainings import FAMILIES, FAULTS, Training, constant, warmed_up
-from benchmarks.peer_rules import above_median, above_past, olmo_core, paused, spike_detection, zclip
+from benchmarks.peer_rules import above_median, above_past, events, olmo_core, spike_detection, zclip
 
 CALM = 1 + 0.05 * np.sin(np.arange(300))
 
@@ -35,15 +35,21 @@ def test_a_rule_alarms_at_a_jump_and_counts_one_event_once() -> None:
     for rule in (spike_detection, olmo_core, above_median, zclip):
         assert list(rule(CALM)) == [] or rule is zclip
         assert 200 in list(rule(series)), rule.__name__
-    assert paused(above_median(series)) == [200]
-    assert paused([200, 301]) == [200, 301]
+    assert events(above_median(series)) == [200]
+    assert events([200, 290, 380, 481]) == [200, 481]  # what goes on is one event, however long it is
     assert 200 not in list(zclip(CALM))
     late = np.r_[CALM, CALM, CALM]
     late[700:704] = 5.0
     late[800] = math.nan
-    assert above_past(late) == [700]
-    late[801] = math.nan
-    assert above_past(late) == [700, 801]
+    assert events(above_past(late)) == [700]
+    late[820] = math.nan
+    assert list(above_past(late))[-2:] == [800, 820]
+
+
+def test_zclip_is_silent_for_ever_after_a_norm_that_is_not_finite() -> None:
+    series = np.r_[CALM, CALM]
+    series[290], series[400] = math.nan, 1000.0
+    assert 400 not in list(zclip(series))
 
 
 def test_lightnings_rule_is_the_one_of_its_class() -> None:

@@ -21,12 +21,16 @@ class OptimizerSteps:
     """Calls `before` and `after` for each group of each optimizer that holds some of these parameters.
 
     Before a step there may be no gradients yet, because a closure, such as Lightning's, runs inside the step.
+
+    Attributes:
+        seen: the parameters, as indices, on which a step was seen so far; their values may be NaN all the same.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], before: Looks | None, after: Looks) -> None:
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._looks = ((before, register_optimizer_step_pre_hook), (after, register_optimizer_step_post_hook))
         self._handles: list[RemovableHandle] = []
+        self.seen: set[int] = set()
 
     def attach(self) -> None:
         """Register the hooks."""
@@ -54,6 +58,7 @@ class OptimizerSteps:
         for group in optimizer.param_groups:
             rows = [self._index[id(p)] for p in group["params"] if id(p) in self._index]
             if rows:
+                self.seen.update(rows)
                 yield rows, group
 
 
@@ -84,12 +89,20 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
-def no_step(names: Sequence[str]) -> str | None:
-    """Return a warning about parameters that no optimizer step changed, if there are any."""
+def no_step(names: Sequence[str], parameters: Sequence[nn.Parameter], steps: OptimizerSteps) -> str | None:
+    """Return a warning about trained parameters on which no optimizer step was seen, if there are any.
+
+    Args:
+        names: of the first parameters.
+        parameters: those of `steps`.
+        steps: what was seen.
+    """
+    rows = zip(names, parameters, strict=False)
+    names = [name for row, (name, p) in enumerate(rows) if p.requires_grad and row not in steps.seen]
     if not names:
         return None
     others = " and others" if len(names) > 8 else ""
     return (
         f"no optimizer step was seen on {', '.join(names[:8])}{others}. Only optimizers that derive from "
-        "torch.optim.Optimizer are seen, and not when their step is compiled"
+        "torch.optim.Optimizer are seen, and not when their step is compiled or left out by a loss scaler"
     )

@@ -209,7 +209,8 @@ class AttentionWatch(HookedWatch[AttentionSums]):
             sentences.append(
                 f"no attention was seen in {', '.join(modules)}. Did it run in training mode? Only what calls "
                 f"torch.nn.functional.{_FUNCTION} or softmax is seen; and if the model was compiled and run before the "
-                "monitor was attached, call torch.compiler.reset() after attaching"
+                "monitor was attached, call torch.compiler.reset() after attaching. If all its logits were NaN, look "
+                "at the first alert"
             )
         unknown = [
             f"{printable(name) or 'the model'} ({type(module).__name__})"

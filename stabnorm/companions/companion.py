@@ -77,11 +77,6 @@ class Watch(ABC):
         """Whether a forward of a module in the model counts now. A module in eval mode does not train."""
         return model.training and module.training and not self.paused
 
-    def without(self, values: Tensor, statistic: int) -> list[str]:
-        """The rows for which a statistic has no value in any step."""
-        empty = values[..., statistic].isnan().all(0)
-        return [name for name, is_empty in zip(self.rows, empty.tolist(), strict=True) if is_empty]
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state that the next step needs, as tensors and plain containers."""
         return {}
@@ -158,6 +153,7 @@ class HookedWatch(Watch, Generic[Sums]):
         self._sums: dict[torch.device, Sums] = {}
         self._handles: list[Watching] = []
         self._places: list[Place[Sums]] = []
+        self._had_values: set[str] = set()  # rows that had some in an earlier flush
 
     def sums(self, device: torch.device) -> Sums:
         """The sums of all rows on a device; of a model spread over several the other rows stay empty."""
@@ -178,6 +174,12 @@ class HookedWatch(Watch, Generic[Sums]):
         for sums in self._sums.values():
             for part in sums:
                 part.zero_()
+
+    def without(self, values: Tensor, statistic: int) -> list[str]:
+        """Return the rows for which a statistic has never had a value; one that turned NaN was seen before."""
+        empty = values[..., statistic].isnan().all(0).tolist()
+        self._had_values |= {name for name, is_empty in zip(self.rows, empty, strict=True) if not is_empty}
+        return [name for name in self.rows if name not in self._had_values]
 
     def take(self) -> Sums:
         """Merge the sums of all devices."""

@@ -169,9 +169,8 @@ class EmbeddingWatch(Watch):
         return EmbeddingSums(gathered[:count], gathered[count:], torch.stack(deviation), tokens)
 
     def complaint(self, values: Tensor) -> str | None:
-        """Name the embeddings whose gradient was not seen."""
-        trained = {name for name, p in zip(self.rows, self._parameters, strict=False) if p.requires_grad}
-        return no_step([name for name in self.without(values, 1) if name in trained])
+        """Name the embeddings on which no optimizer step was seen."""
+        return no_step(self.rows, self._parameters, self._steps)
 
 
 def _deviation(weight: Tensor) -> Tensor:

@@ -196,8 +196,8 @@ class OutputWatch(HookedWatch[OutputSums]):
         if not names:
             return None
         return (
-            f"{', '.join(names)} did not run in training mode. A loss that takes the layer's weight instead of calling "
-            "is not seen; another layer is named by OutputCompanion(layer=...)"
+            f"{', '.join(names)} did not run in training mode, or gave nothing but NaN. A loss that takes the layer's "
+            "weight instead of calling it is not seen; another layer is named by OutputCompanion(layer=...)"
         )
 
 

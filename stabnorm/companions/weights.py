@@ -329,9 +329,8 @@ class WeightWatch(Watch):
             yield matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
 
     def complaint(self, values: Tensor) -> str | None:
-        """Name the matrices that no optimizer changed."""
-        trained = {name for name, weight in zip(self.rows, self._weights, strict=True) if weight.requires_grad}
-        return no_step([name for name in self.without(values, 0) if name in trained])
+        """Name the matrices on which no optimizer step was seen."""
+        return no_step(self.rows, self._weights, self._steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vectors of the power iteration, and the learning rates of the last steps."""

@@ -5,13 +5,14 @@ units of a robust scale. A page shows the same numbers for every step and layer.
 read from the record. A test compares both computations.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating[Any]]
 Steps = npt.NDArray[np.integer[Any]]
+_Float = TypeVar("_Float", bound=np.floating[Any])
 
 PAST = 128  # steps in the window
 REFRESH = 16  # steps between two looks at median and scale
@@ -88,11 +89,12 @@ class Baseline:
         self.steps += count
 
     def _refresh(self) -> None:
-        median = _median if self._missing.any() else _median_of_all
-        self._center = median(self._past)
+        complete = not self._missing.any()
+        self._center = lower_median(self._past, complete=complete)
         np.subtract(self._past, self._center[:, None], out=self._deviations)
         np.abs(self._deviations, out=self._deviations)
-        self._scale = np.maximum(np.float32(1.4826) * median(self._deviations), np.float32(self._floor))
+        spread = np.float32(1.4826) * lower_median(self._deviations, complete=complete)
+        self._scale = np.maximum(spread, np.float32(self._floor))
         self._centers.append(self._center)
         self._scales.append(self._scale)
 
@@ -131,16 +133,17 @@ def _stretch(at: Steps) -> Steps:
     return np.where(at < LEARNT, 0, (at - LEARNT) // REFRESH + 1)
 
 
-def _median(values: Floats) -> Floats:
-    """Return the lower median of each row without NaN, as torch's `nanmedian`; NaN where there is no value."""
+def lower_median(values: npt.NDArray[_Float], *, complete: bool | None = None) -> npt.NDArray[_Float]:
+    """Return the lower median of each row of what is not NaN, as torch's `nanmedian`; NaN where there is no value.
+
+    Args:
+        values: ``[rows, values]``.
+        complete: whether it is known that no value is NaN, which is faster. Default: it is looked for.
+    """
+    if not np.isnan(values).any() if complete is None else complete:
+        middle = (values.shape[1] - 1) // 2
+        return np.partition(values, middle, axis=1)[:, middle]
     ordered = np.sort(values, axis=1)  # NaN last
     count = (~np.isnan(ordered)).sum(1)
-    middle: Floats = ordered[np.arange(len(ordered)), np.maximum(count - 1, 0) // 2]
-    return middle
-
-
-def _median_of_all(values: Floats) -> Floats:
-    """Return the same of rows without NaN, faster."""
-    middle = (values.shape[1] - 1) // 2
-    median: Floats = np.partition(values, middle, axis=1)[:, middle]
-    return median
+    medians: npt.NDArray[_Float] = ordered[np.arange(len(ordered)), np.maximum(count - 1, 0) // 2]
+    return medians

@@ -40,11 +40,11 @@ class Detector(Protocol):
     whose own norm a schedule removes. The monitor makes a detector for its norms and one for each companion. All that a
     detector remembers must be in its state, so that a resumed run raises the same alerts.
 
-    Four methods more are used if a detector has them; `RobustDetector` does. ``step(values, tokens, nonfinite)`` is
-    called at every step with the step's tensors on the device, reads nothing from there, and returns a tensor of marks;
-    ``alerts(first_step, values, tokens, nonfinite, marks)`` is then called at the flush instead of `update`.
-    ``take_departures()`` returns every `Departure` since its last call, and ``forget()`` is called when a change of the
-    training was announced.
+    Four methods more are used if a detector has them. ``take_departures()`` returns every `Departure` since its last
+    call, and ``forget()`` is called when a change of the training was announced. A detector that must see each step on
+    the device has ``step(values, tokens, nonfinite)``, which is called at every step with the step's tensors, reads
+    nothing from the device, and returns a tensor of marks; ``alerts(first_step, values, tokens, nonfinite, marks)`` is
+    then called at the flush instead of `update`.
 
     >>> import stabnorm
     >>> class TooLarge:
@@ -114,9 +114,6 @@ class _Found(NamedTuple):
 class RobustDetector:
     """The detector of this package: fixed bounds, a robust z-score against each row's own past, and NaN or infinity.
 
-    `step` follows the training on the device. `alerts` reads its marks on the host: per row the scores, and what was
-    usual and how much it varied, in log units. `update` does both, for values that are on the host already.
-
     Args:
         statistics: the statistics in the columns of the values.
         layers: names of the rows, in depth order.
@@ -142,74 +139,55 @@ class RobustDetector:
         self._watched = [i for i, s in enumerate(self._statistics) if s.floor is not None]
         self._alarms = np.array([self._statistics[i].alarm for i in self._alarmed], np.float32)
         self._gradients = np.array([self._statistics[i].axis == "gradient" for i in self._watched], bool)
-        fades = torch.tensor([layer in fading for layer in self._layers], dtype=torch.bool, device="cpu")
-        self._exempt = fades[:, None] & torch.from_numpy(self._gradients)
-        floors = torch.tensor([self._statistics[i].floor for i in self._watched], dtype=torch.float32, device="cpu")
-        upward = torch.tensor([self._statistics[i].upward for i in self._watched], dtype=torch.bool, device="cpu")
-        self._windows = [Window(span, floors, upward, len(self._layers)) for span in (FAST, SLOW)]
-        # The state of the host. An alarm may last, and mutes only itself: calm steps until it is raised again.
+        fades = np.array([layer in fading for layer in self._layers], bool)
+        exempt = (fades[:, None] & self._gradients).ravel()
+        floors = np.tile(np.array([self._statistics[i].floor for i in self._watched], np.float32), len(self._layers))
+        upward = np.tile(np.array([self._statistics[i].upward for i in self._watched], bool), len(self._layers))
+        self._windows = [Window(span, floors, upward, exempt) for span in (FAST, SLOW)]
+        # An alarm may last, and mutes only itself: calm steps until it is raised again.
         self.steps = 0
         self._quiet = {"nonfinite": 0, "past": 0, "start": 0}
         self._quiet_alarms = np.zeros((len(self._layers), len(self._alarmed)), np.int64)
-        self._away = np.zeros(self._exempt.shape, bool)  # series that are out of their usual range
+        self._away = np.zeros((len(self._layers), len(self._watched)), bool)  # series that are out of their usual range
         self._from_zero = np.zeros(len(self._layers), bool)  # rows whose first value was infinite
         self._departures: list[Departure] = []
         self.compared = False  # whether some row has been compared with its own past
         self.worst_score = 0.0  # of the steps that were read last
+        self.usual = np.zeros((0, *self._away.shape), np.float32)  # their medians of the last 128 steps
 
-    # -- on the device -------------------------------------------------------------------------------------------------
+    # -- a flush -------------------------------------------------------------------------------------------------------
 
-    def step(self, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> Tensor:
-        """Follow one step without reading from the device.
+    def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
+        """Read the next steps and return their alerts, at most one of a kind in each step; see `Detector.update`."""
+        if not len(values):
+            return []
+        return self.alerts(first_step, values, tokens, nonfinite, self._marks(values.float().numpy()))
 
-        Args:
-            values: ``[rows, statistics]``.
-            tokens: ``[rows]``; not used.
-            nonfinite: ``[rows]``; not used.
-
-        Returns:
-            Marks ``[3, rows, watched statistics]``: scores (NaN if not compared), medians and scales.
-        """
-        del tokens, nonfinite
-        if not self._watched:
-            return values.new_zeros(3, len(self._layers), 0)
-        log = values[:, self._watched].to(torch.float32).log()
-        if self._exempt.device != values.device:
-            self._exempt = self._exempt.to(values.device)
-        fast, slow = (window.to(values.device) for window in self._windows)
-        score, slowly = fast.score(log, self._exempt), slow.score(log, self._exempt)
-        further = slowly > score.nan_to_num(0)
-        return torch.stack(
-            [torch.where(further, slowly, score), torch.where(further, slow.center, fast.center),
-             torch.where(further, slow.scale, fast.scale)]
-        )  # fmt: skip
-
-    @property
-    def usual(self) -> Tensor:
-        """What was usual for each row and watched statistic in the last 128 steps, on the device."""
-        return self._windows[0].center.exp()
+    def _marks(self, values: Row) -> Tensor:
+        """Return scores (NaN if not compared), medians and scales, ``[steps, 3, rows, watched statistics]``."""
+        shape = (3, len(values), *self._away.shape)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = np.log(values[..., self._watched]).reshape(len(values), -1)
+        fast, slow = (window.follow(logs) for window in self._windows)
+        self.usual = np.exp(fast[1]).reshape(shape[1:])
+        further = slow[0] > np.nan_to_num(fast[0])
+        return torch.from_numpy(np.where(further, slow, fast).reshape(shape)).movedim(0, 1)
 
     def forget(self) -> None:
         """Learn again what is usual, within 64 steps, because something was changed on purpose."""
         for window in self._windows:
             window.forget()
 
-    # -- on the host ---------------------------------------------------------------------------------------------------
-
-    def update(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> list[Alert]:
-        """Read the next steps and return their alerts, at most one of a kind in each step; see `Detector.update`."""
-        marks = [self.step(*seen) for seen in zip(values, tokens, nonfinite, strict=True)]
-        return self.alerts(first_step, values, tokens, nonfinite, torch.stack(marks)) if marks else []
-
     def alerts(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor, marks: Tensor) -> list[Alert]:
-        """Return the alerts of steps that `step` has followed, in their order.
+        """Return the alerts of steps that were compared with their past, in their order.
 
         Args:
             first_step: the step of row 0.
             values: ``[steps, rows, statistics]`` on the CPU.
             tokens: ``[steps, rows]``.
             nonfinite: ``[steps, rows]`` bool.
-            marks: what `step` returned, ``[steps, 3, rows, watched statistics]``.
+            marks: scores, medians and scales, ``[steps, 3, rows, watched statistics]``. A checkpoint of an earlier
+                version has them.
         """
         values, self.worst_score = values.float(), 0.0
         known = torch.isfinite(marks[:, 0])
@@ -223,6 +201,10 @@ class RobustDetector:
         bounded = numbers[..., self._alarmed]
         # A non-finite value is another kind of alert, and statistics of few tokens vary too much.
         over = (bounded > self._alarms) & np.isfinite(bounded) & (seen >= _ENOUGH)[..., None]
+        starts = bool(self._starting) and self.steps < ARMED
+        if not (starts or hit.any() or over.any() or self._away.any() or self.worst_score >= BOUND / 2):
+            self._pass_calm_steps(len(values))
+            return []
         for offset in range(len(values)):
             found = [
                 self._nonfinite(hit[offset]),
@@ -240,6 +222,12 @@ class RobustDetector:
         """Return every departure since the last call."""
         departures, self._departures = self._departures, []
         return departures
+
+    def _pass_calm_steps(self, count: int) -> None:
+        """Do at once what so many steps do in which nothing fires and nothing is away."""
+        self.steps += count
+        self._quiet |= {kind: max(self._quiet[kind] - count, 0) for kind in ("nonfinite", "past")}
+        self._quiet_alarms = np.maximum(self._quiet_alarms - count, 0)
 
     def _may_raise(self, kind: str, firing: bool, calm: bool) -> bool:
         raise_it = firing and self._quiet[kind] == 0
@@ -323,8 +311,8 @@ class RobustDetector:
         """Return pasts and waiting times as tensors and plain containers."""
         fast, slow = self._windows
         return {
-            "fast": fast.state_dict(),
-            "slow": slow.state_dict(),
+            "fast": fast.state_dict(len(self._layers)),
+            "slow": slow.state_dict(len(self._layers)),
             "steps": self.steps,
             "quiet": dict(self._quiet),
             "quiet_alarms": torch.from_numpy(self._quiet_alarms.copy()),

@@ -65,12 +65,9 @@ class TrainingSeries:
             return []
         tokens = torch.full((steps, 1), torch.inf, device="cpu")
         seen = torch.from_numpy(values), tokens, torch.from_numpy(bad[:, None])
-        marks, medians = [], []
-        for one in zip(*seen, strict=True):
-            marks.append(self.detector.step(*one))
-            medians.append(float(self.detector.usual[0, 0]))
         before = self.detector.steps
-        alerts = [_in_words(alert) for alert in self.detector.alerts(first_step, *seen, torch.stack(marks))]
+        alerts = [_in_words(alert) for alert in self.detector.update(first_step, *seen)]
+        medians = self.detector.usual[:, 0, 0].tolist()
         return sorted([*alerts, *self._lost_levels(first_step, before, medians)], key=lambda alert: alert.step)
 
     def _lost_levels(self, first_step: int, before: int, medians: Sequence[float]) -> Iterator[Alert]:

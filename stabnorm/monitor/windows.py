@@ -1,15 +1,20 @@
-"""The past of many series at once, on the device: a window of logarithms, its median and robust scale, and scores.
+"""The past of many series at once: a window of logarithms, its median and robust scale, and scores.
 
-Nothing here reads a value from the device. When a median is computed again depends only on the number of steps.
+All this is done on the host, when the monitor flushes. Between two looks at median and scale nothing that a score
+depends on changes, so these steps are computed at once.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from stabnorm.monitor.baseline import ARMED, CLIP, LEARNT, PAST, REFRESH
+from stabnorm.monitor.baseline import ARMED, CLIP, LEARNT, PAST, REFRESH, lower_median
+
+Floats = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
 
 
 class Span(NamedTuple):
@@ -31,6 +36,14 @@ class Span(NamedTuple):
     armed: int
     again: int
 
+    def until_look(self, value: int) -> int:
+        """Return how many values from this one on have the same median and scale. It never wraps around the window."""
+        return self.learnt - value if value < self.learnt else self.refresh - (value - self.learnt) % self.refresh
+
+    def looks_at(self, value: int) -> bool:
+        """Whether median and scale are computed again before this value."""
+        return value >= self.learnt and self.until_look(value) == self.refresh
+
 
 FAST = Span(1, PAST, REFRESH, LEARNT, ARMED, 64)
 SLOW = Span(16, 64, 4, 16, 32, 16)  # sees a slow drift, which the fast window follows: armed after 512 steps
@@ -41,91 +54,101 @@ class Window:
 
     Args:
         span: which past.
-        floors: ``[K]``, the least scale of each column, in log units.
-        upward: ``[K]`` bool: only a rise counts in this column.
-        rows: number of rows.
+        floors: ``[S]``, the least scale of each series, in log units.
+        upward: ``[S]`` bool: only a rise counts in this series.
+        exempt: ``[S]`` bool: this series scores nothing. Default: none is exempt.
 
-    Shape: everything has the shape ``[rows, K]``; the ring of values is ``[rows, K, span.size]``.
+    Shape: everything has the shape ``[S]``; the ring of values is ``[S, span.size]``.
 
-    >>> window = Window(FAST, torch.tensor([0.1]), torch.tensor([False]), 1)
-    >>> scores = [window.score(torch.full((1, 1), 0.0 if step < 300 else 1.0)).item() for step in range(302)]
-    >>> [round(score, 3) for score in scores[298:]]
+    >>> window = Window(FAST, np.float32([0.1]), np.array([False]))
+    >>> scores, centers, scales = window.follow(np.where(np.arange(302) < 300, 0, 1).astype(np.float32)[:, None])
+    >>> scores[298:, 0].round(3).tolist()
     [0.0, 0.0, 5.0, 10.0]
     """
 
-    STATE = ("ring", "center", "scale", "before", "seen", "held")
-
-    def __init__(self, span: Span, floors: Tensor, upward: Tensor, rows: int) -> None:
-        shape = (rows, len(floors))
+    def __init__(self, span: Span, floors: Floats, upward: Flags, exempt: Flags | None = None) -> None:
         self.span, self.steps = span, 0
         self._floors, self._upward = floors, upward
-        self.ring = torch.full((*shape, span.size), torch.nan, dtype=torch.float32, device=floors.device)
-        self.center, self.before = (torch.zeros(shape, dtype=torch.float32, device=floors.device) for _ in range(2))
-        self.scale = torch.ones_like(self.center)
-        self.seen = torch.zeros_like(self.center)  # values of each series, because a layer may start late
-        self.held = torch.full_like(self.center, torch.nan)  # the last score, for the steps that are not taken
+        self._exempt = np.zeros_like(upward) if exempt is None else exempt
+        self.ring = np.full((len(floors), span.size), np.nan, np.float32)
+        self.center, self.before = np.zeros((2, len(floors)), np.float32)
+        self.scale = np.ones_like(self.center)
+        self.seen = np.zeros(len(floors), np.int64)  # values of each series, because a layer may start late
+        self.held = np.full_like(self.center, np.nan)  # the last score, for the steps that are not taken
 
-    def to(self, device: torch.device) -> Self:
-        """Move everything to a device."""
-        if self.ring.device != device:
-            for name in (*self.STATE, "_floors", "_upward"):
-                setattr(self, name, getattr(self, name).to(device))
-        return self
-
-    def score(self, log: Tensor, exempt: Tensor | None = None) -> Tensor:
-        """Take in the next step, and return by how many robust standard deviations it is off.
+    def follow(self, logs: Floats) -> Floats:
+        """Take in the next steps, and return by how many robust standard deviations each is off.
 
         The score must hold for two values, or be twice as high. It is NaN until the window is armed, and keeps its
         value at steps that the window does not take.
 
         Args:
-            log: ``[rows, K]``, logarithms; what is not finite is no value.
-            exempt: ``[rows, K]`` bool, what scores nothing. Default: nothing is exempt.
-        """
-        step, self.steps = self.steps, self.steps + 1
-        if step % self.span.every:
-            return self.held
-        step //= self.span.every
-        if step >= self.span.learnt and (step - self.span.learnt) % self.span.refresh == 0:
-            self._refresh()
-        known = torch.isfinite(log)
-        off = (log - self.center) / self.scale
-        learning = ~known | torch.isnan(off) | (self.seen < self.span.learnt)
-        clipped = torch.where(learning, log, self.center + off.clamp(-CLIP, CLIP) * self.scale)  # outliers stay out
-        self.ring[..., step % self.span.size] = torch.where(known, clipped, torch.nan)
-        off = torch.where(self._upward, off.clamp(min=0), off.abs())
-        now = off.masked_fill(learning if exempt is None else learning | exempt, 0)
-        held = torch.maximum(torch.minimum(now, self.before), now / 2)
-        self.before = now
-        self.held = torch.where(self.seen >= self.span.armed, held, torch.nan)
-        self.seen = self.seen + known
-        return self.held
+            logs: ``[steps, S]``, logarithms; what is not finite is no value.
 
-    def _refresh(self) -> None:
-        self.center = _median(self.ring)
-        spread = 1.4826 * _median((self.ring - self.center[..., None]).abs())
-        self.scale = torch.maximum(spread, self._floors)
+        Returns:
+            ``[3, steps, S]``: scores, and the medians and scales that they were made with.
+        """
+        first = -(-self.steps // self.span.every)  # the number of the first value that it takes now
+        taken = logs[-self.steps % self.span.every :: self.span.every]
+        marks = np.empty((3, 1 + len(taken), len(self.center)), np.float32)
+        marks[:, 0] = self.held, self.center, self.scale
+        done = 0
+        while done < len(taken):
+            if self.span.looks_at(first + done):
+                self._look()
+            end = min(len(taken), done + self.span.until_look(first + done))
+            marks[0, 1 + done : 1 + end] = self._scores(taken[done:end], (first + done) % self.span.size)
+            marks[1, 1 + done : 1 + end], marks[2, 1 + done : 1 + end] = self.center, self.scale
+            done = end
+        self.held = marks[0, -1].copy()
+        known_by = (self.steps + np.arange(len(logs))) // self.span.every - first + 1
+        self.steps += len(logs)
+        return marks[:, known_by]
+
+    def _scores(self, logs: Floats, place: int) -> Floats:
+        """Take in values of one median and scale, and return their scores."""
+        known = np.isfinite(logs)
+        seen = self.seen + (np.cumsum(known, axis=0) - known)  # before each value
+        with np.errstate(invalid="ignore", over="ignore"):
+            off = (logs - self.center) / self.scale
+            kept = self.center + np.clip(off, -CLIP, CLIP) * self.scale  # outliers stay out
+        learning = ~known | np.isnan(off) | (seen < self.span.learnt)
+        np.copyto(kept, logs, where=learning)
+        kept[~known] = np.nan
+        self.ring[:, place : place + len(logs)] = kept.T
+        np.copyto(off, 0, where=learning | self._exempt | (self._upward & (off < 0)))
+        off = np.abs(off)
+        before = np.concatenate([self.before[None], off[:-1]])
+        scores: Floats = np.maximum(np.minimum(off, before), off / 2)
+        scores[seen < self.span.armed] = np.nan
+        self.before = off[-1].copy()
+        self.seen = seen[-1] + known[-1]
+        return scores
+
+    def _look(self) -> None:
+        self.center = lower_median(self.ring)
+        spread = np.float32(1.4826) * lower_median(np.abs(self.ring - self.center[:, None]))
+        self.scale = np.maximum(spread, self._floors)
 
     def forget(self) -> None:
         """Learn again what is usual, because something was changed on purpose."""
-        self.ring = torch.full_like(self.ring, torch.nan)
-        self.center = torch.full_like(self.center, torch.nan)  # until the next look, nothing is clipped
-        self.seen = self.seen.clamp(max=self.span.armed - self.span.again)
-        self.held = torch.full_like(self.held, torch.nan)
+        self.ring = np.full_like(self.ring, np.nan)
+        self.center = np.full_like(self.center, np.nan)  # until the next look, nothing is clipped
+        self.seen = np.minimum(self.seen, self.span.armed - self.span.again)
+        self.held = np.full_like(self.held, np.nan)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and plain containers."""
-        return {"steps": self.steps, **{name: getattr(self, name).clone() for name in self.STATE}}
+    def state_dict(self, rows: int) -> dict[str, Any]:
+        """Return the state as tensors and plain containers; the series are those of so many rows."""
+        arrays = {name: getattr(self, name).astype(np.float32) for name in _STATE}
+        shaped = {name: array.reshape(rows, -1, *array.shape[1:]) for name, array in arrays.items()}
+        return {"steps": self.steps, **{name: torch.from_numpy(array) for name, array in shaped.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state of the same rows and columns."""
+        """Continue from a state of the same series."""
         self.steps = int(state["steps"])
-        for name in self.STATE:
-            setattr(self, name, state[name].to(self.ring.device, copy=True))
+        for name in _STATE:
+            own = getattr(self, name)
+            setattr(self, name, state[name].cpu().numpy().reshape(own.shape).astype(own.dtype))
 
 
-def _median(values: Tensor) -> Tensor:
-    """Return the lower median over the last axis of what is not NaN; `nanmedian` is not deterministic on CUDA."""
-    ordered = values.sort(-1).values  # NaN comes last
-    middle = ((~ordered.isnan()).sum(-1, keepdim=True) - 1).clamp(min=0) // 2
-    return ordered.gather(-1, middle)[..., 0]
+_STATE = ("ring", "center", "scale", "before", "seen", "held")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stabnorm import StabilityMonitor
 from stabnorm.monitor import Statistic, detect
@@ -300,38 +299,59 @@ def test_a_checkpoint_of_another_detector_is_said_and_this_one_starts_afresh(cap
         assert one.steps_done == 3
 
 
-# -- on the device, and what else ours promises ------------------------------------------------------------------------
+class Follows(Counts):
+    """A detector that sees each step on the device, and raises an alert where its marks say so."""
+
+    def step(self, values: Tensor, tokens: Tensor, nonfinite: Tensor) -> Tensor:
+        return (values > 2.5).float()
+
+    def alerts(self, first_step: int, values: Tensor, tokens: Tensor, nonfinite: Tensor, marks: Tensor) -> list[Alert]:
+        return [Alert(first_step + i, "1", "amax", 0.0, 0.0, "") for i in marks[:, 0, 0].nonzero().ravel().tolist()]
 
 
-class Reads(TorchDispatchMode):
-    """Counts what would wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        self.count += "_local_scalar_dense" in name or "nonzero" in name
-        return func(*args, **(kwargs or {}))
-
-
-def test_following_a_step_reads_nothing_from_the_device() -> None:
-    values, detector = calm(100), RobustDetector(STATISTICS, LAYERS)
-    with Reads() as reads:
-        for row in values:
-            detector.step(row, torch.full((4,), 64.0), torch.zeros(4, dtype=torch.bool))
-    assert reads.count == 0
+def test_a_detector_that_follows_each_step_on_the_device_gets_its_marks_at_the_flush_also_after_a_resume() -> None:
+    model = nn.Sequential(nn.LayerNorm(8))
+    first, second = (StabilityMonitor(model, ["amax"], flush_every=5, detector=Follows) for _ in range(2))
+    for monitor, sizes in ((first, [1, 9, 1]), (second, [9, 1])):
+        with monitor:
+            for size in sizes:
+                model(torch.full((5, 8), float(size)))
+                monitor.step()
+            if monitor is first:
+                second.load_state_dict(first.state_dict())
+    assert [alert.step for alert in second.alerts] == [1, 3]
 
 
-def test_marks_made_at_each_step_give_the_alerts_of_the_same_values_read_at_once() -> None:
+# -- what else ours promises -------------------------------------------------------------------------------------------
+
+
+def test_steps_that_a_checkpoint_of_an_earlier_version_has_compared_are_not_compared_again() -> None:
     values = calm(600)
     values[20, 0, 3] = 2
     values[320:, 2, 0] *= 3
     tokens, nonfinite = torch.full((600, 4), 100.0), torch.zeros(600, 4, dtype=torch.bool)
     detector = RobustDetector(STATISTICS, LAYERS)
-    marks = torch.stack([detector.step(*seen) for seen in zip(values, tokens, nonfinite, strict=True)])
+    marks = detector._marks(values.numpy())
     assert detector.alerts(0, values, tokens, nonfinite, marks) == run(values)
+
+
+def test_calm_steps_that_pass_at_once_leave_the_state_that_one_by_one_they_leave() -> None:
+    values = calm(700)
+    values[5, 0, 3] = 2
+    values[300:302, 1, 1] *= 9
+    states = []
+    for chunk in (700, 1):
+        detector = RobustDetector(STATISTICS, LAYERS)
+        for start in range(0, 700, chunk):
+            part, hit = values[start : start + chunk], torch.zeros(chunk, 4, dtype=torch.bool)
+            hit[:, 2] = torch.arange(start, start + chunk) == 650
+            detector.update(start, part, torch.full((chunk, 4), 100.0), hit)
+        states.append(detector.state_dict())
+    whole, single = states
+    assert (whole["steps"], whole["quiet"]) == (single["steps"], single["quiet"])
+    assert whole["quiet"]["nonfinite"] == 51
+    for name in ("quiet_alarms", "away", "from_zero"):
+        torch.testing.assert_close(whole[name], single[name])
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from stabnorm.errors import StabNormError
-from stabnorm.nn.prep import PRepBN
+from stabnorm.nn._progressive import ProgressiveNorm
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -97,7 +97,7 @@ def refuse_other_checkpoint(trainer: "Trainer", pl_module: "LightningModule", ch
     Raises:
         StabNormError: no norm in the checkpoint was converted.
     """
-    lams = [f"{name}.lam" for name, module in pl_module.named_modules() if isinstance(module, PRepBN)]
+    lams = [f"{name}.lam" for name, module in pl_module.named_modules() if isinstance(module, ProgressiveNorm)]
     resumes = trainer.state.fn == "fit" and checkpoint.get("optimizer_states")
     if resumes and lams and not any(lam in checkpoint["state_dict"] for lam in lams):
         raise StabNormError(

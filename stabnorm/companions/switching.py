@@ -17,7 +17,7 @@ from stabnorm._models.watched import Watcher, Watching
 from stabnorm.companions._optimizer_steps import Indices
 from stabnorm.companions.companion import Companion, NormMoments, Watch
 from stabnorm.companions.readiness import HOLD_ABOVE, MEASURE_EVERY, MOMENTUM, RUN_BELOW
-from stabnorm.nn.prep import PRepBN
+from stabnorm.nn._progressive import ProgressiveNorm
 from stabnorm.norms import find_norms
 from stabnorm.statistic import Statistic
 
@@ -59,6 +59,7 @@ class SwitchCompanion(Companion):
     The readiness of a norm that the monitor leaves out is NaN, and so is the gap of a norm that is no `PRepBN`.
 
     >>> import stabnorm
+    >>> from stabnorm.nn import PRepBN
     >>> model = nn.Sequential(nn.LayerNorm(8), PRepBN(8))
     >>> with stabnorm.StabilityMonitor(model, companions=["switch"]) as monitor:
     ...     _ = model(torch.randn(64, 8))
@@ -110,8 +111,8 @@ class SwitchWatch(Watch):
 
     def __init__(self, norms: Mapping[str, nn.Module]) -> None:
         self.rows = tuple(norms)
-        self._progressive = [row for row, norm in enumerate(norms.values()) if isinstance(norm, PRepBN)]
-        self._gap = BranchGap([norm for norm in norms.values() if isinstance(norm, PRepBN)])
+        self._progressive = [row for row, norm in enumerate(norms.values()) if isinstance(norm, ProgressiveNorm)]
+        self._gap = BranchGap([norm for norm in norms.values() if isinstance(norm, ProgressiveNorm)])
         self._residual: Tensor | None = None
         self._ran: Tensor | None = None
         self._steps = 0
@@ -185,6 +186,7 @@ class BranchGap:
     Args:
         norms: what `stabnorm.switch.progressive_norms` found.
 
+    >>> from stabnorm.nn import PRepBN
     >>> norm = PRepBN(8)
     >>> gap = BranchGap([norm])
     >>> gap.attach()
@@ -194,10 +196,10 @@ class BranchGap:
     torch.Size([1])
     """
 
-    def __init__(self, norms: Iterable[PRepBN]) -> None:
+    def __init__(self, norms: Iterable[ProgressiveNorm]) -> None:
         self.armed = False
         self.seconds = 0.0  # in hooks, on the host
-        self._norms = list_of("norms", norms, PRepBN)
+        self._norms = list_of("norms", norms, ProgressiveNorm)
         self._squares: dict[int, Tensor] = {}  # of the difference and of the norm, [2]
         self._handles: list[Watching] = []
 
@@ -211,7 +213,7 @@ class BranchGap:
         take_off(self._handles)
 
     @torch.no_grad()
-    def add(self, index: int, module: PRepBN, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def add(self, index: int, module: ProgressiveNorm, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Add one forward of a layer."""
         start = time.perf_counter()
         norm, rep, valid = module.branches(input_of(args, kwargs), mask_of(args, kwargs))
@@ -247,5 +249,5 @@ class _GapHook(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or counting_paused() or not self.gap.armed or not module.training:
             return
-        assert isinstance(module, PRepBN)
+        assert isinstance(module, ProgressiveNorm)
         self.gap.add(self.index, module, args, kwargs)

@@ -30,8 +30,8 @@ from stabnorm.fold.fold import check_model, check_options, fold_norms
 from stabnorm.fold.result import FOLDED, FoldedSite, counts_of
 from stabnorm.monitor.catalogue.affinity import AFFINE_RESIDUAL
 from stabnorm.monitor.monitor import StabilityMonitor
-from stabnorm.nn import PRepBN
 from stabnorm.nn._channel_norm import ChannelNorm
+from stabnorm.nn._progressive import ProgressiveNorm
 from stabnorm.norms import NormLayer, find_norms
 from stabnorm.recalibrate import recalibrate_norms
 
@@ -220,7 +220,7 @@ def _switch(model: nn.Module, to: Target, norm_options: dict[str, Any], examples
         for example in examples:
             run(model, example)
     for module in model.modules():
-        if isinstance(module, PRepBN):
+        if isinstance(module, ProgressiveNorm):
             module.lam.zero_()
         if isinstance(module, ChannelNorm | _BatchNorm):
             _train(module)

@@ -10,7 +10,7 @@ from stabnorm._models.ranks import gather_over_ranks
 from stabnorm.functional import BatchMoments, channel_affine
 from stabnorm.functional.norms import absolute_moments
 from stabnorm.nn._base import TARGETS
-from stabnorm.nn._channel_norm import ChannelNorm
+from stabnorm.nn._branch import Branch
 from stabnorm.nn._normalize import normalize
 from stabnorm.norms import NormLayer, register_norm
 from stabnorm.ops.rows import absolute_of_rows, affine_of_rows
@@ -21,7 +21,7 @@ Deviation = Literal["l2", "l1"]
 WINDOW = 4  # batches in the window of the outlier filter, as in Unified Normalization
 
 
-class RepBN(ChannelNorm):
+class RepBN(Branch):
     r"""BN(x) + eta x over the last dimension (arXiv:2405.11582, SLAB, eq. 4).
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \eta x
@@ -123,7 +123,11 @@ class RepBN(ChannelNorm):
 
     def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Normalise; in training mode also update the statistics."""
-        return self.apply_with(x, mask, self.weight, self.bias, self.eta)
+        return self.apply_with(x, mask, *self.blended_parameters())
+
+    def blended_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return weight, bias and eta."""
+        return self.weight, self.bias, self.eta
 
     def frozen_affine(self) -> tuple[Tensor, Tensor | None]:
         """Return scale and shift of eval mode, in the buffers' precision."""

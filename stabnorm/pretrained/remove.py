@@ -252,7 +252,9 @@ class _Removal:
         self.model = copied(self.user_model).eval()
         report = convert_norms(self.model, exclude=self.keep, center=True, filtration=None)
         self.norms: dict[str, PRepBN] = {
-            name: norm for name, norm in progressive_norms(self.model).items() if name in report.converted
+            name: norm
+            for name, norm in progressive_norms(self.model).items()
+            if name in report.converted and isinstance(norm, PRepBN)
         }
         self.left = report.left
         self.fits: dict[str, Affine | str] = {}

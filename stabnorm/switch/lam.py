@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from stabnorm._checks import check_count, check_flag, check_model, check_number, check_scalar, list_of, wrong_type
 from stabnorm._models.wrappers import plain_name
 from stabnorm.nn._channel_norm import ChannelNorm
-from stabnorm.nn.prep import PRepBN
+from stabnorm.nn._progressive import ProgressiveNorm
 
 
-def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
+def progressive_norms(model: nn.Module) -> dict[str, ProgressiveNorm]:
     """Find the layers that have a lam, by the names that `find_norms` gives them, in module order; a shared one once.
 
     >>> from stabnorm.nn import PRepBN
@@ -21,7 +21,7 @@ def progressive_norms(model: nn.Module) -> dict[str, PRepBN]:
     ['1']
     """
     check_model("model", model)
-    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, PRepBN)}
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, ProgressiveNorm)}
 
 
 def running_norms(model: nn.Module) -> dict[str, ChannelNorm]:
@@ -30,7 +30,7 @@ def running_norms(model: nn.Module) -> dict[str, ChannelNorm]:
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, ChannelNorm)}
 
 
-def write_lam(norms: Iterable[PRepBN], lam: Sequence[float], *, settled: bool = False) -> None:
+def write_lam(norms: Iterable[ProgressiveNorm], lam: Sequence[float], *, settled: bool = False) -> None:
     """Give each layer its lam, in place. Once the schedule is final, layers with lam = 0 skip their LayerNorm.
 
     Call it between the optimizer step and the next forward. Nothing is read from the device, and a compiled model is
@@ -48,7 +48,7 @@ def write_lam(norms: Iterable[PRepBN], lam: Sequence[float], *, settled: bool = 
     >>> norm.lam, norm.leave_out_norm
     (tensor(0.2500), False)
     """
-    norms = list_of("norms", norms, PRepBN)
+    norms = list_of("norms", norms, ProgressiveNorm)
     check_flag("settled", settled)
     if not isinstance(lam, Sequence) or isinstance(lam, str):
         raise wrong_type("lam", lam, "a list of numbers, one for each norm")

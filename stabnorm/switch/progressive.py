@@ -14,7 +14,7 @@ from stabnorm.companions.switching import BranchGap
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.catalogue.affinity import AFFINE_RESIDUAL
 from stabnorm.monitor.monitor import StabilityMonitor
-from stabnorm.nn.prep import norm_class
+from stabnorm.nn._over_norm import norm_class
 from stabnorm.switch.gate import MEASURE_EVERY, AffineGate, Change, refuse_other_layers
 from stabnorm.switch.hold import Waiting
 from stabnorm.switch.lam import progressive_norms, running_norms, write_lam, write_loss_scale, write_step

@@ -14,7 +14,7 @@ from torch import nn
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.record import Record, read_record
-from stabnorm.nn import PRepBN
+from stabnorm.nn import PRepBN, RepBN
 from stabnorm.switch.lam import progressive_norms
 from tests.lightning_small import BATCHES, fit, loader, module, trainer
 from tests.versions import needs_weight_averaging
@@ -196,6 +196,7 @@ def test_padding_does_not_reach_the_statistics(tmp_path: Path) -> None:
         model = module(clean=False)
         fit(trainer(tmp_path, LinearSwitch(mask=mask)), model)
         for norm in progressive_norms(model).values():
+            assert isinstance(norm.rep, RepBN)
             assert norm.rep.running_mean is not None
             assert norm.rep.running_mean.abs().max() < 100
 

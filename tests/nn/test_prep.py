@@ -12,7 +12,7 @@ from stabnorm import valid_tokens
 from stabnorm.convert import convert_norms
 from stabnorm.errors import StabNormError
 from stabnorm.nn import PRepBN, RepBN
-from stabnorm.nn.prep import prep_class
+from stabnorm.nn._over_norm import class_over
 from stabnorm.ops import use_kernels
 from tests.nn_modules import compile_one_graph, run
 from tests.versions import needs_inductor
@@ -140,7 +140,7 @@ def test_an_object_of_somebodys_own_class_changes_its_class_and_stays_itself() -
     scale, x = theirs.scale, torch.randn(4, 6, 8)
     before = theirs(x)
     what_it_is = {"num_features": 8, "eps": 1e-6, "weight": "scale", "bias": None}
-    theirs.__class__ = prep_class(Scaled, "rms", **what_it_is)  # type: ignore[assignment]
+    theirs.__class__ = class_over(PRepBN, Scaled, "rms", **what_it_is)  # type: ignore[assignment]
     assert isinstance(theirs, PRepBN)
     theirs.eval()
     theirs.adopt(RepBN(8, center=False))
@@ -149,7 +149,7 @@ def test_an_object_of_somebodys_own_class_changes_its_class_and_stays_itself() -
     assert isinstance(theirs, Scaled)
     assert theirs.scale is scale
     assert torch.equal(theirs(x), before)
-    assert prep_class(Scaled, "rms", **what_it_is) is type(theirs)
+    assert class_over(PRepBN, Scaled, "rms", **what_it_is) is type(theirs)
     twin = pickle.loads(pickle.dumps(theirs))
     assert torch.equal(twin(x), before)
     theirs.lam.zero_()

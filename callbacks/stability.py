@@ -55,9 +55,9 @@ class StabilityCallback(Callback):
     """Watches every normalization layer of a run at every optimizer step; it needs no argument.
 
     It writes the full record to TensorBoard, or with another logger to files beside the logger's. Every ``flush_every``
-    steps it writes a dozen scalars to every logger. It warns when a layer's statistics leave the range of their own
-    past, and then draws every layer against its own past and writes ``report.md`` into the run's folder. At the end of
-    the training it does so again, and writes further heat maps and a table of the layers that you should look at. It
+    steps it writes a dozen scalars to every logger. It warns when a layer's statistics leave their usual range, and
+    then draws every layer against its usual value and writes ``report.md`` into the run's folder. At the end of the
+    training it does so again, and writes further heat maps and a table of the layers that you should look at. It
     changes no bit of the training.
 
     The hooks are registered at the start of `fit`, after checkpoint loading and wrapping, and errors are raised then,

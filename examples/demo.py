@@ -89,7 +89,7 @@ def watch(name: str, root: str, *others: Callback, progress: bool = True, seed: 
 
 
 def draw(name: str, root: str, path: str) -> None:
-    """Draw every norm of a run against its own past, with its alerts."""
+    """Draw every norm of a run against its usual value, with its alerts."""
     (folder,) = Path(root, name).iterdir()
     run = open_run(name, folder)
     run.refresh()

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.runs import Run, open_run, run_folders
 from stabnorm.dashboard.tiles import Columns, columns_of, extremes, tile_of
-from stabnorm.dashboard.verdict import verdict
-from stabnorm.monitor.baseline import ARMED, BOUND
+from stabnorm.dashboard.verdict import lost_from, verdict
+from stabnorm.monitor.baseline import ARMED, BOUND, LEARNT
 
 MOST_COLUMNS = 2000
 _PAUSE = 20  # between two walks through the folders, as a multiple of what one takes
@@ -86,7 +86,7 @@ class Answers:
         names = {name for card in runs for part in card["parts"] for name in part["statistics"]}
         names |= {str(alert["statistic"]) for card in runs for onset in card["onsets"] for alert in onset["alerts"]}
         known = {name: definition(name)._asdict() for name in sorted(names)}
-        return {"runs": runs, "definitions": known, "armed": ARMED, "bound": BOUND}
+        return {"runs": runs, "definitions": known, "learnt": LEARNT, "armed": ARMED, "bound": BOUND}
 
     def _card(self, run: Run) -> Answer:
         version, card = self._verdicts.get(run.name, (-1, {}))
@@ -137,6 +137,7 @@ class Answers:
             "lost": packed(_lost(values, ran, columns)),
             "armed": [int(rows.steps[at]) if at < len(rows.steps) else None for at in armed.tolist()],
             "faded": self._faded(of, statistic, companion),
+            "every": of.measured_every(statistic, companion),
         }
 
     def _faded(self, run: Run, statistic: str, companion: str) -> list[int | None]:
@@ -160,16 +161,18 @@ class Answers:
         return {"low": _number(low), "least": _number(least), "high": _number(high)}
 
     def lines(self, run: str, **window: int) -> Answer:
-        """Return loss, learning rate and, under a budget, k in columns, and the scalars of validation as they are."""
+        """Return loss and learning rate in columns, where the loss is lost, and the scalars of validation."""
         of = self._run(run)
         steps = of.rows().steps
         columns = _columns(steps, **window)
         answer: Answer = {"edges": columns.edges.tolist()}
-        for name in ("loss", "learning_rate", "measured_every"):
+        for name in ("loss", "learning_rate"):
             values = of.series(name)
             if values is not None and values.ndim == 1:
                 low, high = extremes(values, columns)
                 answer[name] = {"low": packed(low), "high": packed(high), "mean": packed(_means(values, columns))}
+        lost = None if (loss := of.series("loss")) is None else lost_from(loss)
+        answer["lost"] = None if lost is None else int(steps[lost])
         first, end = columns.edges[0], columns.edges[-1]
         answer["validation"] = {
             tag: [[step, _number(value)] for step, value in sorted(points.items()) if first <= step < end]
@@ -226,6 +229,7 @@ class Answers:
             "value": _number(values[at, column]),
             "usual": _number(baseline.usual(where)[0, column]),
             "sigmas": _number(scores),
+            "every": run.measured_every(statistic, companion),
         }
 
     def _profile(self, run: Run, statistic: str, companion: str, at: int) -> Answer:
@@ -312,7 +316,8 @@ def _channels(run: Run, column: int, columns: Columns) -> Answer | None:
         return None
     ids, values = ids[:, column], values[:, column]
     begin, end = columns.starts[0], columns.starts[-1]
-    found, counts = np.unique(ids[begin:end][~np.isnan(ids[begin:end])], return_counts=True)
+    known = ~np.isnan(ids[begin:end]) & ~np.isnan(values[begin:end])  # which channel holds a NaN is not known
+    found, counts = np.unique(ids[begin:end][known], return_counts=True)
     loudest = found[np.argsort(-counts, kind="stable")][:8].astype(int)
     of_channel = [
         np.where(ids == channel, values, np.nan).max(1, initial=-np.inf, where=ids == channel) for channel in loudest

@@ -21,7 +21,7 @@ _SERIES = ("loss", "tokens", "lam")
 
 
 class LivePicture:
-    """A record writer that draws every layer against its own past: at each alert, and every 20 flushes.
+    """A record writer that draws every layer against its usual value: at each alert, and every 20 flushes.
 
     A run that is killed has then a picture and a text all the same. They are about the last 5,000 steps; `picture` and
     `report` are about all steps that fit into 64 MiB.

@@ -1,4 +1,4 @@
-"""The one picture that tells what happened: every layer against its own past, below the loss, alerts framed."""
+"""The one picture that tells what happened: every layer against its usual value, below the loss, alerts framed."""
 
 import math
 from typing import Any

@@ -19,7 +19,7 @@ from stabnorm.dashboard.text import number
 from stabnorm.dashboard.verdict import Onset, verdict
 from stabnorm.monitor._record_format import dumps
 
-_MARKS = {"not finite": "✖", "unstable": "●", "learning": "…", "switched": "✓", "healthy": "✓"}
+_MARKS = {"not finite": "✖", "unstable": "●", "too early": "…", "switching": "…", "switched": "✓", "healthy": "✓"}
 _MOST_BYTES = 12e6  # of arrays in a report, before they are compressed
 _ARRAYS = 7  # of a map, see `Answers.map`
 _MOST_COLUMNS, _LEAST_COLUMNS = 600, 60
@@ -132,7 +132,7 @@ def _alerts(onset: Onset) -> list[str]:
 
 
 def _furthest(run: Run) -> list[str]:
-    """Return a table of the layers that are furthest from their own past at the end, if any has moved at all."""
+    """Return a table of the layers that are furthest from their usual value at the end, if any has moved at all."""
     name = next((name for name in ("token_std_mean", "amax") if name in run.statistics()), "")
     values = run.series(name) if name else None
     if values is None or not len(values):

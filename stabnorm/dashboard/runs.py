@@ -70,6 +70,7 @@ class Run:
         self._rows: dict[str, Rows] = {}
         self._cache = OrderedDict[tuple[str, str], Array]()
         self._baselines: dict[tuple[str, str], Baseline] = {}
+        self._gaps: dict[tuple[str, str], tuple[int, int] | None] = {}
         self._known_events: set[str] = set()
 
     def __bool__(self) -> bool:
@@ -93,6 +94,7 @@ class Run:
             self._rows.clear()
             self._cache.clear()
             self._baselines.clear()
+            self._gaps.clear()
             self.version += 1
         return found
 
@@ -156,7 +158,17 @@ class Run:
         """Return a series of all pieces; where a budget spared a statistic, its last value stands."""
         values = self._stitch(self._pieces[companion, name], self.rows(companion))
         every = None if companion or name in SIDE_SERIES else self.series("measured_every")
-        return values if every is None else between_measurements(values, every, self.rows(companion).steps)
+        if every is None:
+            return values
+        steps = self.rows(companion).steps
+        gaps = every[spared_steps(every, steps) & np.isnan(values).reshape(len(values), -1).all(1)]
+        self._gaps[companion, name] = (int(gaps.min()), int(gaps.max())) if gaps.size else None
+        return between_measurements(values, every, steps)
+
+    def measured_every(self, name: str, companion: str = "") -> tuple[int, int] | None:
+        """Return how many steps lie between two measurements of a statistic that a budget spared, least and most."""
+        self.series(name, companion)
+        return self._gaps.get((companion, name))
 
     def baseline(self, name: str, companion: str = "") -> Baseline:
         """Return what was usual in a series of the record, ``[steps, layers]``."""
@@ -241,6 +253,13 @@ def _of_a_record(name: str) -> bool:
     return name == "record.json" or "tfevents" in name or name.startswith("block-")
 
 
+def spared_steps(every: Array, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return the steps at which a budget spared what is costly, from ``measured_every`` of the record."""
+    with np.errstate(invalid="ignore"):
+        spared: npt.NDArray[np.bool_] = (every > 1) & (steps % np.maximum(every, 1) != 0)
+    return spared
+
+
 def between_measurements(values: Array, every: Array, steps: npt.NDArray[np.int64]) -> Array:
     """Return ``[steps, rows]`` in which the last value stands in steps that did not measure the statistic.
 
@@ -253,8 +272,7 @@ def between_measurements(values: Array, every: Array, steps: npt.NDArray[np.int6
     >>> between_measurements(values, np.array([3, 3, 3, 3], np.float32), np.arange(4)).ravel()
     array([ 1.,  1.,  1., nan], dtype=float32)
     """
-    with np.errstate(invalid="ignore"):
-        spared = (every > 1) & (steps % np.maximum(every, 1) != 0)
+    spared = spared_steps(every, steps)
     if not spared.any():
         return values
     places = np.where(spared[:, None] & np.isnan(values), 0, np.arange(len(values))[:, None])

@@ -144,11 +144,10 @@ def _moved(
     log = np.zeros(len(layers))
     log[known] = np.log(late[known] / early[known])
     far = np.abs(log) > np.log(_MOVED)
-    for i in np.argsort(-np.abs(log), kind="stable")[: int(far.sum())].tolist():
+    count = f"{int(far.sum())} of {len(far)} layers grew or shrank {_MOVED} times or more"
+    for rank, i in enumerate(np.argsort(-np.abs(log), kind="stable")[: int(far.sum())].tolist()):
         way = f"grew {number(np.exp(log[i]))} times" if log[i] > 0 else f"shrank to {number(np.exp(log[i]))} of it"
-        reason = (
-            f"the scale of its input {way} since the first half of the run, as in {int(far.sum())} layers of {len(far)}"
-        )
+        reason = f"the scale of its input {way} since the first half of the run{'' if rank else f'; {count}'}"
         yield Row(layers[i], reason, name, float(late[i]), last, fault=False)
 
 
@@ -166,7 +165,7 @@ def format_table(rows: Sequence[Row], *, steps: int, compared: bool = True, most
     Args:
         rows: from `layers_worth_a_look`.
         steps: how many the run had.
-        compared: whether the detector has begun to compare the layers with their own past. Default: True.
+        compared: whether the detector has begun to compare the layers with their usual range. Default: True.
         most: rows shown; of the others only the number is said. Default: 8.
 
     Example:
@@ -219,7 +218,8 @@ def _verdict(rows: Sequence[Row], steps: int | None, compared: bool) -> str:
     if compared:
         return f"stabnorm: nothing alarming was seen{after}"
     return (
-        f"stabnorm: no fixed bound was passed{after}; layers are compared with their own past only after {ARMED} steps"
+        f"stabnorm: no fixed bound was passed{after}; "
+        f"layers are compared with their usual range only after {ARMED} steps"
     )
 
 

@@ -1,4 +1,4 @@
-"""What came of a run, in plain sentences: its state, when and where it left its own past, and what to do.
+"""What came of a run, in plain sentences: its state, when and where it left its usual range, and what to do.
 
 Alerts and onsets are read from the record, and no other rule makes one here: `stabnorm.monitor.onsets` says what
 belongs together and what to do. A verdict adds what a reader asks next: by which factor the layers moved, and how long
@@ -13,16 +13,17 @@ import numpy as np
 
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.runs import Run
-from stabnorm.dashboard.text import number
+from stabnorm.dashboard.text import number, shorten
 from stabnorm.monitor import onsets as monitored
-from stabnorm.monitor.alerts import Alert, Departure
+from stabnorm.monitor.alerts import TRAINING, Alert, Departure
 from stabnorm.monitor.baseline import ARMED, BOUND, Floats
 from stabnorm.monitor.onsets import TOGETHER
 from stabnorm.monitor.record import Event
-from stabnorm.monitor.words import times
+from stabnorm.monitor.words import plain_name, times
 from stabnorm.remedies.symptoms import remedies_for
 
 _USUAL_LOSS = 50  # steps before an onset, whose median loss is the usual one
+_LONG = 50  # letters of a layer's name in a sentence; its middle is left out where it is longer
 _SCALE = ("token_std_mean", "amax")  # of which it is told who moved, where an alert is about something else
 
 
@@ -32,8 +33,8 @@ class Onset(NamedTuple):
     Attributes:
         step: of the first alert.
         last_step: of the last alert.
-        kind: "past" if a layer left its own past, "bound" or "start" if a value crossed a fixed bound, "nonfinite" for
-            NaN and infinity.
+        kind: "past" if a layer left its usual range, "bound" or "start" if a value crossed a fixed bound, "nonfinite"
+            for NaN and infinity.
         scope: "one layer", "from here on", "everywhere" or "training", see `stabnorm.Onset`.
         layer: the layer where it began.
         statistic: its statistic.
@@ -44,6 +45,7 @@ class Onset(NamedTuple):
         now: the same at the end of the run.
         lead: steps from the first alert until the loss had doubled; negative if it had doubled before, None if never.
         alerts: the alerts themselves, as they were recorded.
+        aftermath: how far the layers went, and what the loss did, a sentence each.
         sentence: what happened.
         advice: where to look.
         remedy: what to try.
@@ -62,6 +64,7 @@ class Onset(NamedTuple):
     now: tuple[float, float]
     lead: int | None
     alerts: tuple[Mapping[str, Any], ...]
+    aftermath: tuple[str, ...]
     sentence: str
     advice: str
     remedy: str
@@ -71,8 +74,9 @@ class Verdict(NamedTuple):
     """What came of a run.
 
     Attributes:
-        state: "not finite", "unstable", "learning" (no comparison with the past yet), "switched" or "healthy".
-        severity: 3 for what is not finite, 2 for unstable, 1 for learning, 0 otherwise.
+        state: "not finite", "unstable", "too early" (nothing is compared with the past yet), "switching", "switched" or
+            "healthy".
+        severity: 3 for what is not finite, 2 for unstable, 1 for too early, 0 otherwise.
         title: one line.
         lines: what else a reader should know, a sentence each.
         onsets: in the order of their steps.
@@ -90,7 +94,7 @@ def verdict(run: Run) -> Verdict:
     steps = run.rows().steps
     onsets = tuple(_onset(run, onset) for onset in _recorded(run) or _of_alerts(run))
     if not len(steps):
-        return Verdict("learning", 1, "no step was recorded yet", (), onsets)
+        return Verdict("too early", 1, "no step was recorded yet", (), onsets)
     lines = _said_of_loss(run)
     switched = switch_counts(run)
     watched = f"{len(steps):,} steps were watched, up to step {steps[-1]:,}."
@@ -99,21 +103,22 @@ def verdict(run: Run) -> Verdict:
         state, severity = ("not finite", 3) if first.kind == "nonfinite" else ("unstable", 2)
         others = [f"{len(onsets)} onsets in all."] if len(onsets) > 1 else []
         if first is not onsets[0]:
-            others.insert(0, f"It began at step {onsets[0].step:,}: {onsets[0].sentence}")
-        told = (first.sentence, *others, *lines, *switched)
-        return Verdict(state, severity, _title(run, first), told, onsets)
+            others.insert(0, f"It began at step {onsets[0].step:,}: {_title(run, onsets[0])}.")
+        return Verdict(state, severity, _title(run, first), (*first.aftermath, *others, *lines, *switched), onsets)
     if any("not finite" in line for line in lines):
         return Verdict("not finite", 3, "the loss is not finite", (*lines, *switched), onsets)
     if len(steps) < ARMED:
         text = (
-            f"{len(steps)} of {ARMED} steps: layers are compared with their own past from step {steps[0] + ARMED} on. "
-            "Until then only fixed bounds and non-finite values are watched."
+            f"{len(steps)} of {ARMED} steps: layers are compared with their usual range from step {steps[0] + ARMED} "
+            "on. Until then only fixed bounds, NaN and infinity raise alerts."
         )
-        return Verdict("learning", 1, "nothing alarming yet; it still learns what is usual", (text, *lines), onsets)
-    armed = f"Layers are compared with their own past from step {steps[0] + ARMED:,} on."
+        return Verdict("too early", 1, "nothing alarming in the first steps", (text, *lines), onsets)
+    compared = f"Layers are compared with their usual range from step {steps[0] + ARMED:,} on."
     if switched:
-        return Verdict("switched", 0, switched[0].rstrip("."), (*switched[1:], watched, *lines), onsets)
-    return Verdict("healthy", 0, "nothing left its own past", (f"{watched} {armed}", *lines), onsets)
+        state = "switching" if _switches(run) else "switched"
+        return Verdict(state, 0, switched[0].rstrip("."), (*switched[1:], watched, *lines), onsets)
+    title = "every layer stayed in its usual range"
+    return Verdict("healthy", 0, title, (f"{watched} {compared}", *lines), onsets)
 
 
 def _recorded(run: Run) -> list[monitored.Onset]:
@@ -152,6 +157,11 @@ def _companion(run: Run, layer: str) -> str:
     return next((companion for companion in run.companions() if layer in run.rows(companion).layers), "")
 
 
+def _names(run: Run, layer: str) -> tuple[str, ...]:
+    """Return the names that may stand in a sentence about a layer: of the norms, and of its companion."""
+    return tuple(dict.fromkeys((layer, *run.rows(_companion(run, layer)).layers, *run.rows().layers)))
+
+
 def _departures(run: Run, alert: Alert) -> list[Departure]:
     companion = _companion(run, alert.layer)
     told = _told(run, alert.statistic, companion)
@@ -174,13 +184,13 @@ def _onset(run: Run, onset: monitored.Onset) -> Onset:
         event.data for event in run.events if event.kind == "alert" and onset.step <= event.step <= onset.last_step
         and (event.data["statistic"] == "nonfinite") == (onset.kind == "nonfinite")
     )  # fmt: skip
-    far = f" They are off by {times(*factors)}." if len(moved) > 1 and np.isfinite(factors[0]) else ""
-    at_end = f" At the end: {times(*now)}." if onset.kind == "past" and np.isfinite(now[0]) else ""
-    loss = "" if onset.kind == "nonfinite" else _said_of_lead(lead)
+    names = _names(run, onset.layer)
+    aftermath = () if onset.kind == "nonfinite" else (*_said_of_factors(onset, told, factors, now), _said_of_lead(lead))
+    sentence = with_short_names(" ".join((onset.sentence, *aftermath)), names)
+    remedy = " ".join(filter(None, (onset.remedy, _named_remedies(onset.statistic))))
     return Onset(
         onset.step, onset.last_step, onset.kind, onset.scope, onset.layer, onset.statistic, onset.value, onset.usual,
-        moved, factors, now, lead, alerts, f"{onset.sentence}{far}{at_end}{loss}", onset.advice,
-        " ".join(filter(None, (onset.remedy, _named_remedies(onset.statistic)))),
+        moved, factors, now, lead, alerts, aftermath, sentence, with_short_names(onset.advice, names), remedy,
     )  # fmt: skip
 
 
@@ -275,28 +285,58 @@ def loss_doubled(losses: Floats, at: int) -> int | None:
 
 def _title(run: Run, onset: Onset) -> str:
     at = f"step {onset.step:,}"
+    layer = with_short_names(onset.layer, _names(run, onset.layer))
     if onset.kind == "nonfinite":
-        return f"NaN or infinity at {onset.layer} at {at}"
+        return f"NaN or infinity in {'the loss' if onset.layer == TRAINING else layer} at {at}"
     if onset.kind == "bound" and len(onset.moved) == 1:
-        return f"{onset.layer} crossed a bound at {at}"
-    return f"{_who(run, onset)} left {'its' if len(onset.moved) == 1 else 'their'} own past at {at}"
+        return f"{layer} crossed a fixed bound at {at}"
+    who, several = _who(run, onset, layer)
+    return f"{who} left {'their' if several else 'its'} usual range at {at}"
 
 
-def _who(run: Run, onset: Onset) -> str:
-    layers = next((rows for c in run.companions() if onset.layer in (rows := run.rows(c).layers)), onset.moved)
-    if len(onset.moved) == 1:
-        return onset.layer
-    if len(onset.moved) == len(layers):
-        return f"all {len(layers)} layers"
-    return f"{len(onset.moved)} of {len(layers)} layers"
+def _who(run: Run, onset: Onset, layer: str) -> tuple[str, bool]:
+    """Return which layers moved, in words, and whether there are several."""
+    count = len(run.rows().layers)
+    others = len(set(onset.moved) - {onset.layer})
+    if len(onset.moved) == count > 1:
+        return f"all {count} layers", True
+    if others and (onset.scope == "everywhere" or onset.layer == TRAINING):
+        return f"{len(onset.moved)} of {count} layers", True
+    if others:
+        return f"{layer} and {others} more layer{'s'[: others > 1]}", True
+    return f"the {plain_name(onset.statistic)}" if onset.layer == TRAINING else layer, False
+
+
+def _said_of_factors(
+    onset: monitored.Onset, told: str, factors: tuple[float, float], now: tuple[float, float]
+) -> list[str]:
+    """Say how far the layers that moved were off their usual value."""
+    count = len(onset.moved)
+    if not np.isfinite(factors[0]) or (count < 2 and onset.kind != "past"):
+        return []
+    whose = f"{'Their' if count > 1 else 'Its'} {plain_name(told)}"
+    at_end = f", and {times(*now)} at the end" if np.isfinite(now[0]) else ""
+    return [f"{whose} was {times(*factors)} its usual value within {TOGETHER} steps{at_end}."]
 
 
 def _said_of_lead(lead: int | None) -> str:
     if lead is None:
-        return " The loss did not double."
+        return "The loss did not double."
     if lead > 0:
-        return f" The loss doubled {lead} steps later."
-    return f" The loss had doubled {-lead} steps before." if lead else " The loss doubled at this step."
+        return f"The loss doubled {lead:,} steps later."
+    return f"The loss had doubled {-lead:,} steps before." if lead else "The loss doubled at this step."
+
+
+def with_short_names(text: str, names: Sequence[str]) -> str:
+    """Return a text in which long names are without what all of them begin with, or cut in their middle.
+
+    >>> with_short_names(f"Look at {'a' * 50}.{'b' * 50}.", [f"{'a' * 50}.{'b' * 50}"])
+    'Look at aaaaaaaaaaaaaaaaaaaaaaaaa…bbbbbbbbbbbbbbbbbbbbbbbb.'
+    """
+    long = sorted((name for name in names if len(name) > _LONG), key=len, reverse=True)
+    for name, short in zip(long, shorten(long, _LONG), strict=True):
+        text = text.replace(name, short)
+    return text
 
 
 def _named_remedies(statistic: str) -> str:
@@ -313,12 +353,35 @@ def _said_of_loss(run: Run) -> list[str]:
     losses = run.series("loss")
     if losses is None:
         return []
-    steps = run.rows().steps
-    bad = np.flatnonzero(np.isinf(losses))
+    lost = lost_from(losses)
+    bad = np.append(np.flatnonzero(np.isinf(losses)), [] if lost is None else [lost]).astype(int)
+    return [f"The loss is not finite from step {run.rows().steps[bad.min()]:,} on."] if bad.size else []
+
+
+def lost_from(losses: Floats) -> int | None:
+    """Return the row from which on the loss is NaN until the end, None if it is not.
+
+    NaN before that stands for a loss that was not given at a step.
+
+    >>> lost_from(np.array([2.0, np.nan, 1.0, np.nan, np.nan]))
+    3
+    """
     known = np.flatnonzero(~np.isnan(losses))
-    if known.size and known[-1] + 1 < len(losses):  # NaN also stands for a loss that was never given
-        bad = np.append(bad, known[-1] + 1)
-    return [f"The loss is not finite from step {steps[bad.min()]:,} on."] if bad.size else []
+    return int(known[-1]) + 1 if known.size and known[-1] + 1 < len(losses) else None
+
+
+def _last_lam(lam: Floats) -> Floats:
+    """Return the last known share of LayerNorm of each norm, NaN where there is none."""
+    known = ~np.isnan(lam)
+    newest = len(lam) - 1 - known[::-1].argmax(0)
+    return np.where(known.any(0), lam[newest, np.arange(lam.shape[1])], np.nan)
+
+
+def _switches(run: Run) -> bool:
+    """Whether some norm is on its way from LayerNorm to BatchNorm."""
+    lam = run.series("lam")
+    last = np.empty(0) if lam is None or not len(lam) else _last_lam(lam)
+    return bool(((last > 0) & (last < 1)).any())
 
 
 def switch_counts(run: Run) -> list[str]:
@@ -328,20 +391,16 @@ def switch_counts(run: Run) -> list[str]:
     lines = []
     if lam is not None and len(lam):
         steps = run.rows().steps
-        known = ~np.isnan(lam)
-        seen = known.any(0)
-        newest = len(lam) - 1 - known[::-1].argmax(0)
-        last = np.where(seen, lam[newest, np.arange(lam.shape[1])], np.nan)
-        done, total = int((last == 0).sum()), int(seen.sum())
+        last = _last_lam(lam)
+        done, total = int((last == 0).sum()), int((~np.isnan(last)).sum())
         began = np.flatnonzero((lam < 1).any(1))
         if total:
             lines.append(f"{done} of {total} norms are switched to BatchNorm.")
         if began.size:
             ended = np.flatnonzero(np.nanmax(np.where(np.isnan(lam), -1, lam), axis=1) == 0)
-            end = (
-                f"at 0 from step {steps[ended[0]]:,}" if ended.size else f"{number(float(np.nanmax(last)))} at most now"
-            )
-            lines.append(f"The share of LayerNorm (lam) falls from step {steps[began[0]]:,}, and is {end}.")
+            now = f"is at most {number(float(np.nanmax(last)))} now"
+            end = f"was 0 from step {steps[ended[0]]:,} on" if ended.size else now
+            lines.append(f"The share of LayerNorm (lam) fell from step {steps[began[0]]:,} on, and {end}.")
     for fold in folds[-1:]:
         kept = [norm for norm in fold["norms"] if norm["status"] == "kept"]
         lines.append(

@@ -533,7 +533,7 @@ class StabilityMonitor:
 
     @property
     def compared(self) -> bool:
-        """Whether the detector has begun to compare layers with their own past; one of your own always has."""
+        """Whether the detector has begun to compare layers with their usual range; one of your own always has."""
         return bool(getattr(self._track.detector, "compared", True))
 
     @property

@@ -86,7 +86,7 @@ def _shown(
     baseline.extend(values)
     at = np.arange(len(values))
     if colour == "sigmas":
-        return baseline.scores(finite, at), {"vmin": -8, "vmax": 8}, "RdBu_r", "robust sigmas off its own past"
+        return baseline.scores(finite, at), {"vmin": -8, "vmax": 8}, "RdBu_r", "robust sigmas off its usual value"
     with np.errstate(divide="ignore", invalid="ignore"):
         times = np.log2(finite / baseline.usual(at))
-    return times, {"vmin": -1, "vmax": 1}, "RdBu_r", "log2 of times its own past"
+    return times, {"vmin": -1, "vmax": 1}, "RdBu_r", "log2 of value / usual value"

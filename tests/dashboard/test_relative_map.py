@@ -1,4 +1,4 @@
-"""The picture that tells what happened is about each layer's own past, and is drawn before a run ends."""
+"""The picture that tells what happened compares each layer with its usual value, and is drawn before a run ends."""
 
 from pathlib import Path
 from typing import Any

@@ -37,7 +37,7 @@ def test_layers_whose_scale_moved_are_told_the_furthest_first_and_are_no_fault()
     rows = layers_worth_a_look(LAYERS, series, [], steps=range(1000, 1200), thresholds=THRESHOLDS)
     assert [(row.layer, row.step, row.fault) for row in rows] == [(LAYERS[i], 1199, False) for i in (6, 4, 8)]
     assert "grew 1" in rows[0].reason
-    assert "as in 3 layers of 12" in rows[0].reason
+    assert "3 of 12 layers grew or shrank 3 times or more" in rows[0].reason
     assert "shrank to 0.1" in rows[2].reason
     assert rows[0].value == pytest.approx(131, rel=0.2)
 

@@ -28,19 +28,19 @@ def test_a_calm_run_is_healthy_and_says_from_where_it_was_compared(tmp_path: Pat
 @pytest.mark.parametrize("steps", [1, 12, 120, 255])
 def test_a_run_that_still_learns_is_not_called_healthy(steps: int, tmp_path: Path) -> None:
     found = judged(file_record(tmp_path, calm(steps)))
-    assert found.state == "learning"
+    assert found.state == "too early"
     assert f"{steps} of 256 steps" in found.lines[0]
 
 
 def test_an_empty_record_is_not_called_healthy(tmp_path: Path) -> None:
-    assert judged(file_record(tmp_path, calm(0))).state == "learning"
+    assert judged(file_record(tmp_path, calm(0))).state == "too early"
 
 
 def test_all_layers_at_once_mean_a_global_cause(tmp_path: Path) -> None:
     found = judged(file_record(tmp_path, growing(), events=[alert(315, LAYERS[1], value=1.6)]))
     (onset,) = found.onsets
     assert found.state == "unstable"
-    assert found.title == "all 9 layers left their own past at step 315"
+    assert found.title == "all 9 layers left their usual range at step 315"
     assert onset.moved == LAYERS
     assert "global" in onset.advice
     assert "learning rate" in onset.remedy
@@ -50,6 +50,7 @@ def test_calm_layers_before_the_first_one_place_the_cause(tmp_path: Path) -> Non
     folder = file_record(tmp_path, growing(first_layer=5), events=[alert(315, LAYERS[5])])
     (onset,) = judged(folder).onsets
     assert onset.moved == LAYERS[5:]
+    assert judged(folder).title == f"{LAYERS[5]} and 3 more layers left their usual range at step 315"
     assert f"between {LAYERS[4]} and {LAYERS[5]}" in onset.advice
     assert "4 of 9 layers" in onset.sentence
 
@@ -58,7 +59,7 @@ def test_one_layer_alone_is_named(tmp_path: Path) -> None:
     scale = calm()
     scale[310:, 3] *= 2
     found = judged(file_record(tmp_path, scale, events=[alert(311, LAYERS[3], value=float(scale[311, 3]))]))
-    assert found.title == f"{LAYERS[3]} left its own past at step 311"
+    assert found.title == f"{LAYERS[3]} left its usual range at step 311"
     assert f"Only {LAYERS[3]} moved" in found.onsets[0].advice
     assert "×2" in found.onsets[0].sentence
 
@@ -89,10 +90,10 @@ def test_what_is_not_finite_is_said_first(tmp_path: Path) -> None:
     events = [alert(349, "norm"), alert(350, LAYERS[0], "nonfinite", float("nan"))]
     found = judged(file_record(tmp_path, scale, loss=loss, events=events))
     assert (found.state, found.severity) == ("not finite", 3)
-    assert found.title.startswith(f"NaN or infinity at {LAYERS[0]}")
+    assert found.title.startswith(f"NaN or infinity in {LAYERS[0]}")
     assert "The loss is not finite from step 350 on." in found.lines
     assert [onset.step for onset in found.onsets] == [349, 350]
-    assert found.lines[1].startswith("It began at step 349")
+    assert found.lines[0].startswith("It began at step 349: norm ")
     assert "batch" in found.onsets[1].advice
 
 
@@ -114,6 +115,23 @@ def test_a_switched_run_counts_its_norms_and_folds(tmp_path: Path) -> None:
     assert any("8 of 9 norms are folded" in line for line in found.lines)
 
 
+def test_a_run_whose_norms_are_on_their_way_is_not_called_switched(tmp_path: Path) -> None:
+    lam = np.repeat(np.linspace(1, 0.2, 400)[:, None], len(LAYERS), 1)
+    found = judged(file_record(tmp_path, calm(), more={"lam": lam}))
+    assert (found.state, found.title) == ("switching", "0 of 9 norms are switched to BatchNorm")
+    assert "is at most 0.2 now" in found.lines[0]
+
+
+def test_a_name_of_300_letters_is_cut_in_sentences_and_whole_in_the_alert(tmp_path: Path) -> None:
+    layers = tuple(f"{'a_long_name_' * 25}.{i}" for i in range(9))
+    folder = file_record(tmp_path, growing(first_layer=5), layers=layers, events=[alert(315, layers[5])])
+    found = judged(folder)
+    (onset,) = found.onsets
+    assert onset.layer == layers[5]
+    assert all(layers[5] not in text for text in (found.title, *found.lines, onset.sentence, onset.advice))
+    assert len(found.title) < 120
+
+
 def test_an_alert_about_a_layer_that_the_record_lacks_is_still_told(tmp_path: Path) -> None:
     found = judged(file_record(tmp_path, calm(), events=[alert(300, "gone.norm")]))
     assert found.state == "unstable"
@@ -126,7 +144,7 @@ def test_an_onset_that_the_monitor_wrote_is_told_in_its_words_and_in_its_last_ve
     events = [alert(315, LAYERS[5]), *(("onset", 315, onset.as_dict()) for onset in (first, grown))]
     (onset,) = judged(file_record(tmp_path, growing(first_layer=5), events=events)).onsets
     assert (onset.scope, onset.layer, onset.moved, onset.advice) == ("from here on", LAYERS[5], LAYERS[5:], "Look.")
-    assert onset.sentence.startswith("Since then. They are off by ×")
+    assert onset.sentence.startswith("Since then. Their input scale was ×")
     assert [data["step"] for data in onset.alerts] == [315]
 
 

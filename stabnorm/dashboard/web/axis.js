@@ -30,6 +30,8 @@ export class Axis {
     const colours = themeColours();
     context.fillStyle = colours.faint;
     context.textBaseline = 'top';
+    context.textAlign = 'right';
+    context.fillText('step', this.left - 6, bottom + 4);
     for (const tick of ticks(this.first, this.end - 1, Math.max(2, Math.floor(this.width / 90)))) {
       if (tick !== Math.round(tick)) continue;
       const text = stepText(tick);

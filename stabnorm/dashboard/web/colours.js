@@ -1,5 +1,7 @@
 // The colours of the maps, readable without seeing red and green, in a light and in a dark theme.
 
+import { number } from './dom.js';
+
 const DIVERGING = {
   light: [[33, 102, 172], [146, 197, 222], [247, 247, 247], [244, 165, 130], [178, 24, 43]],
   dark: [[120, 190, 255], [62, 106, 150], [40, 43, 48], [158, 74, 58], [255, 120, 96]],
@@ -50,11 +52,10 @@ export function scaleOf(kind, range) {
   const logarithmic = range.low >= 0 && range.high > 100 * range.least;
   const of = (x) => (logarithmic ? Math.log(Math.max(x, range.least)) : x);
   const low = of(logarithmic ? range.least : range.low), high = of(range.high);
-  const text = (x) => Number(Number(x).toPrecision(2)).toString();
   return {
     kind, colour: (x) => between(SEQUENTIAL, high > low ? (of(x) - low) / (high - low) : 0.5), rank: (x) => x,
     at: (part) => between(SEQUENTIAL, part),
-    ends: [text(logarithmic ? range.least : range.low), logarithmic ? '(logarithmic)' : '', text(range.high)],
+    ends: [number(logarithmic ? range.least : range.low), logarithmic ? '(logarithmic)' : '', number(range.high)],
   };
 }
 
@@ -63,3 +64,6 @@ export const css = (colour) => `rgb(${colour.join(',')})`;
 
 /** Colours of several runs in one chart; they differ in lightness as well. */
 export const RUNS = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#999999'];
+
+/** The colour of a run, which stays the same whichever run is looked at. */
+export const runColour = (name, names) => RUNS[[...names].sort().indexOf(name) % RUNS.length];

@@ -44,14 +44,14 @@ export function drawControls(place, store) {
       Object.assign(state, { statistic: store.usualStatistic(), layer: store.part.layers[0], open: new Set() });
       store.set({});
     }) : '',
-    element('h2', {}, 'Show'),
+    element('h2', {}, 'Measure'),
     choice('statistic', shown.map((name) => [name, plain(name), name]), state.statistic, (statistic) => store.set({ statistic })),
     all,
     element('p', { class: 'faint definition' }, element('code', {}, state.statistic),
-      about.formula ? `: ${about.formula}.` : '', about.bad_when ? ` Bad when: ${about.bad_when}.` : ''),
+      about.formula ? `: ${about.formula}.` : '', about.bad_when ? ` ${/^alert: /.test(about.bad_when) ? 'Alert when: ' : 'Bad when: '}${about.bad_when.replace(/^alert: /, '')}.` : ''),
     element('h2', {}, 'Colour'),
-    choice('colour', [['times', '\u00d7 own past', 'value divided by what was usual for this layer'], ['value', 'value', 'the value itself'],
-      ['sigmas', '\u03c3', 'robust standard deviations off the layer\u2019s own past']], store.colour, (colour) => store.set({ colour })),
+    choice('colour', [['times', '\u00d7 usual', 'the value divided by the layer\u2019s usual value'], ['value', 'value', 'the value itself'],
+      ['sigmas', '\u03c3', 'how many robust standard deviations the value is off the layer\u2019s usual one']], store.colour, (colour) => store.set({ colour })),
     element('h2', {}, 'Rows'),
     choice('order', [['depth', 'depth'], ['worst', 'worst first']], state.order, (order) => store.set({ order })),
     filter,

@@ -89,6 +89,55 @@ export function fitted(context, name, width) {
 }
 
 /**
+ * Writes a text on the panel's own colour, so that it can be read above curves.
+ * @param {CanvasRenderingContext2D} context - with font, alignment to the left or right, and baseline "top".
+ * @param {string} text
+ * @param {number} x
+ * @param {number} y
+ * @param {string} colour
+ * @param {string} ground
+ */
+export function writeOn(context, text, x, y, colour, ground) {
+  const width = context.measureText(text).width;
+  context.fillStyle = ground;
+  context.globalAlpha = 0.8;
+  context.fillRect(context.textAlign === 'right' ? x - width : x, y - 1, width, 13);
+  context.globalAlpha = 1;
+  context.fillStyle = colour;
+  context.fillText(text, x, y);
+}
+
+/**
+ * Cuts the middle out of a long name.
+ * @param {string} name
+ * @param {number} most - letters.
+ * @returns {string}
+ */
+export function shortName(name, most = 60) {
+  const letters = [...visible(name)];
+  if (letters.length <= most) return letters.join('');
+  const tail = Math.ceil(most * 0.6);
+  return `${letters.slice(0, most - tail - 1).join('')}\u2026${letters.slice(-tail).join('')}`;
+}
+
+/**
+ * Says how often a statistic was measured that a budget spared.
+ * @param {number[]|null} every - least and most steps between two measurements.
+ */
+export function everyText(every) {
+  if (!every) return '';
+  const [least, most] = every;
+  const steps = least === most ? `${stepText(most)}` : `${stepText(least)} to ${stepText(most)}`;
+  return ` (measured once in ${steps} steps; the last value stands in between)`;
+}
+
+/** Says in which unit a statistic is; a plain number has none, and "x" is that of the layer's own input. */
+export const unitText = (unit) => (unit && unit !== '1' ? `, in ${unit === 'x' ? 'the unit of the input' : unit}` : '');
+
+/** The number of something, in words: `counted(1, 'layer')` is "1 layer". */
+export const counted = (count, word) => `${stepText(count)} ${word}${count === 1 ? '' : 's'}`;
+
+/**
  * Makes a canvas sharp on any display, and gives its context in CSS pixels.
  * @param {HTMLCanvasElement} canvas
  * @param {number} width

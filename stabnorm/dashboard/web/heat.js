@@ -1,7 +1,7 @@
 // The map of layers by steps: one picture of all layers.
 import { Axis, RIGHT } from './axis.js';
 import { columnOf } from './arrays.js';
-import { element, fitted, number, shared, sharp, stepText, visible } from './dom.js';
+import { element, fitted, number, shared, sharp, shortName, stepText, visible } from './dom.js';
 import { LOST, css, missing, scaleOf, themeColours } from './colours.js';
 import { MOST, cellOf, cellValue, rowsOf } from './rows.js';
 import { drawMarks } from './timeline.js';
@@ -172,12 +172,12 @@ export class HeatMap {
     const definition = store.definition(store.state.statistic);
     const span = map.edges[column + 1] - map.edges[column];
     const where = span > 1 ? `step ${stepText(step)} (furthest of ${stepText(map.edges[column])} to ${stepText(map.edges[column + 1] - 1)})` : `step ${stepText(step)}`;
-    const unit = definition.unit && definition.unit !== '1' ? ` ${definition.unit}` : '';
+    const unit = ['1', 'x', ''].includes(definition.unit) ? '' : ` ${definition.unit}`;
     const parts = [visible(layer), where, `${definition.plain} ${map.lost[at] ? 'NaN' : number(map.value[at])}${unit}`];
     if (!Number.isNaN(map.usual[at])) {
       const times = map.value[at] / map.usual[at];
       parts.push(`usual ${number(map.usual[at])}`, `\u00d7${number(times)}`, `${number(Math.log(times) / map.scale[at])} \u03c3`);
-    } else if (!map.lost[at]) parts.push('nothing usual is known yet');
+    } else if (!map.lost[at]) parts.push('it is too early to know what is usual');
     if (span > 1) parts.push(`from ${number(map.low[at])} to ${number(map.high[at])} in this column`);
     return parts.join(' \u00b7 ');
   }
@@ -188,6 +188,7 @@ export class HeatMap {
     [ramp.width, ramp.height] = [120, 10];
     const context = ramp.getContext('2d');
     const { kind, ends } = this.scale;
+    const hidden = shared(this.map.layers);
     for (let x = 0; x < 120; x++) {
       const part = x / 119;
       const value = kind === 'times' ? 2 ** (2 * part - 1) : kind === 'sigmas' ? 16 * part - 8 : null;
@@ -198,11 +199,13 @@ export class HeatMap {
     const has = (values, test) => values.some(test);
     place.replaceChildren(
       element('span', { class: 'entry' }, ends[0], ramp, ends[2], kind === 'value' ? ` ${ends[1]}` : ` (middle: ${ends[1]})`),
-      has(this.map.value, Number.isNaN) || has(this.map.usual, Number.isNaN) ? entry(missing(), 'no value, or nothing usual known yet') : '',
+      has(this.map.value, Number.isNaN) || has(this.map.usual, Number.isNaN) ? entry(missing(), 'no value, or too early to know what is usual') : '',
       has(this.map.lost, Boolean) || has(this.map.high, (x) => x === Infinity) ? entry(LOST, 'NaN or infinite') : '',
-      this.watched ? element('span', { class: 'entry' }, element('i', { class: 'hatched' }), 'no alert against the past here') : '',
-      kind !== 'value' && !has(this.map.usual, (x) => x > 0) && has(this.map.value, Number.isFinite) ? element('span', { class: 'entry' }, element('b', {}, 'Nothing usual is known here (too early, or values that are not positive): choose the colour \u201cvalue\u201d.')) : '',
-      this.map.faded.some((step) => step !== null) ? element('span', { class: 'entry' }, element('i', { class: 'hatched faded' }), 'its own norm is gone') : '',
+      this.watched ? element('span', { class: 'entry' }, element('i', { class: 'hatched' }), 'not compared with its past yet') : '',
+      kind !== 'value' && !has(this.map.usual, (x) => x > 0) && has(this.map.value, Number.isFinite) ? element('span', { class: 'entry' }, element('b', {}, 'No usual value is known here (too early, or the values are not positive): choose the colour \u201cvalue\u201d.')) : '',
+      this.store.isEarly ? element('span', { class: 'entry' }, `The first ${this.store.overview.learnt} steps show values; then it is known what is usual.`) : '',
+      hidden ? element('span', { class: 'entry' }, `All names begin with ${shortName(this.map.layers[0].slice(0, hidden))}`) : '',
+      this.map.faded.some((step) => step !== null) ? element('span', { class: 'entry' }, element('i', { class: 'hatched faded' }), 'no LayerNorm any more: it is switched') : '',
     );
   }
 }

@@ -1,7 +1,7 @@
 // The page: builds the panels, and draws them again when the reader or the run moves.
 import { zoomable } from './axis.js';
 import { drawControls } from './controls.js';
-import { element, visible } from './dom.js';
+import { element, everyText, unitText, visible } from './dom.js';
 import { savePicture, saveTable } from './export.js';
 import { HeatMap, leftOf } from './heat.js';
 import { followTheme, onReload, readAddress, writeAddress } from './host.js';
@@ -119,17 +119,20 @@ class Page {
       const overview = await this.source.overview();
       const before = this.seen;
       this.seen = overview.runs.map((run) => `${run.name}:${run.version}`).join();
-      this.say(overview.runs.length ? '' : 'No record was found here yet. A run writes one with StabilityCallback().');
+      this.say(overview.runs.length ? '' : 'No record was found here yet. A run writes one with StabilityCallback().', 'runs');
       this.store.take(overview);
       if (this.seen !== before) await this.draw();
     } catch (error) {
-      this.say(`The page could not be brought up to date: ${error.message}`);
+      this.say(`The page could not be brought up to date: ${error.message}`, 'runs');
     }
   }
 
-  say(text) {
-    this.parts.message.textContent = text;
-    this.parts.message.hidden = !text;
+  /** Says what is wrong with the list of runs or with the picture, until that is well again. */
+  say(text, about) {
+    this.said = { ...this.said, [about]: text };
+    const all = Object.values(this.said).filter(Boolean).join(' ');
+    this.parts.message.textContent = all;
+    this.parts.message.hidden = !all;
   }
 
   /** Draws everything that the state asks for; a later call makes an earlier one stop. */
@@ -159,8 +162,12 @@ class Page {
       if (turn !== this.turn) return;
       const definition = store.definition(statistic);
       const plain = definition.plain[0].toUpperCase() + definition.plain.slice(1);
-      const how = { times: 'times its own past', value: `value${definition.unit && definition.unit !== '1' ? `, in ${definition.unit}` : ''}`, sigmas: 'robust \u03c3 off its own past' };
-      parts.heading.replaceChildren(`${plain} of each ${state.companion ? 'row' : 'norm'}, ${how[store.colour]} `, element('small', {}, statistic));
+      const how = {
+        times: ', divided by its usual value', sigmas: ', \u03c3 (robust standard deviations) off its usual value',
+        value: unitText(definition.unit),
+      };
+      parts.heading.replaceChildren(`${plain} of each ${state.companion ? 'row' : 'norm'}${how[store.colour]} `,
+        element('small', {}, statistic, everyText(map.every)));
       const ends = { first: map.edges[0], end: map.edges[map.edges.length - 1] };
       this.axis = drawTimeline(parts.timeline, parts.lineLegend, store, lines, { ...plot, ...ends });
       this.heat = new HeatMap(parts.map, store, map, range, plot);
@@ -172,10 +179,10 @@ class Page {
       });
       if (turn !== this.turn) return;
       drawLayer(parts.layer, store, card);
-      this.say('');
+      this.say('', 'picture');
       document.body.dataset.drawn = String(Number(document.body.dataset.drawn || 0) + 1);
     } catch (error) {
-      if (turn === this.turn) this.say(`This could not be shown: ${error.message}`);
+      if (turn === this.turn) this.say(`This could not be shown: ${error.message}`, 'picture');
     }
   }
 }

@@ -1,12 +1,12 @@
 // The card of one layer: its statistic with what is usual, all its statistics at the pinned step, and its company.
 import { Axis } from './axis.js';
 import { FIRST } from './controls.js';
-import { element, number, sharp, stepText, visible } from './dom.js';
-import { RUNS, css, scaleOf, themeColours } from './colours.js';
-import { drawLine } from './timeline.js';
+import { counted, element, everyText, number, sharp, stepText, ticks, unitText, visible } from './dom.js';
+import { LOST, css, runColour, scaleOf, themeColours } from './colours.js';
+import { decades, drawLine } from './timeline.js';
 
 const WIDTH = 300;
-const LEFT = 44;
+const LEFT = 54;
 
 /** Makes a vertical axis for positive values, logarithmic where they differ much. */
 function verticalAxis(values, top, bottom) {
@@ -19,13 +19,28 @@ function verticalAxis(values, top, bottom) {
   return { low, high, logarithmic, y: (x) => bottom - (of(x) - of(low)) / (of(high) - of(low)) * (bottom - top) };
 }
 
-function ends(context, axis, colours, top, bottom) {
+/** Draws the two ends of a vertical axis, and lines at round numbers between them. */
+function scale(context, axis, colours, top, bottom) {
   context.fillStyle = colours.faint;
+  context.strokeStyle = colours.line;
   context.textAlign = 'right';
   context.textBaseline = 'top';
   context.fillText(number(axis.high), LEFT - 4, top - 2);
   context.textBaseline = 'bottom';
   context.fillText(number(axis.low), LEFT - 4, bottom + 2);
+  context.textBaseline = 'middle';
+  const between = axis.logarithmic ? decades([axis.low, axis.high]) : ticks(axis.low, axis.high, 3);
+  let last = bottom;
+  for (const tick of between) {
+    const y = axis.y(tick);
+    if (y < top + 16 || y > last - 14) continue;
+    last = y;
+    context.beginPath();
+    context.moveTo(LEFT, y);
+    context.lineTo(WIDTH - 8, y);
+    context.stroke();
+    context.fillText(number(tick), LEFT - 4, y);
+  }
 }
 
 function drawBand(canvas, answer, store) {
@@ -38,6 +53,7 @@ function drawBand(canvas, answer, store) {
   const vertical = verticalAxis(spread, 6, bottom);
   if (!vertical) return;
   const x = (i) => steps.x((edges[i] + edges[i + 1]) / 2);
+  scale(context, vertical, colours, 6, bottom);
   context.save();
   context.beginPath();
   context.rect(LEFT, 0, WIDTH - LEFT - 8, bottom);
@@ -60,18 +76,23 @@ function drawBand(canvas, answer, store) {
   context.restore();
   for (const onset of store.run.onsets) steps.mark(context, onset.step, 4, bottom, colours.alert);
   steps.mark(context, answer.step, 4, bottom, colours.accent, [2, 2]);
-  ends(context, vertical, colours, 6, bottom);
   steps.draw(context, bottom);
 }
 
 function drawProfile(canvas, answer, layers, layer) {
-  const height = 90, bottom = height - 8;
+  const height = 100, bottom = height - 18;
   const context = sharp(canvas, WIDTH, height);
   const colours = themeColours();
   const { value, usual } = answer.profile;
   const vertical = verticalAxis([...value, ...usual], 6, bottom);
   if (!vertical) return;
   const x = (i) => LEFT + (i + 0.5) / value.length * (WIDTH - LEFT - 8);
+  scale(context, vertical, colours, 6, bottom);
+  context.textBaseline = 'top';
+  context.textAlign = 'left';
+  context.fillText(value.length > 1 ? 'first' : '', LEFT, bottom + 4);
+  context.textAlign = 'right';
+  context.fillText(value.length > 1 ? 'last' : '', WIDTH - 8, bottom + 4);
   context.strokeStyle = colours.faint;
   context.setLineDash([3, 3]);
   drawLine(context, [...usual], x, vertical.y);
@@ -83,7 +104,6 @@ function drawProfile(canvas, answer, layers, layer) {
   context.beginPath();
   context.arc(x(at), vertical.y(value[at]), 4, 0, 7);
   context.fill();
-  ends(context, vertical, colours, 6, bottom);
 }
 
 function drawOthers(canvas, answer, store) {
@@ -95,22 +115,23 @@ function drawOthers(canvas, answer, store) {
   if (!vertical) return [];
   const { edges } = answer;
   const steps = new Axis(LEFT, WIDTH - LEFT - 8, edges[0], edges[edges.length - 1]);
-  all.forEach(([, values], index) => {
-    context.strokeStyle = RUNS[index % RUNS.length];
+  const names = store.overview.runs.map(({ name }) => name);
+  scale(context, vertical, colours, 6, bottom);
+  all.forEach(([name, values]) => {
+    context.strokeStyle = runColour(name, names);
     drawLine(context, [...values], (i) => steps.x((edges[i] + edges[i + 1]) / 2), vertical.y);
   });
-  ends(context, vertical, colours, 6, bottom);
   steps.draw(context, bottom);
-  return all.map(([name], index) => element('span', { class: 'entry' }, element('i', { style: `background:${RUNS[index % RUNS.length]}` }), visible(name)));
+  return all.map(([name]) => element('span', { class: 'entry' }, element('i', { style: `background:${runColour(name, names)}` }), visible(name)));
 }
 
 function drawChannels(canvas, answer) {
   const { ids, values } = answer.channels;
   const columns = answer.edges.length - 1, rowHeight = 12;
-  const context = sharp(canvas, WIDTH, ids.length * rowHeight + 4);
+  const context = sharp(canvas, WIDTH, ids.length * rowHeight + 22);
   const finite = values.filter(Number.isFinite);
   const high = finite.reduce((a, b) => Math.max(a, b), 0), least = finite.reduce((a, b) => (b > 0 ? Math.min(a, b) : a), high);
-  const scale = scaleOf('value', { low: 0, high, least });
+  const magnitudes = scaleOf('value', { low: 0, high, least });
   const colours = themeColours();
   context.textAlign = 'right';
   context.textBaseline = 'middle';
@@ -120,13 +141,16 @@ function drawChannels(canvas, answer) {
     for (let column = 0; column < columns; column++) {
       const value = values[column * ids.length + row];
       if (Number.isNaN(value)) continue;
-      context.fillStyle = css(Number.isFinite(value) ? scale.colour(value) : [225, 0, 215]);
+      context.fillStyle = css(Number.isFinite(value) ? magnitudes.colour(value) : LOST);
       context.fillRect(LEFT + column / columns * (WIDTH - LEFT - 8), row * rowHeight + 2, (WIDTH - LEFT - 8) / columns + 0.6, rowHeight - 1);
     }
   });
+  const { edges } = answer;
+  new Axis(LEFT, WIDTH - LEFT - 8, edges[0], edges[edges.length - 1]).draw(context, ids.length * rowHeight + 2);
+  return `A row is a channel, with its number. Dark: ${number(least)}, bright: ${number(high)}; empty: others were larger.`;
 }
 
-/** Whether a value lies beyond a bound of the catalogue, or far off the layer's own past. */
+/** Whether a value lies beyond a bound of the catalogue, or outside the layer's usual range. */
 function stands({ statistic, value, sigmas }, store) {
   const { threshold, least, floor } = store.definition(statistic);
   const given = (bound) => bound !== null && bound !== undefined;
@@ -139,7 +163,7 @@ function table(measures, store) {
     const { statistic, value, usual } = measure;
     const definition = store.definition(statistic);
     const x = Number(value), known = Number(usual);
-    const title = [statistic, definition.formula, definition.bad_when && `Bad when: ${definition.bad_when}.`, definition.advice].filter(Boolean).join('\n');
+    const title = [statistic, definition.formula, everyText(measure.every).trim(), definition.bad_when && `Bad when: ${definition.bad_when}.`, definition.advice].filter(Boolean).join('\n');
     return element('tr', { class: stands(measure, store), title, data: { statistic } },
       element('td', {}, definition.plain, definition.plain === statistic ? '' : element('small', {}, ` ${statistic}`)),
       element('td', {}, number(value)), element('td', {}, Number.isNaN(known) ? '' : number(known)),
@@ -157,7 +181,7 @@ function tables(answer, store) {
   const open = document.querySelector('#all-measures[open]') !== null;
   const order = ({ statistic }) => (FIRST.includes(statistic) ? FIRST.indexOf(statistic) : FIRST.length);
   return [table(answer.table.filter(first).sort((a, b) => order(a) - order(b)), store),
-    rest.length ? element('details', { id: 'all-measures', open }, element('summary', {}, `${rest.length} more measures`), table(rest, store)) : ''];
+    rest.length ? element('details', { id: 'all-measures', open }, element('summary', {}, counted(rest.length, 'more measure')), table(rest, store)) : ''];
 }
 
 /**
@@ -168,20 +192,27 @@ function tables(answer, store) {
  */
 export function drawLayer(place, store, answer) {
   const { layers } = store.part;
-  const plain = store.definition(store.state.statistic).plain;
+  const { plain: lower, unit } = store.definition(store.state.statistic);
+  const plain = lower[0].toUpperCase() + lower.slice(1);
+  const shown = answer.table.find(({ statistic }) => statistic === store.state.statistic);
+  const about = [
+    `${plain}${unitText(unit)}${everyText(shown && shown.every)}.`,
+    store.hasPast && !store.isEarly ? `Grey: its usual range (\u00b1 ${store.overview.bound} robust \u03c3).` : '',
+  ].filter(Boolean).join(' ');
   const canvas = () => element('canvas', { role: 'img' });
   const [band, profile, others, channels] = [canvas(), canvas(), canvas(), canvas()];
   drawBand(band, answer, store);
   drawProfile(profile, answer, layers, answer.layer);
   const legend = drawOthers(others, answer, store);
   const withChannels = answer.channels && answer.channels.ids.length;
-  if (withChannels) drawChannels(channels, answer);
+  const aboutChannels = withChannels ? drawChannels(channels, answer) : '';
   place.replaceChildren(
     element('h2', { class: 'layer-name' }, visible(answer.layer), ' ', element('small', {}, `${layers.indexOf(answer.layer) + 1} of ${layers.length} in depth`)),
-    element('p', { class: 'faint' }, store.hasPast ? `${plain}; grey: what is usual \u00b1 6 robust \u03c3` : plain), band,
+    element('p', { class: 'faint' }, about), band,
     element('h2', {}, `At step ${stepText(answer.step)}`), ...tables(answer, store),
-    element('h2', {}, `${plain} over depth`), element('p', { class: 'faint' }, 'line: this step; dashed: what was usual'), profile,
+    ...(layers.length > 1 ? [element('h2', {}, `${plain} from the first to the last ${store.state.companion ? 'row' : 'layer'}`),
+      element('p', { class: 'faint' }, store.isEarly || !store.hasPast ? `At step ${stepText(answer.step)}.` : `Line: at step ${stepText(answer.step)}. Dashed: what was usual.`), profile] : []),
     ...(Object.keys(answer.others).length ? [element('h2', {}, 'The same layer in all runs'), others, element('div', { class: 'legend' }, ...legend)] : []),
-    ...(withChannels ? [element('h2', {}, 'Loudest channels'), element('p', { class: 'faint' }, 'largest magnitude of the channels that were among the loudest'), channels] : []),
+    ...(withChannels ? [element('h2', {}, 'Channels with the largest inputs'), element('p', { class: 'faint' }, aboutChannels), channels] : []),
   );
 }

@@ -13,7 +13,8 @@ export const MOST = 60; // rows; beyond them the layers of a block share one
 export function cellValue(map, kind, at) {
   if (kind === 'value') return map.value[at];
   if (kind === 'sigmas') return Math.log(map.value[at] / map.usual[at]) / map.scale[at];
-  return map.value[at] / map.usual[at];
+  const times = map.value[at] / map.usual[at];
+  return times >= 0 ? times : NaN; // a value of another sign is no multiple of what is usual
 }
 
 const blockOf = (name) => {

@@ -93,7 +93,7 @@ export class ReportSource {
       const of = this.whole('map', { ...about, statistic });
       if (!of) return null;
       const value = at(of, of.value), known = at(of, of.usual);
-      return { statistic, value, usual: known, sigmas: Math.log(value / known) / at(of, of.scale) };
+      return { statistic, value, usual: known, sigmas: Math.log(value / known) / at(of, of.scale), every: of.every };
     }).filter(Boolean);
     const slice = (values) => values.slice(columnOf(map.edges, about.step) * rows).slice(0, rows);
     const others = {};

@@ -25,7 +25,7 @@ export class Store {
       run: '', companion: '', statistic: '', colour: 'times', order: 'depth', filter: '', layer: '', step: null, first: null,
       last: null, open: new Set(), ...start,
     };
-    this.overview = { runs: [], definitions: {}, armed: 256, bound: 6 };
+    this.overview = { runs: [], definitions: {}, learnt: 48, armed: 256, bound: 6 };
     this.listeners = [];
   }
 
@@ -94,7 +94,12 @@ export class Store {
 
   /** The colours that are shown: of some series only the value means anything. */
   get colour() {
-    return this.hasPast ? this.state.colour : 'value';
+    return this.hasPast && !this.isEarly ? this.state.colour : 'value';
+  }
+
+  /** Whether the run is too short to know what is usual. */
+  get isEarly() {
+    return Boolean(this.run) && this.run.steps[1] - this.run.steps[0] < this.overview.learnt;
   }
 
   /** Whether the statistic has a past that later values may be compared with. */

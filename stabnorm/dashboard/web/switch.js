@@ -51,11 +51,12 @@ export function drawSwitch(place, store, answer, { left, width }) {
       element('td', {}, decision ? `${decision.state} since step ${stepText(decision.at)}: ${visible(decision.reason)}` : ''),
       element('td', {}, fold ? `${fold.status}${fold.into ? ` \u2192 ${visible(fold.into)}` : ''}${fold.reason ? `: ${visible(fold.reason)}` : ''}` : ''));
   });
-  const head = ['norm', 'lam', 'affine residual', 'gate', 'fold'];
+  const head = ['norm', 'lam', 'affine residual', 'decision', 'fold'];
   place.replaceChildren(
-    element('h2', {}, 'Switch ', element('small', {}, 'share of LayerNorm, lam: yellow 1, dark 0; a norm runs below an affine residual of 0.3 and is held above 0.5')),
+    element('h2', {}, 'Switch ', element('small', {}, 'from LayerNorm (yellow: its share, lam, is 1) to BatchNorm (dark: 0)')),
     canvas,
-    element('details', {}, element('summary', {}, 'Each norm: gate, residual and fold'), element('div', { class: 'scroll' }, element('table', { class: 'measures' },
+    element('details', {}, element('summary', {}, 'Each norm: how far it is, why it waits, and where it was folded'),
+      element('p', { class: 'faint' }, 'The affine residual says how much of its LayerNorm a norm would lose: below 0.3 it may switch, above 0.5 it waits.'), element('div', { class: 'scroll' }, element('table', { class: 'measures' },
       element('thead', {}, element('tr', {}, ...head.map((text) => element('th', {}, text)))), element('tbody', {}, ...rows)))),
   );
 }

@@ -1,7 +1,7 @@
 // The loss over the steps, with learning rate and validation, and the alerts as lines.
 import { Axis, RIGHT } from './axis.js';
-import { element, number, sharp } from './dom.js';
-import { RUNS, themeColours } from './colours.js';
+import { element, number, sharp, stepText, writeOn } from './dom.js';
+import { LOST, RUNS, css, themeColours } from './colours.js';
 
 const HEIGHT = 112;
 const BOTTOM = 20;
@@ -21,7 +21,8 @@ function logarithmicEnds(...arrays) {
   return low === high ? [low / 2, high * 2] : [low, high];
 }
 
-function decades([low, high]) {
+/** Picks the powers of ten between two ends, or rounder numbers where there are few. */
+export function decades([low, high]) {
   const all = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
     for (const digit of [1, 2, 5]) all.push(digit * 10 ** power);
@@ -84,10 +85,15 @@ export function drawTimeline(canvas, legend, store, lines, { left, width, first,
     context.strokeStyle = colours.text;
     drawLine(context, lines.loss.mean, x, y);
     entries.push(['loss', colours.text]);
-    context.fillStyle = '#e100d7';
+    context.fillStyle = css(LOST);
     lines.loss.high.forEach((high, i) => {
-      if (high === Infinity) context.fillRect(axis.x(lines.edges[i]), 2, 3, 4);
+      if (high === Infinity) context.fillRect(axis.x(lines.edges[i]), plotBottom - 5, 3, 5);
     });
+    if (lines.lost !== null && lines.lost < end) {
+      const from = axis.x(Math.max(lines.lost, first));
+      context.fillRect(from, plotBottom - 5, left + width - from, 5);
+    }
+    if (lines.lost !== null || lines.loss.high.includes(Infinity)) entries.push(['the loss is NaN or infinite', css(LOST)]);
   } else {
     context.fillStyle = colours.faint;
     context.textAlign = 'left';
@@ -102,10 +108,6 @@ export function drawTimeline(canvas, legend, store, lines, { left, width, first,
       entries.push([`learning rate (up to ${number(high)})`, RUNS[4]]);
     }
     context.setLineDash([]);
-  }
-  if (lines.measured_every) {
-    const rarest = Math.max(...[...lines.measured_every.high].filter(Number.isFinite), 1);
-    entries.push([`costly statistics at every step${rarest > 1 ? ` or less often, up to every ${number(rarest)} steps` : ''}`, colours.faint]);
   }
   Object.entries(lines.validation || {}).slice(0, 3).forEach(([tag, points], index) => {
     const values = points.map(([, value]) => Number(value)).filter(Number.isFinite);
@@ -136,24 +138,32 @@ export function drawMarks(context, axis, store, top, bottom, named) {
   const begin = run.steps[0] + store.overview.armed;
   axis.mark(context, begin, top, bottom, colours.faint, [1, 3]);
   if (named && begin > axis.first && begin < axis.end) {
-    context.fillStyle = colours.faint;
     context.textAlign = axis.x(begin) > axis.left + axis.width / 2 ? 'right' : 'left';
-    context.fillText(' alerts against the past from here ', axis.x(begin), bottom - 14);
+    writeOn(context, ' comparison with the past begins ', axis.x(begin), bottom - 14, colours.faint, colours.panel);
   }
+  let written = -Infinity; // up to here there is a label
   for (const onset of run.onsets) {
     axis.mark(context, onset.step, top, bottom, colours.alert);
     if (named && onset.step >= axis.first && onset.step < axis.end) {
-      context.fillStyle = colours.alert;
-      context.textAlign = 'right';
-      context.fillText(`alert ${onset.step} `, axis.x(onset.step + 0.5), top + 1);
+      const text = ` alert ${stepText(onset.step)} `, x = axis.x(onset.step + 0.5), { width } = context.measureText(text);
+      const before = x - width >= Math.max(written, 0);
+      if (before || (x >= written && x + width < axis.left + axis.width)) {
+        context.textAlign = before ? 'right' : 'left';
+        writeOn(context, text, x, top + 1, colours.alert, colours.panel);
+        written = before ? x : x + width;
+      }
     }
     if (onset.lead !== null && onset.lead > 0) {
       const doubled = onset.step + onset.lead;
       axis.mark(context, doubled, top, bottom, colours.text, [3, 3]);
       if (named && doubled >= axis.first && doubled < axis.end) {
-        context.fillStyle = colours.text;
-        context.textAlign = 'left';
-        context.fillText(` loss \u00d72 ${doubled}`, axis.x(doubled + 0.5), top + 1);
+        const text = ` loss doubled ${stepText(doubled)} `, x = axis.x(doubled + 0.5), { width } = context.measureText(text);
+        if (x >= written) {
+          const fits = x + width < axis.left + axis.width;
+          context.textAlign = fits ? 'left' : 'right';
+          writeOn(context, text, x, top + 1, colours.text, colours.panel);
+          written = fits ? x + width : x;
+        }
       }
     }
   }

@@ -1,7 +1,9 @@
 // The cards at the top, a run each, and the list of alerts at the left.
-import { element, stepText, visible } from './dom.js';
+import { counted, element, shortName, stepText, visible } from './dom.js';
 
-const MARKS = { 'not finite': '\u2716', unstable: '\u25cf', learning: '\u2026', switched: '\u2713', healthy: '\u2713' };
+const MARKS = { 'not finite': '\u2716', unstable: '\u25cf', 'too early': '\u2026', switching: '\u2026', switched: '\u2713', healthy: '\u2713' };
+
+const MANY = 6; // cards; of more, only the chosen one shows its sentences
 
 /**
  * Draws a card for each run, worst first.
@@ -27,7 +29,13 @@ export function drawVerdicts(place, store) {
     ...run.lines.map((line) => element('span', { class: 'line' }, visible(line))),
     ...run.notes.map((note) => element('span', { class: 'line note' }, `Note: ${visible(note)}`)));
   });
+  place.classList.toggle('many', cards.length > MANY);
+  const before = place.querySelector('.chosen');
   place.replaceChildren(...cards);
+  const chosen = place.querySelector('.chosen');
+  if (chosen && (!before || before.dataset.run !== chosen.dataset.run)) {
+    place.scrollTop = Math.max(0, chosen.offsetTop - place.offsetTop + chosen.offsetHeight - place.clientHeight + 8);
+  }
 }
 
 /**
@@ -50,9 +58,9 @@ export function drawAlerts(place, store) {
       class: `alert ${onset.kind}${chosen ? ' chosen' : ''}`, type: 'button', data: { step: onset.step, index },
       on: { click: () => { store.lookAt(onset); store.set({}); } },
     },
-    element('strong', {}, `step ${stepText(onset.step)}`), ` \u00b7 ${visible(onset.layer)}`,
+    element('strong', {}, `step ${stepText(onset.step)}`), ` \u00b7 ${shortName(onset.layer)}`,
     element('span', { class: 'line' }, visible(onset.sentence)),
-    more > 0 ? element('span', { class: 'line faint' }, `${more} more alert${more > 1 ? 's' : ''} up to step ${stepText(onset.last_step)}`) : null);
+    more > 0 ? element('span', { class: 'line faint' }, `${counted(more, 'more alert')} up to step ${stepText(onset.last_step)}`) : null);
     const advice = element('div', { class: 'advice' },
       element('p', {}, element('b', {}, 'Where to look: '), visible(onset.advice)),
       element('p', {}, element('b', {}, 'What to try: '), visible(onset.remedy)));

@@ -22,7 +22,20 @@ from stabnorm.ops.moments import Request
 from stabnorm.ops.observed import Spec
 from stabnorm.ops.rows import BatchMap
 from stabnorm.ops.selftest.observed import KINDS
-from stabnorm.ops.triton import accumulators, blend, blended, groups, moments, observed, one_pass, rows, running, shared
+from stabnorm.ops.standard import Layers
+from stabnorm.ops.triton import (
+    accumulators,
+    blend,
+    blended,
+    groups,
+    moments,
+    observed,
+    one_pass,
+    rows,
+    running,
+    shared,
+    standard,
+)
 
 
 class Driver:
@@ -87,6 +100,19 @@ def passes(x: Tensor, w: Tensor, valid: Tensor, token: Tensor, lam: Tensor) -> l
     ]
 
 
+def step_of(layers: int, channels: int) -> None:
+    """The statistics of a step, once with all that there can be and once with the least."""
+    moments_of = empty_moments(layers, channels)
+    wide = torch.zeros(layers, 10, channels, dtype=torch.float64)
+    number, flag = torch.ones(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.bool)
+    of_layers, gradient = Layers(number, number, flag, flag), torch.zeros(layers, 2, channels)
+    for between, own in ((None, None), (wide[:, 0], wide[:, :2].contiguous())):
+        standard.standard(
+            moments_of.seen, moments_of.channel, moments_of.token, gradient, between, of_layers, own, wide,
+            torch.zeros(layers, 2, dtype=torch.float64), torch.zeros(layers, 32),
+        )  # fmt: skip
+
+
 def main(capability: int) -> None:
     """Trace, then compile."""
     setattr(shared, "_programs", lambda device, index: 528)  # noqa: B010
@@ -105,6 +131,7 @@ def main(capability: int) -> None:
         for name in [name for name, value in vars(module).items() if isinstance(value, CustomOpDef)]:
             setattr(module, name, getattr(module, name)._init_fn)
     launched = [(moments, "_tokens"), (moments, "add_rows"), (accumulators, "merge_layers"), (observed, "norm_rows")]
+    launched.append((standard, "standard_of_layers"))
     for module, name in launched:
         setattr(module, name, compile_only(getattr(module, name)))
     setattr(running, "_track", compile_only(running._track))  # noqa: B010
@@ -120,6 +147,8 @@ def main(capability: int) -> None:
             spec = Spec(kind, (channels,), 1e-5, True, True)
             observed.norm(x, vector, vector, spec, x, into, valid, True)
         accumulators.merge(*(part[None] for part in into))
+        for layers in (1, 2):
+            step_of(layers, channels)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,10 @@
 """The C++ backend of `stabnorm.monitor.standard`, see `standard.cpp`."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from stabnorm.ops.cpp.library import call
-
-
-class Layers(NamedTuple):
-    """The fixed properties of layers, ``[L]`` each, see `stabnorm.monitor.past.Layout`."""
-
-    widths: Tensor
-    eps: Tensor
-    per_channel: Tensor
-    own_buffers: Tensor | None
+from stabnorm.ops.standard import Layers
 
 
 def standard(

@@ -64,7 +64,7 @@ def test_float32_is_no_further_off_than_the_unfolded_model_times_four(family: Fa
 def test_folded_in_float32_and_then_cast_to_bfloat16_it_is_no_worse_than_the_unfolded_model() -> None:
     ratios = []  # of two roundings of a small model: they scatter, so it is their mean that counts
     for family in FAMILIES.values():
-        for seed in (1, 2) if family.name not in FLOAT32_ONLY else ():
+        for seed in (1,) if family.name not in FLOAT32_ONLY else ():
             model = calibrated(family, seed)
             truth, examples = copy.deepcopy(model).double(), [family.example(seed) for seed in range(6)]
             folded = fold_norms(model, tuple(examples[0])).model

@@ -1,5 +1,6 @@
 """The flight recorder of a Lightning training: how its model is built, and which rows a batch has."""
 
+import functools
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
 from torch.utils.data import BatchSampler
 
 from stabnorm.callbacks._outputs import shared_directory
+from stabnorm.callbacks._trainer import loss_again
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.recorder.recorder import FlightRecorder
 
@@ -34,7 +37,15 @@ def recorder_of(
         "autocast": _AUTOCAST.get(str(trainer.precision), ""),
         "micro_batches": trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1,
     }
-    return FlightRecorder(monitor, directory / FOLDER, times=times, about=about)
+    loss = functools.partial(_loss_of, trainer) if pl_module.automatic_optimization else None
+    return FlightRecorder(monitor, directory / FOLDER, times=times, loss=loss, about=about)
+
+
+def _loss_of(trainer: "Trainer", model: Any, batch: Any) -> Tensor:
+    loss = loss_again(trainer, model, batch, getattr(trainer.fit_loop, "batch_idx", 0))()
+    if loss is None:
+        raise ValueError("training_step returned None")
+    return loss
 
 
 def recipe_of(pl_module: "LightningModule") -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 
 class Hook:
@@ -51,11 +50,11 @@ def counting_paused() -> bool:
 
 
 @contextmanager
-def hooked(registrations: Iterable[RemovableHandle]) -> Iterator[None]:
+def hooked(registrations: Iterable[Any]) -> Iterator[None]:
     """Keep hooks on while the context is open; they come off whatever happens, also when a registration fails.
 
     Args:
-        registrations: a generator that registers the hooks one after the other, and yields their handles.
+        registrations: a generator that registers the hooks one after the other, and yields what removes them.
 
     >>> model, widths = nn.Identity(), []
     >>> with hooked(part.register_forward_hook(lambda *call: widths.append(call[2])) for part in [model]):
@@ -64,7 +63,7 @@ def hooked(registrations: Iterable[RemovableHandle]) -> Iterator[None]:
     >>> widths, len(model._forward_hooks)
     ([3], 0)
     """
-    handles: list[RemovableHandle] = []
+    handles: list[Any] = []
     try:
         for handle in registrations:
             handles.append(handle)

@@ -72,8 +72,9 @@ class LivePicture:
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
         """Draw and tell an alert, once for all alerts of a flush that come before the next block."""
         self._events.append(Event(kind, step, data))
-        if kind == "alert":  # a block or an event is kept once, whatever comes of its picture
+        if kind in ("alert", "rows"):  # a block or an event is kept once, whatever comes of its picture
             self._guard.attempt("nothing is told of an alert", self._report_alert, step)
+        if kind == "alert":
             self._guard.attempt("no picture is drawn while the run trains", self._show)
 
     def _report_alert(self, step: int) -> None:

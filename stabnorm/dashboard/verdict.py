@@ -187,11 +187,18 @@ def _onset(run: Run, onset: monitored.Onset) -> Onset:
     names = _names(run, onset.layer)
     aftermath = () if onset.kind == "nonfinite" else (*_said_of_factors(onset, told, factors, now), _said_of_lead(lead))
     sentence = with_short_names(" ".join((onset.sentence, *aftermath)), names)
+    advice = with_short_names(" ".join(filter(None, (onset.advice, _said_of_rows(run, onset)))), names)
     remedy = " ".join(filter(None, (onset.remedy, _named_remedies(onset.statistic))))
     return Onset(
         onset.step, onset.last_step, onset.kind, onset.scope, onset.layer, onset.statistic, onset.value, onset.usual,
-        moved, factors, now, lead, alerts, aftermath, sentence, with_short_names(onset.advice, names), remedy,
+        moved, factors, now, lead, alerts, aftermath, sentence, advice, remedy,
     )  # fmt: skip
+
+
+def _said_of_rows(run: Run, onset: monitored.Onset) -> str:
+    """Return what the recorder said of the rows of a batch of this onset."""
+    of_onset = [e.data for e in run.events if e.kind == "rows" and onset.step <= e.step <= onset.last_step]
+    return str(of_onset[-1]["sentence"]) if of_onset else ""
 
 
 def _who_moved(

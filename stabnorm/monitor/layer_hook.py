@@ -39,12 +39,19 @@ class LayerHook(Hook):
 
     def valid(self, module: nn.Module, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """Say which tokens of an input or output are valid: by the call's own mask, or else by the active one."""
-        mask = mask_of(args, kwargs)
-        if mask is None or not hasattr(module, "fold_affine"):  # another norm's mask may mean something else
-            return self.layer.valid(x)
-        tokens = tokens_of(x.shape, self.layer.channel_dim, self.layer.feature_dims)
-        fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == tokens
-        return mask if fits else None  # the norm itself refuses another one
+        return valid_of(self.layer, module, x, args, kwargs)
+
+
+def valid_of(
+    layer: NormLayer, module: nn.Module, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """Return which tokens of a norm's input or output are valid, in the shape of the tokens; None if all are."""
+    mask = mask_of(args, kwargs)
+    if mask is None or not hasattr(module, "fold_affine"):  # another norm's mask may mean something else
+        return layer.valid(x)
+    tokens = tokens_of(x.shape, layer.channel_dim, layer.feature_dims)
+    fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == tokens
+    return mask if fits else None  # the norm itself refuses another one
 
 
 def why_not(layer: NormLayer, x: Any) -> str | None:

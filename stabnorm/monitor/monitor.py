@@ -70,6 +70,7 @@ from stabnorm.monitor.training_series import TrainingSeries
 from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.monitor.verdict import Verdict, flags_of, gradients_of, verdict_of
 from stabnorm.monitor.watched_norms import WatchedNorms
+from stabnorm.norms import NormLayer
 from stabnorm.ops.dispatch import admit, look_again
 from stabnorm.statistic import by_name
 
@@ -535,6 +536,11 @@ class StabilityMonitor:
     def compared(self) -> bool:
         """Whether the detector has begun to compare layers with their usual range; one of your own always has."""
         return bool(getattr(self._track.detector, "compared", True))
+
+    @property
+    def norms(self) -> tuple[NormLayer, ...]:
+        """The norms that are watched, in the order of `layers`."""
+        return tuple(self._norms)
 
     @property
     def model(self) -> nn.Module:

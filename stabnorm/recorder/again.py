@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from stabnorm.actions.snapshot import restore_random_state
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.statistics import CATALOGUE
+from stabnorm.recorder.batch_rows import BatchRows, look_at_rows
 from stabnorm.recorder.dump import Dump
+from stabnorm.recorder.recorder import LossOfBatch
+from stabnorm.recorder.row_words import table_of
 
-LossOfBatch = Callable[[nn.Module, Any], Tensor]
 _SHOWN = 12  # rows of the table beside those of the layer that is named
 
 
@@ -36,6 +38,8 @@ class Replayed:
         layers, statistics: the names of rows and columns.
         recorded, again: ``[layers, statistics]``, NaN where there was nothing to measure.
         loss: of the step that was run again; NaN if there is none.
+        rows: which rows of the batch did it: of the step of the alarm if the dump has its batch, else of the dump's.
+            None if nothing tells which part of the batch is a row.
     """
 
     dump: Dump
@@ -44,6 +48,7 @@ class Replayed:
     recorded: npt.NDArray[np.float32]
     again: npt.NDArray[np.float32]
     loss: float
+    rows: BatchRows | None = None
 
     @property
     def difference(self) -> float:
@@ -75,6 +80,9 @@ class Replayed:
                 f"largest relative difference of {known} figures: {self.difference:.2g}; {lost} are not finite in both"
             )
         lines.append(f"loss: {self.loss:.6g} (recorded: {self._recorded_loss():.6g})")
+        if self.rows is not None:
+            lines += ["", f"rows of the batch of step {self.rows.step}, at the input of {self.rows.layer}:"]
+            lines += [*table_of(self.rows), self.rows.sentence]
         return "\n".join(lines)
 
     def _recorded_loss(self) -> float:
@@ -135,28 +143,37 @@ def replay(
     monitor.mute()
     if known == list(header["statistics"]) and list(monitor.layers) == list(header["layers"]):
         monitor.load_baselines(step["monitor"])
+
+    micro_batches = int(header.get("micro_batches", 1))
+
+    def run(one: Mapping[str, Any]) -> Tensor | None:
+        restore_random_state(one["random"])
+        batch, masks = moved((one["batch"], tuple(one["masks"])), torch.device(device))
+        with contextlib.ExitStack() as contexts:
+            if masks:
+                contexts.enter_context(valid_tokens(*masks))
+            if header.get("autocast"):
+                contexts.enter_context(torch.autocast(device, getattr(torch, header["autocast"])))
+            if compute is not None:
+                return compute(model, batch) / micro_batches
+            run_batch(model, batch)
+            return None
+
     total = 0.0
     with monitor:
         for one in step["batches"]:
-            restore_random_state(one["random"])
-            batch = moved(one["batch"], torch.device(device))
-            with contextlib.ExitStack() as contexts:
-                if one["masks"]:
-                    contexts.enter_context(valid_tokens(*moved(tuple(one["masks"]), torch.device(device))))
-                if header.get("autocast"):
-                    contexts.enter_context(torch.autocast(device, getattr(torch, header["autocast"])))
-                if compute is None:
-                    run_batch(model, batch)
-                    continue
-                value = compute(model, batch) / header.get("micro_batches", 1)
-            value.backward()
-            total += float(value.detach())
+            value = run(one)
+            if value is not None:
+                value.backward()
+                total += float(value.detach())
         monitor.step()
         history = monitor.history()
     again = torch.stack([history[name][-1] for name in known], -1).numpy()
+    alarm = step.get("alarm") or {"step": header["step"], "batches": step["batches"]}
+    rows = look_at_rows(model, monitor.norms, alarm["batches"], run, step=alarm["step"], named=header.get("layer", ""))
     return Replayed(
         dump, monitor.layers, tuple(known), _recorded(dump, monitor.layers, known), again,
-        float("nan") if compute is None else total,
+        float("nan") if compute is None else total, rows,
     )  # fmt: skip
 
 

@@ -1,31 +1,48 @@
 """`FlightRecorder`: keep what it takes to run a step again, and write it when something goes wrong."""
 
+import contextlib
 import copy
 import os
 import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import stabnorm
-from stabnorm._checks import check_count, check_instance
+from stabnorm._checks import check_count, check_function, check_instance
+from stabnorm._models.devices import device_of
+from stabnorm._models.hooks import uncounted
+from stabnorm._models.intact import put_back
+from stabnorm._models.masks import valid_tokens
+from stabnorm._models.random_state import random_state_kept
 from stabnorm._models.ranks import is_distributed
 from stabnorm.actions.actions import kind_of
-from stabnorm.actions.snapshot import random_state
+from stabnorm.actions.snapshot import random_state, restore_random_state
 from stabnorm.monitor._folders import file_name, local_folder
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.outputs import cause, say
+from stabnorm.recorder.batch_rows import BatchRows, look_at_rows
 from stabnorm.recorder.dump import STEP, WEIGHTS, add_detail, write_dump
+from stabnorm.recorder.row_axis import tensors_of
 
+LossOfBatch = Callable[[nn.Module, Any], Tensor]
 _REST = 100  # steps from one dump to the next one
+
+
+class _Kept(NamedTuple):
+    """The batches of a step that is over."""
+
+    step: int
+    size: int  # in bytes
+    batches: list[dict[str, Any]]
 
 
 class FlightRecorder:
@@ -44,10 +61,12 @@ class FlightRecorder:
         folder: where the dumps come to.
         steps: how many of the last steps a dump holds. Default: 64.
         detail_steps: for how many steps after a dump the whole catalogue is recorded. Default: 8.
-        batch_bytes: the largest size of a step's batches; larger ones are left out. Default: 64 MiB.
+        batch_bytes: the largest size of the batches that are kept, and of those of a step in a dump. Default: 64 MiB.
         weight_bytes: the largest size of the weights; larger ones are left out, and a checkpoint takes their place when
             the step is run again. Default: 256 MiB.
         times: the largest number of dumps. Default: 3.
+        loss: computes the loss from (model, batch) as the loop does, and calls no ``backward()``. Default: none, and
+            the rows of a batch are compared when it is run again.
         about: what else `dump.json` says, as plain containers. Default: nothing.
 
     Attributes:
@@ -80,6 +99,7 @@ class FlightRecorder:
         batch_bytes: int = 64 << 20,
         weight_bytes: int = 256 << 20,
         times: int = 3,
+        loss: LossOfBatch | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         check_instance("monitor", monitor, StabilityMonitor, "a StabilityMonitor")
@@ -92,14 +112,18 @@ class FlightRecorder:
             "weight_bytes": weight_bytes,
         }.items():
             check_count(name, value, 0)
-        self.monitor, self.folder = monitor, local_folder(folder)
+        if loss is not None:
+            check_function("loss", loss, "model", "batch")
+        self.monitor, self.folder, self.loss = monitor, local_folder(folder), loss
         self.steps, self.detail_steps, self.times = steps, detail_steps, times
         self.batch_bytes, self.weight_bytes = batch_bytes, weight_bytes
         self.about = dict(about or {})
         self.dumps: list[Path] = []
         self._batches: list[dict[str, Any]] = []  # of the open step
+        self._recent = deque[_Kept]()  # of the steps before it
         self._open = False
         self._losses = deque[tuple[int, Tensor | float]](maxlen=steps)
+        self._alarmed: list[dict[str, Any]] = []  # the batches of the step that the alarm is about
         self._why: dict[str, Any] | None = None  # of the dump that is due
         self._capsule: dict[str, Any] | None = None  # weights and states from before the open step
         self._onsets, self._last = len(monitor.onsets), -_REST
@@ -152,7 +176,7 @@ class FlightRecorder:
             masks: the masks of valid tokens that are open in its forward. Default: none.
         """
         if not self._open:
-            self._batches.clear()
+            self._batches = []
             self._open = True
             self._capsule = None
             if self._why is not None:
@@ -167,6 +191,7 @@ class FlightRecorder:
         if self._due():
             self._why = {"kind": kind, "reason": reason, "layer": layer}
             self._keep()
+            self._compare_rows(self.monitor.steps_done, self._batches, layer)
 
     def end(self, loss: Tensor | float | None = None) -> None:
         """End a step, after `monitor.step`.
@@ -176,6 +201,7 @@ class FlightRecorder:
         """
         if loss is not None:
             self._losses.append((self.monitor.steps_done - 1, loss.detach() if isinstance(loss, Tensor) else loss))
+        self._remember()
         self._open = False
         if self._capsule is not None:
             self._write()
@@ -186,7 +212,8 @@ class FlightRecorder:
         if onsets and self._why is None and self._due() and self.monitor.speaks:
             last = onsets[-1]
             self._why = {"kind": kind_of(last), "reason": str(last), "layer": last.layer, "onset": last.as_dict()}
-        self._batches.clear()
+            self._compare_rows(last.step, self._batches_of(last.step), last.layer)
+        self._batches = []
 
     def _due(self) -> bool:
         return len(self.dumps) < self.times and self.monitor.steps_done - self._last >= _REST
@@ -214,6 +241,51 @@ class FlightRecorder:
             }
         return capsule
 
+    # -- the rows of a batch -------------------------------------------------------------------------------------------
+
+    def _remember(self) -> None:
+        """Keep the batches of the step that ends, and forget older ones that do not fit any more."""
+        if len(self.dumps) < self.times:
+            kept = [{**one, "batch": _unshared(one["batch"])} for one in self._batches]
+            size = sum(_size(one["batch"]) for one in kept)
+            self._recent.append(_Kept(self.monitor.steps_done - 1, size, kept))
+        while self._recent and (len(self.dumps) >= self.times or len(self._recent) > self.steps or self._too_much()):
+            self._recent.popleft()
+
+    def _too_much(self) -> bool:
+        return sum(kept.size for kept in self._recent) > self.batch_bytes
+
+    def _batches_of(self, step: int) -> list[dict[str, Any]]:
+        return next((kept.batches for kept in self._recent if kept.step == step), [])
+
+    def _compare_rows(self, step: int, batches: list[dict[str, Any]], layer: str) -> None:
+        """Say which rows of a step's batches did what the alarm tells."""
+        assert self._why is not None
+        self._why["alarm_step"] = step
+        self._alarmed = batches
+        if self.loss is None or not batches or _ranks() > 1:
+            return
+        what = "the rows of the batch cannot be compared"
+        rows = self.monitor.outputs.attempt(what, self._rows_now, step, batches, layer)
+        if rows is not None:
+            self._why["rows"] = rows.as_dict()
+            say("stabnorm, step %s: %s", step, rows.sentence)
+            self.monitor.outputs.write_event(self.monitor.records, "rows", step, rows.as_dict())
+
+    def _rows_now(self, step: int, batches: list[dict[str, Any]], layer: str) -> BatchRows | None:
+        """Run batches again, in the middle of a training, which does not notice."""
+        model, loss = self.monitor.model, self.loss
+        assert loss is not None
+
+        def run(one: Mapping[str, Any]) -> Tensor:
+            restore_random_state(one["random"])
+            with valid_tokens(*one["masks"]) if one["masks"] else contextlib.nullcontext():
+                return loss(model, copy.copy(one["batch"]))
+
+        eager = torch.compiler.set_stance("force_eager")  # a compiled graph would be compiled again for our hooks
+        with put_back(model), uncounted(), random_state_kept(device_of(model)), eager:
+            return look_at_rows(model, self.monitor.norms, batches, run, step=step, named=layer)
+
     # -- a dump --------------------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
@@ -224,7 +296,7 @@ class FlightRecorder:
             return
         self._last = self.monitor.steps_done
         folder = self.monitor.outputs.attempt("no dump is written", self._write_now, why)
-        self._capsule = None
+        self._capsule, self._alarmed = None, []
         if folder is not None:
             self.dumps.append(folder)
             say("stabnorm: a dump of step %s is in %s; `stabnorm replay %s` runs it again", why["step"], folder, folder)
@@ -245,7 +317,10 @@ class FlightRecorder:
         kept, header["no_batch"] = self._kept_batches()
         header["indices"] = [one["indices"] for one in self._batches]
         if capsule and kept:
-            tensors[STEP] = {"batches": kept, "monitor": capsule["monitor"], "training": capsule["training"]}
+            alarm = self._alarm_kept(why)
+            tensors[STEP] = {
+                "batches": kept, "monitor": capsule["monitor"], "training": capsule["training"], "alarm": alarm
+            }  # fmt: skip
         rank = torch.distributed.get_rank() if _ranks() > 1 else 0
         name = file_name(f"step{step:08d}-{why['kind']}") + (f"-rank{rank}" if rank else "")
         return write_dump(self.folder / name, header, self._history(monitor), tensors)
@@ -268,6 +343,12 @@ class FlightRecorder:
         if size > self.batch_bytes:
             return [], f"they have {size:,} bytes, and batch_bytes is {self.batch_bytes:,}"
         return [_on_host(one) for one in self._batches], ""
+
+    def _alarm_kept(self, why: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the batches of the step that an alarm is about; None if they are those of the dump's own step."""
+        if not self._alarmed or why.get("alarm_step", why["step"]) == why["step"]:
+            return None
+        return {"step": why["alarm_step"], "batches": [_on_host(one) for one in self._alarmed]}
 
     def _history(self, monitor: StabilityMonitor) -> dict[str, Any]:
         steps, series = monitor.history_so_far()
@@ -319,22 +400,30 @@ def _ranks() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def _unshared(value: Any) -> Any:
+    """Return a batch with copies of what it shares with another process, which would run out of open files."""
+    shared = any(x.device.type == "cpu" and x.is_shared() for x in tensors_of(value))
+    return _mapped(value, torch.clone) if shared else value
+
+
 def _size(value: Any) -> int:
     """Return the bytes of the tensors in a batch."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    return sum(map(_size, parts))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
 
 
 def _on_host(value: Any) -> Any:
     """Return a batch with its tensors on the host."""
+    return _mapped(value, lambda x: x.detach().to("cpu", copy=True))
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a batch with each tensor changed, in plain containers."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _on_host(part) for key, part in value.items()}
+        return {key: _mapped(part, change) for key, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return tuple(_on_host(part) for part in value)
+        return tuple(_mapped(part, change) for part in value)
     if isinstance(value, tuple | list):
-        return type(value)(_on_host(part) for part in value)
+        return type(value)(_mapped(part, change) for part in value)
     return value

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,21 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from stabnorm import StabNormError
 from stabnorm.callbacks import StabilityCallback
 from stabnorm.recorder import read_dump, replay
 from stabnorm.statistic import Statistic
 from tests.actions.test_plain_loop import AlarmAt
-from tests.lightning_small import BATCHES, SIZE, fit, loader, module, trainer
+from tests.lightning_small import BATCHES, SIZE, Sentences, fit, loader, module, trainer
 
 STATISTICS: list[str | Statistic] = ["amax", "token_std_mean", "grad_gain"]
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import sys
+import warnings
 import torch, pytorch_lightning as pl
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -154,3 +157,31 @@ def test_a_fast_dev_run_has_no_recorder(tmp_path: Path) -> None:
 def test_the_number_of_dumps_is_checked() -> None:
     with pytest.raises(ValueError, match="dumps=-1 is out of range"):
         StabilityCallback(dumps=-1)
+
+
+def test_the_rows_that_did_it_are_in_log_record_report_and_dump(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class OneBad(Sentences):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            item = super().__getitem__(index)
+            if index == 5 * SIZE + 2:
+                item["x"][1] = torch.inf
+            return item
+
+    callback = StabilityCallback(STATISTICS, flush_every=3, mask="mask", actions={"non_finite": "skip"})
+    model = module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, callback).fit(model, DataLoader(OneBad(), batch_size=SIZE))
+    assert len(model.losses) == BATCHES  # the run again is no step of the user's module
+    sample = 5 * SIZE + 2
+    said = f"Row 2 of {SIZE} (sample {sample} of the data set) did it: at the input of net.1 a value is not finite"
+    assert f"stabnorm, step 5: {said} at token 1" in caplog.text
+    assert callback.directory is not None
+    assert said in (callback.directory / "report.md").read_text()
+    (folder,) = (callback.directory / "dumps").iterdir()
+    assert read_dump(folder).header["rows"]["rows"][0]["sample"] == sample
+    again = replay(read_dump(folder), module(), loss_of).rows
+    assert again is not None
+    assert again.sentence.startswith(said)

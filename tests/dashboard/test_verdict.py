@@ -154,3 +154,11 @@ def test_a_statistic_with_a_published_remedy_names_it_as_what_to_try(tmp_path: P
     assert "stabnorm.remedies.sigma_reparametrize gives each weight" in onset.remedy
     assert "Others are stabnorm.remedies.qk_norm, stabnorm.remedies.qk_clip." in onset.remedy
     assert onset.remedy.endswith("See stabnorm remedies attention_logit_max.")
+
+
+def test_an_alert_says_which_rows_of_the_batch_did_it(tmp_path: Path) -> None:
+    rows = ("rows", 312, {"sentence": "Row 4 of 6 did it."}), ("rows", 20, {"sentence": "Row 1 of 6 did it."})
+    alerts = [alert(311, LAYERS[3]), alert(312, LAYERS[3])]
+    (onset,) = judged(file_record(tmp_path, growing(first_layer=3), events=[*alerts, *rows])).onsets
+    assert onset.advice.endswith("Row 4 of 6 did it.")
+    assert "Row 1" not in onset.advice

@@ -17,7 +17,8 @@ a fault takes some ten seconds on a core of its own, and a calm one about a minu
 
 Spikes that arise by themselves are the kind "slingshots", see `benchmarks.slingshot`.
 
-Args: --kinds NAME ..., --families NAME ..., --seeds N ..., --folder PATH, --depth N, --bf16, --quick, --table.
+Args: --kinds NAME ..., --families NAME ..., --seeds N ..., --folder PATH, --depth N, --width N, --batch N,
+--dtype NAME, --quick, --table.
 """
 
 import argparse
@@ -30,14 +31,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import slingshot
-from benchmarks.faulty_trainings import CALM, FAMILIES, FAULTS, Fault, Training, constant, warmed_up
+from benchmarks.faulty_trainings import CALM, FAMILIES, FAULTS, Dtype, Fault, Training, constant, warmed_up
 from benchmarks.peer_rules import GRADIENT_RULES, LOSS_RULES, Series, events
 from stabnorm import Alert, StabilityMonitor
 from stabnorm.companions import AttentionCompanion, WeightCompanion
@@ -78,7 +79,9 @@ class Outcome:
     """One run: what was trained, and every number that a rule may read.
 
     Attributes:
-        kind, family, seed, depth, bf16: what was trained.
+        kind, family, seed: what was trained.
+        depth, width, batch: of the model, in blocks, and of its batches; 0: those of the family.
+        dtype: "float32"; "autocast": forwards in bfloat16; "bfloat16": weights and moments in it, too.
         begin: the step at which the fault begins; the number of steps in a calm run.
         losses, gradients, rates: ``[steps]``, loss, norm of the gradient and learning rate from the first step on.
         rows: of the norms (""), and of each companion, the names of the rows.
@@ -92,7 +95,9 @@ class Outcome:
     family: str
     seed: int
     depth: int = 4
-    bf16: bool = False
+    width: int = 0
+    batch: int = 0
+    dtype: Dtype = "float32"
     begin: int = 0
     losses: list[float] = field(default_factory=list)
     gradients: list[float] = field(default_factory=list)
@@ -106,7 +111,9 @@ class Outcome:
     @property
     def name(self) -> str:
         """The name of its file."""
-        words = f"{self.kind} {self.family} {self.seed} depth{self.depth}{' bf16' if self.bf16 else ''}"
+        words = f"{self.kind} {self.family} {self.seed} depth{self.depth}"
+        words += f" width{self.width}" * bool(self.width) + f" batch{self.batch}" * bool(self.batch)
+        words += f" {self.dtype}" * (self.dtype != "float32")
         return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in words)
 
     @property
@@ -295,15 +302,18 @@ class Study:
         watch(outcome, training, monitor_of(training), steps, FAULTS["nothing"], progress)
 
     def _training(self, outcome: Outcome, **options: Any) -> Training:
+        family = FAMILIES[outcome.family]
+        family = family._replace(width=outcome.width or family.width, batch=outcome.batch or family.batch)
         return Training(
-            FAMILIES[outcome.family], outcome.seed, depth=outcome.depth, bf16=outcome.bf16,
+            family, outcome.seed, depth=outcome.depth, dtype=outcome.dtype,
             **{"schedule": warmed_up(constant), **options},
         )  # fmt: skip
 
     def _break(self, outcome: Outcome, progress: Progress) -> None:
         fault, training = FAULTS[outcome.kind], self._training(outcome)
         monitor = monitor_of(training)
-        healthy = Outcome("healthy", outcome.family, outcome.seed, outcome.depth, outcome.bf16)
+        what = (outcome.family, outcome.seed, outcome.depth, outcome.width, outcome.batch, outcome.dtype)
+        healthy = Outcome("healthy", *what)
         path = self.path(healthy)
         if path.exists():
             state = torch.load(path)
@@ -427,7 +437,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12, 13])
     parser.add_argument("--folder", type=Path, default=Path("runs") / "early_warning")
     parser.add_argument("--depth", type=int, default=4, help="blocks of a model. Default: 4")
-    parser.add_argument("--bf16", action="store_true", help="compute forwards in bfloat16")
+    parser.add_argument("--width", type=int, default=0, help="of a model. Default: that of its family")
+    parser.add_argument("--batch", type=int, default=0, help="images or texts of a step. Default: that of the family")
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), default="float32",
+        help='"autocast": forwards in bfloat16; "bfloat16": weights and moments in it, too. Default: float32',
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a few steps of each run, to see that all of it works")
     parser.add_argument("--table", action="store_true", help="only print the tables of the runs that exist")
     options = parser.parse_args(arguments)
@@ -435,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     study = Study(options.folder, QUICK if options.quick else Length())
     wanted = [
-        Outcome(kind, family, seed, options.depth, options.bf16)
+        Outcome(kind, family, seed, options.depth, options.width, options.batch, options.dtype)
         for seed in options.seeds for family in options.families for kind in options.kinds if kind != SLINGSHOTS
     ]  # fmt: skip
     runs = [study.read(o) if options.table else study.run(o, bar(f"{o.kind}, {o.family}, {o.seed}")) for o in wanted]

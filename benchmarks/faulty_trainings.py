@@ -21,6 +21,7 @@ from stabnorm.examples.characters import ALPHABET, encode
 from stabnorm.examples.digits import Attention, augment
 
 LEARNING_RATE, WARM_UP = 1e-3, 100
+Dtype = Literal["float32", "autocast", "bfloat16"]
 
 
 class Family(NamedTuple):
@@ -131,16 +132,16 @@ class Training:
         depth: number of blocks.
         dropout: of the branches.
         schedule: the factor of the learning rate at a step.
-        bf16: compute the forward in bfloat16 (autocast).
+        dtype: "autocast" computes forwards in bfloat16, and "bfloat16" has the weights and moments in it, too.
     """
 
     def __init__(
         self, family: Family, seed: int, *, depth: int = 4, dropout: float = 0.0, schedule: Schedule = constant,
-        bf16: bool = False,
+        dtype: Dtype = "float32",
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
-        self.family, self.depth, self.schedule, self.bf16 = family, depth, schedule, bf16
-        self.model = Model(family, depth, dropout)
+        self.family, self.depth, self.schedule, self.dtype = family, depth, schedule, dtype
+        self.model = Model(family, depth, dropout).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -176,7 +177,9 @@ class Training:
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean cross-entropy, in nats."""
         inputs, targets = batch
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        if inputs.is_floating_point():
+            inputs = inputs.to(self.model.positions.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "autocast"):
             logits = self.model(inputs)
         return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 

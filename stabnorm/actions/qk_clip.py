@@ -49,4 +49,7 @@ class _Shrinking(Worker):
         latest = history[int(measured[-1])].tolist() if len(measured) else []
         logits = {name: value for name, value in zip(track.rows, latest, strict=False) if value > self.action.threshold}
         report = qk_clip(self.training.model, logits, self.action.threshold)
-        return f"{report}" if logits else f"no head has a logit above {self.action.threshold:g}, and none is shrunk"
+        if not logits:
+            return f"no head has a logit above {self.action.threshold:g}, and none is shrunk"
+        self.training.monitor.announce_change("queries and keys were shrunk")  # the logits fall, as they should
+        return f"{report}"

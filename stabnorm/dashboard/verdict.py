@@ -188,7 +188,8 @@ def _onset(run: Run, onset: monitored.Onset) -> Onset:
     aftermath = () if onset.kind == "nonfinite" else (*_said_of_factors(onset, told, factors, now), _said_of_lead(lead))
     sentence = with_short_names(" ".join((onset.sentence, *aftermath)), names)
     advice = with_short_names(" ".join(filter(None, (onset.advice, _said_of_rows(run, onset)))), names)
-    remedy = " ".join(filter(None, (onset.remedy, _named_remedies(onset.statistic))))
+    named = "" if onset.value < onset.usual else _named_remedies(onset.statistic)  # they are against growth
+    remedy = " ".join(filter(None, (onset.remedy, named)))
     return Onset(
         onset.step, onset.last_step, onset.kind, onset.scope, onset.layer, onset.statistic, onset.value, onset.usual,
         moved, factors, now, lead, alerts, aftermath, sentence, advice, remedy,

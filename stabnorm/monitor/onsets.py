@@ -344,7 +344,8 @@ def _words(
         first = "the first one in reverse depth order is named" if backward else "the first one is named"
         head += f" Within {TOGETHER} steps {len(moved)} of {len(layers)} layers moved, and {first}."
     channels = f" Its largest channels are {', '.join(map(str, onset.channels))}." if onset.channels else ""
-    remedy = remedy_of(event.statistic, first=place == 0 and not backward, back_to=onset.step)
+    fell = event.value < event.usual
+    remedy = remedy_of(event.statistic, first=place == 0 and not backward, back_to=onset.step, fell=fell)
     if place < 0:
         return head, f"Look at {onset.layer}, and at what changed just before step {at}.{channels}", remedy
     if backward:

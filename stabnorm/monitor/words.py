@@ -21,10 +21,15 @@ _REMEDIES: Mapping[str, str] = {
     "lasting_curvature": "lower the learning rate, or Adam's beta2",
     "loss": "look at the batches of these steps, and clip the gradient (Trainer(gradient_clip_val=1.0))",
 }
+_BAD_WHEN_LOW = ("attention_entropy", "attention_entropy_share")  # all others in the table are bad when they grow
 _FIRST_LAYER = "normalise what the embedding writes: stabnorm.remedies.stable_embedding"
 _BRANCH = (
     "bound what the branch before it adds: stabnorm.remedies.peri_norm or scale_residuals; "
     'companions=["weights"] shows which matrix grows'
+)
+_SHRUNK = (
+    "stop what shrinks here: the gain of the norm before, or a matrix, which weight decay without gradient does; "
+    'companions=["weights"] shows which matrix'
 )
 _GLOBAL: Mapping[str, str] = {
     "learning rate": "with a lower learning rate, or a longer warm-up",
@@ -76,19 +81,22 @@ def measured(layer: str, statistic: str, value: float, usual: float, score: floa
     return f"{what} was {number(value)}, {times(value / usual, value / usual)} its usual {number(usual)}{off}."
 
 
-def remedy_of(statistic: str, *, first: bool, back_to: int) -> str:
+def remedy_of(statistic: str, *, first: bool, back_to: int, fell: bool = False) -> str:
     """Return what to try where one layer, or the layers from one on, left their usual range.
 
     Args:
         statistic: the one that left it.
         first: whether it began at the first layer, which reads the embedding.
         back_to: the step before which the training was well.
+        fell: whether it fell, so that a remedy against growth is none. Default: False.
 
     >>> remedy_of("attention_logit_max", first=False, back_to=90)
     'Go on from a checkpoint before step 90, and bound the attention logits: stabnorm.remedies.qk_norm, \
 sigma_reparametrize or qk_clip.'
     """
-    what = _REMEDIES.get(statistic, _FIRST_LAYER if first else _BRANCH)
+    what = _FIRST_LAYER if first else _SHRUNK if fell else _BRANCH
+    if not fell or statistic in _BAD_WHEN_LOW:
+        what = _REMEDIES.get(statistic, what)
     return f"Go on from a checkpoint before step {back_to:,}, and {what}."
 
 

@@ -316,11 +316,17 @@ class OneHead(nn.Module):
 
 
 def test_heads_with_large_logits_are_shrunk_at_an_alarm() -> None:
+    class Forgets(AlarmAt):
+        forgot = 0
+
+        def forget(self) -> None:
+            Forgets.forgot += 1
+
     model = OneHead()
     with torch.no_grad():
         model.attention.in_proj_weight[:4] *= 500  # queries of the first head
     x = torch.randn(2, 16, 8)
-    with StabilityMonitor(model, ["amax"], flush_every=5, detector=AlarmAt, companions=["attention"]) as monitor:
+    with StabilityMonitor(model, ["amax"], flush_every=5, detector=Forgets, companions=["attention"]) as monitor:
         actions = Actions(Training(model, monitor, []), {"any": QKClip(threshold=50.0)})
         before = model.attention.in_proj_weight.clone()
         for _ in range(15):
@@ -332,6 +338,7 @@ def test_heads_with_large_logits_are_shrunk_at_an_alarm() -> None:
     assert "attention.head0" in actions.done[0].words
     assert float(largest[9].max()) > 50 >= float(largest[10:].max()) * (1 - 1e-5)
     assert torch.equal(before[4:8], model.attention.in_proj_weight[4:8])
+    assert Forgets.forgot == 2  # of norms and attention: that the logits fall now is no alarm
 
 
 def test_logits_must_be_measured() -> None:

@@ -1,0 +1,45 @@
+"""An attention whose logits fall goes flat: it is alarmed as one whose logits grow, and no bound is advised."""
+
+import pytest
+import torch
+
+from stabnorm.companions import AttentionCompanion
+from stabnorm.monitor.alerts import Alert
+from stabnorm.monitor.detect import RobustDetector
+from stabnorm.monitor.onsets import OnsetFollower, Watched
+from stabnorm.monitor.words import remedy_of
+
+ROWS = tuple(f"blocks.{i}.attn.head0" for i in range(4))
+
+
+def seen(factor: float) -> tuple[list[Alert], str]:
+    """Let the logits of one head change by a factor at each of 40 steps."""
+    torch.manual_seed(0)
+    values = 1 + 0.03 * torch.randn(340, len(ROWS), 3)
+    values[300:, 2, 2] *= factor ** torch.arange(40.0)
+    detector = RobustDetector(AttentionCompanion.statistics, ROWS)
+    tokens, nonfinite = torch.full((340, len(ROWS)), torch.inf), torch.zeros(340, len(ROWS), dtype=torch.bool)
+    alerts = detector.update(0, values, tokens, nonfinite)
+    (onset,) = OnsetFollower().add(alerts, detector.take_departures(), Watched(ROWS, steps=340))
+    return alerts, onset.remedy
+
+
+@pytest.mark.parametrize("factor", [0.95, 1.05])
+def test_logits_that_leave_their_past_are_alarmed_in_both_directions(factor: float) -> None:
+    (alert,), remedy = seen(factor)
+    assert (alert.layer, alert.statistic) == (ROWS[2], "attention_logit_max")
+    assert 315 < alert.step < 325
+    assert ("bound the attention logits" in remedy) is (factor > 1)
+    assert ("stop what shrinks" in remedy) is (factor < 1)
+
+
+@pytest.mark.parametrize("statistic", ["token_std_mean", "amax", "attention_logit_max"])
+def test_no_remedy_against_growth_is_told_where_something_fell(statistic: str) -> None:
+    words = {fell: remedy_of(statistic, first=False, back_to=9, fell=fell) for fell in (False, True)}
+    assert "bound" in words[False]
+    assert "shrinks" in words[True]
+    assert "bound" not in words[True]
+
+
+def test_an_entropy_that_falls_still_asks_for_bounded_logits() -> None:
+    assert "bound the attention logits" in remedy_of("attention_entropy_share", first=False, back_to=9, fell=True)

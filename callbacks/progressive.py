@@ -27,7 +27,7 @@ from stabnorm.callbacks._run_facts import (
 from stabnorm.callbacks._switch_record import SwitchRecord
 from stabnorm.callbacks._trainer import described, logged_steps, loss_scale, state_to_pickle, synchronises_norms
 from stabnorm.callbacks.stability import StabilityCallback
-from stabnorm.convert import ConversionReport, Target, check_norm_options, check_target, convert_norms
+from stabnorm.convert import ConversionReport, Target, check_norm_options, check_target, convert_norms, has_lam
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.outputs import Guard, Outputs
 from stabnorm.monitor.record import RecordWriter
@@ -61,8 +61,8 @@ class ProgressiveNormCallback(Callback):
     come after this one. At the end a table says which layers kept their norm, and why.
 
     Args:
-        to: "prepbn", "repbn", "unified" or "power". The last three have no lam: the norms are replaced at once, and
-            this callback updates their step counters and loss scale. Default: "prepbn".
+        to: "prepbn", "taper", "repbn", "unified" or "power". The last three have no lam: the norms are replaced at
+            once, and this callback updates their step counters and loss scale. Default: "prepbn".
         schedule: "adaptive" (a layer is switched when its norm has become nearly affine, else it keeps the norm, see
             `stabnorm.switch.AffineGate`), "linear", "cosine", "constant" (no transition), or a function of the step
             that returns lam. Default: "adaptive".
@@ -110,7 +110,7 @@ class ProgressiveNormCallback(Callback):
         super().__init__()
         check_plan(schedule, start, fraction, order)
         check_target(to)
-        if to != "prepbn" and (schedule, start, fraction, order) != ("adaptive", 0, FRACTION, "together"):
+        if not has_lam(to) and (schedule, start, fraction, order) != ("adaptive", 0, FRACTION, "together"):
             given = f"schedule={schedule!r}, start={start}, fraction={fraction}, order={order!r}"
             raise ValueError(f"{given} say how lam moves, and to={to!r} has none. Leave them out")
         if total_steps is not None:

@@ -13,7 +13,7 @@ from stabnorm.nn._base import TARGETS, EvalAffineNorm, target_name
 from stabnorm.nn.mixed_in import MixedIn
 from stabnorm.norms import NormLayer
 
-Target = str  # a key of TARGETS: "prepbn", "repbn", "unified", "power"; or a baseline: "dyt", "derf", "srms"
+Target = str  # a key of TARGETS: "prepbn", "taper", "repbn", "unified", "power"; or a baseline: "dyt", "derf", "srms"
 
 
 class Plan(NamedTuple):
@@ -92,7 +92,7 @@ _STATE_HOOKS = (
 
 def _obstacle_to_replacing(old: nn.Module, tree: Tree) -> str | None:
     if id(old) not in tree.parents:
-        return "it is the model itself: only to='prepbn' can convert it in place"
+        return "it is the model itself: only to='prepbn' or 'taper' can convert it in place"
     if any(getattr(old, hooks) for hooks in _STATE_HOOKS):
         return "it has state_dict hooks, which are about its own tensors: remove them first"
     return None

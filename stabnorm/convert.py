@@ -24,6 +24,7 @@ from stabnorm.fit.start import fit_copies, start_from_fits
 from stabnorm.fit.sums import Affine
 from stabnorm.nn._base import TARGETS
 from stabnorm.nn._fused_path import leave_fused_paths
+from stabnorm.nn._progressive import ProgressiveNorm
 from stabnorm.nn.elementwise import SquashingNorm
 from stabnorm.norms import Kind, NormLayer, NormSearch
 
@@ -92,6 +93,8 @@ def convert_norms(
 
     .. math:: y = \lambda\, \mathrm{norm}(x) + (1 - \lambda)\, \mathrm{RepBN}(x)
 
+    ``to="taper"`` does the same with `TaperNorm`, whose branch is one calibrated number times the input and a gain.
+
     All other targets put a new module in the norm's place, under every name that the norm has, and change at once
     what the model computes. The new module has the same weight and bias Parameters as the norm, so an optimizer that
     was built before still trains them. Where that is impossible (a gain of 1 + weight, another shape), a new Parameter
@@ -104,8 +107,8 @@ def convert_norms(
     from a checkpoint; run a batch before the model is compiled or wrapped.
 
     Convert before the optimizer is built and before the model is wrapped for several processes, for instance in
-    ``__init__`` or ``configure_model``. Then checkpoints of the converted model load. With "prepbn", a checkpoint from
-    before the conversion loads, too. A second call changes nothing.
+    ``__init__`` or ``configure_model``. Then checkpoints of the converted model load. With "prepbn" and "taper", a
+    checkpoint from before the conversion loads, too. A second call changes nothing.
 
     At lam = 1 the gradients are the same bits as before if the norm is one operation. A norm of several operations,
     like Llama's, sums its own gradients before those of the residual are added, which may change the last bit.
@@ -116,8 +119,8 @@ def convert_norms(
 
     Args:
         model: Any module.
-        to: "prepbn", "repbn", "unified" or "power"; or a baseline that does not fold, to compare with: "dyt", "derf" or
-            "srms", see `stabnorm.nn.DyT`, `Derf` and `SRMSNorm`. Default: "prepbn".
+        to: "prepbn", "taper", "repbn", "unified" or "power"; or a baseline that does not fold, to compare with: "dyt",
+            "derf" or "srms", see `stabnorm.nn.DyT`, `Derf` and `SRMSNorm`. Default: "prepbn".
         include: Regular expression, or several, searched for in a norm's name. Default: all norms.
         exclude: The same, for norms to leave alone; it wins over `include`. Default: none.
         loader: A DataLoader or a list of batches for ``init="fit"``, which uses the first 32. A tensor is the model's
@@ -143,8 +146,8 @@ def convert_norms(
             empty, or the model does not run on its batches; or the class of a norm does not allow the conversion. The
             model has not changed then.
 
-    Source: arXiv:2405.11582 (PRepBN and RepBN), 2208.01313 (UnifiedNorm), 2003.07845 (PowerNorm), 2503.10622 (DyT),
-    2512.10938 (Derf), 2307.14995 (SRMSNorm).
+    Source: arXiv:2405.11582 (PRepBN and RepBN), 2602.10408 (TaperNorm), 2208.01313 (UnifiedNorm), 2003.07845
+    (PowerNorm), 2503.10622 (DyT), 2512.10938 (Derf), 2307.14995 (SRMSNorm).
 
     Example:
         >>> import torch
@@ -296,6 +299,11 @@ def check_norm_options(to: Target, options: dict[str, Any]) -> None:
 def check_target(to: Target) -> None:
     """Raise ValueError unless `to` is what a norm can be converted to."""
     check_choice("to", to, sorted(TARGETS))
+
+
+def has_lam(to: Target) -> bool:
+    """Whether the target keeps the norm and blends into another map, by a lam that moves in training."""
+    return issubclass(TARGETS[to], ProgressiveNorm)
 
 
 def check_patterns(model: nn.Module, every: NormSearch, **filters: str | Sequence[str] | None) -> None:

@@ -6,14 +6,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
+from stabnorm.nn import PowerNorm, PRepBN, RepBN, TaperNorm, UnifiedNorm
 
+HOLDS_A_NORM = ("prep", "taper", "taper, calibrating")  # lam is above 0
 COUNTERS = ("step", "skips", "rep.step", "rep.skips")
 
 
 def half_way(channels: int, **options: bool) -> PRepBN:
     norm = PRepBN(channels, **options)  # type: ignore[arg-type]
     norm.lam.fill_(0.4)
+    return norm
+
+
+def tapered(channels: int, lam: float, **options: bool) -> TaperNorm:
+    norm = TaperNorm(channels, **options)  # type: ignore[arg-type]
+    norm.lam.fill_(lam)
     return norm
 
 
@@ -25,6 +32,8 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "rep, filtered": lambda c, **o: RepBN(c, filtration="calibrated", **o),
     "rep, l1": lambda c, **o: RepBN(c, statistic="l1", **o),
     "prep": half_way,
+    "taper, calibrating": lambda c, **o: tapered(c, 1.0, **o),
+    "taper": lambda c, **o: tapered(c, 0.4, **o),
     "power, warming up": lambda c, **o: PowerNorm(c, **o),
     "power": lambda c, **o: PowerNorm(c, warmup_steps=3, **o),
     "power, groups": lambda c, **o: PowerNorm(c, groups=2, warmup_steps=3, **o),

@@ -15,7 +15,7 @@ class AddsInput(Protocol):
     """A norm that adds its input, times eta, to what it normalises: RepBN, and a norm that blends into one."""
 
     def input_branch(self) -> tuple[Tensor | float, Tensor, Tensor, bool]:
-        """Share of that branch in the output; its gain, its eta, and whether it takes the mean out."""
+        """Share of that branch in the output; its gain, eta ``[1]`` or ``[C]``, and whether it takes the mean out."""
 
 
 class Parameters(NamedTuple):
@@ -25,7 +25,7 @@ class Parameters(NamedTuple):
         gain, bias: ``[L, C]``; NaN where a layer has none, and beyond its channels.
         blended: ``[L, C]``, the gain on the normalised input: (1 - share) gain + share * the branch's in a norm that
             `AddsInput`, else gain.
-        eta: ``[L]``, what the input itself counts beside it, share * eta; 0 elsewhere.
+        eta: ``[L, C]``, what the input itself counts beside it, share * eta; 0 elsewhere.
         centred: ``[L]`` bool, whether that branch takes the mean out.
     """
 
@@ -39,7 +39,7 @@ class Parameters(NamedTuple):
     def unknown(layers: int, width: int, device: torch.device, dtype: torch.dtype) -> "Parameters":
         """NaN everywhere, for where no statistic asks for parameters."""
         nothing = torch.full((layers, width), torch.nan, device=device, dtype=dtype)
-        return Parameters(nothing, nothing, nothing, nothing[:, 0], nothing[:, 0].isnan())
+        return Parameters(nothing, nothing, nothing, nothing, nothing[:, 0].isnan())
 
     @staticmethod
     def of(norms: Sequence[NormLayer], width: int, device: torch.device, dtype: torch.dtype) -> "Parameters":
@@ -48,7 +48,7 @@ class Parameters(NamedTuple):
         gain, bias = (
             _padded(values, norms, width, device, dtype) for values in (gains, [layer.bias for layer in norms])
         )
-        eta = torch.zeros(len(norms), device=device, dtype=dtype)
+        eta = torch.zeros(len(norms), width, device=device, dtype=dtype)
         centred = torch.ones(len(norms), device=device, dtype=torch.bool)
         blended = gain
         for index, layer in enumerate(norms):
@@ -58,7 +58,7 @@ class Parameters(NamedTuple):
                 row = blended[index, : layer.num_features]
                 own = torch.ones_like(row) if gains[index] is None else row
                 row.copy_(own + share * (weight.detach().to(row) - own))
-                eta[index] = (share * input_gain.detach()).reshape(())
+                eta[index, : layer.num_features] = share * input_gain.detach()
                 centred[index] = takes_mean
         return Parameters(gain, bias, blended, eta, centred)
 

@@ -1,4 +1,4 @@
-"""Norm modules that are affine in eval (Unified Normalization, RepBN, PRepBN, PowerNorm), and baselines beside them."""
+"""Norm modules that are affine in eval (UnifiedNorm, RepBN, PRepBN, TaperNorm, PowerNorm), and baselines."""
 
 from stabnorm._lazy import public_names
 from stabnorm.nn import _fused_path, _official_variants  # noqa: F401  # a hook on torch's encoder layers; variants
@@ -9,6 +9,7 @@ from stabnorm.nn.groups import no_decay_groups
 from stabnorm.nn.power import PowerNorm
 from stabnorm.nn.prep import PRepBN
 from stabnorm.nn.rep import RepBN
+from stabnorm.nn.taper import TaperNorm
 from stabnorm.nn.unified import UnifiedNorm
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PowerNorm",
     "RepBN",
     "SRMSNorm",
+    "TaperNorm",
     "UnifiedNorm",
     "no_decay_groups",
 ]

@@ -11,7 +11,7 @@ class Branch(ChannelNorm):
     """A norm over one channel axis that is the branch `rep` of a `ProgressiveNorm`."""
 
     def blended_parameters(self) -> tuple[Tensor | None, ...]:
-        """Return the parameters that `apply_with` takes, in its order."""
+        """Return the parameters that `apply_with` takes, in its order; those that may be None are the last ones."""
         raise NotImplementedError
 
     def apply_with(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -320,7 +320,9 @@ class ChannelNorm(EvalAffineNorm):
         """Build the new module with the norm's weight and bias; see the base class."""
         old = layer.module
         if layer.feature_dims > 1:
-            raise StabNormError(f"its channels are on {layer.feature_dims} axes: only to='prepbn' can convert it")
+            raise StabNormError(
+                f"its channels are on {layer.feature_dims} axes: only to='prepbn' or 'taper' can convert it"
+            )
         like = floating_tensor_of(old) if like is None else like
         with tensors_like(like):
             options = cls.defaults_after(layer) | options

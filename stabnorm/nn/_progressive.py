@@ -191,14 +191,14 @@ class ProgressiveNorm(EvalAffineNorm):
             return Idle.apply(y, *self.__norm_parameters()) if self.training else y  # type: ignore[no-untyped-call]
         if (at_once := self._at_once(x, mask)) is not None:
             return at_once
-        self.rep.checked_mask(
-            self._flat_channels(x), mask
-        )  # first, because its errors are clearer than those of the norm
-        for_norm, for_rep, *given = fork(self.lam, x, *[tensor for tensor in own if tensor is not None])
+        # First the mask, because these errors are clearer than those of the norm.
+        self.rep.checked_mask(self._flat_channels(x), mask)
+        present = [tensor for tensor in own if tensor is not None]
+        for_norm, for_rep, *given = fork(self.lam, x, *present)
         norm = self.__norm(for_norm)  # before `rep`, whose statistics do not change if the norm raises
         if self.training:
             self._see_norm(x, mask, norm)
-        rep = self.__rep(for_rep, mask, *[None if tensor is None else given.pop(0) for tensor in own])
+        rep = self.__rep(for_rep, mask, *given, *own[len(present) :])
         return blend_of(self.lam, norm, rep)
 
     def _at_once(self, x: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -125,16 +125,16 @@ class RepBN(Branch):
         """Normalise; in training mode also update the statistics."""
         return self.apply_with(x, mask, *self.blended_parameters())
 
-    def blended_parameters(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return weight, bias and eta."""
-        return self.weight, self.bias, self.eta
+    def blended_parameters(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return weight, eta and bias."""
+        return self.weight, self.eta, self.bias
 
     def frozen_affine(self) -> tuple[Tensor, Tensor | None]:
         """Return scale and shift of eval mode, in the buffers' precision."""
         rstd = torch.rsqrt(self.running_var + self.eps)
         return channel_affine(self.weight, self.bias, self.eta, self.running_mean, rstd)
 
-    def apply_with(self, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eta: Tensor) -> Tensor:
+    def apply_with(self, x: Tensor, mask: Tensor | None, weight: Tensor, eta: Tensor, bias: Tensor | None) -> Tensor:
         """Run `forward` with other tensors for the parameters; PRepBN controls their gradients in this way."""
         rows, valid = self.rows_of(x, mask)
         if not self.training:

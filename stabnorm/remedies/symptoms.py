@@ -46,6 +46,7 @@ _PATCHES = "the patch embedding of a vision transformer is unstable"
 _SPIKES = "the gradients have spikes"
 _LENGTH = "the weights grow, so that the effective learning rate falls"
 _DISCREPANCY = "evaluation uses other statistics than training"
+_BATCHLESS = "the norms have to go, and batches are too small or too uneven for batch statistics"
 _PART = "only the norms are worth training"
 
 REMEDIES: tuple[Remedy, ...] = (
@@ -136,6 +137,11 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy(
         "WeightProjection", _LENGTH, ("effective_learning_rate", "radial_share"),
         "does the same in a training loop of your own", "arXiv 2407.01800", "nothing is left",
+    ),
+    Remedy(
+        "nn.TaperNorm", _BATCHLESS, (),
+        'tapers each norm to one calibrated number times its gains: convert_norms(to="taper")', "arXiv 2602.10408",
+        "the norm, exactly, at lam = 0",
     ),
     Remedy(
         "train_only_norms", _PART, (), "trains gains and biases of the norms only", "arXiv 2003.00152",

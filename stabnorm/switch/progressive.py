@@ -225,7 +225,8 @@ class ProgressiveSwitch:
     def summary(self) -> str:
         """Return a short table: how many layers were switched, and why the others were not."""
         switched = [layer for layer, lam in zip(self.layers, self.lam, strict=True) if lam == 0]
-        lines = [f"{len(switched)} of {len(self.layers)} layers switched to RepBN, which is affine in eval"]
+        to = " or ".join(sorted({type(norm.rep).__name__ for norm in self.norms.values()})) or "RepBN"
+        lines = [f"{len(switched)} of {len(self.layers)} layers switched to {to}, which is affine in eval"]
         names = {layer: norm_class(norm).__name__ for layer, norm in self.norms.items()}
         rows = [(layer, f"keeps {names[layer]}", reason) for layer, reason in self.kept.items()]
         for layer, lam in zip(self.layers, self.lam, strict=True):

@@ -15,7 +15,7 @@ from torch import nn
 
 from stabnorm import StabNormError
 from stabnorm.callbacks import ProgressiveNormCallback
-from stabnorm.nn import PRepBN, RepBN, UnifiedNorm
+from stabnorm.nn import PRepBN, RepBN, TaperNorm, UnifiedNorm
 from stabnorm.switch.lam import progressive_norms
 from stabnorm.switch.schedules import cosine, linear
 from tests.lightning_small import BATCHES, WIDTH, fit, loader, module, trainer
@@ -44,6 +44,20 @@ def test_it_works_in_both_namespaces_and_needs_no_argument(
     assert model.validated[-1] == [0.0, 0.0]
     assert watchers(model) == 0
     assert "2 of 2 layers switched to RepBN" in capsys.readouterr().out
+
+
+def test_it_tapers_norms_with_the_published_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = module(clean=False)
+    gate = ProgressiveNormCallback("taper", "cosine", start=3, fraction=0.5, mask="mask")
+    fit(trainer(tmp_path, gate), model)
+    wanted = [cosine(step, BATCHES, start=3, fraction=0.5) for step in range(BATCHES)]
+    assert model.lams == [[pytest.approx(lam, abs=1e-7)] * 2 for lam in wanted]
+    assert "2 of 2 layers switched to CalibratedScale" in capsys.readouterr().out
+    for norm in progressive_norms(model).values():
+        assert isinstance(norm, TaperNorm)
+        assert 0.1 < norm.rep.scale < 10  # without the padding, whose numbers are 1e4
+        assert norm.rep.step == BATCHES
+        norm.fold_affine()
 
 
 @pytest.mark.parametrize("place", ["init", "setup", "configure_model"])

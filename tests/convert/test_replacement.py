@@ -149,11 +149,11 @@ def test_hooks_move_over_and_their_handles_still_remove_them(to: Target) -> None
 
 
 def test_what_cannot_be_replaced_is_left_with_the_reason() -> None:
-    with pytest.raises(StabNormError, match="it is the model itself: only to='prepbn' can convert it in place"):
+    with pytest.raises(StabNormError, match="it is the model itself: only to='prepbn' or 'taper' can convert it"):
         convert_norms(nn.LayerNorm(8), "repbn")
     hooked = nn.LayerNorm(8)
     hooked.register_load_state_dict_post_hook(lambda *_: None)
     report = convert_norms(nn.Sequential(hooked, nn.LayerNorm((2, 8)), nn.LayerNorm(8)), "repbn")
     assert report.converted == ["2"]
     assert report.left["0"].startswith("it has state_dict hooks")
-    assert report.left["1"] == "its channels are on 2 axes: only to='prepbn' can convert it"
+    assert report.left["1"] == "its channels are on 2 axes: only to='prepbn' or 'taper' can convert it"

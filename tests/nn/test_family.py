@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stabnorm import StabilityMonitor, find_norms, valid_tokens
 from stabnorm.errors import StabNormError
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm, no_decay_groups
-from tests.nn_modules import COUNTERS, MODULES, batches, built, close_states, run, state
+from stabnorm.nn._progressive import ProgressiveNorm
+from tests.nn_modules import COUNTERS, HOLDS_A_NORM, MODULES, batches, built, close_states, run, state
 
 every = pytest.mark.parametrize("name", list(MODULES))
 
@@ -69,11 +70,11 @@ def test_t6_padding_changes_neither_output_nor_gradient(name: str, garbage: floa
         y_padded, dx_padded = run(padded, longer, upstream, mask)
         torch.testing.assert_close(y_padded[:, :6], y, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(dx_padded[:, :6], dx, rtol=1e-5, atol=1e-5)
-        if name != "prep" and not name.endswith("groups"):  # layer norm's own gradient of garbage is its own
+        if name not in HOLDS_A_NORM and not name.endswith("groups"):  # layer norm's own gradient of garbage is its own
             assert torch.equal(dx_padded[:, 6:], torch.zeros_like(tail))
     close_states(norm, padded, 1e-5)
     for own, theirs in zip(norm.parameters(), padded.parameters(), strict=True):
-        if torch.isfinite(torch.tensor(garbage)) or name not in ("prep", "power, groups"):
+        if torch.isfinite(torch.tensor(garbage)) or name not in (*HOLDS_A_NORM, "power, groups"):
             torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
@@ -149,9 +150,9 @@ def test_under_autocast_statistics_are_float32(name: str) -> None:
     norm = built(name)
     x, dy = batches(1, 4, 6, 8)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        y, dx = run(norm, x.bfloat16(), dy.float() if name == "prep" else dy.bfloat16())
+        y, dx = run(norm, x.bfloat16(), dy.float() if name in HOLDS_A_NORM else dy.bfloat16())
     assert dx.dtype == torch.bfloat16
-    assert y.dtype == torch.bfloat16 or name == "prep"  # autocast runs layer norm in float32
+    assert y.dtype == torch.bfloat16 or name in HOLDS_A_NORM  # autocast runs layer norm in float32
 
 
 @every
@@ -214,11 +215,11 @@ def test_it_starts_again(name: str) -> None:
     for x, dy in batches(6, 4, 6, 8):
         run(norm, x + 3, dy)
     norm.reset_parameters()  # type: ignore[operator]
-    if isinstance(norm, PRepBN):
+    if isinstance(norm, ProgressiveNorm):
         norm.leave_out_norm = True
         norm.reset_parameters()
         assert (float(norm.lam), norm.leave_out_norm) == (1, False)
-        norm.lam.fill_(0.4)
+        norm.lam.copy_(fresh["lam"])
     for key, value in norm.state_dict().items():
         assert torch.equal(value, fresh[key]), key
 
@@ -229,8 +230,8 @@ def test_eval_is_the_affine_map_it_says(name: str) -> None:
     for x, dy in batches(8, 4, 6, 8):
         run(norm, 3 * x + 1, dy)
     norm.eval()
-    if name in ("prep", "power, groups"):
-        with pytest.raises(RuntimeError, match=r"lam=0.4|groups=2"):
+    if name in (*HOLDS_A_NORM, "power, groups"):
+        with pytest.raises(RuntimeError, match=r"lam=0.4|lam=1 |groups=2"):
             norm.fold_affine()  # type: ignore[operator]
         return
     before = state(norm)
@@ -268,7 +269,7 @@ def test_find_norms_lists_it_once(name: str) -> None:
 def test_clear_errors(name: str) -> None:
     norm = MODULES[name](8)
     with pytest.raises(ValueError, match=r"num_features=8.*\(4, 6, 9\)"):
-        (norm.rep if isinstance(norm, PRepBN) else norm)(torch.randn(4, 6, 9))
+        (norm.rep if isinstance(norm, ProgressiveNorm) else norm)(torch.randn(4, 6, 9))
     with pytest.raises(ValueError, match=r"mask has shape \(4, 5\).*tokens of shape \(4, 6\)"):
         norm(torch.randn(4, 6, 8), torch.ones(4, 5, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"mask\.bool"):

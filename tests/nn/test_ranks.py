@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
+from stabnorm.nn import PowerNorm, PRepBN, RepBN, TaperNorm, UnifiedNorm
 from tests.nn_modules import run, state
 from tests.processes import one_after_the_other, run_ranks
 
@@ -27,6 +27,7 @@ def modules() -> dict[str, nn.Module]:
         "rep, scale only": RepBN(6, center=False, sync=True),
         "rep, filtered": RepBN(6, filtration="calibrated", sync=True),
         "prep": half,
+        "taper": TaperNorm(6, sync=True),
         "power": PowerNorm(6, warmup_steps=3, sync=True),
     }
     for norm in norms.values():

@@ -39,7 +39,7 @@ def _bias_drift(now: DetailedMoments, past: DetailedPast) -> Tensor:
 
 def _dead_gains(now: DetailedMoments, past: Past) -> Tensor:
     del past
-    blended, eta = now.parameters.blended, now.parameters.eta[:, None]
+    blended, eta = now.parameters.blended, now.parameters.eta
     uncentred = (now.second_moment + now.layout.eps[:, None]).sqrt()
     effective = blended + eta * torch.where(now.parameters.centred[:, None], now.sigma, uncentred)
     return _share(now, effective.abs() < 1e-2, effective)

@@ -1,6 +1,6 @@
 """EvoNorm-B0 and EvoNorm-S0: a norm and an activation in one, for convolutional nets (arXiv 2004.02967)."""
 
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ _AXES = (2, 3)
 
 class _EvoNorm(Float32Buffers):
     """What both have: gain, bias, the learnt vector v, and the refusal to fold."""
+
+    normalises: ClassVar[bool] = False  # its numerator is bent, so `find_norms` leaves it out
 
     def __init__(self, num_features: int, eps: float) -> None:
         super().__init__()

@@ -1,11 +1,14 @@
 """The study runs, resumes and judges as it says; in the example a run breaks, and the remedy that it names cures it."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 from benchmarks import remedies
+from benchmarks.remedy_cases import CASES
 from stabnorm.examples import remedy
+from stabnorm.remedies.symptoms import REMEDIES
 
 
 @pytest.mark.slow
@@ -35,11 +38,35 @@ def test_the_quick_study_of_a_case_prints_a_row_for_each_remedy_and_repeats_no_r
     ],
 )
 def test_the_verdict_follows_the_bound_and_the_loss(value: float, loss: float, said: str) -> None:
-    assert remedies.verdict(remedies.CASES["logits"], value, loss, (1000.0, 3.0)) == said
+    assert remedies.verdict(CASES["logits"], value, loss, (1000.0, 3.0)) == said
+
+
+def test_where_no_statistic_shows_it_the_loss_alone_is_judged() -> None:
+    nothing = float("nan")
+    assert remedies.verdict(CASES["positions"], nothing, 2.5, (nothing, 3.0)) == "loss better"
+
+
+def test_every_remedy_that_trains_is_in_the_study() -> None:
+    """Each entry of the table of remedies stands in a case; a callback stands there as the class behind it."""
+    arms = " ".join(arm for case in CASES.values() for arm in case.remedies)
+    missing = [
+        remedy.name
+        for remedy in REMEDIES
+        if remedy.name.rpartition(".")[2].removesuffix("Callback").removeprefix("ProjectWeights") not in arms
+    ]
+    assert missing == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("logits", "depth", "embedding")])
+def test_every_case_runs_with_each_of_its_remedies(case: str) -> None:
+    for arm in (remedies.NONE, *CASES[case].remedies):
+        outcome = remedies.run(remedies.Outcome(case, arm, seed=0, steps=3))
+        assert math.isfinite(outcome.loss), arm
 
 
 def test_without_a_bound_half_the_statistic_cures() -> None:
-    case = remedies.CASES["depth"]
+    case = CASES["depth"]
     assert remedies.verdict(case, 0.49, 3.0, (1.0, 3.0)) == "cured, loss no worse"
     assert remedies.verdict(case, 0.6, 3.0, (1.0, 3.0)) == "helped, loss no worse"
 

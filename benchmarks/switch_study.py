@@ -1,9 +1,10 @@
 """Study models whose LayerNorms are switched while they train: `python -m benchmarks.switch_study`.
 
-Small transformers are trained from scratch with LayerNorm, with other norms from the first step, and with the switch of
-`ProgressiveNormCallback`. All methods of one seed share initial weights, batches, augmentation and disturbances, so
-differences to LayerNorm are paired. The final model is judged in eval mode, with running statistics, because this is
-the model that folds. The gap is its loss minus the loss with the statistics of the test batch.
+Small transformers are trained from scratch with LayerNorm, with other norms or with DyT from the first step, and with
+the switch of `ProgressiveNormCallback`. All methods of one seed share initial weights, batches, augmentation and
+disturbances, so differences to LayerNorm are paired. The final model is judged in eval mode, with running statistics,
+because this is the model that folds (DyT does not). The gap is its loss minus the loss with the statistics of the test
+batch.
 
 Tasks: digits (the ViT of `examples.digits`), "wide digits" (the same, twice as wide, in batches of 64), characters (the
 transformer of `examples.characters`), and with `--data DIR` also cifar (CIFAR-10 as JPEGs, `cifar10_jpeg.npz`) and
@@ -29,7 +30,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -84,9 +85,6 @@ SETTINGS = {
     "log-normal gain per sample": Setting(sample_gain=1.2),
     "2 % of tokens x30": Setting(loud_tokens=0.02),
 }
-PUBLISHED = "linear, published start"  # eta = gamma = 1
-METHODS = ("LayerNorm", "BatchNorm", "RepBN", "UnifiedNorm", PUBLISHED, "linear", "adaptive")
-SWITCHED = (PUBLISHED, "linear", "adaptive")
 
 
 @dataclass
@@ -103,7 +101,7 @@ class Outcome:
     gap: float = math.nan
     seconds: float = 0.0
     norms: int = 0
-    kept: dict[str, str] = field(default_factory=dict)  # the layers that kept LayerNorm, and why
+    kept: dict[str, str] | None = None  # the layers that kept LayerNorm, and why; None where none was to be switched
 
     @property
     def key(self) -> tuple[str, str, str, int, int]:
@@ -161,27 +159,57 @@ class Disturb:
         return (tokens,)
 
 
-def use_norm(model: nn.Module, method: str, steps: int) -> list[Callback]:
-    """Give the model the norms of the method, or return the callback that does it."""
-    from stabnorm import convert_norms
-    from stabnorm.callbacks import ProgressiveNormCallback
+Arm: TypeAlias = Callable[[nn.Module, int], list[Callback]]
+"""Gives a model that is trained for so many steps the norms of a method, or returns the callback that does it."""
 
-    if method in SWITCHED:
-        options = {"init": "vision"} if method == PUBLISHED else {}
-        schedule = "linear" if method == PUBLISHED else method
-        return [cast(Callback, ProgressiveNormCallback(schedule=schedule, norm_options=options))]
-    if method == "RepBN":
-        convert_norms(model, to="repbn")
-    elif method == "UnifiedNorm":
-        convert_norms(model, to="unified", warmup_steps=steps // 4)
-    elif method == "BatchNorm":
-        for name, norm in list(model.named_modules()):
-            if isinstance(norm, nn.LayerNorm):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, ChannelsLastBatchNorm(norm.normalized_shape[0]))
-    elif method != "LayerNorm":
-        raise ValueError(f"method {method!r} is unknown. Choose among {', '.join(METHODS)}")
+
+def converted(to: str) -> Arm:
+    """Use another norm from the first step."""
+
+    def arm(model: nn.Module, steps: int) -> list[Callback]:
+        from stabnorm import convert_norms
+
+        convert_norms(model, to=to, **({"warmup_steps": steps // 4} if to == "unified" else {}))
+        return []
+
+    return arm
+
+
+def switched(schedule: str, **norm_options: Any) -> Arm:
+    """Switch from LayerNorm to RepBN during the training."""
+
+    def arm(model: nn.Module, steps: int) -> list[Callback]:
+        from stabnorm.callbacks import ProgressiveNormCallback
+
+        return [cast(Callback, ProgressiveNormCallback(schedule=schedule, norm_options=norm_options))]
+
+    return arm
+
+
+def layer_norm(model: nn.Module, steps: int) -> list[Callback]:
+    """Leave the model as it is."""
     return []
+
+
+def batch_norm(model: nn.Module, steps: int) -> list[Callback]:
+    """Use torch's batch norm from the first step."""
+    for name, norm in list(model.named_modules()):
+        if isinstance(norm, nn.LayerNorm):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, ChannelsLastBatchNorm(norm.normalized_shape[0]))
+    return []
+
+
+ARMS: dict[str, Arm] = {
+    "LayerNorm": layer_norm,
+    "BatchNorm": batch_norm,
+    "RepBN": converted("repbn"),
+    "UnifiedNorm": converted("unified"),
+    "DyT": converted("dyt"),
+    "linear, published start": switched("linear", init="vision"),  # eta = gamma = 1
+    "linear": switched("linear"),
+    "adaptive": switched("adaptive"),
+}
 
 
 def run(outcome: Outcome, data: Path | None) -> Outcome:
@@ -195,7 +223,7 @@ def run(outcome: Outcome, data: Path | None) -> Outcome:
     train, test = task.loaders(setting.batch or task.batch)
     model.get_submodule("blocks").register_forward_pre_hook(Disturb(setting, outcome.seed))
     outcome.norms = sum(isinstance(module, nn.LayerNorm) for module in model.modules())
-    callbacks = use_norm(model, outcome.method, steps)
+    callbacks = ARMS[outcome.method](model, steps)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:  # the callback's record, which nobody reads
         Trainer(
@@ -251,7 +279,7 @@ def tables(outcomes: Sequence[Outcome], known: Mapping[str, Task]) -> Iterator[s
         yield f"\n**{name}, {setting}** ({judged} in {unit}; lower is better)\n"
         yield "| method | runs | mean | minus LayerNorm, 95 % | eval minus batch statistics, nats | lost | kept |"
         yield "|---|---:|---:|---:|---:|---:|---:|"
-        for method in METHODS:
+        for method in ARMS:
             these = [o for o in here if o.method == method]
             if not these:
                 continue
@@ -259,11 +287,14 @@ def tables(outcomes: Sequence[Outcome], known: Mapping[str, Task]) -> Iterator[s
             pairs = [(o, by_key.get((name, setting, "LayerNorm", o.seed))) for o in these]
             differences = [getattr(o, judged) - getattr(base, judged) for o, base in pairs if base is not None]
             lost = sum(not difference <= LOST[judged] for difference in differences)
-            kept = statistics.mean(len(o.kept) for o in these)
+            switching = [o for o in these if o.kept is not None]
+            kept = (
+                f"{statistics.mean(len(o.kept or ()) for o in switching):.1f} of {these[0].norms}" if switching else ""
+            )
             gap = statistics.mean(o.gap for o in these)
             yield (
                 f"| {method} | {len(these)} | {statistics.mean(values):.{digits}f} | {interval(differences, digits)} "
-                f"| {gap:+.3f} | {lost} | {f'{kept:.1f} of {these[0].norms}' if method in SWITCHED else ''} |"
+                f"| {gap:+.3f} | {lost} | {kept} |"
             )
 
 
@@ -284,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", help="default: all there is data for")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=10, help="the gate's constants were chosen on seeds 0 to 2")
     parser.add_argument("--steps", type=int, default=400)

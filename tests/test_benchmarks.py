@@ -68,10 +68,14 @@ def test_the_inference_benchmark_prints_a_row_for_each_variant(
 
 
 @pytest.mark.slow
-def test_a_study_leaves_nothing_but_its_outcomes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "switches"), [("linear", True), ("DyT", False)])
+def test_a_study_leaves_nothing_but_its_outcomes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, switches: bool
+) -> None:
     monkeypatch.chdir(tmp_path)
-    outcome = switch_study.run(switch_study.Outcome("digits", "calm", "linear", seed=3, steps=4), None)
+    outcome = switch_study.run(switch_study.Outcome("digits", "calm", method, seed=3, steps=4), None)
     assert outcome.error > 0
+    assert (outcome.kept is not None) == switches
     assert list(tmp_path.rglob("*")) == []
 
 

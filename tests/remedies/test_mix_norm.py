@@ -11,10 +11,10 @@ from stabnorm.remedies import mix_norm
 from tests.remedies.family import check_copies, check_outputs, check_undo, largest, net
 
 
-def encoder() -> Any:
+def encoder(depth: int = 8) -> Any:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, 8, nn.LayerNorm(8), enable_nested_tensor=False)
+    return nn.TransformerEncoder(layer, depth, nn.LayerNorm(8), enable_nested_tensor=False)
 
 
 def test_the_first_quarter_is_post_norm_and_equals_blocks_written_by_hand() -> None:

@@ -11,6 +11,9 @@ from stabnorm import StabNormError
 from stabnorm.remedies import peri_norm, qk_norm, scale_residuals, sigma_reparametrize
 from tests.processes import RANKS, run_ranks
 from tests.remedies.family import net, tokens
+from tests.remedies.test_modules_of_their_own import CASES, batches_of, trained
+
+ON_RANKS = ("stable_embedding", "standardize_weights", "dual_patch_norm", "lape", "mix_norm", "scale_by_depth")
 
 
 def remedied() -> Any:
@@ -42,6 +45,13 @@ def one_rank(rank: int, folder: Path) -> None:
     steps(DistributedDataParallel(model), [batch.chunk(RANKS)[rank] for batch in batches])
     for (name, one), other in zip(alone.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6, msg=name)
+    for name in ON_RANKS:
+        case = CASES[name]
+        model, alone = case.build(), trained(case, lambda batch: [batch])
+        case.apply(model)
+        steps(DistributedDataParallel(model), [batch.chunk(RANKS)[rank] for batch in batches_of(case)])
+        for (key, one), other in zip(alone.state_dict().items(), model.state_dict().values(), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
     with pytest.raises(StabNormError, match="wrapped in DistributedDataParallel already"):
         sigma_reparametrize(DistributedDataParallel(net()))
 

@@ -163,13 +163,13 @@ Arm: TypeAlias = Callable[[nn.Module, int], list[Callback]]
 """Gives a model that is trained for so many steps the norms of a method, or returns the callback that does it."""
 
 
-def converted(to: str) -> Arm:
+def converted(to: str, **norm_options: Any) -> Arm:
     """Use another norm from the first step."""
 
     def arm(model: nn.Module, steps: int) -> list[Callback]:
         from stabnorm import convert_norms
 
-        convert_norms(model, to=to, **({"warmup_steps": steps // 4} if to == "unified" else {}))
+        convert_norms(model, to=to, **norm_options)
         return []
 
     return arm
@@ -204,7 +204,7 @@ ARMS: dict[str, Arm] = {
     "LayerNorm": layer_norm,
     "BatchNorm": batch_norm,
     "RepBN": converted("repbn"),
-    "UnifiedNorm": converted("unified"),
+    "UnifiedNorm": lambda model, steps: converted("unified", warmup_steps=steps // 4)(model, steps),
     "DyT": converted("dyt"),
     "linear, published start": switched("linear", init="vision"),  # eta = gamma = 1
     "linear": switched("linear"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import remedies
-from benchmarks.remedy_cases import CASES
+from benchmarks.remedy_cases import CASES, NONE
 from stabnorm.examples import remedy
 from stabnorm.remedies.symptoms import REMEDIES
 
@@ -60,7 +60,7 @@ def test_every_remedy_that_trains_is_in_the_study() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if name not in ("logits", "depth", "embedding")])
 def test_every_case_runs_with_each_of_its_remedies(case: str) -> None:
-    for arm in (remedies.NONE, *CASES[case].remedies):
+    for arm in (NONE, *CASES[case].remedies):
         outcome = remedies.run(remedies.Outcome(case, arm, seed=0, steps=3))
         assert math.isfinite(outcome.loss), arm
 

@@ -44,7 +44,6 @@ from torch.utils.data import DataLoader
 from benchmarks.cifar import CifarViT, cifar_loaders
 from stabnorm.examples.characters import CharacterTransformer, text_loaders
 from stabnorm.examples.digits import DigitsViT, digits_loaders
-from stabnorm.nn import PRepBN
 
 Loaders: TypeAlias = tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]
 LOST = {"error": 5.0, "loss": 0.1}
@@ -175,13 +174,14 @@ def converted(to: str, **norm_options: Any) -> Arm:
     return arm
 
 
-def switched(schedule: str, **norm_options: Any) -> Arm:
-    """Switch from LayerNorm to RepBN during the training."""
+def switched(schedule: str, to: Any = "prepbn", exclude: str | None = None, **norm_options: Any) -> Arm:
+    """Switch from LayerNorm to another norm during the training."""
 
     def arm(model: nn.Module, steps: int) -> list[Callback]:
         from stabnorm.callbacks import ProgressiveNormCallback
 
-        return [cast(Callback, ProgressiveNormCallback(schedule=schedule, norm_options=norm_options))]
+        callback = ProgressiveNormCallback(to, schedule, exclude=exclude, norm_options=norm_options)
+        return [cast(Callback, callback)]
 
     return arm
 
@@ -209,6 +209,7 @@ ARMS: dict[str, Arm] = {
     "linear, published start": switched("linear", init="vision"),  # eta = gamma = 1
     "linear": switched("linear"),
     "adaptive": switched("adaptive"),
+    "taper": switched("cosine", to="taper", exclude="^norm$"),  # as published: the last norm stays
 }
 
 
@@ -234,9 +235,8 @@ def run(outcome: Outcome, data: Path | None) -> Outcome:
     outcome.seconds = round(time.perf_counter() - start, 1)
     (batch,) = test
     outcome.loss, outcome.error = judge(model.eval(), batch)
-    for module in model.modules():
-        if isinstance(module, PRepBN):
-            assert float(module.lam) in (0.0, 1.0), "the switch has not come to its end"
+    lams = [float(buffer) for name, buffer in model.named_buffers() if name.endswith(".lam")]
+    assert set(lams) <= {0.0, 1.0}, "the switch has not come to its end"
     for callback in callbacks:
         outcome.kept = dict(cast(Any, callback).switch.kept)
     norms = [m for m in model.modules() if getattr(m, "track_running_stats", False) or hasattr(m, "fold_affine")]

@@ -68,7 +68,7 @@ def test_the_inference_benchmark_prints_a_row_for_each_variant(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "switches"), [("linear", True), ("DyT", False)])
+@pytest.mark.parametrize(("method", "switches"), [("linear", True), ("taper", True), ("DyT", False)])
 def test_a_study_leaves_nothing_but_its_outcomes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, switches: bool
 ) -> None:

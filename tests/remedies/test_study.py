@@ -46,15 +46,11 @@ def test_where_no_statistic_shows_it_the_loss_alone_is_judged() -> None:
     assert remedies.verdict(CASES["positions"], nothing, 2.5, (nothing, 3.0)) == "loss better"
 
 
-def test_every_remedy_that_trains_is_in_the_study() -> None:
-    """Each entry of the table of remedies stands in a case; a callback stands there as the class behind it."""
-    arms = " ".join(arm for case in CASES.values() for arm in case.remedies)
-    missing = [
-        remedy.name
-        for remedy in REMEDIES
-        if remedy.name.rpartition(".")[2].removesuffix("Callback").removeprefix("ProjectWeights") not in arms
-    ]
-    assert missing == []
+def test_every_arm_but_the_baseline_is_a_remedy_of_the_table() -> None:
+    known = {remedy.name.rpartition(".")[2].removesuffix("Callback") for remedy in REMEDIES} | {"GroupNorm"}
+    for case in CASES.values():
+        for arm in case.remedies:
+            assert arm.split()[0].removesuffix(",") in known, arm
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from stabnorm.actions.actions import Actions, resolve_actions
 from stabnorm.callbacks._actions import actions_of
 from stabnorm.callbacks._changes import Feed
 from stabnorm.callbacks._closing import ClosingReport
-from stabnorm.callbacks._gradient_norm import gradient_norm
 from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._live import LiveReport
 from stabnorm.callbacks._masks import BatchMask
@@ -41,6 +40,7 @@ from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.monitor.alerts import Alert
 from stabnorm.monitor.detect import MakeDetector
+from stabnorm.monitor.gradient_norm import gradient_norm
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.record import RecordWriter
@@ -87,10 +87,10 @@ class StabilityCallback(Callback):
         on_alert: a function that is called with each `stabnorm.Alert`, at the flush that brings it, on rank 0. If it
             raises an error, this is logged once and the training goes on. Default: none.
         actions: what to do at an alarm: a dict from its kind to an action, or a list of them, such as
-            ``{"non_finite": "skip", "any": "checkpoint"}``. The kinds are "non_finite", "bound", "one_layer",
-            "from_here_on", "everywhere", "training" and "any"; the actions are "log", "checkpoint", "skip", "clip",
-            "reduce_lr", "qk_clip", "rollback", "hold_switch" and "stop", or objects of `stabnorm.actions`, which have
-            options. Default: alarms are logged, and nothing is done.
+            ``{"non_finite": "skip", "any": "checkpoint"}``. The kinds are "non_finite", "spike", "bound",
+            "one_layer", "from_here_on", "everywhere", "training" and "any"; the actions are "log", "checkpoint",
+            "skip", "clip", "reduce_lr", "qk_clip", "rollback", "hold_switch" and "stop", or objects of
+            `stabnorm.actions`, which have options. Default: alarms are logged, and nothing is done.
         dumps: how many dumps are written into `dumps/` of the run's folder, at most: the last steps, and a batch with
             the weights before it, at an alarm, an exception or SIGTERM; ``stabnorm replay`` runs it again. 0 writes
             none. Default: 3.
@@ -297,16 +297,16 @@ class StabilityCallback(Callback):
         """Remember learning rate and loss scale, which change before the end of the batch; perhaps skip the step."""
         if not self._step.stepped:
             self._step.learning_rate = learning_rate(optimizer)
-        scale = loss_scale(trainer)
+        scale, norm = loss_scale(trainer), None
         if self.gradients and self.monitor is not None:
             norm = self.monitor.outputs.attempt("the gradient's norm is not watched", gradient_norm, optimizer, scale)
             self._step.add_gradient_norm(norm)
         if scale is not None:
             self._step.grad_scales[optimizer] = scale.clone() if isinstance(scale, Tensor) else scale
         self._step.stepped = True
-        if self.responses is not None and self.responses.skips(optimizer) and self.recorder is not None:
+        if self.responses is not None and self.responses.skips(optimizer, gradient_norm=norm):
             verdict = self.responses.verdict
-            if verdict.here:
+            if verdict.here and self.recorder is not None:
                 self.recorder.alarm(verdict.kind, verdict.reason, verdict.layer)
 
     def on_train_batch_end(

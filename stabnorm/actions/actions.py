@@ -19,10 +19,11 @@ from stabnorm.actions.skip import Skip
 from stabnorm.actions.stop import Stop
 from stabnorm.monitor.onsets import Onset
 from stabnorm.monitor.outputs import cause, say
-from stabnorm.monitor.verdict import NON_FINITE, Verdict
+from stabnorm.monitor.verdict import NON_FINITE, SPIKE, Verdict
 
 KINDS: Mapping[str, str] = {
     NON_FINITE: "a NaN or an infinity in the input of a norm, in the loss or in a gradient",
+    SPIKE: "one of these is far above its past, before the optimizer has stepped",
     "bound": "a value crosses a fixed bound",
     "one_layer": "one layer leaves its usual range",
     "from_here_on": "a layer and those behind it leave it",
@@ -30,7 +31,7 @@ KINDS: Mapping[str, str] = {
     "training": "only the loss or the norm of the gradient leaves it",
     "any": "each of these",
 }
-BEFORE_STEP = (NON_FINITE,)  # the kinds that are known before the optimizer steps
+BEFORE_STEP = (NON_FINITE, SPIKE)  # the kinds that are known before the optimizer steps
 
 ACTIONS: Mapping[str, type[Action]] = {
     one.name: one for one in (Checkpoint, Clip, HoldSwitch, QKClip, ReduceLR, Rollback, Skip, Stop)
@@ -116,8 +117,8 @@ class Actions:
     Args:
         training: what the actions may change.
         actions: kind of alarm -> an action's name, an object of `stabnorm.actions`, or a list of them. The kinds are
-            those of `stabnorm.monitor.Onset`: "non_finite", "bound", "one_layer", "from_here_on", "everywhere" and
-            "training"; "any" stands for all of them.
+            "non_finite" and "spike", which are known before the step, and those of `stabnorm.monitor.Onset`: "bound",
+            "one_layer", "from_here_on", "everywhere" and "training"; "any" stands for all of them.
 
     Attributes:
         done: what was done, in order.
@@ -155,26 +156,35 @@ class Actions:
         self._workers: dict[Action, Worker] = {action: action.start(training) for action in distinct}
         self._times = dict.fromkeys(distinct, 0)
         self._last = dict[Action, int]()  # when it was done last
-        self._judges = any(action.before_step for action in distinct)
+        self._spikes = bool(self._table.get(SPIKE))  # whether they are looked for
+        self._judges = self._spikes or any(action.before_step for action in distinct)
         self._followed = self._onsets()
-        self._loss_bad: Tensor | None = None
+        self._loss: Tensor | None = None  # the largest one of the micro-batches
         self.verdict = Verdict()
         self._known = set[int]()  # the steps that were known to be bad before their alert
         self.done: list[Done] = []
 
     def begin_step(self) -> None:
         """Begin a step, before its first forward."""
-        self._loss_bad, self.verdict = None, Verdict()
+        self._loss, self.verdict = None, Verdict()
         for worker in self._workers.values():
             worker.begin_step()
 
     def see_loss(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch, or of another part of the step; it is not read."""
         if self._judges:
-            finite = loss.detach().isnan() if self.training.scaler is not None else ~torch.isfinite(loss.detach())
-            self._loss_bad = finite.any() if self._loss_bad is None else self._loss_bad | finite.any()
+            value = loss.detach().float().max()
+            if self.training.scaler is not None:  # which looks for what is infinite
+                value = torch.where(value.isinf(), 0, value)
+            self._loss = value if self._loss is None else torch.maximum(self._loss, value.to(self._loss))
 
-    def skips(self, optimizer: Optimizer | Sequence[Optimizer] = (), *, loss: Tensor | None = None) -> bool:
+    def skips(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer] = (),
+        *,
+        loss: Tensor | None = None,
+        gradient_norm: Tensor | float | None = None,
+    ) -> bool:
         """Say whether the step is left out; its gradients are gone then. Call it after the backward, on all ranks.
 
         A gradient scaler must have unscaled the gradients; it is to be used further as if nothing had happened. What it
@@ -183,6 +193,7 @@ class Actions:
         Args:
             optimizer: the optimizer that would step. Default: all of the training.
             loss: the step's loss. Default: that of `see_loss`, if it was called.
+            gradient_norm: the norm of the gradients before they were clipped. Default: it is computed if it is needed.
 
         Raises:
             StabNormError: more steps were skipped than an action allows.
@@ -190,25 +201,34 @@ class Actions:
         if self._judges:
             if loss is not None:
                 self.see_loss(loss)
-            looked_at = () if self.training.scaler is not None else optimizer or self.training.optimizers
-            bad = None if self._loss_bad is None else torch.where(self._loss_bad, torch.nan, 0.0)
-            verdict = self.training.monitor.verdict_before_step(looked_at, loss=bad)
+            verdict = self.verdict
+            if verdict.kind != SPIKE:  # of a step with a spike, no optimizer steps any more
+                verdict = self.training.monitor.verdict_before_step(
+                    optimizer or self.training.optimizers,
+                    loss=self._loss,
+                    gradient_norm=gradient_norm,
+                    scaled=self.training.scaler is not None,
+                    spikes=self._spikes,
+                )
             if verdict.bad:
                 first, self.verdict = not self.verdict.bad, verdict
-                self._before_step(verdict, first=first)
-                return True
+                if self._before_step(verdict, first=first):
+                    return True
         for worker in self._workers.values():
             worker.before_step()
         return False
 
-    def _before_step(self, verdict: Verdict, *, first: bool) -> None:
+    def _before_step(self, verdict: Verdict, *, first: bool) -> bool:
+        """Do what is done before a bad step, and return whether that leaves it out."""
         why = Why(verdict.kind, self.training.monitor.steps_done, verdict.layer, verdict.reason)
-        self._known.add(why.step)
-        for action in self._of(verdict.kind):
-            if action.before_step:
-                words = self._workers[action].act(why)
-                if first:
-                    self._record(action, why, words)
+        actions = [action for action in self._of(verdict.kind) if action.before_step]
+        if verdict.kind == NON_FINITE:
+            self._known.add(why.step)
+        for action in actions:
+            words = self._workers[action].act(why)
+            if first:
+                self._record(action, why, words)
+        return bool(actions)
 
     def end_step(self) -> None:
         """End a step, after `monitor.step`: do what its alarms ask for.

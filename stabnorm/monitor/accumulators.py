@@ -127,15 +127,21 @@ class Accumulators:
                 ]
         return list(zip(merged, gradients, strict=True))
 
-    def nonfinite(self, device: torch.device) -> Tensor:
-        """Whether each layer's input since the last step had a NaN or an infinity, ``[L]`` bool; it changes nothing."""
-        hit = torch.zeros(len(self.layers), dtype=torch.bool, device=device)
+    def largest(self, device: torch.device) -> Tensor:
+        """Return the largest |x| of each layer since the last step, ``[L]``, infinite where an element was not finite.
+
+        It is 0 where a layer did not run. Nothing is changed.
+        """
+        highest = torch.zeros(len(self.layers), dtype=torch.float32, device=device)
         for slabs in self._slabs.values():
             for band, slab in zip(self.bands, slabs, strict=True):
-                largest = torch.maximum(slab.channel[..., MAX, :], -slab.channel[..., MIN, :])
-                bad = (largest.isnan() | largest.isposinf()).any(-1) & (slab.seen > 0)
-                hit[list(band.rows)] |= (bad.any(1) if bad.ndim > 1 else bad).to(device)
-        return hit
+                size = torch.maximum(slab.channel[..., MAX, :], -slab.channel[..., MIN, :]).amax(-1)
+                size = torch.where(size.isnan(), torch.inf, size)
+                size = torch.where(slab.seen > 0, size, 0)
+                size = (size.amax(1) if size.ndim > 1 else size).to(device, torch.float32)
+                rows = list(band.rows)
+                highest[rows] = torch.maximum(highest[rows], size)
+        return highest
 
     def clear(self) -> None:
         """Empty all accumulators."""

@@ -38,11 +38,12 @@ from stabnorm.monitor.budget import Budget
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.details import Details, is_detailed, optimizers_of, weight_decay_of
 from stabnorm.monitor.detect import MakeDetector, RobustDetector
+from stabnorm.monitor.gradient_norm import norm_of_gradients
 from stabnorm.monitor.loss_scales import Scale, unscaled
 from stabnorm.monitor.measure import Measurement
 from stabnorm.monitor.observe import Observer
 from stabnorm.monitor.onsets import Onset
-from stabnorm.monitor.outputs import Outputs
+from stabnorm.monitor.outputs import Outputs, say
 from stabnorm.monitor.plot import plot_track
 from stabnorm.monitor.ranks import (
     group_of,
@@ -64,11 +65,12 @@ from stabnorm.monitor.scalars import (
     scalars_of,
     with_all_scalars,
 )
+from stabnorm.monitor.spikes import Spikes
 from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.monitor.track import CompanionTracks, Track
 from stabnorm.monitor.training_series import TrainingSeries
 from stabnorm.monitor.trial import try_own_statistics
-from stabnorm.monitor.verdict import Verdict, flags_of, gradients_of, verdict_of
+from stabnorm.monitor.verdict import SPIKE, Seen, Verdict, gradients_of, verdict_of
 from stabnorm.monitor.watched_norms import WatchedNorms
 from stabnorm.norms import NormLayer
 from stabnorm.ops.dispatch import admit, look_again
@@ -78,7 +80,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-_NEW_IN_STATE = {"companions", "onsets", "marks", "training", "budget"}  # older checkpoints do not have these
+_NEW_IN_STATE = {"companions", "onsets", "marks", "training", "budget", "spikes"}  # older checkpoints do not have these
 
 
 def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any, on_alert: Any, budget: Any) -> None:
@@ -220,6 +222,7 @@ class StabilityMonitor:
         self._agreed = False  # whether it was checked that all ranks watch the same layers
         self._stopwatch = Stopwatch()
         self._reporter = Reporter(self.layers, on_alert)
+        self._spikes = Spikes(self.layers)
         self._training = TrainingSeries() if detector is None else None  # the loss and the norm of the gradient
 
     def __repr__(self) -> str:
@@ -387,18 +390,28 @@ class StabilityMonitor:
 
     @torch.no_grad()
     def verdict_before_step(
-        self, optimizer: Optimizer | Sequence[Optimizer] = (), *, loss: Tensor | float | None = None
+        self,
+        optimizer: Optimizer | Sequence[Optimizer] = (),
+        *,
+        loss: Tensor | float | None = None,
+        gradient_norm: Tensor | float | None = None,
+        scaled: bool = False,
+        spikes: bool = False,
     ) -> Verdict:
         """Say whether the step that is open may be applied: call it after the backward and before the optimizer.
 
-        A step is bad if the input of a norm, the loss or a gradient has a NaN or an infinity, on any rank; all ranks
+        A step is bad if the input of a norm, the loss or a gradient has a NaN or an infinity, or, with `spikes`, if one
+        of them is far above its past, see `stabnorm.monitor.spikes.Spikes`. That is so if it is on any rank; all ranks
         get the same answer and must all ask. This waits for the device once, and for the other ranks. `step` is to be
         called afterwards all the same.
 
         Args:
-            optimizer: the optimizer whose gradients are looked at, or several. Leave it out beside a gradient scaler,
-                which looks at them itself. Default: none.
+            optimizer: the optimizer whose gradients are looked at, or several. Default: none.
             loss: the step's loss. Default: it is not looked at.
+            gradient_norm: the norm of the gradients before they were clipped. Default: it is computed, for `spikes`.
+            scaled: whether a gradient scaler looks for gradients that are not finite, so that this must not. Default:
+                False.
+            spikes: whether to look for spikes, too. Default: False.
 
         Raises:
             TypeError: `optimizer` is no optimizer, or the loss is no number.
@@ -412,14 +425,30 @@ class StabilityMonitor:
         """
         if loss is not None:
             check_scalar("loss", loss)
-        layers = self._accumulators.nonfinite(self._observer.device)
-        own = flags_of(loss, gradients_of(optimizers_of(optimizer)), layers)
-        everyone = own[None]
+        optimizers = optimizers_of(optimizer)
+        if spikes and gradient_norm is None and optimizers:
+            gradient_norm = norm_of_gradients(optimizers)
+        gradients = () if scaled else gradients_of(optimizers)
+        largest = self._accumulators.largest(self._observer.device)
+        seen = torch.stack(Seen.of(loss, gradients, gradient_norm if spikes else None, largest))
+        everyone = seen[None]
         if merging_ranks(self.sync) > 1:
             self._agree()
-            everyone = gather_in_group(own.to(torch.uint8), group_of(self.sync)).bool()
-        here, *flags = torch.cat([own.any()[None], everyone.any(0)]).tolist()
-        return verdict_of(flags, self.layers, here=here)
+            everyone = gather_in_group(seen, group_of(self.sync))
+        (own_flags, own), (flags, sizes) = torch.stack([seen, everyone.amax(0)]).tolist()
+        verdict = verdict_of([flag > 0 for flag in flags], self.layers, here=max(own_flags) > 0)
+        if verdict.bad or not spikes:
+            return verdict
+        spike = self._spikes.judge(optimizers, sizes)
+        if spike is None:
+            return verdict
+        if self._spikes.lasts:
+            if self._reporter.speaks:
+                what = "stabnorm, step %d: so many spikes in a row are a new level, which is accepted: %s"
+                say(what, self.steps_done, spike.reason)
+            self._spikes.forget()
+            return verdict
+        return Verdict(SPIKE, spike.layer, spike.reason, own[spike.place] >= sizes[spike.place])
 
     def announce_change(self, reason: str) -> None:
         """Say that something was changed on purpose before the next step, such as batch size, data or a schedule.
@@ -444,7 +473,7 @@ class StabilityMonitor:
 
     @property
     def _detectors(self) -> list[Any]:
-        own = [] if self._training is None else [self._training]
+        own: list[Any] = [self._spikes] if self._training is None else [self._spikes, self._training]
         return [track.detector for track in self._tracks] + own
 
     def _agree(self) -> None:
@@ -649,6 +678,7 @@ class StabilityMonitor:
             "marks": marks,
             "scalars": scalars,
             "training": None if self._training is None else self._training.state_dict(),
+            "spikes": self._spikes.state_dict(),
             "companions": self.companions.state_dict(),
             "budget": self._budget.state_dict(),
         }
@@ -704,4 +734,6 @@ class StabilityMonitor:
             self._measurement.load_past(past, self._observer.device)
         if self._training is not None and state.get("training") is not None:
             self._training.load_state_dict(state["training"])
+        if "spikes" in state:
+            self._spikes.load_state_dict(state["spikes"])
         return self._track.load_detector(state["detector"])

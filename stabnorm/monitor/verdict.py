@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-NON_FINITE = "non_finite"
+NON_FINITE, SPIKE = "non_finite", "spike"
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Verdict:
     """What is known of a step before the optimizer changes anything; the same on all ranks.
 
     Attributes:
-        kind: "non_finite", or "" where nothing is wrong.
-        layer: the first norm in depth order whose input is not finite; "" where all are finite, or nothing is wrong.
+        kind: "non_finite", "spike", or "" where nothing is wrong.
+        layer: the first norm in depth order whose input is not finite, or far above its past; "" where there is none.
         reason: one sentence that says what is wrong.
         here: whether this process saw it. With several ranks it may be another one.
     """
@@ -33,17 +34,46 @@ class Verdict:
         return bool(self.kind)
 
 
-def flags_of(loss: Tensor | float | None, gradients: Sequence[Tensor], layers: Tensor) -> Tensor:
-    """Return whether loss, gradients and the input of each layer are not finite, ``[2 + layers]`` bool."""
-    device = layers.device
-    bad_loss = not math.isfinite(loss) if isinstance(loss, int | float) else False
-    flags = [torch.tensor(bad_loss, device=device), torch.zeros((), dtype=torch.bool, device=device)]
-    if isinstance(loss, Tensor):
-        flags[0] = ~torch.isfinite(loss.detach()).all().to(device)
-    if gradients:
-        largest = torch._foreach_norm(list(gradients), math.inf)
-        flags[1] = ~torch.isfinite(torch.stack([value.to(device, torch.float32) for value in largest])).all()
-    return torch.cat([torch.stack(flags), layers])
+class Seen(NamedTuple):
+    """What is looked at before a step, of one process or of all.
+
+    Attributes:
+        flags: whether loss, gradients and the input of each norm are not finite, ``[2 + layers]`` of 0 and 1.
+        sizes: loss, norm of the gradient and largest input of each norm, ``[2 + layers]``; 0 where it is not known.
+    """
+
+    flags: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        loss: Tensor | float | None,
+        gradients: Sequence[Tensor],
+        gradient_norm: Tensor | float | None,
+        largest: Tensor,
+    ) -> "Seen":
+        """Look at a step, without reading from the device.
+
+        Args:
+            loss: the loss.
+            gradients: the gradients that must be finite.
+            gradient_norm: the norm of all gradients.
+            largest: ``[layers]``, the largest input of each norm; not finite where an element is not.
+        """
+        device = largest.device
+        numbers = [torch.zeros((), device=device) for _ in range(2)]
+        for place, value in enumerate((loss, gradient_norm)):
+            if value is not None:
+                number = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+                numbers[place] = number.to(device).reshape(())
+        bad = [~torch.isfinite(numbers[0]), torch.zeros((), dtype=torch.bool, device=device)]
+        if gradients:
+            highest = torch._foreach_norm(list(gradients), math.inf)
+            bad[1] = ~torch.isfinite(torch.stack([value.to(device, torch.float32) for value in highest])).all()
+        flags = torch.cat([torch.stack(bad), ~torch.isfinite(largest)])
+        sizes = torch.cat([torch.stack(numbers), largest.float()])
+        return cls(flags.float(), torch.where(torch.isfinite(sizes), sizes, 0))
 
 
 def gradients_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
@@ -54,7 +84,7 @@ def gradients_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def verdict_of(flags: Sequence[bool], layers: Sequence[str], *, here: bool) -> Verdict:
-    """Return the verdict on the flags of all ranks together, see `flags_of`.
+    """Return the verdict on the flags of all ranks together, see `Seen`.
 
     >>> verdict_of([False, True, False, True], ["norm1", "norm2"], here=True).reason
     "the input of the norm 'norm2' is not finite, nor are gradients. It is the first one in depth order"

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabnorm import StabilityMonitor
+
 WIDTH = 8
 
 
@@ -23,6 +25,15 @@ def batches(count: int, *, spoilt: Sequence[int] = ()) -> list[Tensor]:
     for index in spoilt:
         made[index][3, 1] = torch.nan
     return made
+
+
+def with_a_past(monitor: StabilityMonitor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Tell the monitor what loss, gradient and inputs of `net` were in so many steps that spikes are looked for."""
+    generator = torch.Generator().manual_seed(2)
+    for noise in torch.randn(256, 4, generator=generator):
+        usual = (torch.tensor([0.3, 0.3, 2.0, 2.5]) * (0.3 * noise).exp()).tolist()
+        for optimizer in optimizers:
+            assert monitor._spikes.judge([optimizer], usual) is None
 
 
 def everything(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -14,7 +15,7 @@ from stabnorm import StabNormError
 from stabnorm.actions import Rollback, Skip
 from stabnorm.callbacks import ProgressiveNormCallback, StabilityCallback
 from stabnorm.monitor import read_record
-from tests.actions.nets import batches, everything, net, same
+from tests.actions.nets import batches, everything, net, same, with_a_past
 from tests.actions.test_plain_loop import AlarmAt
 from tests.lightning_small import fit as fit_small
 from tests.lightning_small import module, trainer
@@ -80,12 +81,24 @@ def fit(callback: StabilityCallback, model: Any, data: list[Tensor], tmp_path: P
     return run
 
 
-def skipping(**options: Any) -> StabilityCallback:
-    return StabilityCallback(["amax", "grad_gain"], flush_every=4, actions={"non_finite": "skip"}, **options)
+def skipping(kind: str = "non_finite", **options: Any) -> StabilityCallback:
+    return StabilityCallback(["amax", "grad_gain"], flush_every=4, actions={kind: "skip"}, **options)
 
 
+class Remembering(Callback):
+    """Gives the monitor a past."""
+
+    def __init__(self, callback: StabilityCallback) -> None:
+        self.callback = callback
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        assert self.callback.monitor is not None
+        with_a_past(self.callback.monitor, trainer.optimizers)
+
+
+@pytest.mark.parametrize("kind", ["non_finite", "spike"])
 @pytest.mark.parametrize("case", ["plain", "clipping", "accumulation", "bf16", "scaler", "two optimizers"])
-def test_a_skipped_step_leaves_everything_bit_identical(case: str, tmp_path: Path) -> None:
+def test_a_skipped_step_leaves_everything_bit_identical(case: str, kind: str, tmp_path: Path) -> None:
     cases: dict[str, dict[str, Any]] = {
         "clipping": {"gradient_clip_val": 0.5},
         "accumulation": {"accumulate_grad_batches": 2},
@@ -93,15 +106,16 @@ def test_a_skipped_step_leaves_everything_bit_identical(case: str, tmp_path: Pat
         "scaler": {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))]},
     }
     model = TwoOptimizers() if case == "two optimizers" else Module()
-    callback = skipping()
-    fit(callback, model, batches(STEPS, spoilt=[4]), tmp_path, **cases.get(case, {}))
+    callback, data = skipping(kind), batches(STEPS)
+    data[4] = 1000 * data[4] if kind == "spike" else torch.full_like(data[4], torch.nan)
+    fit(callback, model, data, tmp_path, Remembering(callback), **cases.get(case, {}))
     before, after = (3, 5) if case == "accumulation" else (3, 4)
     assert same(model.states[before], model.states[after])
     assert not same(model.states[after], model.states[-1])
     assert all(torch.isfinite(value.float()).all() for value in model.states[-1].values())
     assert callback.responses is not None
     (done,) = callback.responses.done
-    assert (done.why.kind, done.why.layer, done.why.step) == ("non_finite", "net.1", 2 if case == "accumulation" else 4)
+    assert (done.why.kind, done.why.layer, done.why.step) == (kind, "net.1", 2 if case == "accumulation" else 4)
     if case == "scaler":
         assert model.states[-1]["scale"] == 8
 

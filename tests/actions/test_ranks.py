@@ -1,4 +1,4 @@
-"""Two gloo processes, of which one saw the NaN: both skip the step, and nothing has changed on either."""
+"""Two gloo processes, of which one saw the NaN or the spike: both skip the step, and nothing has changed on either."""
 
 from pathlib import Path
 from typing import Any
@@ -9,24 +9,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stabnorm import StabilityMonitor
 from stabnorm.actions import Actions, Training
-from tests.actions.nets import batches, everything, net, same
+from tests.actions.nets import batches, everything, net, same, with_a_past
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
-STEPS = 6
-SEEN_BY = {2: 1, 4: 0}  # the rank that sees the NaN of a step
+STEPS = 9
+SEEN_BY = {2: 1, 4: 0, 7: 1}  # the rank that sees the NaN of a step, or the spike of the last one
+SPIKE = 7
 
 
 def one_rank(rank: int, folder: Path) -> None:
     model = net()
     trained = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    data = batches(2 * STEPS, spoilt=[2 * step + seen_by for step, seen_by in SEEN_BY.items()])[rank::2]
+    data = batches(2 * STEPS, spoilt=[2 * step + rank for step, rank in SEEN_BY.items() if step != SPIKE])
+    data[2 * SPIKE + SEEN_BY[SPIKE]] *= 1000
+    data = data[rank::2]
     states: list[Any] = []
     seen: list[bool] = []
     with StabilityMonitor(trained, ["amax"], flush_every=2) as monitor:
-        actions = Actions(Training(model, monitor, [optimizer]), {"non_finite": "skip", "one_layer": "clip"})
+        actions = Actions(
+            Training(model, monitor, [optimizer]), {"non_finite": "skip", "spike": "skip", "one_layer": "clip"}
+        )
+        with_a_past(monitor, [optimizer])
         verdict_before_step = monitor.verdict_before_step
 
         def noted(*args: Any, **options: Any) -> Any:

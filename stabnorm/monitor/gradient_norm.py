@@ -1,5 +1,6 @@
 """The norm of an optimizer's gradients, as it is before clipping, without waiting for the device."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,3 +32,9 @@ def gradient_norm(optimizer: Optimizer, scale: Tensor | float | None = None) -> 
     still_scaled = scale is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
     result: Tensor = norm / scale if still_scaled else norm
     return result
+
+
+def norm_of_gradients(optimizers: Iterable[Optimizer]) -> Tensor | None:
+    """Return |g|_2 over all parameters of several optimizers, see `gradient_norm`."""
+    norms = [norm for norm in map(gradient_norm, optimizers) if norm is not None]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms])) if norms else None

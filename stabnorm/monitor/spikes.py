@@ -67,7 +67,7 @@ class Spikes:
             self._optimizers.append(who)
         window = self._windows.setdefault(self._optimizers.index(who), self._new())
         with np.errstate(divide="ignore", invalid="ignore"):
-            (held,), (center,), (scale,) = window.follow(np.log(np.float32(values))[None])
+            (held,), (center,), (scale,) = window.follow(np.log(np.array([values], np.float32)))
         scores = np.where(np.isnan(held), 0, window.before)
         if scores.max() <= SPIKE_BOUND:
             self.in_a_row = 0

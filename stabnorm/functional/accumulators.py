@@ -52,6 +52,11 @@ class Field:
         """The names of all rows, in order."""
         return tuple(name for rows in self.rows for name in rows.names)
 
+    @property
+    def is_zero_when_empty(self) -> bool:
+        """Whether all of it is 0 before anything was added."""
+        return all(rows.empty == 0 for rows in self.rows)
+
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Split a tensor of this field into the rows of each rule, as views."""
         if not self.names:

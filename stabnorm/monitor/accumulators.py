@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from stabnorm._models.wrappers import unwrapped
-from stabnorm.functional import RawMoments, clear_moments_, merge_moments_
-from stabnorm.functional.moments import MAX, MIN
+from stabnorm.functional import RawMoments, merge_moments_
+from stabnorm.functional.moments import MAX, MIN, RAW
 from stabnorm.monitor.bands import bands_of
 from stabnorm.monitor.outputs import say
 from stabnorm.norms import NormLayer
@@ -65,6 +65,10 @@ class Accumulators:
         self.backward = (-1, False)
         self._refused: set[int] = set()
         self._slabs: dict[torch.device, list[RawMoments]] = {}  # one for each band
+        self._zeroed: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # all that is 0 when it is empty
+        self._others: dict[
+            tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]
+        ] = {}  # and what they hold then
         self._gradients: dict[torch.device, list[Tensor]] = {}
 
     def slabs(self, device: torch.device) -> list[RawMoments]:
@@ -74,7 +78,18 @@ class Accumulators:
                 empty_accumulators(len(b.rows), b.width, device, splits_for(b.width, device) if self.fused else 0)
                 for b in self.bands
             ]
+            for slab in self._slabs[device]:
+                for tensor, field in zip(slab, RAW.fields.values(), strict=True):
+                    self._remember_to_clear(tensor, zero=field.is_zero_when_empty)
         return self._slabs[device]
+
+    def _remember_to_clear(self, tensor: Tensor, *, zero: bool = False) -> None:
+        """Let `clear` empty a tensor that is empty now, together with the others of its device and dtype."""
+        kind = tensor.device, tensor.dtype
+        if zero:
+            self._zeroed.setdefault(kind, []).append(tensor)
+        else:
+            self._others.setdefault(kind, []).append((tensor, tensor.clone()))
 
     def account(self, index: int, device: torch.device) -> RawMoments:
         """A layer's row of its slab, as views."""
@@ -89,6 +104,8 @@ class Accumulators:
             self._gradients[device] = [
                 torch.full(shape, torch.nan, dtype=torch.float32, device=device) for shape in shapes
             ]
+            for sums in self._gradients[device]:
+                self._remember_to_clear(sums)
         return self._gradients[device]
 
     def gradient(self, index: int, device: torch.device) -> Tensor:
@@ -144,13 +161,11 @@ class Accumulators:
         return highest
 
     def clear(self) -> None:
-        """Empty all accumulators."""
-        for slabs in self._slabs.values():
-            for slab in slabs:
-                clear_moments_(slab)
-        for gradients in self._gradients.values():
-            for sums in gradients:
-                sums.fill_(torch.nan)
+        """Empty all accumulators, with few operations whatever the number of bands: each is a launch on a GPU."""
+        for tensors in self._zeroed.values():
+            torch._foreach_zero_(tensors)
+        for pairs in self._others.values():
+            torch._foreach_copy_([tensor for tensor, _ in pairs], [empty for _, empty in pairs])
         self.steps += 1
         for read in (self.at_gain, self.at_output, self.on_take):
             read.clear()

@@ -61,7 +61,7 @@ from stabnorm.monitor.scalars import (
     SCALARS,
     check_scalars,
     last_scale,
-    mark_nonfinite_loss,
+    on_device,
     scalars_of,
     with_all_scalars,
 )
@@ -365,17 +365,16 @@ class StabilityMonitor:
         scale = last_scale(grad_scale)
         every = None if self._budget.share is None else self._budget.every
         given |= {"loss_scale": scale, "weight_decay": weight_decay_of(optimizers), "measured_every": every}
-        scalars = scalars_of(given, device)
+        given["nonfinite"] = None if loss is None else 0.0  # which says that there is a loss
         states = self._measurement.states(device)
         gathered = self._measurement.gathered(states, device)
         if grad_scale is not None:
             gathered = unscaled(gathered, self._accumulators.bands, self._model, grad_scale)
         if merging_ranks(self.sync) > 1:
-            gathered, scalars[:1] = merge_over_ranks(self.sync, gathered, scalars[:1])
-        if loss is not None:
-            mark_nonfinite_loss(scalars)
+            gathered, merged_loss = merge_over_ranks(self.sync, gathered, on_device(loss, device))
+            given["loss"] = None if loss is None else merged_loss
         row, norms = self._measurement.rows(states, gathered, optimizers)
-        self._track.add(row, scalars)
+        self._track.add(row, *scalars_of(given, device))
         self.companions.step(self.layers, norms, StepLoss(closure, scale, self.sync))
         self._observer.discard()
         for listen in self.listeners:

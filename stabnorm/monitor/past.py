@@ -5,6 +5,7 @@ the device supports it. In float32 a running mean of 1e4 has an error of 1e-3, a
 distance from the mean of the batch. If a layer did not run in a step, or was not finite, its past does not change.
 """
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -318,9 +319,16 @@ def running_buffers(band: Band, layout: Layout) -> Tensor | None:
     """Return running means and variances, ``[L, 2, C]``, NaN for layers without any; None if none has some."""
     if layout.own_buffers is None:
         return None
-    own = layout.eps.new_full((len(band.layers), 2, band.width), torch.nan)
-    for row, norm in enumerate(band.layers):
-        for part, buffer in enumerate((norm.running_mean, norm.running_var)):
-            if buffer is not None:
-                own[row, part, : norm.num_features] = buffer.detach()
-    return own
+    device, parts = layout.eps.device, list[Tensor]()
+    nothing = _nothing(band.width, device)
+    for norm in band.layers:
+        for buffer in (norm.running_mean, norm.running_var):
+            known = [] if buffer is None else [buffer.detach().flatten().to(device, non_blocking=True)]
+            parts += [*known, nothing[: band.width - sum(map(len, known))]]
+    return torch.cat(parts).to(layout.eps.dtype).view(len(band.layers), 2, band.width)  # two launches for all layers
+
+
+@functools.cache
+def _nothing(length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((length,), torch.nan, dtype=torch.float32, device=device)

@@ -1,5 +1,7 @@
 """The numbers of a step that are not a layer's: loss, learning rate, and what else `StabilityMonitor.step` is told."""
 
+import functools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +12,7 @@ from stabnorm._checks import check_scalar
 from stabnorm.monitor.details import optimizers_of
 from stabnorm.monitor.loss_scales import Scale
 
-# The last one says whether a number that was given is NaN or infinite.
+# The last one says whether the loss that was given is NaN or infinite; NaN if none was given.
 SCALARS = ("loss", "learning_rate", "gradient_norm", "weight_decay", "loss_scale", "measured_every", "nonfinite")
 
 
@@ -38,23 +40,57 @@ def last_scale(grad_scale: Scale | Mapping[Optimizer, Scale] | None) -> Scale | 
     return [*grad_scale.values()][-1] if isinstance(grad_scale, Mapping) else grad_scale
 
 
-def scalars_of(given: Mapping[str, Tensor | float | None], device: torch.device) -> Tensor:
-    """Return ``[len(SCALARS)]`` on a device, NaN where nothing is given; no tensor is read.
+def scalars_of(given: Mapping[str, Tensor | float | None], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the numbers that the host knows, and those that are on a device: ``[len(SCALARS)]`` each, NaN elsewhere.
 
-    >>> scalars_of({"loss": 0.5, "learning_rate": None}, torch.device("cpu"))[:2]
-    tensor([0.5000,    nan])
+    No tensor is read, and nothing is copied to the device: tensors take one launch there, whatever their number.
+    `joined` puts the two parts together.
+
+    >>> given = {"loss": torch.tensor(0.5), "learning_rate": 1.0, "gradient_norm": None}
+    >>> [part[:3] for part in scalars_of(given, torch.device("cpu"))]
+    [tensor([nan, 1., nan]), tensor([0.5000,    nan,    nan])]
     """
-    scalars = torch.full((len(SCALARS),), torch.nan, dtype=torch.float32, device=device)
-    for name, scalar in given.items():
-        if scalar is not None:
-            number = scalar.detach().reshape(()) if isinstance(scalar, Tensor) else float(scalar)
-            scalars[SCALARS.index(name)] = number
+    tensors = {name: value.detach().reshape(()) for name, value in given.items() if isinstance(value, Tensor)}
+    numbers = [math.nan if name in tensors else _or_nan(given.get(name)) for name in SCALARS]
+    missing, nothing = _missing(device)
+    if tensors:
+        there = [tensors[name].to(device, non_blocking=True) if name in tensors else missing for name in SCALARS]
+        nothing = torch.stack(there).to(torch.float32)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu"), nothing
+
+
+def on_device(value: Tensor | float | None, device: torch.device) -> Tensor:
+    """Return a number as ``[1]`` in float32 on a device, NaN where nothing is given; no tensor is read."""
+    if isinstance(value, Tensor):
+        return value.detach().reshape(1).to(device, torch.float32, non_blocking=True)
+    return torch.full((1,), _or_nan(value), dtype=torch.float32, device=device)
+
+
+def _or_nan(value: Tensor | float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+@functools.cache
+def _missing(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return NaN on a device, as a scalar and for all names; nobody changes them."""
+    with torch.inference_mode(False):
+        nothing = torch.full((len(SCALARS),), torch.nan, dtype=torch.float32, device=device)
+    return nothing[0], nothing
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """Return the scalars of steps, ``[steps, len(SCALARS)]`` on the host, from parts of which one at most has each.
+
+    NaN also stands for a loss that was not given; so it is noted here whether one that was given is NaN or infinite.
+
+    >>> host, device = torch.tensor([[torch.nan] * 6 + [0.0]]), torch.tensor([[torch.inf] + [torch.nan] * 6])
+    >>> joined(host, device)[0, [SCALARS.index("loss"), SCALARS.index("nonfinite")]]
+    tensor([inf, 1.])
+    """
+    scalars = functools.reduce(lambda some, others: torch.where(some.isnan(), others, some), parts)
+    loss, odd = (scalars[:, SCALARS.index(name)] for name in ("loss", "nonfinite"))
+    odd.copy_(torch.where(odd.isnan(), odd, (~torch.isfinite(loss)).to(odd.dtype)))
     return scalars
-
-
-def mark_nonfinite_loss(scalars: Tensor) -> None:
-    """Note whether the loss that was given is NaN or infinite, because NaN also stands for one that was not."""
-    scalars[SCALARS.index("nonfinite")] = ~torch.isfinite(scalars[SCALARS.index("loss")])
 
 
 def with_all_scalars(scalars: Tensor) -> Tensor:

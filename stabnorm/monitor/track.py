@@ -22,7 +22,7 @@ from stabnorm.monitor.history import History
 from stabnorm.monitor.outputs import Guard
 from stabnorm.monitor.record import Block
 from stabnorm.monitor.rows import RowLayout
-from stabnorm.monitor.scalars import SCALARS
+from stabnorm.monitor.scalars import SCALARS, joined
 from stabnorm.statistic import Statistic
 
 _HISTORY_BYTES = 64 << 20
@@ -101,7 +101,7 @@ class Track:
 
         Args:
             row: ``[rows, columns]``, see `RowLayout.pack`.
-            *scalars: ``[len(SCALARS)]``, or nothing.
+            *scalars: the parts of the step's scalars, see `scalars_of`, or nothing.
         """
         self._waiting.append((row, self._marks(row), *scalars))
 
@@ -137,7 +137,7 @@ class Track:
         if self._in_flight is None:
             return None
         (first_step, copy), self._in_flight = self._in_flight, None
-        rows, marks, *scalars = copy.wait()
+        rows, marks, *scalars = _with_joined_scalars(copy)
         self._history.add(first_step, rows)
         alerts = self._detect(first_step, rows, marks)
         names = [*self.layout.statistics, *(name for name in self.layout.beside if name != "nonfinite")]
@@ -170,9 +170,10 @@ class Track:
 
         () if none exist.
         """
-        parts = [] if self._in_flight is None else [self._in_flight[1].wait()]
+        copies = [] if self._in_flight is None else [self._in_flight[1]]
         if self._waiting:
-            parts.append(AsyncCopy(*self._stacked()).wait())
+            copies.append(AsyncCopy(*self._stacked()))
+        parts = map(_with_joined_scalars, copies)
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def restore(
@@ -206,6 +207,12 @@ class Track:
     def no_rows(self) -> Tensor:
         """Return an empty tensor of rows, ``[0, rows, columns]``."""
         return torch.empty(0, len(self.rows), self.layout.width, dtype=torch.float32, device="cpu")
+
+
+def _with_joined_scalars(copy: AsyncCopy) -> tuple[Tensor, ...]:
+    """Return rows, marks and, if there are any, scalars, as they have arrived."""
+    rows, marks, *scalars = copy.wait()
+    return (rows, marks, joined(*scalars)) if scalars else (rows, marks)
 
 
 class CompanionTrack(Track):

@@ -178,12 +178,16 @@ def _merge_tokens(seen_ptr, token_ptr, seen_out, token_out, layer, splits, SPLIT
 
 @triton.jit
 def add_rows(
-    x_ptr, n_ptr, tokens_ptr, share_ptr, valid_ptr, seen_ptr, counts_ptr, channel_ptr, token_ptr,
+    x_ptr, n_ptr, tokens_ptr, share_ptr, valid_ptr, before_ptr, after_ptr, channel_ptr, token_ptr,
     rows, channels, x_stride, n_stride, split_stride, line_stride, token_stride, eps,
-    KIND: tl.constexpr, TOKENS: tl.constexpr, NORMALIZED: tl.constexpr, MASKED: tl.constexpr,
+    KIND: tl.constexpr, TOKENS: tl.constexpr, NORMALIZED: tl.constexpr, MASKED: tl.constexpr, SHARE: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Add one split and one block of channels to the accumulator. KIND: 0 layer, 1 rms, 2 if n is an argument."""
+    """Add one split and one block of channels to the accumulator. KIND: 0 layer, 1 rms, 2 if n is an argument.
+
+    Every block of channels reads how many rows there were before, and only one of them writes how many there are after:
+    these two must not be the same memory.
+    """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     split, splits = tl.program_id(1), tl.num_programs(1)
     mask_c = c < channels
@@ -257,7 +261,8 @@ def add_rows(
     of_lane = n + tl.zeros_like(shift)
     n_b, shift_b, rest_b, m2_b, apart = lanes_merged(of_lane, shift, rest, m2)
     lane = of_lane > 0
-    n_a = tl.load(seen_ptr + split).to(tl.float32)
+    seen = tl.load(before_ptr + split)
+    n_a = seen.to(tl.float32)
     into_ptr = channel_ptr + split.to(tl.int64) * split_stride + c
     n_ab, share, delta = _add_moments(
         into_ptr, line_stride, mask_c, n_a, n_b, shift_b, rest_b, m2_b,
@@ -271,10 +276,10 @@ def add_rows(
     if tl.program_id(0) == 0:
         lanes = tl.sum(n, 1)
         count = tl.sum(lanes, 0)
-        tl.store(counts_ptr + split, count.to(tl.int64))
+        tl.store(after_ptr + split, seen + count.to(tl.int64))
         if TOKENS and count > 0:
             below_b = tl.sum(below, 0) / count
-            if KIND == 2:
+            if SHARE:
                 below_b = tl.load(share_ptr)
             _add_tokens(
                 token_ptr + split * token_stride, n_a, count, tl.sum(lanes * std_mean, 0) / count,
@@ -286,7 +291,7 @@ def add_rows(
 @triton.jit
 def norm_rows(
     x_ptr, weight_ptr, bias_ptr, y_ptr, means_ptr, rstds_ptr, valid_ptr,
-    seen_ptr, counts_ptr, channel_ptr, token_ptr,
+    seen_ptr, channel_ptr, token_ptr,
     rows, channels, row_stride, split_stride, line_stride, token_stride, eps,
     RMS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr,
     TOKENS: tl.constexpr, NORMALIZED: tl.constexpr, ADD: tl.constexpr,
@@ -296,6 +301,8 @@ def norm_rows(
     c = tl.arange(0, CHANNELS)
     mask_c = c < channels
     split, splits = tl.program_id(0), tl.num_programs(0)
+    if ADD:
+        seen = tl.load(seen_ptr + split)  # before the first sum over rows, for which all threads wait
     n = tl.zeros([CHANNELS], tl.float32)
     shift, rest, m2 = tl.zeros_like(n), tl.zeros_like(n), tl.zeros_like(n)
     shift_n, mean_n, m2_n, m2_xn = tl.zeros_like(n), tl.zeros_like(n), tl.zeros_like(n), tl.zeros_like(n)
@@ -378,13 +385,13 @@ def norm_rows(
                 std_most = largest(std_most, tl.where(here, std, float("-inf")))
                 mean_most = largest(mean_most, tl.where(here, mean, float("-inf")))
     if ADD:
-        n_a = tl.load(seen_ptr + split).to(tl.float32)
+        n_a = seen.to(tl.float32)
         accumulator = channel_ptr + split.to(tl.int64) * split_stride + c
         n_ab, share, delta = _add_moments(accumulator, line_stride, mask_c, n_a, n, shift, rest, m2, most, fewest)
         if NORMALIZED:
             _add_normalized(accumulator, line_stride, mask_c, n_a, n, n_ab, share, delta, shift_n, mean_n, m2_n, m2_xn)
         count = tl.max(n, 0)
-        tl.store(counts_ptr + split, count.to(tl.int64))
+        tl.store(seen_ptr + split, seen + count.to(tl.int64))
         if TOKENS and count > 0:
             _add_tokens(
                 token_ptr + split * token_stride, n_a, count, tl.sum(counted * std_mean, 0) / count,

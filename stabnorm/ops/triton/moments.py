@@ -23,8 +23,17 @@ _KINDS = {"layer": 0, "rms": 1}  # the kinds whose tokens the kernel normalises
 
 
 @triton.jit
-def _tokens(x_ptr, out_ptr, rows, channels, row_stride, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Compute mean (a value and its rounding error) and biased variance of every token, ``[R, 3]``."""
+def _tokens(
+    x_ptr, out_ptr, seen_ptr, before_ptr, rows, channels, row_stride, splits,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Compute mean (a value and its rounding error) and biased variance of every token, ``[R, 3]``.
+
+    The first program also copies how many rows each split of the accumulator has, for `add_rows`.
+    """
+    if tl.program_id(0) == 0:
+        s = tl.arange(0, SPLITS)
+        tl.store(before_ptr + s, tl.load(seen_ptr + s, mask=s < splits, other=0), mask=s < splits)
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mean = tl.zeros([ROWS], tl.float32)
     rest = tl.zeros([ROWS], tl.float32)
@@ -66,27 +75,25 @@ def _add_moments_(rows: Tensor, valid: Tensor | None, into: RawMoments, request:
     by_groups, variances = request.by_groups, request.variances
     given = request.kind not in _KINDS
     normalized = request.normalized and not (given and by_groups is None)
-    per_token = rows
-    if request.tokens or (normalized and not given):
+    per_token, before, after = rows, into.seen, torch.empty_like(into.seen)
+    by_token = request.tokens or (normalized and not given)
+    if by_token:
         per_token = rows.new_empty(length, 3, dtype=torch.float32)
+        before, after = after, before
         tile = rows_of_tile(min(channels, 1024))
         _tokens[(triton.cdiv(length, tile.rows),)](
-            rows, per_token, length, channels, rows.stride(0), ROWS=tile.rows, CHANNELS=tile.channels,
-            num_warps=tile.warps,
+            rows, per_token, into.seen, before, length, channels, rows.stride(0), len(before), ROWS=tile.rows,
+            CHANNELS=tile.channels, SPLITS=triton.next_power_of_2(len(before)), num_warps=tile.warps,
         )  # fmt: skip
     n = rows if by_groups is None else laid_out(by_groups)
-    share = (
-        rows.new_zeros((), dtype=torch.float32)
-        if variances is None
-        else share_below(variances.flatten(), 10 * request.eps, None)
-    )
+    share = None if variances is None else share_below(variances.flatten(), 10 * request.eps, None)
     where = columns(channels, rows.device)
-    counts = torch.empty_like(into.seen)
     add_rows[(where.blocks, len(into.seen))](
-        rows, n, per_token, share, as_bytes(valid, rows), into.seen, counts, into.channel, into.token,
-        length, channels, rows.stride(0), n.stride(0), into.channel.stride(0), into.channel.stride(1),
+        rows, n, per_token, rows if share is None else share, as_bytes(valid, rows), before, after, into.channel,
+        into.token, length, channels, rows.stride(0), n.stride(0), into.channel.stride(0), into.channel.stride(1),
         into.token.stride(0), request.eps,
         KIND=_KINDS.get(request.kind, 2), TOKENS=request.tokens, NORMALIZED=normalized, MASKED=valid is not None,
-        ROWS=where.rows, CHANNELS=where.channels, AHEAD=max(1, where.ahead // 2),
+        SHARE=share is not None, ROWS=where.rows, CHANNELS=where.channels, AHEAD=max(1, where.ahead // 2),
     )  # fmt: skip
-    into.seen.add_(counts)  # after the kernel, because every block of channels reads the old count
+    if not by_token:
+        into.seen.copy_(after)

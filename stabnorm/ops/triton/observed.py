@@ -97,17 +97,14 @@ def norm(
     rows, gain, bias = laid_out(rows), side_by_side(gain), side_by_side(bias)
     length, channels = rows.shape
     means, rstds = (rows.new_empty(length, dtype=torch.float32) for _ in range(2))
-    counts = torch.empty_like(into.seen)
     with torch.cuda.device_of(rows):  # a kernel runs on the current device, whatever the device of its arguments
         norm_rows[(len(into.seen),)](
             rows, rows if gain is None else gain, rows if bias is None else bias, y, means, rstds,
-            as_bytes(valid, rows), into.seen, counts, into.channel, into.token, length, channels, rows.stride(0),
+            as_bytes(valid, rows), into.seen, into.channel, into.token, length, channels, rows.stride(0),
             into.channel.stride(0), into.channel.stride(1), into.token.stride(0), spec.eps,
             RMS=spec.kind == "rms", WEIGHT=gain is not None, BIAS=bias is not None, MASKED=valid is not None,
             TOKENS=spec.tokens, NORMALIZED=spec.normalized, ADD=add, **_layout(channels, rows.dtype),
         )  # fmt: skip
-    if add:
-        into.seen.add_(counts)
     return means, rstds
 
 

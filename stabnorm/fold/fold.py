@@ -13,6 +13,7 @@ from stabnorm._checks import check_choice, check_flag, check_function, check_has
 from stabnorm._models.copies import copied
 from stabnorm._models.devices import device_of, floating_tensor_of
 from stabnorm._models.examples import read_examples
+from stabnorm._models.hooks import uncounted
 from stabnorm._models.intact import intact_on_error
 from stabnorm._models.outputs import Picker
 from stabnorm._models.random_state import random_state_kept
@@ -173,7 +174,8 @@ def _fold(
     others = None if check is None else read_examples("check", check)
     if computed and not inplace:
         model, inplace = copied(model), True
-    with _computed_weights_written(model, computed), random_state_kept(device_of(model)), torch.inference_mode(False):
+    written, random_state = _computed_weights_written(model, computed), random_state_kept(device_of(model))
+    with written, random_state, torch.inference_mode(False), uncounted():
         sites, staying = find(model)
         if "" in staying or any(not site.name for site in sites):
             raise StabNormError(

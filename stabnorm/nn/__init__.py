@@ -11,6 +11,7 @@ from stabnorm.nn.prep import PRepBN
 from stabnorm.nn.rep import RepBN
 from stabnorm.nn.taper import TaperNorm
 from stabnorm.nn.unified import UnifiedNorm
+from stabnorm.nn.unmix import UnMixTNS
 
 __all__ = [
     "BatchChannelNorm",
@@ -24,6 +25,7 @@ __all__ = [
     "RepBN",
     "SRMSNorm",
     "TaperNorm",
+    "UnMixTNS",
     "UnifiedNorm",
     "no_decay_groups",
 ]

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stabnorm._models.watched import change_class, own_class
 from stabnorm.nn._base import Float32Buffers, LeavesFusedPath
-from stabnorm.norms import is_registered, register_norm
+from stabnorm.norms import Kind, is_registered, register_norm
 
 _CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
 
@@ -104,7 +105,8 @@ def mixed_in(mixin: type[MixedIn], base: type[nn.Module], weights: tuple[str, ..
         content |= {name: _property(mixin, base, name) for name in weights}
         made = _CLASSES[mixed_of] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), content)
         if mixin.adds_to_a_norm and not is_registered(made):  # what it returns does not show that it is a norm
-            register_norm(made, "rms" if issubclass(base, nn.RMSNorm) else "layer")
+            kinds: dict[type[nn.Module], Kind] = {nn.RMSNorm: "rms", _BatchNorm: "batch"}
+            register_norm(made, next((kind for cls, kind in kinds.items() if issubclass(base, cls)), "layer"))
     return _CLASSES[mixed_of]
 
 

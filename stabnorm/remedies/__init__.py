@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from stabnorm.remedies.symptoms import remedies_for as remedies_for
     from stabnorm.remedies.trained_part import freeze_embedding as freeze_embedding
     from stabnorm.remedies.trained_part import train_only_norms as train_only_norms
+    from stabnorm.remedies.unmixing import unmix_norms as unmix_norms
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -48,5 +49,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "stabnorm.remedies.standardized": ["standardize_weights"],
         "stabnorm.remedies.symptoms": ["REMEDIES", "Remedy", "remedies_for"],
         "stabnorm.remedies.trained_part": ["freeze_embedding", "train_only_norms"],
+        "stabnorm.remedies.unmixing": ["unmix_norms"],
     },
 )

@@ -47,6 +47,7 @@ _SPIKES = "the gradients have spikes"
 _LENGTH = "the weights grow, so that the effective learning rate falls"
 _DISCREPANCY = "evaluation uses other statistics than training"
 _BATCHLESS = "the norms have to go, and batches are too small or too uneven for batch statistics"
+_STREAM = "test data is shifted, and the images of a batch resemble each other"
 _PART = "only the norms are worth training"
 
 REMEDIES: tuple[Remedy, ...] = (
@@ -121,6 +122,11 @@ REMEDIES: tuple[Remedy, ...] = (
         "recalibrate.recalibrate_norms", _DISCREPANCY, ("var_discrepancy", "mean_discrepancy"),
         "measures running statistics again: the median of batches, AdaB2N's average (kappa=), or a share of both "
         "(alpha=)", "AdaB2N; arXiv 2110.04065", "the norm, with the new statistics",
+    ),
+    Remedy(
+        "unmix_norms", _STREAM, ("var_discrepancy", "mean_discrepancy"),
+        "normalises each image with statistics that it is mixed into, and that follow the stream", "arXiv 2401.08328",
+        "the norm stays: what it computes depends on the image",
     ),
     Remedy(
         "callbacks.AdaptiveClipCallback", _SPIKES, ("gradient_spike",),

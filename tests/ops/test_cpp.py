@@ -15,9 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from stabnorm import StabilityMonitor
+from stabnorm.functional.moments import RAW
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
 from stabnorm.ops import backends, use_kernels
 from stabnorm.ops.cpp import build, library
+from stabnorm.ops.moments import Request, add_moments_
 from stabnorm.ops.one_pass import affine_with_square
 from stabnorm.ops.rows import moments_of_rows, sums_of_rows
 
@@ -238,6 +240,21 @@ def test_a_monitor_sees_the_same_with_them() -> None:
             histories.append(monitor.history())
     for name, values in histories[0].items():
         torch.testing.assert_close(values, histories[1][name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1.0, 30.0, 1e4], ids="means apart by {}".format)
+@pytest.mark.parametrize("channels", [5, 64, 97])
+@pytest.mark.usefixtures("cpp")
+def test_the_figures_of_tokens_are_exact_however_far_their_means_lie_apart(apart: float, channels: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(23, channels) + apart * torch.randn(23, 1)
+    for valid in (None, torch.arange(23) % 5 != 2):
+        into = RAW.one(channels)
+        add_moments_(x, valid, into, Request("layer", 1e-5))
+        tokens = x.double() if valid is None else x[valid].double()
+        std, mean = tokens.std(1, correction=0), tokens.mean(1)
+        expected = [std.mean(), mean.mean(), 0, std.min(), mean.min(), std.max(), mean.max()]
+        torch.testing.assert_close(into.token.double(), torch.tensor(expected).double(), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("setting", ["aten", "cpp"])

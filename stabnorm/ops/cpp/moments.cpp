@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int TILE = 64;            // rows; their column sums are float32
+constexpr int TOGETHER = 4;         // tokens whose sums are computed at once, so that none waits for another one's
 constexpr int64_t BLOCK = 16 * TILE;  // rows with a common shift, which is off by at most four standard deviations
 
 enum Kind { BATCH, LAYER, RMS };
@@ -79,23 +80,51 @@ template <class T> struct Tile {
   int size = 0;
 };
 
-// Return the sum of f(x) over a token's channels.
-template <class T, class F> float token_sum(const T* row, int64_t C, F f) {
-  vf total[2] = {splat(0), splat(0)};
+// Compute for some tokens at once the sums of f(x, token) over their channels; a sum depends on its own token only.
+template <class T, class F> void token_sums(const T* const* rows, int64_t C, float* sums, F f) {
+  vf total[TOGETHER][2] = {};
   const int64_t whole = C / (2 * W) * (2 * W);
-  for (int64_t c = 0; c < whole; c += 2 * W) for (int k = 0; k < 2; k++) total[k] += f(load(row + c + k * W));
-  float rest = 0;
-  for_columns(C - whole, [&](int64_t at, int n, auto) {
-    float parts[W]; store(parts, f(load_some(row + whole + at, n)));
-    for (int j = 0; j < n; j++) rest += parts[j];
-  });
-  return sum(total[0] + total[1]) + rest;
+  for (int64_t c = 0; c < whole; c += 2 * W) {
+    for (int i = 0; i < TOGETHER; i++) for (int k = 0; k < 2; k++) total[i][k] += f(load(rows[i] + c + k * W), i);
+  }
+  for (int i = 0; i < TOGETHER; i++) {
+    float rest = 0;
+    for_columns(C - whole, [&](int64_t at, int n, auto) {
+      float parts[W]; store(parts, f(load_some(rows[i] + whole + at, n), i));
+      for (int j = 0; j < n; j++) rest += parts[j];
+    });
+    sums[i] = sum(total[i][0] + total[i][1]) + rest;
+  }
 }
 
-// Compute mean - origin and variance of a token in two passes.
-template <class T> void token_moments(const T* row, int64_t C, float origin, float& mean, float& var) {
-  mean = token_sum(row, C, [&](vf x) { return x - origin; }) / C;
-  var = token_sum(row, C, [&](vf x) { vf d = x - origin - mean; return d * d; }) / C;
+// Compute origin, mean - origin and variance of some tokens. One pass is exact enough where every mean is within two
+// standard deviations of a common origin, `guess`. Else each token has its own origin, and so it has in any case if its
+// figures must depend on no other token.
+template <class T>
+void token_moments(const T* const* rows, int64_t C, float guess, bool alone, float* origin, float* mean, float* var) {
+  if (!alone) {
+    vf total[TOGETHER] = {}, squares[TOGETHER] = {};
+    const int64_t whole = C / W * W;
+    for (int64_t c = 0; c < whole; c += W) {
+      for (int i = 0; i < TOGETHER; i++) { vf d = load(rows[i] + c) - guess; total[i] += d, squares[i] += d * d; }
+    }
+    bool near = true;
+    for (int i = 0; i < TOGETHER; i++) {
+      if (whole < C) {
+        vf d = mask(load_some(rows[i] + whole, C - whole) - guess, C - whole);
+        total[i] += d, squares[i] += d * d;
+      }
+      origin[i] = guess, mean[i] = sum(total[i]) / C, var[i] = sum(squares[i]) / C - mean[i] * mean[i];
+      near = near && mean[i] * mean[i] <= 4 * var[i];
+    }
+    if (near) return;
+  }
+  token_sums(rows, C, origin, [](vf x, int) { return x; });
+  for (int i = 0; i < TOGETHER; i++) origin[i] /= C;
+  token_sums(rows, C, mean, [&](vf x, int i) { return x - origin[i]; });
+  for (int i = 0; i < TOGETHER; i++) mean[i] /= C;
+  token_sums(rows, C, var, [&](vf x, int i) { vf d = x - origin[i] - mean[i]; return d * d; });
+  for (int i = 0; i < TOGETHER; i++) var[i] /= C;
 }
 
 // Normalise some columns of a row.
@@ -165,7 +194,9 @@ template <class T, int kind>
 void add_rows(Accumulator& a, const T* x, int64_t first, int64_t last, const uint8_t* valid, int of_tokens, bool tokens,
               float eps, const Output& out, bool moments) {
   Tile<T> t;
-  float origin = 0;
+  float origin[TOGETHER], mean[TOGETHER], var[TOGETHER], scale[TOGETHER], deviation[TOGETHER];
+  double whole[TOGETHER], square[TOGETHER];
+  float guess = 0;
   bool begun = false;
   auto finish = [&] {
     if (t.size == 0) return;
@@ -175,35 +206,47 @@ void add_rows(Accumulator& a, const T* x, int64_t first, int64_t last, const uin
     if (a.block >= BLOCK) a.end_block();
     t.size = 0;
   };
-  for (int64_t r = first; r < last; r++) {
-    const bool counts = moments && !(valid && !valid[r]);
-    if (!counts && !out.y) continue;
-    const T* row = x + r * a.C;
-    if (kind != BATCH || tokens) {
-      float mean, var;
-      // A token's output must not depend on other tokens, so each token has its own origin if there is an output.
-      if (out.y || !begun) origin = token_sum(row, a.C, [](vf x) { return x; }) / a.C, begun = true;
-      token_moments(row, a.C, origin, mean, var);
-      double whole = double(origin) + mean, square = of_tokens == RMS ? var + whole * whole : var;
-      const float scale = float(1 / std::sqrt(square + eps));
-      if (out.y) {
-        write_row<T, kind>(out, r, row, a.C, origin, mean, scale);
-        out.means[r] = float(whole), out.scales[r] = scale;
-        if (!counts) continue;
-      }
-      t.origin[t.size] = origin, t.mean[t.size] = mean, t.scale[t.size] = scale;
-      a.below += square < 10.0 * eps;
-      const float of_token[2] = {std::sqrt(var), float(whole)};
-      for (int i = 0; i < 2; i++) {
-        a.token_sum[i] += i ? whole : of_token[0];
-        a.token_min[i] = std::min(a.token_min[i], of_token[i]);
-        a.token_max[i] = std::max(a.token_max[i], of_token[i]);
-      }
-    } else {
-      fetch(row, a.C);
+  for (int64_t next = first; next < last;) {
+    const T* rows[TOGETHER];
+    int64_t places[TOGETHER];
+    bool counts[TOGETHER];
+    int found = 0;
+    for (; next < last && found < TOGETHER; next++) {
+      counts[found] = moments && !(valid && !valid[next]);
+      if (counts[found] || out.y) rows[found] = x + next * a.C, places[found++] = next;
     }
-    t.rows[t.size++] = row;
-    if (t.size == TILE) finish();
+    if (found == 0) break;
+    if (kind != BATCH || tokens) {
+      for (int i = found; i < TOGETHER; i++) rows[i] = rows[0];
+      // A token's output must not depend on other tokens.
+      token_moments(rows, a.C, guess, out.y || !begun, origin, mean, var);
+      if (!begun) guess = origin[0] + mean[0], begun = true;
+      for (int i = 0; i < TOGETHER; i++) {
+        whole[i] = double(origin[i]) + mean[i], square[i] = of_tokens == RMS ? var[i] + whole[i] * whole[i] : var[i];
+        scale[i] = float(1 / std::sqrt(square[i] + eps)), deviation[i] = std::sqrt(var[i]);
+      }
+    }
+    for (int i = 0; i < found; i++) {
+      if (kind != BATCH || tokens) {
+        if (out.y) {
+          write_row<T, kind>(out, places[i], rows[i], a.C, origin[i], mean[i], scale[i]);
+          out.means[places[i]] = float(whole[i]), out.scales[places[i]] = scale[i];
+          if (!counts[i]) continue;
+        }
+        t.origin[t.size] = origin[i], t.mean[t.size] = mean[i], t.scale[t.size] = scale[i];
+        a.below += square[i] < 10.0 * eps;
+        const float of_token[2] = {deviation[i], float(whole[i])};
+        for (int k = 0; k < 2; k++) {
+          a.token_sum[k] += k ? whole[i] : of_token[0];
+          a.token_min[k] = std::min(a.token_min[k], of_token[k]);
+          a.token_max[k] = std::max(a.token_max[k], of_token[k]);
+        }
+      } else {
+        fetch(rows[i], a.C);
+      }
+      t.rows[t.size++] = rows[i];
+      if (t.size == TILE) finish();
+    }
   }
   finish();
   a.end_block();

@@ -100,11 +100,18 @@ static inline vf mask(vf v, int n) {  // set the n-th and later numbers to 0
   for (int j = n; j < W; j++) v[j] = 0;
   return v;
 }
-static inline float sum(vf v) {
-  float parts[W]; store(parts, v);
-  for (int half = W / 2; half; half /= 2) for (int j = 0; j < half; j++) parts[j] += parts[j + half];
-  return parts[0];
+template <int N> struct Floats { typedef float type __attribute__((vector_size(4 * N))); };
+// Add the numbers of a vector, half to half, in registers: memory would make each half wait for the one before.
+template <int N> static inline float sum_of(typename Floats<N>::type v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    typename Floats<N / 2>::type low, high;
+    std::memcpy(&low, &v, sizeof low), std::memcpy(&high, (const char*)&v + sizeof low, sizeof high);
+    return sum_of<N / 2>(low + high);
+  }
 }
+static inline float sum(vf v) { return sum_of<W>(v); }
 
 // Call f(first column, number of columns, whether it is a whole vector) for every vector of a row of C columns.
 template <class F> static inline void for_columns(int64_t C, F f) {

@@ -20,9 +20,9 @@ from stabnorm.dashboard.heatmap import heatmap
 from stabnorm.dashboard.images import log_image, shows_images
 from stabnorm.monitor._folders import FOLDER, local_folder
 from stabnorm.monitor.alerts import Alert
+from stabnorm.monitor.companion_tracks import CompanionTrack
 from stabnorm.monitor.outputs import Guard, cause, say
 from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
-from stabnorm.monitor.track import CompanionTrack
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -35,6 +35,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.monitor.accumulators import Accumulators
 from stabnorm.monitor.alerts import Alert
 from stabnorm.monitor.budget import Budget
+from stabnorm.monitor.companion_tracks import CompanionTracks
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.details import Details, is_detailed, optimizers_of, weight_decay_of
 from stabnorm.monitor.detect import MakeDetector, RobustDetector
@@ -67,7 +68,7 @@ from stabnorm.monitor.scalars import (
 )
 from stabnorm.monitor.spikes import Spikes
 from stabnorm.monitor.statistics import Statistic, resolve
-from stabnorm.monitor.track import CompanionTracks, Track
+from stabnorm.monitor.track import Track
 from stabnorm.monitor.training_series import TrainingSeries
 from stabnorm.monitor.trial import try_own_statistics
 from stabnorm.monitor.verdict import SPIKE, Seen, Verdict, gradients_of, verdict_of

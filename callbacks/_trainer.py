@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stabnorm._checks import shown
 from stabnorm.callbacks._lightning import Callback
-from stabnorm.callbacks._loss_scale import scale_of
+from stabnorm.callbacks._optimizers import scale_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -38,17 +38,6 @@ def logged_steps(trainer: "Trainer") -> int:
     attribute.
     """
     return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
-
-
-def learning_rate(optimizer: Any) -> Tensor | float | None:
-    """Return the learning rate of the first parameter group; None if the optimizer has none.
-
-    A tensor is copied on its device, because a scheduler changes it in place.
-    """
-    value = next((group.get("lr") for group in optimizer.param_groups), None)
-    if isinstance(value, Tensor):
-        return value.detach().clone() if value.numel() == 1 else None
-    return value if isinstance(value, int | float) else None
 
 
 def loss_scale(trainer: "Trainer") -> Tensor | float | None:

@@ -2,18 +2,25 @@
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stabnorm._checks import check_instance
 from stabnorm._models.hooks import take_off
 from stabnorm._models.masks import valid_tokens
 from stabnorm._models.names import NameFilter
+from stabnorm.actions.action import Training
+from stabnorm.actions.actions import Actions, resolve_actions
+from stabnorm.callbacks._changes import Feed
+from stabnorm.callbacks._clipped_norm import ClippedNorm
+from stabnorm.callbacks._open_step import OpenStep
+from stabnorm.callbacks._optimizers import innermost, scale_of
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.names import resolve_companions
 from stabnorm.monitor._folders import FOLDER, replace_file
@@ -37,8 +44,9 @@ class StabilityTrainerCallback(TrainerCallback):
     """Watches the norms of the Trainer's model at every optimizer step; it needs no argument.
 
     The record is in `stabnorm_logs/` of the output directory. The monitor's state lies beside each checkpoint, so a
-    resumed run goes on from there. Gradients are those of the loss as it is in float32 and bf16; with fp16 they have
-    its scale.
+    resumed run goes on from there; if batch size, accumulation, precision or learning rate were changed meanwhile, this
+    is announced to the monitor. The loss is the one that the model returns, and the norm of the gradient is that before
+    clipping. A model that the Trainer compiles has neither mask nor loss.
 
     Args:
         preset: as for `StabilityMonitor`. Default: "standard".
@@ -53,6 +61,8 @@ class StabilityTrainerCallback(TrainerCallback):
         detector: as for `StabilityMonitor`. Default: `RobustDetector`.
         on_alert: as for `StabilityMonitor`. Default: none.
         budget: as for `StabilityMonitor`. Default: none.
+        actions: what to do at an alarm, as for `StabilityCallback`: a dict from its kind to an action, or a list of
+            them. "checkpoint" lets the Trainer save one of its own. Default: alarms are logged, and nothing is done.
 
     Attributes:
         monitor: the `StabilityMonitor` of the current training or the last one; None before.
@@ -60,7 +70,7 @@ class StabilityTrainerCallback(TrainerCallback):
     Raises:
         TypeError: an argument has another type.
         ValueError: an unknown preset, statistic or companion, or the companion "curvature"; at the start of the
-            training: no norm to watch.
+            training: no norm to watch, or an action that cannot be done, such as "hold_switch".
 
     >>> from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
     >>> callback = StabilityTrainerCallback(flush_every=20)  # Trainer(..., callbacks=[callback])
@@ -78,8 +88,10 @@ class StabilityTrainerCallback(TrainerCallback):
         detector: MakeDetector | None = None,
         on_alert: Callable[[Alert], object] | None = None,
         budget: float | None = None,
+        actions: dict[str, Any] | None = None,
     ) -> None:
         resolve(preset)
+        resolve_actions(actions or {})
         check_options(
             flush_every=flush_every,
             gradients=gradients,
@@ -109,55 +121,144 @@ class StabilityTrainerCallback(TrainerCallback):
             "on_alert": on_alert,
             "budget": budget,
         }
-        self.mask = mask
+        self.mask, self.actions = mask, actions or {}
         self.monitor: StabilityMonitor | None = None
-        self.learning_rate: float | Tensor | None = None
+        self.responses: Actions | None = None
+        self._step, self._feed = OpenStep(), Feed()
+        self._clipped: ClippedNorm | None = None
+        self._control: Any = None
         self._open: valid_tokens | None = None
         self._handles: list[RemovableHandle] = []
+
+    # -- a training ----------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Register the hooks; a resumed run goes on from the state that lies beside the checkpoint."""
         monitor = self.monitor = StabilityMonitor(model, **self.options)
-        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "stabnorm.pt"
-        if saved.exists():
-            load = functools.partial(torch.load, saved, weights_only=True)
-            state_dict = monitor.outputs.attempt(f"{saved} cannot be read", load)
-            if state_dict is not None:
-                monitor.load_state_dict(state_dict)
-        monitor.steps_done = state.global_step
+        self._control, self._step, self._feed = control, OpenStep(), _feed_of(args, kwargs.get("train_dataloader"))
+        self.responses = self._actions_of(args, monitor, kwargs)
         if state.is_world_process_zero:
             monitor.records.append(FileRecord(Path(args.output_dir) / FOLDER))
+        self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "stabnorm.pt", monitor)
+        monitor.steps_done = state.global_step
         monitor.attach()
-        if self.mask is not None and not getattr(args, "torch_compile", False):
+        self._clipped = ClippedNorm(monitor.model)
+        self._clipped.attach()
+        if not getattr(args, "torch_compile", False):
             self._handles = [
                 model.register_forward_pre_hook(self._open_mask, with_kwargs=True),
                 model.register_forward_hook(self._close_mask, always_call=True),
+                model.register_forward_hook(self._see_loss, with_kwargs=True),
             ]
+
+    def _actions_of(self, args: Any, monitor: StabilityMonitor, known: Mapping[str, Any]) -> Actions | None:
+        if not any(resolve_actions(self.actions).values()):
+            return None
+        optimizer, scheduler = innermost(known.get("optimizer")), known.get("lr_scheduler")
+        if not isinstance(optimizer, Optimizer) or getattr(args, "deepspeed", None):
+            raise ValueError(
+                "this training has no optimizer of torch whose step could be left out, as with DeepSpeed. Leave the "
+                "argument actions out"
+            )
+        training = Training(
+            monitor.model,
+            monitor,
+            [optimizer],
+            schedulers=[] if scheduler is None else [scheduler],
+            scaler=getattr(known.get("optimizer"), "scaler", None),
+            directory=Path(args.output_dir),
+            save=self._save,
+            stop=self._stop,
+        )
+        return Actions(training, self.actions)
+
+    def _save(self, path: Path) -> str:
+        """Let the Trainer save a checkpoint of its own after this step, with optimizer and schedule."""
+        self._control.should_save = True
+        return "the Trainer saves a checkpoint"
+
+    def _stop(self, reason: str) -> None:
+        self._control.should_training_stop = True
+
+    def _resume(self, file: Path, monitor: StabilityMonitor) -> None:
+        if not file.exists():
+            return
+        load = functools.partial(torch.load, file, weights_only=True)
+        state = monitor.outputs.attempt(f"{file} cannot be read", load)
+        if state is None:
+            return
+        monitor.load_state_dict(state.get("monitor", state))
+        if self.responses is not None:
+            self.responses.load_state_dict(state.get("actions", {}))
+        before = Feed.of_saved(state.get("feed"))
+        change = "" if before is None else self._feed.change(before)
+        if change:
+            monitor.announce_change(change)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a step, whose micro-batches count as one."""
         assert self.monitor is not None
+        self._control = control
         self.monitor.discard()
+        self._step = OpenStep(open=True)
         what = "the scheduler does not tell the learning rate"
-        self.learning_rate = self.monitor.outputs.attempt(what, _last_rate, kwargs.get("lr_scheduler"))
+        self._step.learning_rate = self.monitor.outputs.attempt(what, _last_rate, kwargs.get("lr_scheduler"))
+        if self.responses is not None:
+            self.responses.begin_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the norm of the gradient, and perhaps leave the step out."""
+        assert self.monitor is not None
+        assert self._clipped is not None
+        optimizer = innermost(kwargs.get("optimizer"))
+        known = [optimizer] if isinstance(optimizer, Optimizer) else []
+        what = "the gradient's norm is not watched"
+        self._step.gradient_norm = self.monitor.outputs.attempt(what, self._clipped.take, *known)
+        scale = scale_of(getattr(kwargs.get("optimizer"), "scaler", None))
+        if scale is not None and known:
+            self._step.grad_scales[known[0]] = scale.clone() if isinstance(scale, Tensor) else scale
+        if self.responses is not None:
+            self.responses.skips(known, gradient_norm=self._step.gradient_norm)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End a step, because the optimizer has stepped."""
         assert self.monitor is not None
-        self.monitor.step(learning_rate=self.learning_rate)
+        self._control, step = control, self._step
+        self.monitor.step(
+            learning_rate=step.learning_rate,
+            loss=step.loss,
+            gradient_norm=step.gradient_norm,
+            grad_scale=step.grad_scales or None,
+        )
+        if self.responses is not None:
+            self.responses.end_step()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Announce another data set or batch size."""
+        feed = _feed_of(args, kwargs.get("train_dataloader"))
+        change, self._feed = feed.change(self._feed), feed
+        if change and self.monitor is not None:
+            self.monitor.announce_change(change)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the monitor's state beside the model's."""
         assert self.monitor is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            torch.save(self.monitor.state_dict(), content := io.BytesIO())
+            saved = {
+                "monitor": self.monitor.state_dict(),
+                "actions": {} if self.responses is None else self.responses.state_dict(),
+                "feed": self._feed.saved(),
+            }
+            torch.save(saved, content := io.BytesIO())
             what = "the monitor's state cannot be saved"
             self.monitor.outputs.attempt(what, replace_file, folder / "stabnorm.pt", content.getvalue())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the hooks, and write what was measured."""
         assert self.monitor is not None
+        if self._clipped is not None:
+            self._clipped.detach()
         take_off(self._handles)
         self._close_mask()
         self.monitor.detach()
@@ -165,9 +266,25 @@ class StabilityTrainerCallback(TrainerCallback):
         self.monitor.outputs.close(self.monitor.records)
         self.monitor.records = []
 
+    # -- a forward -----------------------------------------------------------------------------------------------------
+
+    def _see_loss(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """Note the loss that a model returns; of several micro-batches the mean, or the sum of shares."""
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if not module.training or not isinstance(loss, Tensor) or loss.numel() != 1:
+            return
+        if self.responses is not None:
+            self.responses.see_loss(loss)
+        step, whole = self._step, loss.detach().reshape(()).float()
+        if kwargs.get("num_items_in_batch") is not None:  # of the whole step, by which the model has divided
+            step.add_loss(whole)
+        else:
+            before = 0.0 if step.loss is None else step.loss * step.batches
+            step.add_loss((before + whole) / (step.batches + 1), alone=True)
+
     def _open_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._close_mask()
-        mask = kwargs.get(str(self.mask))
+        mask = kwargs.get(self.mask) if self.mask is not None else None
         if module.training and isinstance(mask, Tensor) and mask.ndim == 2:
             self._open = valid_tokens(mask.bool())
             self._open.__enter__()
@@ -182,3 +299,15 @@ def _last_rate(scheduler: Any) -> float | Tensor:
     """Return the learning rate of the step that begins; a tensor is copied, because the scheduler changes it."""
     rate = scheduler.get_last_lr()[0]
     return rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
+
+
+def _feed_of(args: Any, loader: Any) -> Feed:
+    size = getattr(args, "train_batch_size", None)
+    precision = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "fp32")
+    feed = Feed.of_loader(
+        loader,
+        batches=getattr(args, "gradient_accumulation_steps", None),
+        precision=precision,
+        learning_rate=getattr(args, "learning_rate", None),
+    )
+    return feed if size is None else feed._replace(batch_size=size)

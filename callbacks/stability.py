@@ -18,6 +18,7 @@ from stabnorm.callbacks._lightning import Callback
 from stabnorm.callbacks._live import LiveReport
 from stabnorm.callbacks._masks import BatchMask
 from stabnorm.callbacks._open_step import OpenStep
+from stabnorm.callbacks._optimizers import learning_rate
 from stabnorm.callbacks._outputs import (
     alert_writers,
     begin_run,
@@ -30,7 +31,6 @@ from stabnorm.callbacks._terminal import show_messages
 from stabnorm.callbacks._trainer import (
     check_loss_again,
     described,
-    learning_rate,
     logged_steps,
     loss_again,
     loss_scale,
@@ -199,7 +199,9 @@ class StabilityCallback(Callback):
         # After a checkpoint, or in a second fit of the same Trainer; in a new run the callback starts again.
         if self._saved is not None and (self._loaded or trainer.global_step > 0):
             monitor.load_state_dict(self._saved)
-        self.monitor, self._step, self._loaded, self._feed = monitor, OpenStep(), False, None
+        if not self._loaded:
+            self._feed = None
+        self.monitor, self._step, self._loaded = monitor, OpenStep(), False
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             self.directory = output_directory(trainer)
             names = [statistic.name for statistic in monitor.statistics]
@@ -275,6 +277,7 @@ class StabilityCallback(Callback):
         assert self.monitor is not None
         if not self._counted:
             self.monitor.steps_done, self._counted = logged_steps(trainer), True
+            self._see_feed(trainer)  # here, too, because a run may go on within an epoch
         if not self._step.open:
             self.monitor.discard()  # forwards of a learning-rate search, for example
             self._step = OpenStep(open=True)
@@ -321,7 +324,10 @@ class StabilityCallback(Callback):
         step = self._step
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            step.add_loss(loss.detach().reshape(()), trainer, pl_module)
+            step.add_loss(loss.detach().reshape(()), alone=not pl_module.automatic_optimization)
+            if step.stepped and pl_module.automatic_optimization:
+                # Lightning has divided by as many batches as it wanted to accumulate; the epoch may be over before.
+                step.scale_loss(trainer.accumulate_grad_batches)
         if step.stepped and self.monitor is not None:
             self.monitor.step(
                 loss=step.loss,
@@ -352,6 +358,10 @@ class StabilityCallback(Callback):
         """Forget a step that the last epoch left open; automatic optimization drops its gradients, too."""
         if pl_module.automatic_optimization:
             self._step = OpenStep()
+        self._see_feed(trainer)
+
+    def _see_feed(self, trainer: "Trainer") -> None:
+        """Announce what the user has changed since the last epoch, or since the checkpoint."""
         feed = Feed.of(trainer)
         change = "" if self._feed is None else feed.change(self._feed)
         self._feed = feed
@@ -374,7 +384,8 @@ class StabilityCallback(Callback):
         """Return baselines and step counter as tensors and plain containers, because Lightning loads weights only."""
         saved = self.monitor.state_dict() if self.monitor is not None else self._saved
         actions = self._saved_actions if self.responses is None else self.responses.state_dict()
-        return {} if saved is None else {"version": 1, "monitor": saved, "actions": actions}
+        feed = None if self._feed is None else self._feed.saved()
+        return {} if saved is None else {"version": 1, "monitor": saved, "actions": actions, "feed": feed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the layers exist; in a training only a tuner restores, which is no resume."""
@@ -382,7 +393,7 @@ class StabilityCallback(Callback):
         if self._fitting and self._counted:
             return
         self._saved, self._saved_actions = state_dict.get("monitor"), state_dict.get("actions", {})
-        self._loaded = self._saved is not None
+        self._loaded, self._feed = self._saved is not None, Feed.of_saved(state_dict.get("feed"))
         if self._fitting and self._saved is not None and self.monitor is not None:
             self.monitor.load_state_dict(self._saved)  # some strategies load checkpoints after the start of the fit
             if self.responses is not None:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> FabricMonitor:
                 optimizer.zero_grad()
                 fabric.backward(loss)
                 optimizer.step()
-                monitor.step(loss=loss)
+                monitor.step(loss=loss, optimizer=optimizer)
     fabric.print(f"{monitor.steps_done} steps, {len(monitor.alerts)} alerts; the record is in {options.root}")
     return monitor
 

@@ -51,7 +51,7 @@ class Training:
         scaler: the gradient scaler of mixed precision.
         averages: averaged copies of the model, which a rollback takes back, too.
         directory: a folder for checkpoints.
-        save: writes a checkpoint of everything to a file.
+        save: writes a checkpoint of everything to a file; it may return a few words that say where it is.
         stop: ends the training after this step; it is given the reason.
         switch: the switch of the model's norms.
     """
@@ -63,7 +63,7 @@ class Training:
     scaler: Any = None
     averages: Sequence[nn.Module] = ()
     directory: Path | None = None
-    save: Callable[[Path], None] | None = None
+    save: Callable[[Path], str | None] | None = None
     stop: Callable[[str], None] | None = None
     switch: Holds | None = None
     kept: dict[str, Any] = field(default_factory=dict)

@@ -35,5 +35,4 @@ class _Saving(Worker):
         assert training.save is not None
         path = training.directory / "alarms" / f"step{training.monitor.steps_done}-{why.kind}.ckpt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        training.save(path)
-        return f"a checkpoint is in {path}"
+        return training.save(path) or f"a checkpoint is in {path}"

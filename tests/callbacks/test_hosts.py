@@ -132,7 +132,7 @@ def test_actions_of_hugging_faces_callback_are_checked(tmp_path: Path) -> None:
 
 def test_what_was_changed_before_a_run_goes_on_is_announced(tmp_path: Path) -> None:
     LikeATrainer(tmp_path, StabilityTrainerCallback(flush_every=2)).train(batches(8), save_at=3)
-    changed = {"train_batch_size": 8, "learning_rate": 0.02, "bf16": True}
+    changed: dict[str, Any] = {"train_batch_size": 8, "learning_rate": 0.02, "bf16": True}
     for change in ({}, changed):
         callback = StabilityTrainerCallback(flush_every=2)
         LikeATrainer(tmp_path, callback, **change).train(batches(4), first=3)

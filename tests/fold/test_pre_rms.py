@@ -34,6 +34,7 @@ def converted(family: Family, **options: Any) -> tuple[nn.Module, FoldResult]:
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_pre_norm_families_turn_into_rms_exactly(family: Family) -> None:
+    """T16: the same function, to 1e-12 in float64."""
     model, result = converted(family)
     assert sum(norm.status == "rms" for norm in result.norms) == CONVERTED.get(family.name, 0), str(result)
     limit = 1e-5 if family.name == "gemma 2" else 1e-12  # its norm goes through float32 whatever the model

@@ -89,6 +89,7 @@ def test_the_fast_kernels_equal_the_formula(dtype: torch.dtype, center: bool) ->
 
 
 def test_on_gaussian_data_it_is_the_batch_norm_of_the_variance() -> None:
+    """T23: with the factor sqrt(pi / 2) the two scales are the same."""
     norm, other = RepBN(4, statistic="l1"), RepBN(4)
     x = torch.randn(100_000, 4) * 3 + 1
     torch.testing.assert_close(norm(x), other(x), rtol=0.02, atol=0.02)

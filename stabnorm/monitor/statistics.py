@@ -6,8 +6,8 @@ family in `stabnorm.monitor.catalogue`.
 
 Of the survey's list, N1 is not here: the gradient noise scale needs every example's own gradient of gain and bias, that
 is a backward hook with input and output gradient at each norm, which is neither cheap nor possible in a compiled graph.
-SELU's domain of means and variances (arXiv 1706.02515) is not here either: it is for nets without any norm, and the rows
-of the monitor are norms. `stabnorm.monitor.catalogue.collapse` says why the linearity of blocks is not.
+SELU's domain of means and variances (arXiv 1706.02515) is not here either: it is for nets without any norm, and the
+rows of the monitor are norms. `stabnorm.monitor.catalogue.collapse` says why the linearity of blocks is not.
 """
 
 from collections.abc import Mapping, Sequence

@@ -130,7 +130,8 @@ class EvoNormS0(_EvoNorm):
     .. math:: y = \gamma\, \frac{x\, \mathrm{sigmoid}(v x)}{\sqrt{\sigma^2_{h,w,c/g} + \epsilon}} + \beta
 
     It stands in the place of a norm and of the activation behind it. It does not fold, because the variance of the
-    image is computed at inference.
+    image is computed at inference. In our study with two images in a batch (docs/remedies.md) it ended with a higher
+    loss than a batch norm; weight standardization with `nn.GroupNorm` or `BatchChannelNorm` ended with a lower one.
 
     Args:
         num_features: number of channels, C.

@@ -44,6 +44,7 @@ _EMBEDDING = "the gradient of the embedding is too large"
 _NOISY = "the statistics of a batch are too noisy, as in micro-batches"
 _PATCHES = "the patch embedding of a vision transformer is unstable"
 _SPIKES = "the gradients have spikes"
+_START = "the training does not leave its start, because the weights begin at zero or far too small"
 _LENGTH = "the weights grow, so that the effective learning rate falls"
 _DISCREPANCY = "evaluation uses other statistics than training"
 _BATCHLESS = "the norms have to go, and batches are too small or too uneven for batch statistics"
@@ -108,7 +109,7 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy(
         "nn.EvoNormS0", _NOISY, ("var_fluctuation", "mean_fluctuation"),
         "stands for a norm and its activation in a convolutional net, and does not read the batch", "arXiv 2004.02967",
-        "nothing folds",
+        "nothing folds", experimental=True,
     ),
     Remedy(
         "dual_patch_norm", _PATCHES, (), "normalises patches before and after they are embedded", "arXiv 2302.01327",
@@ -133,7 +134,7 @@ REMEDIES: tuple[Remedy, ...] = (
         "clips each gradient tensor against its own past", "arXiv 2502.11034", "nothing is left",
     ),
     Remedy(
-        "callbacks.GradientNoiseCallback", _SPIKES, (), "adds noise that fades away to the gradients",
+        "callbacks.GradientNoiseCallback", _START, (), "adds noise that fades away to the gradients",
         "arXiv 1511.06807", "nothing is left", experimental=True,
     ),
     Remedy(
@@ -151,7 +152,7 @@ REMEDIES: tuple[Remedy, ...] = (
     ),
     Remedy(
         "train_only_norms", _PART, (), "trains gains and biases of the norms only", "arXiv 2003.00152",
-        "nothing is left",
+        "nothing is left", experimental=True,
     ),
 )  # fmt: skip
 

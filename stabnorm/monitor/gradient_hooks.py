@@ -100,16 +100,18 @@ class ParameterHook:
         self._into, self.index, self.row = weakref.ref(into), index, row
         self._step, self._version = -1, 0  # the step and the parameter's version of the last backward
         self._used: Tensor | None = None  # the row that an optimizer step of this step has used
+        self._row: Tensor | None = None  # on the device of the last gradient
 
-    @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
         """Read a gradient that was just accumulated."""
         into = self._into()
         if into is None or not into.model.training or into.paused:
             return
         start = time.perf_counter()
+        # Gradients are off in a backward, unless it makes a graph: to switch them off once more would cost microseconds.
+        read = torch.no_grad()(self._read) if torch.is_grad_enabled() else self._read
         with one_at_a_time:
-            self._read(into, parameter)
+            read(into, parameter)
         into.seconds += time.perf_counter() - start
 
     def _read(self, into: Accumulators, parameter: Tensor) -> None:
@@ -121,12 +123,12 @@ class ParameterHook:
             return  # the norm was rebuilt with another width; its input says so
         if self.row == 1 and not _trains(layer.gain_parameter):
             return  # measured at the output
-        row = into.gradient(self.index, gradient.device)[self.row]
+        row = self._row
+        if row is None or row.device != gradient.device:
+            row = self._row = into.gradient(self.index, gradient.device)[self.row]
         self._begin(into, parameter, row)
         if not is_distributed(gradient):
-            row.copy_(gradient.flatten())
-            if layer.gain is not None:
-                row.mul_(layer.gain)
+            _write_product(gradient.flatten(), layer.gain, row)
         elif into.merged and (part := own_part(gradient)) is not None:
             row.zero_()
             row[part.start : part.stop] = part.values * part.parts * _gain_of(layer, part)
@@ -145,6 +147,16 @@ class ParameterHook:
         if self._used is not None and self._version == parameter._version:  # no optimizer step has used the last one
             row.copy_(self._used)
         self._used = None
+
+
+def _write_product(gradient: Tensor, gain: Tensor | None, row: Tensor) -> None:
+    """Write gradient times gain into a row in float32; where both are float32, in one operation with the same bits."""
+    if gain is not None and gain.shape == row.shape and gain.dtype == gradient.dtype == row.dtype:
+        torch.mul(gradient, gain, out=row)
+        return
+    row.copy_(gradient)
+    if gain is not None:
+        row.mul_(gain)
 
 
 def _trains(parameter: nn.Parameter | None) -> bool:

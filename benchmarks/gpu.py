@@ -6,6 +6,7 @@ When that is over, no further section of it is begun, and the page says so:
 
 * tests: `pytest -m gpu`, which also records the device, so that `auto` uses the kernels on it from then on;
 * kernels: `benchmarks.gpu_kernels`;
+* step: `benchmarks.gpu_step`;
 * training: steps of ViT-S and GPT-2 small, bare, monitored, switching from LayerNorm, and switched;
 * inference: LayerNorm, folded and the norm-free floor, eager, compiled and as CUDA graphs; time and memory;
 * memcheck: the tests of the kernels under compute-sanitizer, if it is installed.
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gpu_kernels, inference
+from benchmarks import gpu_kernels, gpu_step, inference
 from benchmarks.monitor_overhead import WIDTHS, ViT
 from stabnorm import StabilityMonitor, convert_norms
 from stabnorm.nn import PRepBN
@@ -43,7 +44,7 @@ from stabnorm.ops import use_kernels
 
 STEPS = 4  # of a variant in a round
 WARM_UP = 2
-KERNEL_TESTS = ("rows", "moments", "observed", "blended")
+KERNEL_TESTS = ("rows", "moments", "observed", "blended", "standard")
 Options = argparse.Namespace
 
 
@@ -92,6 +93,13 @@ def kernel_table(options: Options) -> Iterator[str]:
         with contextlib.redirect_stdout(printed):
             gpu_kernels.main(["--rounds", str(options.rounds), "--shapes", f"{rows}x{channels}"])
         yield printed.getvalue()
+
+
+def step_table(options: Options) -> Iterator[str]:
+    """See `benchmarks.gpu_step`."""
+    gpu = torch.cuda.is_available()
+    for size in gpu_step.SIZES if gpu else gpu_step.SMALL_SIZES:
+        yield gpu_step.table([size], options.rounds, torch.device("cuda" if gpu else "cpu"))
 
 
 # --- training ---
@@ -264,12 +272,13 @@ def inference_table(options: Options) -> Iterator[str]:
 STAGES: dict[str, Callable[[Options], Iterator[str]]] = {
     "tests": tests,
     "kernels": kernel_table,
+    "step": step_table,
     "training": training_table,
     "inference": inference_table,
     "memcheck": memcheck,
 }
 # Of the minutes; together less than all, because a section that has begun is measured to its end.
-SHARES = {"tests": 0.3, "kernels": 0.15, "training": 0.2, "inference": 0.2, "memcheck": 0.1}
+SHARES = {"tests": 0.3, "kernels": 0.15, "step": 0.03, "training": 0.2, "inference": 0.18, "memcheck": 0.1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

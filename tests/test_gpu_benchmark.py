@@ -22,7 +22,13 @@ def test_every_stage_writes_its_table(tmp_path: Path, monkeypatch: pytest.Monkey
     for heading in gpu.STAGES:
         assert f"\n## {heading}\n" in written
         assert f"\n({heading} took " in written
-    for line in ("| LayerNorm | torch |", "| LayerNorm, monitored: kernels |", "| switched: kernels |", "| folded |"):
+    for line in (
+        "| LayerNorm | torch |",
+        "| LayerNorm, monitored: kernels |",
+        "| switched: kernels |",
+        "| folded |",
+        "| 2 x 24 | kernels |",
+    ):
         assert line in written
 
 

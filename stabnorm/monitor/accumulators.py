@@ -163,7 +163,10 @@ class Accumulators:
     def clear(self) -> None:
         """Empty all accumulators, with few operations whatever the number of bands: each is a launch on a GPU."""
         for tensors in self._zeroed.values():
-            torch._foreach_zero_(tensors)
+            if len(tensors) == 1:
+                tensors[0].zero_()  # one launch whatever its size, which a list may not be
+            else:
+                torch._foreach_zero_(tensors)
         for pairs in self._others.values():
             torch._foreach_copy_([tensor for tensor, _ in pairs], [empty for _, empty in pairs])
         self.steps += 1

@@ -108,7 +108,7 @@ class ParameterHook:
         if into is None or not into.model.training or into.paused:
             return
         start = time.perf_counter()
-        # Gradients are off in a backward, unless it makes a graph: to switch them off once more would cost microseconds.
+        # Gradients are off in a backward, unless it makes a graph; to switch them off once more costs microseconds.
         read = torch.no_grad()(self._read) if torch.is_grad_enabled() else self._read
         with one_at_a_time:
             read(into, parameter)

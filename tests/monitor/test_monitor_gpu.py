@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_step import Steps
 from stabnorm import StabilityMonitor, valid_tokens
 from stabnorm._models import masks
 
@@ -49,6 +50,16 @@ def test_monitored_steps_never_wait_for_the_device(preset: str) -> None:
     with StabilityMonitor(net, preset, flush_every=100) as monitor:
         train(net, monitor, 40, "cuda", watch_syncs=True)
     assert monitor.history()["amax"].shape == (40, 3)
+
+
+def test_a_step_launches_at_most_twelve_kernels_and_copies() -> None:
+    steps = Steps(25, 384, "triton", torch.device("cuda"))
+    steps.timed()  # which compiles
+    launches = steps.launches()
+    steps.monitor.detach()
+    if not launches:
+        pytest.skip("the profiler may not look at this device")
+    assert launches <= 12
 
 
 @pytest.mark.parametrize("preset", ["standard", "full"])

@@ -71,7 +71,7 @@ class Steps:
         ):
             self.monitor.step(loss=loss)
             self._wait()
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or ())
+        return sum(event.device_type.name == "CUDA" for event in profile.events() or ())
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

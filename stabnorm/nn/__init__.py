@@ -6,6 +6,7 @@ from stabnorm.nn.batch_channel import BatchChannelNorm, EstBatchNorm
 from stabnorm.nn.elementwise import Derf, DyT, SRMSNorm
 from stabnorm.nn.evo import EvoNormB0, EvoNormS0
 from stabnorm.nn.groups import no_decay_groups
+from stabnorm.nn.linear_attention import SimplifiedLinearAttention
 from stabnorm.nn.power import PowerNorm
 from stabnorm.nn.prep import PRepBN
 from stabnorm.nn.rep import RepBN
@@ -24,6 +25,7 @@ __all__ = [
     "PowerNorm",
     "RepBN",
     "SRMSNorm",
+    "SimplifiedLinearAttention",
     "TaperNorm",
     "UnMixTNS",
     "UnifiedNorm",

@@ -70,7 +70,7 @@ def resolve_actions(actions: Mapping[str, Asked]) -> dict[str, tuple[Action, ...
     >>> resolve_actions({"nonfinite": "skip"})
     Traceback (most recent call last):
     ...
-    ValueError: the kind='nonfinite' is unknown. Choose one of 'non_finite', 'bound', ...; did you mean 'non_finite'?
+    ValueError: the kind='nonfinite' is unknown. Choose one of 'non_finite', 'spike', ...; did you mean 'non_finite'?
     """
     if not isinstance(actions, Mapping):
         raise wrong_type("actions", actions, "a dict of kinds of alarm, such as {'non_finite': 'skip'}")

@@ -311,5 +311,5 @@ def _row(place: int, layer: str, batches: Sequence[MicroBatch], ran: Sequence[_R
     if losses is not None:
         loss = float(losses[place]) if losses[place].isfinite() else math.inf
         share = loss / float(losses.sum())
-    sample = None if samples is None else int(samples[row])
+    sample = int(samples[row]) if samples is not None and len(samples) == ran[number].rows.count else None
     return BatchRow(row, number, sample, float(seen.largest[row]), token, channels, loss, share)

@@ -33,13 +33,14 @@ class Rows:
         Args:
             batch: the batch.
             model: the model. If a module of it says ``batch_first=False``, rows may be the second axis.
-            samples: one entry for each row, where that is known. Default: not known.
+            samples: one entry for each row, as the sampler tells them; a collate function may have packed or left out
+                some, and then they tell nothing. Default: not known.
         """
         told = [module.batch_first for module in model.modules() if isinstance(getattr(module, "batch_first", 0), bool)]
         second = bool(told) and not any(told)
-        if samples is not None:
-            return cls(len(samples), second)
         shapes = [tuple(tensor.shape) for tensor in tensors_of(batch) if tensor.ndim]
+        if samples is not None and any(len(samples) in shape[:2] for shape in shapes):
+            return cls(len(samples), second)
         flat = [shape[0] for shape in shapes if len(shape) == 1]  # labels, for example: one for each row
         sizes = flat or [shape[1 if second else 0] for shape in shapes]
         return cls(Counter(sizes).most_common(1)[0][0], second) if sizes else None

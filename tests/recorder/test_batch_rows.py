@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 from stabnorm import StabilityMonitor, valid_tokens
@@ -280,6 +281,46 @@ def test_batches_that_are_too_large_are_not_kept(tmp_path: Path) -> None:
             monitor.step()
             recorder.end()
         assert len(recorder._recent) == 3
+
+
+def test_what_a_worker_of_a_loader_shares_is_copied_so_that_no_open_file_is_kept(tmp_path: Path) -> None:
+    with StabilityMonitor(Net(), ["amax"]) as monitor:
+        recorder = FlightRecorder(monitor, tmp_path)
+        for shared in True, False:
+            x = torch.ones(2, LENGTH, WIDTH)
+            recorder.begin({"x": x.share_memory_() if shared else x})
+            monitor.step()
+            recorder.end()
+            (kept,) = recorder._recent[-1].batches
+            assert not kept["batch"]["x"].is_shared()
+            assert (kept["batch"]["x"] is x) == (not shared)
+
+
+def test_samples_that_a_collate_function_has_left_out_are_not_named(tmp_path: Path) -> None:
+    found = rows_of(tmp_path, Net(), cross_entropy, data(value=300.0), indices=range(ROWS + 1))
+    is_the_bad_one(found)
+    assert found.rows[0].sample is None
+
+
+def test_a_compiled_model_is_run_again_and_not_compiled_again(tmp_path: Path) -> None:
+    model, counter = Net(), CompileCounter()
+    compiled: Any = torch.compile(model, backend=counter)
+
+    def loss(_: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(compiled, batch)
+
+    with StabilityMonitor(model, ["amax"]) as monitor:
+        recorder = FlightRecorder(monitor, tmp_path, loss=loss, detail_steps=0)
+        for value in 1.0, 300.0, 1.0:
+            recorder.begin(data(value=value))
+            loss(model, data(value=value)).backward()
+            if value > 1:
+                recorder.alarm("spike", "it is bad")
+            monitor.step()
+            recorder.end()
+            model.zero_grad()
+    assert read_dump(recorder.dumps[0]).header["rows"]["rows"][0]["row"] == BAD_ROW
+    assert counter.frame_count == 1
 
 
 def test_a_loss_that_fails_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

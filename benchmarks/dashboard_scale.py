@@ -2,10 +2,11 @@
 
     python -m benchmarks.dashboard_scale
     python -m benchmarks.dashboard_scale --layers 49 --statistics 24 --steps 10000
+    python -m benchmarks.dashboard_scale --whole
 
-Writes a record as TensorBoard's event file, block by block, and measures in a process of its own what the page's server
-does with it. Values are calm noise, so that nothing compresses better than in a real run. The default writes 1.2 GB
-into a temporary folder.
+Writes a record block by block, as a training does, and measures in a process of its own what the page's server does
+with it. The old steps are thinned to the default bound; with --whole the record is an event file of TensorBoard's,
+which has every step and takes 1.2 GB of a temporary folder. Values are noise, as a real run's are.
 """
 
 import argparse
@@ -21,25 +22,28 @@ from pathlib import Path
 import numpy as np
 
 from stabnorm.dashboard.answers import Answers
-from stabnorm.monitor.record import Block, TensorBoardRecord
+from stabnorm.monitor.record import Block, FileRecord, TensorBoardRecord
 
 BLOCK = 50  # steps of a flush
 
 
-def write(folder: Path, layers: int, statistics: int, steps: int) -> None:
+def write(folder: Path, layers: int, statistics: int, steps: int, *, whole: bool) -> None:
     """Write the record."""
     from torch.utils.tensorboard import SummaryWriter
 
+    writer = SummaryWriter(str(folder)) if whole else None
+    record = FileRecord(folder) if writer is None else TensorBoardRecord(writer)
     random = np.random.default_rng(0)
     names = tuple(f"blocks.{i}.norm" for i in range(layers))
     series = ["token_std_mean", "amax", *(f"own_{i}" for i in range(statistics - 2))]
     noise = np.exp(0.05 * random.standard_normal((4096, layers))).astype(np.float32)
-    with SummaryWriter(str(folder)) as writer:
-        record = TensorBoardRecord(writer)
-        for first in range(0, steps, BLOCK):
-            part = {name: noise[random.integers(4096, size=BLOCK)] for name in series}
-            part["loss"] = random.random(BLOCK, np.float32)
-            record.write_block(Block(first, names, part))
+    for first in range(0, steps, BLOCK):
+        part = {name: noise[random.integers(4096, size=BLOCK)] for name in series}
+        part["loss"] = random.random(BLOCK, np.float32)
+        record.write_block(Block(first, names, part))
+    record.close()
+    if writer is not None:
+        writer.close()
 
 
 def measure(folder: Path) -> dict[str, float]:
@@ -73,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--layers", type=int, default=100)
     parser.add_argument("--statistics", type=int, default=30)
     parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--whole", action="store_true", help="an event file, which has every step")
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # in the process that measures
     options = parser.parse_args(arguments)
     if options.folder:
@@ -80,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        write(Path(folder), options.layers, options.statistics, options.steps)
+        write(Path(folder), options.layers, options.statistics, options.steps, whole=options.whole)
         wrote = time.perf_counter() - begin
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         command = [sys.executable, "-m", "benchmarks.dashboard_scale", "--folder", folder]

@@ -22,7 +22,7 @@ from stabnorm.monitor._folders import FOLDER, local_folder
 from stabnorm.monitor.alerts import Alert
 from stabnorm.monitor.companion_tracks import CompanionTrack
 from stabnorm.monitor.outputs import Guard, cause, say
-from stabnorm.monitor.record import Block, FileRecord, RecordWriter, TensorBoardRecord
+from stabnorm.monitor.record import MOST_BYTES, Block, FileRecord, RecordWriter, TensorBoardRecord
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -112,20 +112,30 @@ def _local(root: str) -> Path | None:
         return None
 
 
-def record_writers(trainer: "Trainer", guard: Guard, directory: Path) -> list[RecordWriter]:
-    """Return writers of the record: into TensorBoard's event file if there is one, else into files in ``directory``.
+def record_writers(
+    trainer: "Trainer", guard: Guard, directory: Path, most_bytes: int | None = MOST_BYTES
+) -> list[RecordWriter]:
+    """Return the writers of the record: into files in ``directory``, whose old steps can be thinned.
+
+    Where TensorBoard writes to another machine, such as ``s3://``, the record goes into its event file.
+
+    Args:
+        trainer: the Trainer, whose loggers are open.
+        guard: says what a logger refuses.
+        directory: the folder of the run.
+        most_bytes: what the steps may take on the disk, see `FileRecord`. Default: 256 MiB.
 
     Raises:
         ValueError: a newer version of stabnorm, or another tool, has written there.
     """
-    writers = summary_writers(trainer, guard)
-    if writers:
-        return [TensorBoardRecord(writer) for writer in writers]
+    remote = [writer for writer in summary_writers(trainer, guard) if _local(os.fspath(writer.log_dir)) is None]
+    if remote:
+        return [TensorBoardRecord(writer) for writer in remote]
     try:
-        return [FileRecord(directory)]
+        return [FileRecord(directory, most_bytes)]
     except OSError as error:
         say("stabnorm: no record is written, because that is impossible in %s: %s", directory, cause(error))
-        return [_LateRecord(directory)]
+        return [_LateRecord(directory, most_bytes)]
 
 
 class _LateRecord:
@@ -133,12 +143,12 @@ class _LateRecord:
 
     name = FileRecord.__name__
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, most_bytes: int | None) -> None:
+        self._directory, self._most_bytes = directory, most_bytes
 
     @functools.cached_property
     def _record(self) -> FileRecord:
-        return FileRecord(self._directory)
+        return FileRecord(self._directory, self._most_bytes)
 
     def write_block(self, block: Block) -> None:
         self._record.write_block(block)

@@ -43,7 +43,7 @@ from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.gradient_norm import gradient_norm
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.outputs import Guard
-from stabnorm.monitor.record import RecordWriter
+from stabnorm.monitor.record import LEAST_BYTES, MOST_BYTES, RecordWriter
 from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.recorder.recorder import FlightRecorder
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 class StabilityCallback(Callback):
     """Watches every normalization layer of a run at every optimizer step; it needs no argument.
 
-    It writes the full record to TensorBoard, or with another logger to files beside the logger's. Every ``flush_every``
+    It writes the full record into the run's folder, where TensorBoard's tab "Stability" finds it. Every ``flush_every``
     steps it writes a dozen scalars to every logger. It warns when a layer's statistics leave their usual range, and
     then draws every layer against its usual value and writes ``report.md`` into the run's folder. At the end of the
     training it does so again, and writes further heat maps and a table of the layers that you should look at. It
@@ -94,6 +94,8 @@ class StabilityCallback(Callback):
         dumps: how many dumps are written into `dumps/` of the run's folder, at most: the last steps, and a batch with
             the weights before it, at an alarm, an exception or SIGTERM; ``stabnorm replay`` runs it again. 0 writes
             none. Default: 3.
+        record_bytes: what the record may take on the disk. Beyond it old steps are thinned, and each layer's extremes
+            stay at their steps, see `stabnorm.FileRecord`. None keeps every value. Default: 256 MiB.
 
     `trainer.callback_metrics` has ``stability/alerts``, the number of alerts so far, and ``stability/worst_score``, the
     detector's highest score in the last flush (alerts begin at 6), for EarlyStopping and ModelCheckpoint.
@@ -125,12 +127,15 @@ class StabilityCallback(Callback):
         actions: dict[str, Any] | None = None,
         budget: float | None = None,
         dumps: int = 3,
+        record_bytes: int | None = MOST_BYTES,
     ) -> None:
         super().__init__()
         resolve(preset)
         resolve_actions(actions or {})
         check_count("dumps", dumps, 0, hint=": the largest number of dumps")
-        self.dumps = dumps
+        if record_bytes is not None:
+            check_count("record_bytes", record_bytes, LEAST_BYTES, hint=": what the record may take, or None")
+        self.dumps, self.record_bytes = dumps, record_bytes
         self.companions = resolve_companions(companions)
         self.fused, self.detector, self.on_alert, self.actions = fused, detector, on_alert, actions
         self.budget = budget
@@ -206,7 +211,7 @@ class StabilityCallback(Callback):
             self.directory = output_directory(trainer)
             names = [statistic.name for statistic in monitor.statistics]
             alerts, overhead = (lambda: len(monitor.alerts)), (lambda: monitor.cost.percent)
-            self._records = record_writers(trainer, monitor.outputs, self.directory)
+            self._records = record_writers(trainer, monitor.outputs, self.directory, self.record_bytes)
             monitor.records = [*self._records]
             monitor.records += headline_writers(trainer, monitor.outputs, names, alerts, overhead)
             monitor.records += alert_writers(trainer, monitor.outputs)

@@ -6,6 +6,7 @@ Each of them gives only what is new since the last time, so that a page can foll
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stabnorm.monitor._event_files import placed_events
-from stabnorm.monitor._record_files import block_number, unpack_arrays, unpack_line, whole_lines
+from stabnorm.monitor._record_files import StepFile, read_series, step_files, stored_parts, unpack_line, whole_lines
 from stabnorm.monitor._record_format import PLUGIN_NAME, description_of, event_files
 from stabnorm.monitor.record import Event
 
@@ -25,24 +26,31 @@ _VALIDATION = re.compile(r"val(id(ation)?)?[/_.]", re.IGNORECASE)  # scalars of 
 
 
 class Piece(NamedTuple):
-    """Some steps of one series, which `load` reads from the file."""
+    """Some steps of one series, which `load` reads from the file; thinned ones are in buckets of so many steps."""
 
     first_step: int
     num_steps: int
     layers: tuple[str, ...]
     load: Callable[[], npt.NDArray[Any]]
+    bucket: int = 1
 
 
 class Reader(Protocol):
     """Where a run's record comes from.
 
     Attributes:
-        notes: sentences about what could not be read.
-        validation: scalars of validation that lie beside the record: tag -> step -> value.
+        begins_again: whether the last pieces were all there are, in place of those before.
     """
 
-    notes: list[str]
-    validation: dict[str, dict[int, float]]
+    begins_again: bool
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about what could not be read."""
+
+    @property
+    def validation(self) -> dict[str, dict[int, float]]:
+        """Scalars of validation that lie beside the record: tag -> step -> value."""
 
     def pieces(self) -> Iterator[tuple[str, str, Piece]]:
         """Yield (companion, series, piece) of what was written since the last time."""
@@ -57,6 +65,7 @@ class EventReader:
     def __init__(self, directory: Path) -> None:
         self.notes: list[str] = []
         self.validation: dict[str, dict[int, float]] = {}
+        self.begins_again = False
         self._directory = directory
         self._offsets: dict[Path, int] = {}
         self._contents: dict[str, dict[str, Any]] = {}
@@ -214,29 +223,38 @@ class FileReader:
     def __init__(self, directory: Path) -> None:
         self.notes: list[str] = []
         self.validation: dict[str, dict[int, float]] = {}
+        self.begins_again = False
         self._directory = directory
-        self._read: set[str] = set()
+        self._read: dict[StepFile, list[tuple[str, str, Piece]]] = {}
         self._same: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._lines = 0
 
     def pieces(self) -> Iterator[tuple[str, str, Piece]]:
-        """Yield (companion, series, piece) of the blocks that are new."""
-        for path in sorted(self._directory.glob("block-*.npz")):
-            if path.name in self._read or block_number(path) is None:
-                continue
-            self._read.add(path.name)
-            try:
-                with unpack_arrays(path.read_bytes()) as block:  # loads an array only when it is accessed
-                    first_step, num_steps = block["@steps"].tolist()
-                    own = tuple(map(str, block["@layers"]))
-                    layers = self._same.setdefault(own, own)
-                    companion = str(block["@companion"]) if "@companion" in block.files else ""
-                    names = [name for name in block.files if name[0] != "@"]
-            except Exception:  # a damaged file of a zip archive can raise almost anything
-                self.notes.append(f"{path.name} is damaged; its steps are left out.")
-                continue
-            for name in names:
-                yield companion, name, Piece(first_step, num_steps, layers, _ArrayOf(path, name).array)
+        """Yield (companion, series, piece) of the steps that are new; of all, where old ones were thinned since."""
+        files = step_files(self._directory)[0]
+        gone = self._read.keys() - set(files)
+        self.begins_again = bool(gone)
+        for file in gone:
+            del self._read[file]
+        new = [file for file in files if file not in self._read]
+        for file in new:
+            self._read[file] = list(self._pieces_of(file))
+        for file in files if gone else new:
+            yield from self._read[file]
+
+    def _pieces_of(self, file: StepFile) -> Iterator[tuple[str, str, Piece]]:
+        try:
+            parts = stored_parts(file.path.read_bytes())
+        except FileNotFoundError:  # it has been thinned just now
+            return
+        except Exception:  # a damaged file of a zip archive can raise almost anything
+            self.notes.append(f"{file.path.name} is damaged; its steps are left out.")
+            return
+        for number, part in enumerate(parts):
+            layers = self._same.setdefault(part.layers, part.layers)
+            for name in part.names:
+                load = functools.partial(read_series, file.path, number, name)
+                yield part.companion, name, Piece(part.first_step, part.num_steps, layers, load, file.size)
 
     def take_events(self) -> list[Event]:
         """Return the events that were written since the last time."""
@@ -252,17 +270,46 @@ class FileReader:
         return events
 
 
-class _ArrayOf(NamedTuple):
-    """One series of a block, which is read again from its file."""
+class RunReader:
+    """Reads a `FileRecord`, and what TensorBoard's event files beside it have.
 
-    path: Path
-    name: str
+    That is scalars of validation, and the begin of a record that an earlier version wrote there.
 
-    def array(self) -> npt.NDArray[Any]:
-        """Read the array."""
-        with unpack_arrays(self.path.read_bytes()) as block:
-            array: npt.NDArray[Any] = block[self.name]
-            return array
+    Args:
+        files: reads the record.
+        events: reads the event files.
+    """
+
+    def __init__(self, files: FileReader, events: EventReader) -> None:
+        self.begins_again = False
+        self._files, self._events = files, events
+        self._began: list[tuple[str, str, Piece]] = []
+        self._first: float = math.inf  # step of the files
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be read."""
+        return [*self._events.notes, *self._files.notes]
+
+    @property
+    def validation(self) -> dict[str, dict[int, float]]:
+        """The scalars of validation."""
+        return self._events.validation
+
+    def pieces(self) -> Iterator[tuple[str, str, Piece]]:
+        """Yield (companion, series, piece) of what is new; of all, where old steps were thinned since."""
+        began = list(self._events.pieces())
+        written = list(self._files.pieces())
+        self._first = min([self._first, *(piece.first_step for _, _, piece in written)])
+        self._began += began
+        self.begins_again = self._files.begins_again
+        earlier = self._began if self.begins_again else began
+        yield from (found for found in earlier if found[2].first_step < self._first)
+        yield from written
+
+    def take_events(self) -> list[Event]:
+        """Return the events that were written since the last time."""
+        return [*self._events.take_events(), *self._files.take_events()]
 
 
 class MemoryReader:
@@ -280,6 +327,7 @@ class MemoryReader:
     ) -> None:
         self.notes: list[str] = []
         self.validation: dict[str, dict[int, float]] = {}
+        self.begins_again = False
         self._parts, self._events = dict(parts), list(events)
 
     def pieces(self) -> Iterator[tuple[str, str, Piece]]:

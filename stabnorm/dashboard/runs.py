@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stabnorm.dashboard.definitions import definition
-from stabnorm.dashboard.readers import EventReader, FileReader, Piece, Reader
-from stabnorm.monitor._folders import FOLDER
+from stabnorm.dashboard.readers import EventReader, FileReader, Piece, Reader, RunReader
+from stabnorm.monitor._folders import FOLDER, beside
+from stabnorm.monitor._record_files import step_files
 from stabnorm.monitor._record_format import PLUGIN_NAME
 from stabnorm.monitor.baseline import Baseline
 from stabnorm.monitor.record import SIDE_SERIES, Event, check_shape
@@ -79,10 +80,12 @@ class Run:
 
     def refresh(self) -> bool:
         """Read what was written since the last time, and return whether there was anything."""
-        found = False
-        for companion, name, piece in self._reader.pieces():
+        new = list(self._reader.pieces())
+        if self._reader.begins_again:
+            self._pieces.clear()
+        for companion, name, piece in new:
             self._pieces.setdefault((companion, name), []).append(piece)
-            found = True
+        found = bool(new)
         for event in self._reader.take_events():
             key = json.dumps(event, default=str)
             if key not in self._known_events:  # a resumed run may write an event again
@@ -110,6 +113,12 @@ class Run:
                 notes.append(
                     f"Steps from {after.first_step} on were written again, as after a resume; the later ones are shown."
                 )
+        if thinned := [piece for piece in self._pieces_of("") if piece.bucket > 1]:
+            end, size = max(p.first_step + p.num_steps for p in thinned), max(p.bucket for p in thinned)
+            notes.append(
+                f"Steps before {end:,} are thinned: of up to {size:,} steps in a row each layer's smallest and largest "
+                "value stand at their steps, and a mean at the others."
+            )
         steps = self.rows("").steps
         missing = np.flatnonzero(np.diff(steps) > 1)
         if missing.size:
@@ -223,9 +232,11 @@ class Run:
 
 
 def open_run(name: str, directory: Path) -> Run:
-    """Return the run whose record lies in a folder: TensorBoard's event files, or the files of a `FileRecord`."""
-    of_files = (directory / "record.json").exists() or any(directory.glob("block-*.npz"))
-    return Run(name, FileReader(directory) if of_files else EventReader(directory))
+    """Return the run whose record lies in a folder: the files of a `FileRecord`, or TensorBoard's event files."""
+    of_files = (directory / "record.json").exists() or bool(step_files(directory)[0])
+    if of_files:
+        return Run(name, RunReader(FileReader(directory), EventReader(beside(directory))))
+    return Run(name, EventReader(directory))
 
 
 def run_folders(root: Path) -> dict[str, Path]:
@@ -250,7 +261,7 @@ def run_folders(root: Path) -> dict[str, Path]:
 
 
 def _of_a_record(name: str) -> bool:
-    return name == "record.json" or "tfevents" in name or name.startswith("block-")
+    return name == "record.json" or "tfevents" in name or name.startswith(("block-", "thin-"))
 
 
 def spared_steps(every: Array, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -36,6 +36,15 @@ def local_folder(address: str | os.PathLike[str]) -> Path:
     return Path(url2pathname(parts.path))
 
 
+def beside(record: Path) -> Path:
+    """Give the folder of the run whose record lies in a folder: the one above, if that is a folder of ours.
+
+    >>> beside(Path("version_0/stabnorm_logs")).as_posix(), beside(Path("mine")).as_posix()
+    ('version_0', 'mine')
+    """
+    return record.parent if record.name == FOLDER else record
+
+
 def file_name(text: str) -> str:
     """Give a text as a file name that every file system takes.
 

@@ -9,9 +9,10 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,24 +20,29 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stabnorm._checks import check_all, check_instance, wrong_type
+from stabnorm._checks import check_all, check_count, check_instance, wrong_type
 from stabnorm._log import logger
-from stabnorm.monitor._folders import FOLDER, create_file, local_folder, remove_drafts, replace_file
+from stabnorm.monitor._folders import FOLDER, beside, create_file, local_folder, remove_drafts, replace_file
+from stabnorm.monitor._parts import AXES as AXES
+from stabnorm.monitor._parts import Array, Part, stitched
+from stabnorm.monitor._parts import check_shape as check_shape
 from stabnorm.monitor._record_files import (
-    block_number,
+    StepFile,
     header_fault,
-    pack_arrays,
+    pack_block,
     pack_line,
     remove_half_line,
-    unpack_arrays,
+    step_files,
+    stored_parts,
     unpack_line,
     whole_lines,
 )
 from stabnorm.monitor._record_format import PLUGIN_NAME as PLUGIN_NAME
 from stabnorm.monitor._record_format import VERSION as VERSION
-from stabnorm.monitor._record_format import dumps, tensor_summary, tensors
-
-AXES = ("step", "layer", "rank")
+from stabnorm.monitor._record_format import dumps, event_files, tensor_summary, tensors
+from stabnorm.monitor._thinning import LEAST_BYTES as LEAST_BYTES
+from stabnorm.monitor._thinning import MOST_BYTES as MOST_BYTES
+from stabnorm.monitor._thinning import live_files, thin, whole_bytes
 
 # The series that a record may have besides the statistics of the catalogue: name -> (axes, meaning).
 SIDE_SERIES: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -60,8 +66,6 @@ EVENT_KINDS: Mapping[str, str] = {
     "hold": "the schedule waited, went on or went back",
     "fold_report": "which norms were folded, and what was kept",
 }
-
-Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,19 +102,6 @@ class Block:
     def last_step(self) -> int:
         """The step of the last row."""
         return self.first_step + self.num_steps - 1
-
-
-def check_shape(name: str, values: npt.NDArray[Any], num_steps: int, num_layers: int) -> None:
-    """Check the shape of a series.
-
-    Raises:
-        ValueError: the series is none of so many steps and layers.
-    """
-    if not 1 <= values.ndim <= len(AXES) or values.shape[:2] != (num_steps, num_layers)[: values.ndim]:
-        raise ValueError(
-            f"series {name!r} has shape {values.shape} in a block of {num_steps} steps and {num_layers} layers; "
-            "give it as [steps], [steps, layers] or [steps, layers, k]"
-        )
 
 
 class Event(NamedTuple):
@@ -231,21 +222,29 @@ class TensorBoardRecord:
 
 
 class FileRecord:
-    """Writes a directory of its own: `record.json`, numbered `block-*.npz`, and `events.jsonl`.
+    """Writes a directory of its own: `record.json`, numbered `block-*.npz` and `thin-*.npz`, and `events.jsonl`.
 
     A run that is killed leaves no half block, and a resumed run goes on in the same directory. Blocks and events carry
     checksums, so that a reader notices what a disk has damaged. If two runs write into one directory at a time, each
     keeps its blocks, and both say so.
 
+    A record of more than about `most_bytes` is thinned: the newest steps stay as they are, which take half of it, and
+    older ones go into buckets of 16 steps, still older ones of 64, and so on. Of a bucket the smallest and the largest
+    value of each layer stay at their steps, and the other steps get the mean of the others. No step is missing.
+
     Args:
         directory: made if it does not exist, and made again if somebody removes it while the run goes on.
+        most_bytes: what the steps may take on the disk, 1 MiB at least. None keeps every value. Default: 256 MiB.
 
     Raises:
         ValueError: the directory holds a record of a newer version or of another tool, or is not on this machine
-            (``s3://``).
+            (``s3://``); `most_bytes` is below 1 MiB.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], most_bytes: int | None = MOST_BYTES) -> None:
+        if most_bytes is not None:
+            check_count("most_bytes", most_bytes, LEAST_BYTES, hint=": what the steps may take on the disk, or None")
+        self._most_bytes = most_bytes
         self._directory = local_folder(directory)
         self._header, self._events = self._directory / "record.json", self._directory / "events.jsonl"
         self._alone = True
@@ -254,8 +253,9 @@ class FileRecord:
             logger.warning("stabnorm: %s %s, and is written anew", self._header, fault)
             self._header.unlink()
         remove_drafts(self._directory, "block-*")
-        written = [block_number(path) or 0 for path in self._directory.glob("block-*.npz")]
-        self._numbers = itertools.count(max(written, default=0) + 1)
+        remove_drafts(self._directory, "thin-*")
+        self._numbers = itertools.count(max((file.last for file in live_files(self._directory)), default=0) + 1)
+        self._whole_bytes = whole_bytes(self._directory)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -268,15 +268,12 @@ class FileRecord:
     def write_block(self, block: Block) -> None:
         """Write one file, which appears only when it is complete and on the disk."""
         self._prepare()
-        arrays: dict[str, Any] = {"@steps": np.array([block.first_step, block.num_steps]), **block.series}
-        arrays["@layers"] = np.array(block.layers, str)
-        if block.companion:
-            arrays["@companion"] = np.array(block.companion)
-        content = pack_arrays(arrays)
+        content = pack_block(Part(block.first_step, block.num_steps, block.layers, block.series, block.companion))
         while True:
             path = self._directory / f"block-{next(self._numbers):08d}.npz"
             try:
-                return create_file(path, content)
+                create_file(path, content)
+                break
             except FileExistsError:
                 if self._alone:
                     self._alone = False
@@ -285,6 +282,17 @@ class FileRecord:
                         "run: give each run a directory of its own",
                         self._directory,
                     )
+        self._whole_bytes += len(content)
+        if self._most_bytes is not None and self._alone and self._whole_bytes > self._most_bytes // 2:
+            self._thin(self._most_bytes)
+
+    def _thin(self, most_bytes: int) -> None:
+        """Thin the oldest steps; where that is impossible, say so once, and let the record grow."""
+        try:
+            self._whole_bytes = thin(self._directory, most_bytes)
+        except Exception as error:
+            self._most_bytes = None
+            logger.warning("stabnorm: the old steps in %s are not thinned any more: %s", self._directory, error)
 
     def write_event(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
         """Append one line and flush it."""
@@ -316,45 +324,39 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
     for name in (FOLDER, PLUGIN_NAME):  # the second one is what the folder was called at first
         if (directory / name / "record.json").exists():
             directory = directory / name
-    of_files = (directory / "record.json").exists() or any(directory.glob("block-*.npz"))
-    read = _read_files if of_files else _read_tensorboard
-    parts, events = read(directory, series)
-    parts = [part for part in parts if part.companion == companion]
-    layers = tuple(dict.fromkeys(itertools.chain.from_iterable(part.layers for part in parts)))
-    spans = [np.arange(part.first_step, part.first_step + part.num_steps) for part in parts]
-    steps = np.unique(np.concatenate(spans)) if spans else np.empty(0, np.int64)
-    having: dict[str, list[_Part]] = {}
-    for part in parts:
-        for name in part.series:
-            having.setdefault(name, []).append(part)
+    of_files = (directory / "record.json").exists() or bool(step_files(directory)[0])
+    if of_files:
+        parts, events = _read_files(directory, series)
+        if event_files(beside(directory)):  # in which the record began, if it was another version that began it
+            first = min((part.first_step for part in parts), default=math.inf)
+            began, earlier = _read_tensorboard(beside(directory), series)
+            parts = [part for part in began if part.first_step < first] + parts
+            events = [event for event in earlier if event.step < first] + events
+    else:
+        parts, events = _read_tensorboard(directory, series)
+        if not parts and not events:
+            raise FileNotFoundError(
+                f"no record in {directory}: neither record.json nor event files (*tfevents*) with tags "
+                f"{PLUGIN_NAME}/*; give the directory that the run wrote to"
+            )
+    layers, steps, found = stitched([part for part in parts if part.companion == companion])
     once = {dumps(event): event for event in events}  # a resumed run may write an event again
-    stitched = {name: _stitch(name, parts, steps, layers) for name, parts in having.items()}
-    return Record(layers, steps, stitched, sorted(once.values(), key=lambda event: event.step))
+    return Record(layers, steps, found, sorted(once.values(), key=lambda event: event.step))
 
 
-class _Part(NamedTuple):
-    """The part of a block that was read. It has its steps even without series, so that `Record.steps` is complete."""
-
-    first_step: int
-    num_steps: int
-    layers: tuple[str, ...]
-    series: Mapping[str, Array]
-    companion: str
-
-
-def _read_files(directory: Path, wanted: Collection[str] | None) -> tuple[list[_Part], list[Event]]:
+def _read_files(directory: Path, wanted: Collection[str] | None) -> tuple[list[Part], list[Event]]:
     header = directory / "record.json"
     if fault := header_fault(header):
         warnings.warn(f"{header} {fault}; the rest of the record is read", stacklevel=3)
     parts, events = [], []
     for path in sorted(directory.glob("block-*.npz")):
-        if block_number(path) is None:
+        if StepFile.of(path) is None:
             warnings.warn(f"{path} has not the name of a block; it is left out", stacklevel=3)
-            continue
+    for file in step_files(directory)[0]:
         try:
-            parts.append(_unpack(path.read_bytes(), wanted))
+            parts += [part.read(wanted) for part in stored_parts(file.path.read_bytes())]
         except Exception as error:  # a damaged file of a zip archive can raise almost anything
-            warnings.warn(f"{path} is damaged; its steps are left out: {error}", stacklevel=3)
+            warnings.warn(f"{file.path} is damaged; its steps are left out: {error}", stacklevel=3)
     broken = 0
     for line in whole_lines(directory / "events.jsonl"):
         try:
@@ -367,28 +369,13 @@ def _read_files(directory: Path, wanted: Collection[str] | None) -> tuple[list[_
     return parts, events
 
 
-def _unpack(content: bytes, wanted: Collection[str] | None) -> _Part:
-    with unpack_arrays(content) as block:  # loads an array only when it is accessed
-        names = [name for name in block.files if name[0] != "@" and (wanted is None or name in wanted)]
-        first_step, num_steps = block["@steps"].tolist()
-        series = {name: block[name] for name in names}
-        companion = str(block["@companion"]) if "@companion" in block.files else ""
-        return _checked(_Part(first_step, num_steps, tuple(map(str, block["@layers"])), series, companion))
-
-
-def _checked(part: _Part) -> _Part:
-    for name, values in part.series.items():
-        check_shape(name, values, part.num_steps, len(part.layers))
-    return part
-
-
 def _event(kind: str, step: int, data: Mapping[str, Any]) -> Event:
     if not isinstance(kind, str) or not isinstance(step, int) or not isinstance(data, Mapping):
         raise TypeError(f"an event has a kind, a step and data, got {kind!r}, {step!r} and {data!r}")
     return Event(kind, step, data)
 
 
-def _read_tensorboard(directory: Path, wanted: Collection[str] | None) -> tuple[list[_Part], list[Event]]:
+def _read_tensorboard(directory: Path, wanted: Collection[str] | None) -> tuple[list[Part], list[Event]]:
     from tensorboard.util.tensor_util import make_ndarray
 
     parts, events, strange = [], [], set()
@@ -401,33 +388,11 @@ def _read_tensorboard(directory: Path, wanted: Collection[str] | None) -> tuple[
             num_steps = value.tensor.tensor_shape.dim[0].size
             series = {name: make_ndarray(value.tensor)} if wanted is None or name in wanted else {}
             companion = content.get("companion", "")
-            part = _Part(step - num_steps + 1, num_steps, tuple(content["layers"]), series, companion)
-            parts.append(_checked(part))
+            part = Part(step - num_steps + 1, num_steps, tuple(content["layers"]), series, companion)
+            parts.append(part.checked())
         except (IndexError, TypeError, ValueError):
             strange.add(value.tag)
     if strange:
         names = ", ".join(sorted(strange))
         warnings.warn(f"{directory}: values of {names} are not as their tags describe them; left out", stacklevel=3)
-    if not parts and not events:
-        raise FileNotFoundError(
-            f"no record in {directory}: neither record.json nor event files (*tfevents*) with tags {PLUGIN_NAME}/*; "
-            "give the directory that the run wrote to"
-        )
     return parts, events
-
-
-def _stitch(name: str, parts: Sequence[_Part], steps: npt.NDArray[np.int64], layers: Sequence[str]) -> Array:
-    """Combine the parts of one series; later parts overwrite earlier ones."""
-    axes = parts[-1].series[name].ndim  # a series may have got another meaning; only the last one can be told
-    parts = [part for part in parts if part.series[name].ndim == axes]
-    shapes = [part.series[name].shape for part in parts]
-    # The layers and k may change on a resume; a value that one of the runs does not have is NaN.
-    column = {layer: i for i, layer in enumerate(layers)}
-    trailing = [max(sizes) for sizes in zip(*(shape[2:] for shape in shapes), strict=True)]
-    out = np.full((len(steps), len(layers), *trailing)[: len(shapes[0])], np.nan, np.float32)
-    for part, shape in zip(parts, shapes, strict=True):
-        rows = out[int(np.searchsorted(steps, part.first_step)) :][: part.num_steps]
-        rows[...] = np.nan
-        where: tuple[Any, ...] = (slice(None), [column[layer] for layer in part.layers], *map(slice, shape[2:]))
-        rows[where[: len(shape)]] = part.series[name]
-    return out

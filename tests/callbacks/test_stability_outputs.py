@@ -1,6 +1,7 @@
 """The outputs of the callback: the record, TensorBoard and other loggers, folders and addresses, the logged table."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,13 +9,14 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 
-from stabnorm.callbacks import StabilityCallback
-from stabnorm.monitor.record import read_record
+from stabnorm.callbacks import StabilityCallback, _outputs
+from stabnorm.monitor.outputs import Guard
+from stabnorm.monitor.record import FileRecord, TensorBoardRecord, read_record
 from tests.lightning_padded import BATCHES, fit, loader, module, record_of, watched
 from tests.lightning_small import trainer
 
 
-def test_tensorboard_gets_the_record_few_scalars_pictures_and_the_table(tmp_path: Path) -> None:
+def test_tensorboard_gets_few_scalars_pictures_and_the_table_and_the_record_lies_beside_them(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path)
@@ -29,6 +31,7 @@ def test_tensorboard_gets_the_record_few_scalars_pictures_and_the_table(tmp_path
     assert {"stability/amax", "stability/token_std_mean"} <= set(tags["images"])
     assert "custom_scalars__config__" in tags["tensors"]
     assert "stability/closing_table/text_summary" in tags["tensors"]
+    assert not [tag for tag in tags["tensors"] if tag.startswith("stabnorm/")]
     record = read_record(logger.log_dir)
     assert record.steps.tolist() == list(range(BATCHES))
     for name, values in watched(callback).history().items():
@@ -100,6 +103,16 @@ def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
     fit(trainer(tmp_path, callback, fast_dev_run=2, logger=TensorBoardLogger(tmp_path)), module())
     assert watched(callback).history()["amax"].shape == (2, 2)
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize(("folder", "kind"), [("s3://bucket/run", TensorBoardRecord), ("{}/run", FileRecord)])
+def test_the_record_is_in_the_event_file_only_where_tensorboard_writes_to_another_machine(
+    folder: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SimpleNamespace(log_dir=folder.format(tmp_path))
+    monkeypatch.setattr(_outputs, "summary_writers", lambda *_: [writer])
+    (record,) = _outputs.record_writers(trainer(tmp_path), Guard(), tmp_path / "stabnorm_logs")
+    assert type(record) is kind
 
 
 @pytest.mark.parametrize("root", ["memory://runs", "file://{}/runs"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from stabnorm.dashboard.runs import Run, open_run, run_folders
+from stabnorm.monitor._folders import FOLDER
 from stabnorm.monitor.record import FileRecord, read_record
 from tests.dashboard.records import LAYERS, alert, calm, event_record, file_record, write
 
@@ -148,3 +149,33 @@ def test_scalars_of_validation_are_kept(tmp_path: Path) -> None:
         writer.add_scalar("val/accuracy", 0.5, 30)
         writer.add_scalar("train/loss", 0.5, 30)
     assert read(tmp_path).validation == {"val/accuracy": {30: 0.5}}
+
+
+def test_scalars_of_validation_beside_the_files_of_a_record_are_found(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        writer.add_scalar("val/accuracy", 0.5, 40)
+    file_record(tmp_path / "run" / FOLDER, calm(100))
+    ((name, folder),) = run_folders(tmp_path).items()
+    run = open_run(name, folder)
+    run.refresh()
+    assert name == "run"
+    assert run.validation == {"val/accuracy": {40: 0.5}}
+    assert len(run.rows().steps) == 100
+
+
+def test_a_record_that_began_in_an_event_file_goes_on_in_files(tmp_path: Path) -> None:
+    scale = calm(200)
+    event_record(tmp_path / "run", scale[:120], events=[alert(50, LAYERS[0])])
+    file_record(tmp_path / "run" / FOLDER, scale[100:], first=100, events=[alert(150, LAYERS[1])])
+    ((name, folder),) = run_folders(tmp_path).items()
+    run = open_run(name, folder)
+    run.refresh()
+    record = read_record(tmp_path / "run")
+    assert run.rows().steps.tolist() == record.steps.tolist() == list(range(200))
+    np.testing.assert_allclose(record.series["token_std_mean"], scale, rtol=1e-6)
+    shown = run.series("token_std_mean")
+    assert shown is not None
+    np.testing.assert_allclose(shown, scale, rtol=1e-6)
+    assert [event.step for event in run.events] == [event.step for event in record.events] == [50, 150]

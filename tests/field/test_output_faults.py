@@ -287,7 +287,7 @@ def test_a_closing_report_that_fails_ends_no_fit(
     def fail(*_: Any, **__: Any) -> None:
         raise TypeError("load_default() takes 0 positional arguments but 1 was given")
 
-    monkeypatch.setattr(f"stabnorm.callbacks.stability.{part}", fail)
+    monkeypatch.setattr(f"stabnorm.callbacks._closing.{part}", fail)
     after: list[str] = []
 
     class After(ModelCheckpoint):

@@ -39,7 +39,7 @@ class BatchRow:
         row: its number in the batch.
         micro_batch: which batch of the step it is in.
         sample: its number in the data set; None if the sampler does not tell it.
-        largest: its largest |x| among the valid tokens of the layer; infinite where a value is not finite.
+        largest: its largest ``|x|`` among the valid tokens of the layer; infinite where a value is not finite.
         token: where that is in the row: its position, or several numbers such as (head, position) or (line, column).
         channels: the channels with the largest values of that token.
         loss: what it adds to the loss; infinite where that is not finite, NaN if the loss function does not tell it.
@@ -66,11 +66,11 @@ class BatchRows:
             out there, the first one where rows differ most.
         count: the number of rows, in all micro-batches.
         micro_batches: the number of micro-batches.
-        usual: the largest |x| of the median row.
+        usual: the largest ``|x|`` of the median row.
         guilty: whether `rows` did it: the batch is calm without them.
-        without: the largest |x| of the layer without them; NaN where that was not tried.
-        rows: the guilty rows, or those that stand out and could not be left out; else the one with the largest |x|. At
-            most 5.
+        without: the largest ``|x|`` of the layer without them; NaN where that was not tried.
+        rows: the guilty rows, or those that stand out and could not be left out; else the one with the largest
+            ``|x|``. At most 5.
         sentence: all of this in words.
     """
 

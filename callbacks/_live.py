@@ -9,7 +9,7 @@ import numpy.typing as npt
 from stabnorm.callbacks._outputs import log_picture, log_text
 from stabnorm.callbacks._terminal import VerdictInBar, short_verdict
 from stabnorm.dashboard.live import LivePicture
-from stabnorm.monitor._folders import FOLDER
+from stabnorm.monitor._folders import FOLDER, run_name
 from stabnorm.monitor.monitor import StabilityMonitor
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class LiveReport:
     def __init__(self, trainer: "Trainer", monitor: StabilityMonitor, directory: Path) -> None:
         self._trainer, self._guard, self._directory = trainer, monitor.outputs, directory
         run = directory.parent if directory.name == FOLDER else directory
-        self.writer = LivePicture(self._draw, self._tell, run.name)
+        self.writer = LivePicture(self._draw, self._tell, run_name(run))
         no_words = "the progress bar has no verdict"
         self._bar = VerdictInBar(lambda: self._guard.attempt(no_words, short_verdict, monitor) or "")
         self._guard.attempt(no_words, self._bar.put_on, trainer)

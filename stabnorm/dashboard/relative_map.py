@@ -37,7 +37,7 @@ Steps = npt.NDArray[np.int64]
 
 
 def relative_map(run: Run, statistic: str = "", companion: str = "") -> Pixels | None:
-    """Draw one statistic of all layers, each divided by what was usual for it before, with the loss above.
+    """Draw one statistic of all layers, each divided by its usual value, with the loss above.
 
     White is the usual value, red is twice as much and more, blue is half and less. Of steps that share a column the one
     furthest from its usual value is shown. A frame marks the cell of an alert. NaN and infinity are magenta.
@@ -68,14 +68,14 @@ def relative_map(run: Run, statistic: str = "", companion: str = "") -> Pixels |
     tile = tile_of(values, steps, run.baseline(statistic, companion), columns)
     judged = verdict(run)
     row = min(26, max(4, 520 // len(layers)))
-    names = shorten([_one_line(layer) for layer in layers], 34)
+    names = [_one_line(name) for name in shorten(layers, 34)]
     left = math.ceil(max(map(font(12).getlength, names))) + 18
     top = 66 + _LOSS + 14
     height = row * len(layers)
     canvas = Image.new("RGB", (left + WIDTH + 30, top + height + 62), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((left, 10), _one_line(f"{judged.state}: {judged.title}"), INK, font(19))
-    about = f"{definition(statistic).plain} ({statistic}), times what was usual for each layer; above it the loss"
+    about = f"{definition(statistic).plain} ({statistic}) of each layer, divided by its usual value; above it the loss"
     draw.text((left, 40), about, FAINT, font(12))
     shown = np.arange(WIDTH) * (len(columns.edges) - 1) // WIDTH
     cells = np.repeat(np.swapaxes(_colours(tile)[shown], 0, 1), row, axis=0)
@@ -86,10 +86,15 @@ def relative_map(run: Run, statistic: str = "", companion: str = "") -> Pixels |
     draw_steps(draw, np.arange(columns.edges[0], columns.edges[-1]), left, top + height)
     index = {name: i for i, name in enumerate(layers)}
     width = WIDTH / (columns.edges[-1] - columns.edges[0])
+    written = 0.0  # up to here there is a label
     for onset in judged.onsets:
-        x = left + (onset.step - columns.edges[0] + 0.5) * width
+        if not columns.edges[0] <= onset.step < columns.edges[-1]:
+            continue
+        x, label = left + (onset.step - columns.edges[0] + 0.5) * width, f"alert {onset.step:,}"
         draw.line((x, 66, x, top + height - 1), MARK)
-        draw.text((x - 4, 66), f"alert {onset.step:,}", MARK, font(12), anchor="rt")
+        if x - font(12).getlength(label) - 8 > written:
+            draw.text((x - 4, 66), label, MARK, font(12), anchor="rt")
+            written = x
         for alert in onset.alerts:
             if alert["layer"] in index:
                 at = left + (int(alert["step"]) - columns.edges[0] + 0.5) * width
@@ -147,7 +152,7 @@ def _draw_loss(draw: Any, run: Run, columns: Any, corner: tuple[int, int], shown
 def _draw_legend(draw: Any, tile: Tile, x: float, y: int) -> None:
     entries = [("half and less", DIVERGING[0]), ("usual", DIVERGING[2]), ("twice and more", DIVERGING[-1])]
     if np.isnan(tile.usual).any():
-        entries.append(("no value, or nothing usual known yet", np.array(NO_VALUE)))
+        entries.append(("no value, or too early to know what is usual", np.array(NO_VALUE)))
     if np.isinf(tile.high).any() or np.isnan(tile.value[-1]).any():
         entries.append(("NaN or infinite", np.array(INFINITE)))
     for text, colour in entries:

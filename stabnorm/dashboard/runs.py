@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.readers import EventReader, FileReader, Piece, Reader, RunReader
-from stabnorm.monitor._folders import FOLDER, beside
+from stabnorm.monitor._folders import FOLDER, beside, run_name
 from stabnorm.monitor._record_files import step_files
 from stabnorm.monitor._record_format import PLUGIN_NAME
 from stabnorm.monitor.baseline import Baseline
@@ -255,7 +255,7 @@ def run_folders(root: Path) -> dict[str, Path]:
         if real not in visited and any(_of_a_record(name) for name in names):
             run = path.parent if path.name in (PLUGIN_NAME, FOLDER) and path != root else path
             name = run.relative_to(root).as_posix()
-            folders[root.resolve().name if name == "." else name] = path
+            folders[name if "/" in name else run_name(root.resolve() / name)] = path
         visited.add(real)
     return folders
 

@@ -13,6 +13,7 @@ from stabnorm._checks import wrong_type
 FOLDER = "stabnorm_logs"  # no folder of ours may be called like the package: Python would import it instead
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least: ``C:`` is a drive; Lightning drops a slash
+_NUMBERED = re.compile(r"(version|run)_\d+")
 _REFUSED = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # by the file systems of Windows
 
 
@@ -43,6 +44,15 @@ def beside(record: Path) -> Path:
     ('version_0', 'mine')
     """
     return record.parent if record.name == FOLDER else record
+
+
+def run_name(folder: Path) -> str:
+    """Give the name of a run's folder, with that of the folder above where a logger has only numbered it.
+
+    >>> run_name(Path("/runs/mine")), run_name(Path("/runs/unstable/version_0"))
+    ('mine', 'unstable/version_0')
+    """
+    return "/".join(folder.parts[-2:]) if _NUMBERED.fullmatch(folder.name) else folder.name
 
 
 def file_name(text: str) -> str:

@@ -18,8 +18,10 @@ from tests.dashboard.records import LAYERS, alert, calm, growing, write
 TOP = 66 + 84 + 14  # of the map
 
 
-def drawn(scale: np.ndarray, events: tuple[tuple[str, int, dict[str, Any]], ...] = ()) -> np.ndarray:
-    layers = LAYERS[: scale.shape[1]]
+def drawn(
+    scale: np.ndarray, events: tuple[tuple[str, int, dict[str, Any]], ...] = (), names: tuple[str, ...] = LAYERS
+) -> np.ndarray:
+    layers = names[: scale.shape[1]]
     series = {"token_std_mean": scale, "loss": np.linspace(2, 1, len(scale)), "tokens": np.full(scale.shape, 9.0)}
     run = Run("run", MemoryReader({"": (layers, np.arange(len(scale)), series)}, [Event(*event) for event in events]))
     run.refresh()
@@ -69,6 +71,17 @@ def test_the_frame_of_an_alert_lies_in_the_row_of_its_layer() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 49, 900, 30_000])
 def test_any_length_is_a_picture(steps: int) -> None:
     assert drawn(calm(steps, 3)).shape[1] > WIDTH
+
+
+def test_long_names_that_differ_at_their_end_differ_in_the_picture() -> None:
+    image = drawn(calm(300, 2), names=tuple(f"{'a_block_' * 30}.{i}.norm" for i in range(2)))
+    labels = image[TOP : TOP + 52, : image.shape[1] - 30 - WIDTH]
+    assert (labels[:26] != labels[26:]).any()
+
+
+def test_an_alert_beyond_the_last_step_is_not_drawn() -> None:
+    alone, beyond = (drawn(calm(300), events) for events in ((), (alert(320, LAYERS[1]),)))
+    np.testing.assert_array_equal(alone[66:TOP], beyond[66:TOP])  # the title tells of it
 
 
 def test_a_record_without_a_scale_has_no_picture() -> None:

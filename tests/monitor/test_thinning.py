@@ -64,7 +64,11 @@ def size_of(folder: Path) -> int:
 
 def newest_whole(folder: Path) -> int:
     """The first step that is not thinned."""
-    return min(int(np.load(path)["@steps"][0]) for path in folder.glob("block-*.npz"))
+    firsts = []
+    for path in folder.glob("block-*.npz"):
+        with np.load(path) as file:
+            firsts.append(int(file["@steps"][0]))
+    return min(firsts)
 
 
 @pytest.mark.parametrize("first", [0, 5, 30])

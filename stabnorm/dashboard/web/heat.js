@@ -140,9 +140,11 @@ export class HeatMap {
     const column = columnOf(map.edges, step);
     const from = axis.x(map.edges[column]), to = axis.x(map.edges[column + 1]);
     const wide = Math.max(to - from, 9), middle = (from + to) / 2;
-    context.strokeStyle = colour;
-    context.lineWidth = 2;
-    context.strokeRect(middle - wide / 2, TOP + y * rowHeight + 1, wide, rowHeight - 2);
+    // The outer line tells the frame from a cell of its own colour.
+    for (const [stroke, lineWidth] of [[themeColours().panel, 4], [colour, 2]]) {
+      Object.assign(context, { strokeStyle: stroke, lineWidth });
+      context.strokeRect(middle - wide / 2, TOP + y * rowHeight + 2, wide, rowHeight - 4);
+    }
     context.lineWidth = 1;
   }
 

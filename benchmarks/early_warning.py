@@ -8,8 +8,9 @@ warm-up, decay, restarts and dropout. All are watched by `StabilityMonitor` with
 A training visibly diverges where the median of the next five losses is above the calm range (one and a half times the
 distance of the largest median of the last 96 calm steps from their middle, and a tenth of the middle), where one loss
 is above twice the middle, or where it is not finite. This looks ahead, so every rule that could be used is later. A
-warning comes before it if its step is smaller. False alarms within 100 steps of each other count once, for all rules.
-Calm steps count from step 256 on, because before it there is no past to compare with.
+warning comes before it if its step is smaller. Calm steps count from step 256 on, because before it there is no past to
+compare with. Of every rule, calm alarms within 100 steps of each other are one false alarm; the last column has the
+share of calm steps with an alarm, because a rule that alarms all the time finds every fault.
 
 Constants of the detector may be chosen on the seeds 0 to 3; the figures to quote are those of the seeds from 10 on.
 Every run is a file in the folder, and existing runs are not repeated, so that an interrupted study goes on. One run of
@@ -392,13 +393,17 @@ def rules_table(runs: Sequence[Judged]) -> str:
     rows = []
     for rule in (OURS, *LOSS_RULES, *GRADIENT_RULES):
         led = [lead for judged in visible if (lead := judged.lead(rule)) is not None]
-        count = sum(step >= judged.run.calm_from for judged in calm for step in events(judged.alarms[rule]))
+        alarms = [[step for step in judged.alarms[rule] if step >= judged.run.calm_from] for judged in calm]
+        count, alarmed = sum(len(events(of_run)) for of_run in alarms), sum(map(len, alarms))
         rows.append([
             rule, f"{sum(judged.first(rule) is not None for judged in gradual)} of {len(gradual)}",
             f"{sum(lead > 0 for lead in led)} of {len(visible)}", middle(led),
-            f"{1e4 * count / steps:.1f} ({count} in {steps:,})" if steps else "-",
+            *((f"{1e4 * count / steps:.1f} ({count} in {steps:,})", f"{alarmed / steps:.2%}") if steps else "--"),
         ])  # fmt: skip
-    columns = ("rule", "gradual faults found", "before they are visible", "lead", "false alarms per 10,000 steps")
+    columns = (
+        "rule", "gradual faults found", "before they are visible", "lead", "false alarms per 10,000 steps",
+        "calm steps with an alarm",
+    )  # fmt: skip
     return markdown_table(columns, rows)
 
 

@@ -79,6 +79,7 @@ class Statistic:
         alarm: a value above it raises an alert at once, without any past.
         floor: if not None, a robust z-score of its logarithm against the row's own past is watched. The floor is the
             smallest scale of this z-score, in log units: a change must exceed 6 floors to raise an alert.
+        negligible: with `floor`, a value below it counts as this one, because changes there do not matter. Default: 0.
         advice: what a value beyond the bound means, and where to look.
         least: a value below it is bad, as one above `threshold` is.
         upward: whether only a rise above the past raises an alert, as for gradients, which fall after a spike.
@@ -111,6 +112,7 @@ class Statistic:
     bad: str = ""
     upward: bool = False
     start: float | None = None
+    negligible: float = 0.0
 
     @property
     def needs_all(self) -> frozenset[str]:
@@ -127,7 +129,8 @@ class Statistic:
             bounds.append(f"alert > {self.alarm:g}")
         if self.floor is not None:
             off = "above" if self.upward else "off"
-            bounds.append(f"alert: x{math.exp(6 * self.floor):.2g} and 6 robust sigmas {off} its past")
+            small = f", all below {self.negligible:g} alike" if self.negligible else ""
+            bounds.append(f"alert: x{math.exp(6 * self.floor):.2g} and 6 robust sigmas {off} its past{small}")
         if self.start is not None:
             bounds.append(f"alert at a start: > {self.start:g} in most rows")
         return self.bad or ", ".join(bounds) or "no bound; compare layers and steps"

@@ -24,6 +24,7 @@ class Definition(NamedTuple):
         axis: what it is taken over, see `stabnorm.statistic.Statistic`.
         bad_when: its bounds, in words.
         floor: the smallest scale of its robust z-score, in log units; None if it is not watched.
+        negligible: a value below it counts as this one in the z-score.
         threshold: a value above it is bad; None if there is no such bound.
         least: a value below it is bad; None if there is no such bound.
         advice: what a value beyond the bound means, and where to look.
@@ -35,6 +36,7 @@ class Definition(NamedTuple):
     axis: str = "layer"
     bad_when: str = ""
     floor: float | None = None
+    negligible: float = 0.0
     threshold: float | None = None
     least: float | None = None
     advice: str = ""
@@ -70,6 +72,7 @@ def from_catalogue() -> str:
             "axis": s.axis,
             "bad_when": s.bad_when,
             "floor": s.floor,
+            "negligible": s.negligible,
             "threshold": s.threshold if s.threshold is not None else s.alarm,
             "least": s.least,
             "advice": s.advice,

@@ -184,7 +184,8 @@ class Run:
         if (companion, name) not in self._baselines:
             values = self.series(name, companion)
             assert values is not None
-            baseline = Baseline(values.shape[1], definition(name).floor)
+            what = definition(name)
+            baseline = Baseline(values.shape[1], what.floor, what.negligible)
             baseline.extend(values)
             self._baselines[companion, name] = baseline
             if len(self._baselines) > _BASELINES:

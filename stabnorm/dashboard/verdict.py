@@ -214,11 +214,9 @@ def _who_moved(
     first, end = _around(run, companion, step)
     baseline = run.baseline(statistic, companion)
     usual = baseline.usual(np.array([first]))[0]
-    scale = baseline.scale(np.array([first]))[0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        off = np.abs(np.log(values[first:end] / usual)) / scale
+    off: Floats = np.abs(baseline.scores(values[first:end], np.full(end - first, first)))
     held = np.minimum(off[1:], off[:-1]) if len(off) > 1 else off  # one step alone does not count
-    far = (np.nan_to_num(held) > BOUND).any(0)
+    far = np.any(np.nan_to_num(held) > BOUND, axis=0)
     moved = tuple(name for name, is_far in zip(rows.layers, far, strict=True) if is_far)
     return moved, values[end - 1], usual, np.nan_to_num(held).max(0)
 

@@ -29,6 +29,7 @@ class Baseline:
     Args:
         layers: number of layers.
         floor: smallest scale of the score, in log units. Default: 0.05.
+        negligible: a value below it counts as this one. Default: 0.
 
     Example:
         >>> baseline = Baseline(1)
@@ -37,8 +38,8 @@ class Baseline:
         (1.0, 301)
     """
 
-    def __init__(self, layers: int, floor: float | None = None) -> None:
-        self.steps = 0
+    def __init__(self, layers: int, floor: float | None = None, negligible: float = 0.0) -> None:
+        self.steps, self._negligible = 0, np.float32(negligible)
         self._floor = DEFAULT_FLOOR if floor is None else floor
         self._past = np.full((layers, PAST), np.nan, np.float32)
         self._deviations = np.empty_like(self._past)
@@ -51,8 +52,7 @@ class Baseline:
 
     def extend(self, values: Floats) -> None:
         """Take in the next steps, ``[steps, layers]``."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.log(values.astype(np.float32))
+        logs = self._logs(values)
         known = np.isfinite(logs)
         complete: npt.NDArray[np.bool_] = np.all(known, axis=1)
         begin = 0
@@ -63,6 +63,11 @@ class Baseline:
             end = min(len(logs), begin + ahead)
             self._add(logs[begin:end], None if complete[begin:end].all() else known[begin:end])
             begin = end
+
+    def _logs(self, values: Floats) -> Floats:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs: Floats = np.log(np.maximum(values.astype(np.float32), self._negligible))
+        return logs
 
     def _add(self, logs: Floats, known: npt.NDArray[np.bool_] | None) -> None:
         """Take in steps of one stretch, whose median and scale are the same; None: all values are known."""
@@ -109,7 +114,7 @@ class Baseline:
     def scores(self, values: Floats, at: Steps) -> Floats:
         """Return how many robust standard deviations the values of some steps are off; NaN while it learns."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            return (np.log(values.astype(np.float32)) - self._known(self._centers, at)) / self.scale(at)
+            return (self._logs(values) - self._known(self._centers, at)) / self.scale(at)
 
     def armed_at(self) -> Steps:
         """Return for each layer the first step at which a score may raise an alert, or a number beyond all steps."""

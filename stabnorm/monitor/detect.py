@@ -140,6 +140,7 @@ class RobustDetector:
         self._alarms = np.array([self._statistics[i].alarm for i in self._alarmed], np.float32)
         self._gradients = np.array([self._statistics[i].axis == "gradient" for i in self._watched], bool)
         fades = np.array([layer in fading for layer in self._layers], bool)
+        self._negligible = np.array([self._statistics[i].negligible for i in self._watched], np.float32)
         exempt = (fades[:, None] & self._gradients).ravel()
         floors = np.tile(np.array([self._statistics[i].floor for i in self._watched], np.float32), len(self._layers))
         upward = np.tile(np.array([self._statistics[i].upward for i in self._watched], bool), len(self._layers))
@@ -167,7 +168,7 @@ class RobustDetector:
         """Return scores (NaN if not compared), medians and scales, ``[steps, 3, rows, watched statistics]``."""
         shape = (3, len(values), *self._away.shape)
         with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.log(values[..., self._watched]).reshape(len(values), -1)
+            logs = np.log(np.maximum(values[..., self._watched], self._negligible)).reshape(len(values), -1)
         fast, slow = (window.follow(logs) for window in self._windows)
         self.usual = np.exp(fast[1]).reshape(shape[1:])
         further = slow[0] > np.nan_to_num(fast[0])

@@ -82,7 +82,7 @@ def _shown(
     finite = np.where(np.isfinite(values), values, np.nan)
     if colour == "value":
         return finite, {}, "viridis", "value" if statistic.unit == "1" else f"value, in {statistic.unit}"
-    baseline = Baseline(values.shape[1], statistic.floor)
+    baseline = Baseline(values.shape[1], statistic.floor, statistic.negligible)
     baseline.extend(values)
     at = np.arange(len(values))
     if colour == "sigmas":

@@ -94,6 +94,7 @@ def _check_own(statistic: Statistic) -> None:
         value = getattr(statistic, bound)
         if value is not None:
             check_number(f"{bound} of statistic {name!r}", value, above=0 if bound == "floor" else None)
+    check_number(f"negligible of statistic {name!r}", statistic.negligible, least=0)
     check_flag(f"remembers of statistic {name!r}", statistic.remembers)
     check_flag(f"upward of statistic {name!r}", statistic.upward)
     needs = () if statistic.needs is None else statistic.needs

@@ -565,6 +565,7 @@ DOORS: dict[str, Door] = {
             "threshold": ("x", NAN, ODD),
             "alarm": ("x", NAN, ODD),
             "floor": ("x", NAN, -1, 0, ODD),
+            "negligible": ("x", NAN, -1, None, ODD),
             "least": ("x", NAN, ODD),
             "remembers": FLAG,
         },

@@ -12,16 +12,16 @@ from stabnorm.monitor.words import remedy_of
 ROWS = tuple(f"blocks.{i}.attn.head0" for i in range(4))
 
 
-def seen(factor: float) -> tuple[list[Alert], str]:
-    """Let the logits of one head change by a factor at each of 40 steps."""
+def seen(factor: float, usual: float = 4.0) -> tuple[list[Alert], str]:
+    """Let the logits of one head change by a factor at each of 40 steps, and return the alerts and what to try."""
     torch.manual_seed(0)
-    values = 1 + 0.03 * torch.randn(340, len(ROWS), 3)
+    values = usual * (1 + 0.03 * torch.randn(340, len(ROWS), 3))
     values[300:, 2, 2] *= factor ** torch.arange(40.0)
     detector = RobustDetector(AttentionCompanion.statistics, ROWS)
     tokens, nonfinite = torch.full((340, len(ROWS)), torch.inf), torch.zeros(340, len(ROWS), dtype=torch.bool)
     alerts = detector.update(0, values, tokens, nonfinite)
-    (onset,) = OnsetFollower().add(alerts, detector.take_departures(), Watched(ROWS, steps=340))
-    return alerts, onset.remedy
+    onsets = OnsetFollower().add(alerts, detector.take_departures(), Watched(ROWS, steps=340))
+    return alerts, "".join(onset.remedy for onset in onsets)
 
 
 @pytest.mark.parametrize("factor", [0.95, 1.05])
@@ -31,6 +31,16 @@ def test_logits_that_leave_their_past_are_alarmed_in_both_directions(factor: flo
     assert 315 < alert.step < 325
     assert ("bound the attention logits" in remedy) is (factor > 1)
     assert ("stop what shrinks" in remedy) is (factor < 1)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.02])
+def test_logits_that_stay_so_small_that_all_keys_weigh_alike_raise_nothing(factor: float) -> None:
+    assert seen(factor, usual=0.4) == ([], "")
+
+
+def test_logits_that_leave_the_range_where_all_keys_weigh_alike_are_alarmed() -> None:
+    (alert,), _ = seen(1.1, usual=0.8)
+    assert alert.value > 2.4
 
 
 @pytest.mark.parametrize("statistic", ["token_std_mean", "amax", "attention_logit_max"])

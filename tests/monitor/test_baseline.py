@@ -1,6 +1,9 @@
 """What the page calls usual is what the detector calls usual."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 
 from stabnorm.monitor.baseline import Baseline
@@ -18,10 +21,12 @@ def history() -> np.ndarray:
     return values
 
 
-def test_it_is_the_detectors_own_median_and_scale_at_every_step() -> None:
+@pytest.mark.parametrize("negligible", [0.0, 1.0])
+def test_it_is_the_detectors_own_median_and_scale_at_every_step(negligible: float) -> None:
     values = history()
-    detector = RobustDetector([CATALOGUE["token_std_mean"]], list("abcde"))
-    baseline = Baseline(5, CATALOGUE["token_std_mean"].floor)
+    statistic = replace(CATALOGUE["token_std_mean"], negligible=negligible)
+    detector = RobustDetector([statistic], list("abcde"))
+    baseline = Baseline(5, statistic.floor, negligible)
     baseline.extend(values)
     for step in range(len(values)):
         row = torch.from_numpy(values[step : step + 1, :, None])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stabnorm._checks import check_instance
-from stabnorm._models.hooks import take_off
+from stabnorm._checks import check_count, check_instance
+from stabnorm._models.hooks import counting_paused, take_off
 from stabnorm._models.masks import valid_tokens
 from stabnorm._models.names import NameFilter
 from stabnorm.actions.action import Training
@@ -29,6 +29,8 @@ from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.record import FileRecord
 from stabnorm.monitor.statistics import resolve
+from stabnorm.recorder.again import loss_in
+from stabnorm.recorder.recorder import FlightRecorder
 from stabnorm.statistic import Statistic
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ class StabilityTrainerCallback(TrainerCallback):
         budget: as for `StabilityMonitor`. Default: none.
         actions: what to do at an alarm, as for `StabilityCallback`: a dict from its kind to an action, or a list of
             them. "checkpoint" lets the Trainer save one of its own. Default: alarms are logged, and nothing is done.
+        dumps: how many dumps are written at alarms, at most, into `dumps/` beside the record, see
+            `stabnorm.recorder.FlightRecorder`; the arguments of the model are the batch. Default: 3.
 
     Attributes:
         monitor: the `StabilityMonitor` of the current training or the last one; None before.
@@ -89,9 +93,11 @@ class StabilityTrainerCallback(TrainerCallback):
         on_alert: Callable[[Alert], object] | None = None,
         budget: float | None = None,
         actions: dict[str, Any] | None = None,
+        dumps: int = 3,
     ) -> None:
         resolve(preset)
         resolve_actions(actions or {})
+        check_count("dumps", dumps, 0, hint=": the largest number of dumps")
         check_options(
             flush_every=flush_every,
             gradients=gradients,
@@ -121,9 +127,10 @@ class StabilityTrainerCallback(TrainerCallback):
             "on_alert": on_alert,
             "budget": budget,
         }
-        self.mask, self.actions = mask, actions or {}
+        self.mask, self.actions, self.dumps = mask, actions or {}, dumps
         self.monitor: StabilityMonitor | None = None
         self.responses: Actions | None = None
+        self.recorder: FlightRecorder | None = None
         self._step, self._feed = OpenStep(), Feed()
         self._clipped: ClippedNorm | None = None
         self._control: Any = None
@@ -144,7 +151,9 @@ class StabilityTrainerCallback(TrainerCallback):
         monitor.attach()
         self._clipped = ClippedNorm(monitor.model)
         self._clipped.attach()
+        self.recorder = None
         if not getattr(args, "torch_compile", False):
+            self.recorder = self._recorder_of(args, monitor)
             self._handles = [
                 model.register_forward_pre_hook(self._open_mask, with_kwargs=True),
                 model.register_forward_hook(self._close_mask, always_call=True),
@@ -171,6 +180,14 @@ class StabilityTrainerCallback(TrainerCallback):
             stop=self._stop,
         )
         return Actions(training, self.actions)
+
+    def _recorder_of(self, args: Any, monitor: StabilityMonitor) -> FlightRecorder | None:
+        """Return what writes dumps: the arguments of the model's forward are the batch."""
+        if not self.dumps:
+            return None
+        about = {"micro_batches": getattr(args, "gradient_accumulation_steps", 1)}
+        folder = Path(args.output_dir) / FOLDER / "dumps"
+        return FlightRecorder(monitor, folder, times=self.dumps, loss=_loss_of, about=about)
 
     def _save(self, path: Path) -> str:
         """Let the Trainer save a checkpoint of its own after this step, with optimizer and schedule."""
@@ -218,7 +235,10 @@ class StabilityTrainerCallback(TrainerCallback):
         if scale is not None and known:
             self._step.grad_scales[known[0]] = scale.clone() if isinstance(scale, Tensor) else scale
         if self.responses is not None:
-            self.responses.skips(known, gradient_norm=self._step.gradient_norm)
+            skipped = self.responses.skips(known, gradient_norm=self._step.gradient_norm)
+            verdict = self.responses.verdict
+            if skipped and verdict.here and self.recorder is not None:
+                self.recorder.alarm(verdict.kind, verdict.reason, verdict.layer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End a step, because the optimizer has stepped."""
@@ -232,6 +252,8 @@ class StabilityTrainerCallback(TrainerCallback):
         )
         if self.responses is not None:
             self.responses.end_step()
+        if self.recorder is not None:
+            self.recorder.end(step.loss)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Announce another data set or batch size."""
@@ -263,6 +285,8 @@ class StabilityTrainerCallback(TrainerCallback):
         self._close_mask()
         self.monitor.detach()
         self.monitor.flush()
+        if self.recorder is not None:
+            self.recorder.close()
         self.monitor.outputs.close(self.monitor.records)
         self.monitor.records = []
 
@@ -270,8 +294,8 @@ class StabilityTrainerCallback(TrainerCallback):
 
     def _see_loss(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         """Note the loss that a model returns; of several micro-batches the mean, or the sum of shares."""
-        loss = output.get("loss") if isinstance(output, Mapping) else None
-        if not module.training or not isinstance(loss, Tensor) or loss.numel() != 1:
+        loss = loss_in(output)
+        if not module.training or loss is None or counting_paused():
             return
         if self.responses is not None:
             self.responses.see_loss(loss)
@@ -284,9 +308,14 @@ class StabilityTrainerCallback(TrainerCallback):
 
     def _open_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._close_mask()
+        if not module.training or counting_paused():  # as when the recorder runs a batch again
+            return
         mask = kwargs.get(self.mask) if self.mask is not None else None
-        if module.training and isinstance(mask, Tensor) and mask.ndim == 2:
-            self._open = valid_tokens(mask.bool())
+        masks = [mask.bool()] if isinstance(mask, Tensor) and mask.ndim == 2 else []
+        if self.recorder is not None and kwargs and not args:
+            self.recorder.begin(kwargs, masks=masks)
+        if masks:
+            self._open = valid_tokens(*masks)
             self._open.__enter__()
 
     def _close_mask(self, *_: Any) -> None:
@@ -299,6 +328,13 @@ def _last_rate(scheduler: Any) -> float | Tensor:
     """Return the learning rate of the step that begins; a tensor is copied, because the scheduler changes it."""
     rate = scheduler.get_last_lr()[0]
     return rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
+
+
+def _loss_of(model: nn.Module, batch: Any) -> Tensor:
+    loss = loss_in(model(**batch))
+    if loss is None:
+        raise ValueError("the model returns no loss")
+    return loss
 
 
 def _feed_of(args: Any, loader: Any) -> Feed:

@@ -1,6 +1,7 @@
 """Run the step of a dump again, and put the figures beside the recorded ones."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import re
@@ -112,7 +113,7 @@ def replay(
         dump: the dump.
         model: the model, with any weights. Default: a LightningModule is built as it was, from its hyperparameters.
         loss: the loss of a batch, for the statistics of gradients. Default: ``training_step`` of a LightningModule,
-            else none.
+            else the "loss" in what the model returns, as Hugging Face's models do, else none.
         device: where to run it. Default: "cpu".
         checkpoint: a state dict, if the dump has no weights. Default: the dump's.
 
@@ -154,26 +155,28 @@ def replay(
                 contexts.enter_context(valid_tokens(*masks))
             if header.get("autocast"):
                 contexts.enter_context(torch.autocast(device, getattr(torch, header["autocast"])))
-            if compute is not None:
-                return compute(model, batch) / micro_batches
-            run_batch(model, batch)
-            return None
+            value = loss_in(run_batch(model, batch)) if compute is None else compute(model, batch)
+            return None if value is None else value / micro_batches
 
-    total = 0.0
+    total, has_loss = 0.0, False
     with monitor:
         for one in step["batches"]:
             value = run(one)
             if value is not None:
                 value.backward()
+                has_loss = True
                 total += float(value.detach())
         monitor.step()
         history = monitor.history()
     again = torch.stack([history[name][-1] for name in known], -1).numpy()
     alarm = step.get("alarm") or {"step": header["step"], "batches": step["batches"]}
     rows = look_at_rows(model, monitor.norms, alarm["batches"], run, step=alarm["step"], named=header.get("layer", ""))
+    if rows is not None and not rows.guilty and header.get("ranks", 1) > 1:
+        others = f"This batch is that of one of {header['ranks']} ranks, so a row of another one may have done it."
+        rows = dataclasses.replace(rows, sentence=f"{rows.sentence} {others}")
     return Replayed(
         dump, monitor.layers, tuple(known), _recorded(dump, monitor.layers, known), again,
-        float("nan") if compute is None else total, rows,
+        total if has_loss else float("nan"), rows,
     )  # fmt: skip
 
 
@@ -246,6 +249,12 @@ def import_from(name: str, file: str | None) -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """Return the loss that a model returns in its output; None if it returns none."""
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 def loss_of(model: nn.Module) -> LossOfBatch | None:

@@ -14,6 +14,7 @@ from stabnorm.callbacks._clipped_norm import ClippedNorm
 from stabnorm.callbacks.fabric import FabricMonitor
 from stabnorm.callbacks.hugging_face import StabilityTrainerCallback
 from stabnorm.monitor.record import read_record
+from stabnorm.recorder import read_dump, replay
 from tests.actions.nets import batches, everything, net, same, with_a_past
 from tests.lightning_small import SIZE, fit, loader, module, trainer
 
@@ -64,7 +65,7 @@ class LikeATrainer:
             micro = data[(step - first) * accumulate :][:accumulate]
             losses = []
             for x in micro:
-                loss = self.model(x, num_items_in_batch=16 * accumulate if self.items else None)["loss"]
+                loss = self.model(x=x, num_items_in_batch=16 * accumulate if self.items else None)["loss"]
                 losses.append(float(loss.detach()))
                 (loss if self.items else loss / accumulate).backward()
             self.losses.append(sum(losses) if self.items else sum(losses) / accumulate)
@@ -247,3 +248,23 @@ def test_lightning_announces_another_batch_size_when_a_run_goes_on(tmp_path: Pat
         assert callback.directory is not None
         events = read_record(callback.directory).events
         assert [event.data["reason"] for event in events if event.kind == "announced"] == expected
+
+
+def test_hugging_faces_callback_says_which_row_did_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = batches(6)
+    data[3][5] *= 1000
+    callback = StabilityTrainerCallback(flush_every=2, actions={"spike": "skip"})
+    host = LikeATrainer(tmp_path, callback)
+    host.train(data, past=True)
+    said = "Row 5 of micro-batch 1 of 32 did it: at the input of net.1 the largest value is"
+    assert f"stabnorm, step 1: {said}" in caplog.text
+    assert len(host.losses) == 3
+    assert callback.recorder is not None
+    (folder,) = callback.recorder.dumps
+    assert folder.parent == tmp_path / "stabnorm_logs" / "dumps"
+    again = replay(read_dump(folder), Model())
+    assert again.loss == pytest.approx(host.losses[1], rel=1e-5)
+    assert again.rows is not None
+    assert again.rows.sentence.startswith(said)
+    with pytest.raises(ValueError, match="dumps=-1"):
+        StabilityTrainerCallback(dumps=-1)

@@ -37,6 +37,7 @@ from stabnorm.remedies import (
     stable_embedding,
     standardize_weights,
     train_only_norms,
+    unmix_norms,
 )
 
 NONE = "none"
@@ -345,6 +346,39 @@ def shift_training() -> Training:
     return images(conv_net(), optimizer, for_test=lambda x: 0.3 * x + 0.2, change=lambda x: x)
 
 
+def stream_training() -> Training:
+    """Judge the net on a stream of such images, 16 at a time, in which those of a digit come one after the other."""
+    training = shift_training()
+    order = training.test[1].argsort(stable=True)
+    training.test = [part[order] for part in training.test]
+    model, plain = training.model, training.loss
+
+    def in_order(batch: Batch) -> Tensor:
+        if model.training:
+            return plain(batch)
+        parts = zip(*(part.split(16) for part in batch), strict=True)
+        return torch.stack([plain(part) * len(part[1]) for part in parts]).sum() / len(batch[1])
+
+    training.loss = in_order  # type: ignore[method-assign]
+    return training
+
+
+def use_batch_statistics(training: Training) -> None:
+    """Normalise each batch of the stream with its own statistics."""
+
+    def change() -> None:
+        for module in training.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train()
+
+    training.at_end.append(change)
+
+
+def unmix(training: Training) -> None:
+    """Change the trained model."""
+    training.at_end.append(lambda: unmix_norms(training.model))
+
+
 def discrepancy(training: Training, monitor: StabilityMonitor) -> float:
     """What the monitor says of the running statistics now: on the test images, in batches of 32."""
     model = training.model.train()
@@ -532,6 +566,10 @@ CASES = {
             "recalibrate_norms alpha=0.5": recalibrated(on_test=True, alpha=0.5),
             "recalibrate_norms alpha=1": recalibrated(on_test=True),
         },
+    ),
+    "stream": Case(
+        stream_training, 120, "var_discrepancy", "-", nothing_measured, None,
+        {"statistics of the batch": use_batch_statistics, "unmix_norms": unmix},
     ),
     "spikes": Case(
         spikes_training, 150, "gradient_spike", "`update_ratio` at the worst step", largest_update, 0.05,

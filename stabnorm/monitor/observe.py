@@ -8,6 +8,8 @@ import time
 import weakref
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -108,6 +110,7 @@ class _InputHook(LayerHook):
         # Allocated now and not at the first forward, because a compiled graph holds on to it.
         parameter = next(self.layer.module.parameters(), None)
         self.account = into.account(index, device if parameter is None else parameter.device)
+        self._seen: tuple[Tensor, npt.NDArray[np.int64] | None] | None = None  # the account's, and its memory on a host
         self.fused: FusedNorm | None = None
         if into.fused and can_fuse(self.layer):
             self.fused = FusedNorm(into, self.layer, self.add)
@@ -135,9 +138,8 @@ class _InputHook(LayerHook):
         fused = None if torch.compiler.is_compiling() else self.fused
         if fused is None or not fused.take(module, x, valid, self.account):
             self.add(x, valid)
-        self.observe_more(x.detach(), valid)
+        self.observe_more(x, valid)
 
-    @torch.no_grad()
     def add(self, x: Tensor, valid: Tensor | None) -> None:
         """Add the moments of an input to the layer's row."""
         layer, account = self.layer, self.account
@@ -146,7 +148,8 @@ class _InputHook(LayerHook):
             layer.feature_dims, layer.groups, layer.eps, self.into.tokens, self.into.normalized and self.into.dear,
         )  # fmt: skip
         if torch.compiler.is_compiling():
-            torch.ops.stabnorm.accumulate_moments_.default(*what)
+            with torch.no_grad():
+                torch.ops.stabnorm.accumulate_moments_.default(*what)
             return
         with one_at_a_time:  # no other thread may add between the question and the answer
             accumulate_moments_(*what, self.nothing_yet())
@@ -156,9 +159,11 @@ class _InputHook(LayerHook):
 
     def nothing_yet(self) -> bool:
         """Whether the accumulator is known to be empty; that can only be read without a sync on a CPU."""
-        if self.account.seen.device.type != "cpu":
-            return False
-        return not self.account.seen.numpy().any()  # NumPy, to save a torch operation
+        seen = self.account.seen
+        if self._seen is None or self._seen[0] is not seen:
+            self._seen = seen, seen.numpy() if seen.device.type == "cpu" else None  # NumPy, to save a torch operation
+        on_host = self._seen[1]
+        return on_host is not None and not on_host.any()
 
 
 class _DetailedInputHook(_InputHook):
@@ -179,8 +184,8 @@ class _DetailedInputHook(_InputHook):
         compiling = torch.compiler.is_compiling()
         op = torch.ops.stabnorm.accumulate_detail_.default if compiling else accumulate_detail_
         op(
-            x, valid, *self.detail, layer.channel_dim, layer.feature_dims, layer.eps, "token_shape" in details.needs,
-            "values" in details.needs, "sequences" in details.needs,
+            x.detach(), valid, *self.detail, layer.channel_dim, layer.feature_dims, layer.eps,
+            "token_shape" in details.needs, "values" in details.needs, "sequences" in details.needs,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -43,20 +44,28 @@ def last_scale(grad_scale: Scale | Mapping[Optimizer, Scale] | None) -> Scale | 
 def scalars_of(given: Mapping[str, Tensor | float | None], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the numbers that the host knows, and those that are on a device: ``[len(SCALARS)]`` each, NaN elsewhere.
 
-    No tensor is read, and nothing is copied to the device: tensors take one launch there, whatever their number.
-    `joined` puts the two parts together.
+    No tensor on another device than a CPU is read, and nothing is copied to the device: tensors take one launch there,
+    whatever their number. `joined` puts the two parts together.
 
     >>> given = {"loss": torch.tensor(0.5), "learning_rate": 1.0, "gradient_norm": None}
     >>> [part[:3] for part in scalars_of(given, torch.device("cpu"))]
-    [tensor([nan, 1., nan]), tensor([0.5000,    nan,    nan])]
+    [tensor([0.5000, 1.0000,    nan]), tensor([nan, nan, nan])]
     """
-    tensors = {name: value.detach().reshape(()) for name, value in given.items() if isinstance(value, Tensor)}
-    numbers = [math.nan if name in tensors else _or_nan(given.get(name)) for name in SCALARS]
+    tensors: dict[str, Tensor] = {}
+    numbers = [math.nan] * len(SCALARS)
+    for column, name in enumerate(SCALARS):
+        value = given.get(name)
+        if type(value) is Tensor and value.is_cpu and device.type == "cpu":
+            numbers[column] = value.detach().to(torch.float32).numpy().item()  # NumPy, to save torch operations
+        elif isinstance(value, Tensor):
+            tensors[name] = value.detach().reshape(())
+        else:
+            numbers[column] = _or_nan(value)
     missing, nothing = _missing(device)
     if tensors:
         there = [tensors[name].to(device, non_blocking=True) if name in tensors else missing for name in SCALARS]
         nothing = torch.stack(there).to(torch.float32)
-    return torch.tensor(numbers, dtype=torch.float32, device="cpu"), nothing
+    return torch.from_numpy(np.array(numbers, np.float32)), nothing
 
 
 def on_device(value: Tensor | float | None, device: torch.device) -> Tensor:

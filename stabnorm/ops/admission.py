@@ -61,7 +61,9 @@ def start(device: torch.device) -> None:
 
 
 def wait(device: torch.device, seconds: float = WAIT_SECONDS) -> None:
-    """Wait until the self-test of a device has ended, whichever process runs it."""
+    """Wait until the self-test of a device has ended, whichever process runs it; not if its kernels were tested."""
+    if tested.entry_for(device) is not None:
+        return  # a lock was then left by a process that was killed
     deadline, lock = time.monotonic() + seconds, _lock_of(device)
     if lock.exists():
         logger.warning("stabnorm tests its kernels on %s before the first step; that happens once", device)

@@ -215,6 +215,16 @@ def test_waiting_ends_with_the_lock_of_whichever_process_tests(cache: Path, monk
     assert 50 < clock[0] < 51
 
 
+def test_a_lock_that_a_killed_process_has_left_is_not_waited_for_where_the_kernels_were_tested(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    admission._lock_of(CPU).touch()
+    monkeypatch.setattr("stabnorm.ops.tested.entry_for", lambda device: {"passed": []})
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    admission.wait(CPU, 30)
+
+
 def test_a_self_test_that_has_removed_its_lock_may_still_be_about_to_exit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

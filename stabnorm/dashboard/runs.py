@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from stabnorm.dashboard.definitions import definition
 from stabnorm.dashboard.readers import EventReader, FileReader, Piece, Reader, RunReader
-from stabnorm.monitor._folders import FOLDER, beside, run_name
+from stabnorm.monitor._folders import FOLDER, beside, record_folder, run_name
 from stabnorm.monitor._record_files import step_files
 from stabnorm.monitor._record_format import PLUGIN_NAME
 from stabnorm.monitor.baseline import Baseline
@@ -233,7 +233,13 @@ class Run:
 
 
 def open_run(name: str, directory: Path) -> Run:
-    """Return the run whose record lies in a folder: the files of a `FileRecord`, or TensorBoard's event files."""
+    """Return the run whose record lies in a folder: the files of a `FileRecord`, or TensorBoard's event files.
+
+    Args:
+        name: what a page calls it.
+        directory: the folder with the files, or the run's folder that holds it.
+    """
+    directory = record_folder(directory)
     of_files = (directory / "record.json").exists() or bool(step_files(directory)[0])
     if of_files:
         return Run(name, RunReader(FileReader(directory), EventReader(beside(directory))))

@@ -37,6 +37,14 @@ def local_folder(address: str | os.PathLike[str]) -> Path:
     return Path(url2pathname(parts.path))
 
 
+def record_folder(folder: Path) -> Path:
+    """Give the folder that holds the files of a record: one of ours in a run's folder, or the folder itself."""
+    for name in (FOLDER, "stabnorm"):  # the second one is what the folder was called at first
+        if (folder / name / "record.json").exists():
+            return folder / name
+    return folder
+
+
 def beside(record: Path) -> Path:
     """Give the folder of the run whose record lies in a folder: the one above, if that is a folder of ours.
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from stabnorm._checks import check_all, check_count, check_instance, wrong_type
 from stabnorm._log import logger
-from stabnorm.monitor._folders import FOLDER, beside, create_file, local_folder, remove_drafts, replace_file
+from stabnorm.monitor._folders import beside, create_file, local_folder, record_folder, remove_drafts, replace_file
 from stabnorm.monitor._parts import AXES as AXES
 from stabnorm.monitor._parts import Array, Part, stitched
 from stabnorm.monitor._parts import check_shape as check_shape
@@ -320,10 +320,7 @@ def read_record(path: str | os.PathLike[str], series: Collection[str] | None = N
     check_instance("companion", companion, str, "a companion's name, or leave it out")
     if series is not None:
         check_all("series", series, str, "a list of names")
-    directory = local_folder(path)
-    for name in (FOLDER, PLUGIN_NAME):  # the second one is what the folder was called at first
-        if (directory / name / "record.json").exists():
-            directory = directory / name
+    directory = record_folder(local_folder(path))
     of_files = (directory / "record.json").exists() or bool(step_files(directory)[0])
     if of_files:
         parts, events = _read_files(directory, series)

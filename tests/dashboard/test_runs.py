@@ -161,6 +161,8 @@ def test_scalars_of_validation_beside_the_files_of_a_record_are_found(tmp_path: 
     run = open_run(name, folder)
     run.refresh()
     assert name == "run"
+    outer = read(tmp_path / "run")  # the same by the run's own folder
+    assert (outer.validation, len(outer.rows().steps)) == (run.validation, 100)
     assert run.validation == {"val/accuracy": {40: 0.5}}
     assert len(run.rows().steps) == 100
 

@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 browser.wait_for("document.body.dataset.drawn")
                 browser.picture(path := Path(options.target) / file)
             with Image.open(path) as picture:  # a third of the bytes
-                picture.convert("RGB").quantize(200).save(path, optimize=True)
+                # The default would give small marks the colour of something else.
+                small = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+                small.save(path, optimize=True)
         server.shutdown()
 
 

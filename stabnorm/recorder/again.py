@@ -21,6 +21,7 @@ from stabnorm._models.masks import valid_tokens
 from stabnorm.actions.snapshot import restore_random_state
 from stabnorm.errors import StabNormError
 from stabnorm.monitor.monitor import StabilityMonitor
+from stabnorm.monitor.outputs import cause, say
 from stabnorm.monitor.statistics import CATALOGUE
 from stabnorm.recorder.batch_rows import BatchRows, look_at_rows
 from stabnorm.recorder.dump import Dump
@@ -170,7 +171,12 @@ def replay(
         history = monitor.history()
     again = torch.stack([history[name][-1] for name in known], -1).numpy()
     alarm = step.get("alarm") or {"step": header["step"], "batches": step["batches"]}
-    rows = look_at_rows(model, monitor.norms, alarm["batches"], run, step=alarm["step"], named=header.get("layer", ""))
+    rows = None
+    try:
+        named = header.get("layer", "")
+        rows = look_at_rows(model, monitor.norms, alarm["batches"], run, step=alarm["step"], named=named)
+    except Exception as error:  # the figures of the step are there all the same
+        say("stabnorm: the rows of the batch cannot be compared: %s", cause(error))
     if rows is not None and not rows.guilty and header.get("ranks", 1) > 1:
         others = f"This batch is that of one of {header['ranks']} ranks, so a row of another one may have done it."
         rows = dataclasses.replace(rows, sentence=f"{rows.sentence} {others}")

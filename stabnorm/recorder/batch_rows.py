@@ -208,17 +208,14 @@ def look_at_rows(
     usual = _median(heights)
     suspects = _suspects(heights, losses, usual)
     guilty, without = False, math.nan
-    if 2 * len(suspects) > len(heights):
-        suspects = []
-    if suspects:
-        after = _without(suspects, heights, batches, ran, lambda one, rows: _ran(run, one, watched, rows))
-        if after is not None:
-            without = max(float(one.seen[layer].largest.max()) if layer in one.seen else math.inf for one in after)
-            if losses is not None and not _losses_fit(suspects, losses, after):
-                losses = None
-            by_height = float(heights[suspects].max()) > STANDS_OUT * usual
-            halfway = math.sqrt(usual) * math.sqrt(float(heights[heights.isfinite()].max()))
-            guilty = without <= max(halfway, STANDS_OUT * usual) if by_height else losses is not None
+    after = _without(suspects, heights, batches, ran, lambda one, rows: _ran(run, one, watched, rows))
+    if after is not None:
+        without = max(float(one.seen[layer].largest.max()) if layer in one.seen else math.inf for one in after)
+        if losses is not None and not _losses_fit(suspects, losses, after):
+            losses = None
+        by_height = float(heights[suspects].max()) > STANDS_OUT * usual
+        halfway = math.sqrt(usual) * math.sqrt(float(heights[heights.isfinite()].max()))
+        guilty = without <= max(halfway, STANDS_OUT * usual) if by_height else losses is not None
     shown = suspects if guilty or (suspects and math.isnan(without)) else [int(heights.argmax())]
     found = tuple(_row(place, layer, batches, ran, losses) for place in shown[:_SHOWN])
     result = BatchRows(step, layer, len(heights), len(ran), usual, guilty, without, found)
@@ -246,14 +243,14 @@ def _median(values: Tensor) -> float:
 
 
 def _suspects(heights: Tensor, losses: Tensor | None, usual: float) -> list[int]:
-    """Return the rows that stand out, the worst first."""
+    """Return the rows that stand out, the worst first; none if these are more than half of all."""
     over = heights.isinf() | (heights > STANDS_OUT * usual)
     score = heights
     if losses is not None and not over.any():
         score = torch.where(losses.isfinite(), losses, torch.inf)
         over = score.isinf() | (losses > _LOSS_STANDS_OUT * _median(losses))
     order: list[int] = score.argsort(descending=True, stable=True).tolist()
-    return [place for place in order if over[place]]
+    return [place for place in order if over[place]] if 2 * int(over.sum()) <= len(over) else []
 
 
 def _place(place: int, ran: Sequence[_Ran]) -> tuple[int, int]:
@@ -273,7 +270,9 @@ def _without(
     again: Callable[[MicroBatch, Rows], _Ran],
 ) -> list[_Ran] | None:
     """Run each micro-batch with an ordinary row in the place of the suspects; None if that is impossible."""
-    after, first = [], 0
+    if not suspects:
+        return None
+    after, first = list[_Ran](), 0
     for number, one in enumerate(ran):
         own = [row for at, row in (_place(place, ran) for place in suspects) if at == number]
         of_rows = heights[first : first + one.rows.count]

@@ -1,7 +1,7 @@
 """`RowLosses`: what each row of a batch adds to the loss, read while the loss is computed."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,11 +55,11 @@ class RowLosses(TorchFunctionMode):
         if not self._parts or not loss.requires_grad:
             return None
         numbers = [number for number, _ in self._parts]
-        weights = torch.autograd.grad(loss.sum(), numbers, retain_graph=True, allow_unused=True)
+        weights = _gradients(loss.sum(), numbers)
         total = torch.zeros(rows.count, dtype=torch.float64 if loss.device.type != "mps" else torch.float32)
         for weight, (number, elements) in zip(weights, self._parts, strict=True):
-            if weight is None or not weight:
-                continue
+            if weight is None or not weight or _any(_gradients(number, [n for n in numbers if n is not number])):
+                continue  # it is no part of the loss, or is made of parts that are counted themselves
             of_row = rows.split(elements)
             if of_row is None:
                 return None
@@ -72,6 +72,14 @@ class RowLosses(TorchFunctionMode):
         value = float(loss.detach().sum())
         explained = not total.isfinite().all() or abs(float(total.sum()) - value) <= _AGREES * abs(value)
         return total if explained and not (total < 0).any() else None
+
+
+def _gradients(of: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(of, numbers, retain_graph=True, allow_unused=True) if numbers else ()
+
+
+def _any(gradients: Sequence[Tensor | None]) -> bool:
+    return any(gradient is not None for gradient in gradients)
 
 
 def _elements(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -51,10 +51,11 @@ def table_of(found: "BatchRows") -> list[str]:
     ]
     for row in found.rows:
         sample = "" if row.sample is None else str(row.sample)
+        times_usual = row.largest / found.usual if found.usual else math.inf
         token, channels = ", ".join(map(str, row.token)), ", ".join(map(str, row.channels))
         share = "" if math.isnan(row.loss_share) else f"{row.loss_share:.0%}"
         lines.append(
-            f"{row.row:>6} {row.micro_batch:>6} {sample:>10} {row.largest:>12.6g} {row.largest / found.usual:>10.3g}  "
+            f"{row.row:>6} {row.micro_batch:>6} {sample:>10} {row.largest:>12.6g} {times_usual:>10.3g}  "
             f"{token:<12} {channels:<18} {share}".rstrip()
         )
     return lines

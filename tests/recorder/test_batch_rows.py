@@ -1,5 +1,6 @@
 """Which row of a batch an alarm comes from, and which token of it, whatever the layout of batch and model."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,15 @@ def test_weights_that_are_at_fault_accuse_no_row(tmp_path: Path) -> None:
     assert "Look at the weights" in found.sentence
 
 
+def test_of_several_ranks_one_batch_does_not_blame_the_weights_alone(tmp_path: Path) -> None:
+    model = Net()
+    _, folder = dumped(tmp_path, model, cross_entropy, data(value=1.0))
+    dump = read_dump(folder)
+    again = replay(dataclasses.replace(dump, header={**dump.header, "ranks": 2}), model, cross_entropy)
+    assert again.rows is not None
+    assert again.rows.sentence.endswith("that of one of 2 ranks, so a row of another one may have done it.")
+
+
 def test_a_wrong_guess_of_the_rows_accuses_nobody(tmp_path: Path) -> None:
     """Packed tokens have no rows: another row in the batch changes nothing."""
     x = torch.randn(1, ROWS * LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -296,6 +306,17 @@ def test_what_a_worker_of_a_loader_shares_is_copied_so_that_no_open_file_is_kept
             assert (kept["batch"]["x"] is x) == (not shared)
 
 
+def test_rows_of_zeros_have_no_ratio(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3))
+    x, y = torch.zeros(ROWS, LENGTH, WIDTH), torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+    x[BAD_ROW, BAD_TOKEN] = 1.0
+    _, dump = dumped(tmp_path, model, cross_entropy, (x, y))
+    again = replay(read_dump(dump), model, cross_entropy)
+    assert again.rows is not None
+    is_the_bad_one(again.rows)
+    assert "above the median row's 0" in str(again)
+
+
 def test_samples_that_a_collate_function_has_left_out_are_not_named(tmp_path: Path) -> None:
     found = rows_of(tmp_path, Net(), cross_entropy, data(value=300.0), indices=range(ROWS + 1))
     is_the_bad_one(found)
@@ -347,6 +368,8 @@ def test_dropout_has_the_same_numbers_in_both_runs(tmp_path: Path) -> None:
         lambda x: 3 * functional.smooth_l1_loss(x, torch.zeros_like(x), reduction="sum") + x.square().mean(),
         lambda x: x.square().sum((1, 2)).mean() / 7,
         lambda x: torch.mean(x.square()),
+        lambda x: torch.stack([x.square().mean(), functional.l1_loss(x, torch.zeros_like(x))]).mean(),
+        lambda x: torch.stack([x[..., :1].square().mean(), x.square().mean(), x.abs().mean(), x.exp().mean()]).sum(),
         lambda x: functional.kl_div(x.log_softmax(-1), torch.full_like(x, 1 / 3), reduction="batchmean"),
         lambda x: functional.binary_cross_entropy_with_logits(x, torch.ones_like(x)),
     ],

@@ -185,7 +185,8 @@ class TaperNorm(ProgressiveNorm):
 
     The published branch of a LayerNorm takes the mean out of each token, which is no map of each channel by itself.
     This one does not. The two are the same where the tokens have no mean, as after `stabnorm.fold.to_pre_rms`. The
-    paper keeps the last norm of the model (``exclude=``), which fixes the scale of the logits.
+    paper keeps the last norm of the model (``exclude=``), which fixes the scale of the logits; where it goes, too, add
+    the loss of `stabnorm.switch.ScaleAnchor`.
 
     Args:
         normalized_shape: C, or the shape of the last axes if they are normalised together.

@@ -6,6 +6,7 @@ from stabnorm._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from stabnorm.companions.switching import BranchGap as BranchGap
+    from stabnorm.switch.anchor import ScaleAnchor as ScaleAnchor
     from stabnorm.switch.gate import AffineGate as AffineGate
     from stabnorm.switch.lam import progressive_norms as progressive_norms
     from stabnorm.switch.lam import running_norms as running_norms
@@ -19,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {  # schedules and gate load where torch is missing
         "stabnorm.companions.switching": ["BranchGap"],
+        "stabnorm.switch.anchor": ["ScaleAnchor"],
         "stabnorm.switch.gate": ["AffineGate"],
         "stabnorm.switch.lam": ["progressive_norms", "running_norms", "write_lam", "write_loss_scale", "write_step"],
         "stabnorm.switch.progressive": ["ProgressiveSwitch"],

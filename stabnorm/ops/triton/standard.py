@@ -262,9 +262,9 @@ def standard_of_layers(
     row = tl.where(column == TOKENS, count, row)
     row = tl.where(column == NONFINITE, tl.sum(odd_sizes, 0).to(tl.float64), row)
     tl.store(out_ptr + layer * COLUMNS + column, row.to(tl.float32))
-    tl.store(past_layer + LOG_SCALE, log_scale, mask=finite)
     power = tl.where(old_power != old_power, power, old_power + (power - old_power) * MOMENTUM)
-    tl.store(past_layer + GRADIENT_POWER, power, mask=with_gradient)
+    tl.store(past_layer + LOG_SCALE, tl.where(finite, log_scale, old_scale))  # older interpreters ignore a mask here
+    tl.store(past_layer + GRADIENT_POWER, tl.where(with_gradient, power, old_power))
 
 
 def standard(

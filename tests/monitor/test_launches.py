@@ -8,17 +8,24 @@ import torch
 from torch import nn
 
 from stabnorm import StabilityMonitor
+from stabnorm.monitor import bands
 from stabnorm.ops import use_kernels
 
 pytest.importorskip("triton")
 from tests.monitor.launches import Launches
+from tests.triton_kernels import GPU
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the launches are counted under Triton's interpreter"),
+    pytest.mark.skipif(GPU, reason="the launches are counted under Triton's interpreter"),
     pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning"),  # NumPy's, of the interpreter
 ]
-STEP = 7  # launches of a step of layers of one width; 2 more for running buffers, and 2 for each other width
+STEP = 7  # launches of a step of layers of one width
+
+
+def two_widths(width: int) -> nn.Module:
+    """Two norms of different widths."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 12), nn.LayerNorm(12), nn.Linear(12, width))
 
 
 @functools.cache
@@ -73,6 +80,13 @@ def test_running_buffers_take_two_launches_whatever_the_depth() -> None:
     (*_, few), (*_, many) = (counted(depth, "standard", False, nn.BatchNorm1d) for depth in (1, 2))
     assert many.total == few.total <= STEP + 2, many.names
     assert not many.reads
+
+
+def test_layers_of_another_width_take_four_launches_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "BAND_COSTS", 0)  # or layers that are as narrow would be measured together
+    *_, step = counted(1, "standard", False, two_widths)
+    assert step.total <= STEP + 4, step.names
+    assert not step.reads
 
 
 def test_a_step_of_the_full_preset_copies_twice_per_norm_and_reads_nothing() -> None:

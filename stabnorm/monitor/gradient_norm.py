@@ -22,11 +22,17 @@ def gradient_norm(optimizer: Optimizer, scale: Tensor | float | None = None) -> 
     tensor(5.)
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [p.grad.detach() for p in parameters if isinstance(p, Tensor) and p.grad is not None]
+    gradients = [g for p in parameters if isinstance(p, Tensor) and (g := p.grad) is not None]
     gradients = [g.coalesce().values() if g.is_sparse else g for g in gradients if g.numel()]
     if not gradients:
         return None
-    norm: Any = torch.nn.utils.get_total_norm(gradients)
+    norm: Any
+    with torch.no_grad():
+        kinds = {(type(g), g.device, g.dtype) for g in gradients}
+        if len(kinds) == 1 and type(gradients[0]) is Tensor:  # as `get_total_norm` does it for each kind
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
     if hasattr(norm, "full_tensor"):  # of shards
         norm = norm.full_tensor()
     still_scaled = scale is not None and getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -141,11 +141,13 @@ class SimplifiedLinearAttention(nn.Module):
             ValueError: x or `mask` has another shape, `attn_mask` is given, or the layer is not causal as asked.
         """
         valid = self._checked(x, mask, attn_mask, is_causal)
+        if valid is not None:  # not by a product: padding may hold NaN, which a gradient of 0 would keep
+            x = torch.where(valid[..., None], x, 0)
         q, k, v = self.qkv(x).chunk(3, -1)
         if self.positional_encoding is not None:
             k = k + self.positional_encoding[:, : x.shape[1]].to(k.dtype)
         q, k = torch.relu(q), torch.relu(k)
-        if valid is not None:  # not by a product: padding may hold NaN
+        if valid is not None:  # of padding they are the biases
             k, v = torch.where(valid[..., None], k, 0), torch.where(valid[..., None], v, 0)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # [B, heads, N, C]
         with torch.autocast(x.device.type, enabled=False):

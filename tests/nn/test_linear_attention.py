@@ -98,12 +98,14 @@ def test_a_later_token_changes_nothing_before_it() -> None:
 
 
 @pytest.mark.parametrize("by_context", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-def test_padding_of_any_value_changes_no_valid_token_and_no_gradient(causal: bool, by_context: bool) -> None:
+@pytest.mark.parametrize(("causal", "padding"), [(False, 1e6), (True, 1e6), (True, torch.nan)])
+def test_padding_of_any_value_changes_no_valid_token_and_no_gradient(
+    causal: bool, padding: float, by_context: bool
+) -> None:
     layer = drawn(causal=causal)
     twin = copy.deepcopy(layer)
     x = torch.randn(2, 6, 12, dtype=torch.float64)
-    padded = torch.cat([x, torch.full((2, 3, 12), 1e6, dtype=torch.float64)], 1)
+    padded = torch.cat([x, torch.full((2, 3, 12), padding, dtype=torch.float64)], 1)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[:, 6:] = False
     want = layer(x)

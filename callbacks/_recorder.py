@@ -1,6 +1,7 @@
 """The flight recorder of a Lightning training: how its model is built, and which rows a batch has."""
 
 import functools
+import operator
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -41,11 +42,8 @@ def recorder_of(
     return FlightRecorder(monitor, directory / FOLDER, times=times, loss=loss, about=about)
 
 
-def _loss_of(trainer: "Trainer", model: Any, batch: Any) -> Tensor:
-    loss = loss_again(trainer, model, batch, getattr(trainer.fit_loop, "batch_idx", 0))()
-    if loss is None:
-        raise ValueError("training_step returned None")
-    return loss
+def _loss_of(trainer: "Trainer", model: Any, batch: Any) -> Tensor | None:
+    return loss_again(trainer, model, batch, getattr(trainer.fit_loop, "batch_idx", 0))()
 
 
 def recipe_of(pl_module: "LightningModule") -> dict[str, Any] | None:
@@ -80,7 +78,7 @@ class BatchIndices:
     """
 
     def __init__(self) -> None:
-        self._noted: WeakKeyDictionary[BatchSampler, deque[list[int]]] = WeakKeyDictionary()
+        self._noted: WeakKeyDictionary[BatchSampler, deque[list[Any]]] = WeakKeyDictionary()
         self._own: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -91,7 +89,7 @@ class BatchIndices:
         self.detach()
         noted, own = self._noted, BatchSampler.__iter__
 
-        def noting(sampler: BatchSampler) -> Iterator[list[int]]:
+        def noting(sampler: BatchSampler) -> Iterator[list[Any]]:
             rows = noted[sampler] = deque(maxlen=_AHEAD)
             for batch in own(sampler):
                 rows.append(list(batch))
@@ -110,4 +108,7 @@ class BatchIndices:
         """Return the rows of the batch that begins; None if they are not known."""
         sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
         rows = self._noted.get(sampler) if isinstance(sampler, BatchSampler) else None
-        return rows.popleft() if rows else None
+        try:
+            return [operator.index(row) for row in rows.popleft()] if rows else None
+        except TypeError:  # an `IterableDataset` has no rows, and a sampler may choose by keys that are no numbers
+            return None

@@ -330,11 +330,8 @@ def _last_rate(scheduler: Any) -> float | Tensor:
     return rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
 
 
-def _loss_of(model: nn.Module, batch: Any) -> Tensor:
-    loss = loss_in(model(**batch))
-    if loss is None:
-        raise ValueError("the model returns no loss")
-    return loss
+def _loss_of(model: nn.Module, batch: Any) -> Tensor | None:
+    return loss_in(model(**batch))
 
 
 def _feed_of(args: Any, loader: Any) -> Feed:

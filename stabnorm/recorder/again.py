@@ -268,7 +268,7 @@ def loss_of(model: nn.Module) -> LossOfBatch | None:
     if not hasattr(model, "training_step"):
         return None
 
-    def training_step(module: Any, batch: Any) -> Tensor:
+    def training_step(module: Any, batch: Any) -> Tensor | None:
         kept = vars(module)
         kept["log"] = kept["log_dict"] = lambda *_, **__: None
         try:
@@ -283,7 +283,7 @@ def loss_of(model: nn.Module) -> LossOfBatch | None:
             ) from error
         finally:
             del kept["log"], kept["log_dict"]
-        value: Tensor = output["loss"] if isinstance(output, Mapping) else output
+        value: Tensor | None = output["loss"] if isinstance(output, Mapping) else output
         return value
 
     return training_step

@@ -33,7 +33,7 @@ from stabnorm.recorder.batch_rows import BatchRows, look_at_rows
 from stabnorm.recorder.dump import STEP, WEIGHTS, add_detail, write_dump
 from stabnorm.recorder.row_axis import tensors_of
 
-LossOfBatch = Callable[[nn.Module, Any], Tensor]
+LossOfBatch = Callable[[nn.Module, Any], Tensor | None]
 _REST = 100  # steps from one dump to the next one
 
 
@@ -65,8 +65,8 @@ class FlightRecorder:
         weight_bytes: the largest size of the weights; larger ones are left out, and a checkpoint takes their place when
             the step is run again. Default: 256 MiB.
         times: the largest number of dumps. Default: 3.
-        loss: computes the loss from (model, batch) as the loop does, and calls no ``backward()``. Default: none, and
-            the rows of a batch are compared when it is run again.
+        loss: computes the loss from (model, batch) as the loop does, and calls no ``backward()``; None where a batch
+            has none. Default: none, and the rows of a batch are compared when it is run again.
         about: what else `dump.json` says, as plain containers. Default: nothing.
 
     Attributes:
@@ -277,7 +277,7 @@ class FlightRecorder:
         model, loss = self.monitor.model, self.loss
         assert loss is not None
 
-        def run(one: Mapping[str, Any]) -> Tensor:
+        def run(one: Mapping[str, Any]) -> Tensor | None:
             restore_random_state(one["random"])
             with valid_tokens(*one["masks"]) if one["masks"] else contextlib.nullcontext():
                 return loss(model, copy.copy(one["batch"]))

@@ -37,7 +37,11 @@ def sentence_of(found: "BatchRows", suspects: int) -> str:
     if suspects and math.isnan(found.without):
         return f"{rows} stand{'s'[: suspects == 1]} out: {seen}. It could not be tried without {it}."
     if broken:
-        return f"The rows are not at fault: {place} is not finite in the others, too. Look at the weights before it."
+        return (
+            f"No row can be told from the others: {place} is not finite in them, too. Look at the weights before it. If "
+            "the optimizer has stepped since, this batch may have broken them itself: with actions={'non_finite': "
+            "'skip'} its rows are compared before the step."
+        )
     if suspects and worst.largest > STANDS_OUT * found.usual:
         still = f"without {it} the largest is still {number(found.without)}"
         return f"{rows}: {seen}. But {still}, so look at the weights as well."

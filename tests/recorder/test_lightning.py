@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from stabnorm import StabNormError
 from stabnorm.callbacks import StabilityCallback
@@ -159,16 +160,23 @@ def test_the_number_of_dumps_is_checked() -> None:
         StabilityCallback(dumps=-1)
 
 
+class OneBad(Sentences):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        if index == 5 * SIZE + 2:
+            item["x"][1] = torch.inf
+        return item
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rows = OneBad()
+        return (rows[index] for index in range(len(rows)))
+
+
 def test_the_rows_that_did_it_are_in_log_record_report_and_dump(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class OneBad(Sentences):
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            item = super().__getitem__(index)
-            if index == 5 * SIZE + 2:
-                item["x"][1] = torch.inf
-            return item
-
     callback = StabilityCallback(STATISTICS, flush_every=3, mask="mask", actions={"non_finite": "skip"})
     model = module()
     with warnings.catch_warnings():
@@ -185,3 +193,22 @@ def test_the_rows_that_did_it_are_in_log_record_report_and_dump(
     again = replay(read_dump(folder), module(), loss_of).rows
     assert again is not None
     assert again.sentence.startswith(said)
+
+
+def test_the_row_of_a_stream_is_found_where_training_step_leaves_out_the_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = StabilityCallback(STATISTICS, mask="mask", actions={"non_finite": "skip"})
+    model = module()
+    usual = model.training_step
+
+    def no_loss_of_a_bad_batch(batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        loss: Tensor = usual(batch, batch_idx)
+        return loss if loss.isfinite() else None
+
+    model.training_step = no_loss_of_a_bad_batch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, callback, max_epochs=1).fit(model, DataLoader(Stream(), batch_size=SIZE))
+    assert f"stabnorm, step 5: Row 2 of {SIZE} did it: at the input of net.1 a value is not finite" in caplog.text
+    assert "cannot be compared" not in caplog.text

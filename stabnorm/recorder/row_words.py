@@ -38,9 +38,9 @@ def sentence_of(found: "BatchRows", suspects: int) -> str:
         return f"{rows} stand{'s'[: suspects == 1]} out: {seen}. It could not be tried without {it}."
     if broken:
         return (
-            f"No row can be told from the others: {place} is not finite in them, too. Look at the weights before it. If "
-            "the optimizer has stepped since, this batch may have broken them itself: with actions={'non_finite': "
-            "'skip'} its rows are compared before the step."
+            f"No row can be told from the others: {place} is not finite in them, too. Look at the weights before it. "
+            "If the optimizer has stepped since, this batch may have broken them itself: with "
+            "actions={'non_finite': 'skip'} its rows are compared before the step."
         )
     if suspects and worst.largest > STANDS_OUT * found.usual:
         still = f"without {it} the largest is still {number(found.without)}"

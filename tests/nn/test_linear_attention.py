@@ -179,6 +179,7 @@ class Block(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["prepbn", "taper"])
 @pytest.mark.parametrize("options", [{"grid": (3, 3)}, {"causal": True}], ids=str)
 def test_the_norms_before_it_fold_into_it_exactly(options: dict[str, Any], to: str) -> None:

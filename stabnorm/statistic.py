@@ -80,6 +80,8 @@ class Statistic:
         floor: if not None, a robust z-score of its logarithm against the row's own past is watched. The floor is the
             smallest scale of this z-score, in log units: a change must exceed 6 floors to raise an alert.
         negligible: with `floor`, a value below it counts as this one, because changes there do not matter. Default: 0.
+        drifts: with `floor`, whether it moves slowly in a healthy training, so that it is compared with the last 128
+            steps only and not with the last 1024. Default: False.
         advice: what a value beyond the bound means, and where to look.
         least: a value below it is bad, as one above `threshold` is.
         upward: whether only a rise above the past raises an alert, as for gradients, which fall after a spike.
@@ -113,6 +115,7 @@ class Statistic:
     upward: bool = False
     start: float | None = None
     negligible: float = 0.0
+    drifts: bool = False
 
     @property
     def needs_all(self) -> frozenset[str]:

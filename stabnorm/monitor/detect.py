@@ -144,7 +144,8 @@ class RobustDetector:
         exempt = (fades[:, None] & self._gradients).ravel()
         floors = np.tile(np.array([self._statistics[i].floor for i in self._watched], np.float32), len(self._layers))
         upward = np.tile(np.array([self._statistics[i].upward for i in self._watched], bool), len(self._layers))
-        self._windows = [Window(span, floors, upward, exempt) for span in (FAST, SLOW)]
+        drifts = np.tile(np.array([self._statistics[i].drifts for i in self._watched], bool), len(self._layers))
+        self._windows = [Window(FAST, floors, upward, exempt), Window(SLOW, floors, upward, exempt | drifts)]
         # An alarm may last, and mutes only itself: calm steps until it is raised again.
         self.steps = 0
         self._quiet = {"nonfinite": 0, "past": 0, "start": 0}

@@ -568,6 +568,7 @@ DOORS: dict[str, Door] = {
             "negligible": ("x", NAN, -1, None, ODD),
             "least": ("x", NAN, ODD),
             "remembers": FLAG,
+            "drifts": FLAG,
         },
     ),
     "RobustDetector": Door(

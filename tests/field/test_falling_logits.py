@@ -1,5 +1,7 @@
 """An attention whose logits fall goes flat: it is alarmed as one whose logits grow, and no bound is advised."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -41,6 +43,16 @@ def test_logits_that_stay_so_small_that_all_keys_weigh_alike_raise_nothing(facto
 def test_logits_that_leave_the_range_where_all_keys_weigh_alike_are_alarmed() -> None:
     (alert,), _ = seen(1.1, usual=0.8)
     assert alert.value > 2.4
+
+
+def test_logits_that_grow_slowly_as_they_do_in_healthy_runs_raise_nothing() -> None:
+    torch.manual_seed(0)
+    values = 4 * (1 + 0.03 * torch.randn(1400, len(ROWS), 3))
+    values[700:, 2, 2] *= 1.003 ** torch.arange(700.0)  # eight times as large in the end
+    inputs = torch.full((1400, len(ROWS)), torch.inf), torch.zeros(1400, len(ROWS), dtype=torch.bool)
+    assert RobustDetector(AttentionCompanion.statistics, ROWS).update(0, values, *inputs) == []
+    steady = [dataclasses.replace(statistic, drifts=False) for statistic in AttentionCompanion.statistics]
+    assert RobustDetector(steady, ROWS).update(0, values, *inputs)
 
 
 @pytest.mark.parametrize("statistic", ["token_std_mean", "amax", "attention_logit_max"])

@@ -328,9 +328,10 @@ def _said_of_factors(
 def _said_of_lead(lead: int | None) -> str:
     if lead is None:
         return "The loss did not double."
+    steps = f"{abs(lead):,} step{'s'[: abs(lead) > 1]}"
     if lead > 0:
-        return f"The loss doubled {lead:,} steps later."
-    return f"The loss had doubled {-lead:,} steps before." if lead else "The loss doubled at this step."
+        return f"The loss doubled {steps} later."
+    return f"The loss had doubled {steps} before." if lead else "The loss doubled at this step."
 
 
 def with_short_names(text: str, names: Sequence[str]) -> str:

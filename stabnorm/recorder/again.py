@@ -23,7 +23,7 @@ from stabnorm.errors import StabNormError
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.outputs import cause, say
 from stabnorm.monitor.statistics import CATALOGUE
-from stabnorm.recorder.batch_rows import BatchRows, look_at_rows
+from stabnorm.recorder.batch_rows import UNKNOWN, AgainstPast, BatchRows, look_at_rows
 from stabnorm.recorder.dump import Dump
 from stabnorm.recorder.recorder import LossOfBatch
 from stabnorm.recorder.row_words import table_of
@@ -174,7 +174,8 @@ def replay(
     rows = None
     try:
         named = header.get("layer", "")
-        rows = look_at_rows(model, monitor.norms, alarm["batches"], run, step=alarm["step"], named=named)
+        past = AgainstPast.read(header["against_past"]) if "against_past" in header else UNKNOWN
+        rows = look_at_rows(model, monitor.norms, alarm["batches"], run, step=alarm["step"], named=named, past=past)
     except Exception as error:  # the figures of the step are there all the same
         say("stabnorm: the rows of the batch cannot be compared: %s", cause(error))
     if rows is not None and not rows.guilty and header.get("ranks", 1) > 1:

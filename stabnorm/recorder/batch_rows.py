@@ -1,8 +1,8 @@
 """Which rows of a batch, its samples, an alarm comes from: `look_at_rows` runs the batch again and compares its rows.
 
-A row is named only if the batch without it is calm: the rows that stand out are replaced by an ordinary one, and the
-batch is run once more. So neither a wrong guess about the layout of a tensor nor a fault of the weights accuses a
-sample.
+A row is named only if the step was unlike the steps before it, and if the batch without the row is calm: the rows that
+stand out are replaced by an ordinary one, and the batch is run once more. So neither a wrong guess about the layout of
+a tensor nor a fault of the weights accuses a sample, nor are those accused that are always harder than others.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ from stabnorm.recorder.row_words import STANDS_OUT, sentence_of
 _LOSS_STANDS_OUT = 10.0  # times the median row; losses differ more from row to row than inputs of norms do
 _NEAR = 0.6  # of the highest ratio: the first layer in depth order that reaches it is looked at
 _SHOWN, _CHANNELS = 5, 3
+_RAISED = 2.0  # times the median of the steps before
+_PAST, _FEWEST = 128, 32  # steps before, and the fewest of them that tell what is usual
 
 MicroBatch = Mapping[str, Any]  # as a dump has it: "batch", "indices", "masks" and "random"
 Run = Callable[[MicroBatch], Tensor | None]
@@ -87,6 +91,55 @@ class BatchRows:
     def as_dict(self) -> dict[str, Any]:
         """Return plain containers, for records."""
         return dataclasses.asdict(self)
+
+
+class AgainstPast(NamedTuple):
+    """How many times its usual value something was at a step; NaN if that is not known.
+
+    Attributes:
+        largest: the largest input of each layer.
+        loss: the loss.
+    """
+
+    largest: Mapping[str, float]
+    loss: float
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> "AgainstPast":
+        """Read what a dump says, which has NaN as a text."""
+        return cls({name: float(ratio) for name, ratio in saved["largest"].items()}, float(saved["loss"]))
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        steps: npt.NDArray[Any],
+        losses: npt.NDArray[Any],
+        largest: npt.NDArray[Any] | None,
+        layers: Sequence[str],
+    ) -> "AgainstPast":
+        """Compare a step with the median of those before it.
+
+        Args:
+            step: the step.
+            steps: ``[steps]``, their numbers.
+            losses: ``[steps]``.
+            largest: ``[steps, layers]``, the statistic "amax"; None if it was not watched.
+            layers: their names.
+        """
+        here, before = steps == step, (steps < step) & (steps >= step - _PAST)
+
+        def ratio(values: npt.NDArray[Any]) -> float:
+            past, now = values[before], values[here]
+            past = past[np.isfinite(past)]
+            usual = float(np.median(past)) if len(past) >= _FEWEST else math.nan
+            return float(now[-1]) / usual if len(now) and usual > 0 else math.nan
+
+        of_layers = {} if largest is None else {name: ratio(largest[:, i]) for i, name in enumerate(layers)}
+        return cls(of_layers, ratio(losses))
+
+
+UNKNOWN = AgainstPast({}, math.nan)
 
 
 class _Seen(NamedTuple):
@@ -176,6 +229,7 @@ def look_at_rows(
     *,
     step: int,
     named: str = "",
+    past: AgainstPast = UNKNOWN,
 ) -> BatchRows | None:
     """Run the batches of a step again, and compare their rows.
 
@@ -187,6 +241,8 @@ def look_at_rows(
             is known.
         step: the step.
         named: the layer that an alarm names. Default: none.
+        past: how the step differs from those before. A row is accused only if the largest input of the layer, or the
+            loss, is more than twice its usual value. Default: that is not known, and no reason to accuse none.
 
     Returns:
         The rows; None if nothing tells which part of a batch is a row.
@@ -206,7 +262,9 @@ def look_at_rows(
     if all(one.losses is not None for one in ran):
         losses = torch.cat([one.losses for one in ran if one.losses is not None])
     usual = _median(heights)
-    suspects = _suspects(heights, losses, usual)
+    # Written so that NaN, which stands for what is not known, hinders nothing.
+    by_height, by_loss = not past.largest.get(layer, math.nan) <= _RAISED, not past.loss <= _RAISED
+    suspects = _suspects(heights, losses if by_loss else None, usual, by_height=by_height)
     guilty, without = False, math.nan
     after = _without(suspects, heights, batches, ran, lambda one, rows: _ran(run, one, watched, rows))
     if after is not None:
@@ -242,9 +300,9 @@ def _median(values: Tensor) -> float:
     return float(finite.median()) if len(finite) else math.inf
 
 
-def _suspects(heights: Tensor, losses: Tensor | None, usual: float) -> list[int]:
+def _suspects(heights: Tensor, losses: Tensor | None, usual: float, *, by_height: bool) -> list[int]:
     """Return the rows that stand out, the worst first; none if these are more than half of all."""
-    over = heights.isinf() | (heights > STANDS_OUT * usual)
+    over = heights.isinf() | ((heights > STANDS_OUT * usual) & by_height)
     score = heights
     if losses is not None and not over.any():
         score = torch.where(losses.isfinite(), losses, torch.inf)

@@ -29,12 +29,13 @@ from stabnorm.actions.snapshot import random_state, restore_random_state
 from stabnorm.monitor._folders import file_name, local_folder
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.outputs import cause, say
-from stabnorm.recorder.batch_rows import BatchRows, look_at_rows
+from stabnorm.recorder.batch_rows import AgainstPast, BatchRows, look_at_rows
 from stabnorm.recorder.dump import STEP, WEIGHTS, add_detail, write_dump
 from stabnorm.recorder.row_axis import tensors_of
 
 LossOfBatch = Callable[[nn.Module, Any], Tensor | None]
 _REST = 100  # steps from one dump to the next one
+_LOSSES = 256  # of the last steps, which tell what was usual before an alarm
 
 
 class _Kept(NamedTuple):
@@ -122,7 +123,7 @@ class FlightRecorder:
         self._batches: list[dict[str, Any]] = []  # of the open step
         self._recent = deque[_Kept]()  # of the steps before it
         self._open = False
-        self._losses = deque[tuple[int, Tensor | float]](maxlen=steps)
+        self._losses = deque[tuple[int, Tensor | float]](maxlen=max(steps, _LOSSES))
         self._alarmed: list[dict[str, Any]] = []  # the batches of the step that the alarm is about
         self._why: dict[str, Any] | None = None  # of the dump that is due
         self._capsule: dict[str, Any] | None = None  # weights and states from before the open step
@@ -263,16 +264,20 @@ class FlightRecorder:
         assert self._why is not None
         self._why["alarm_step"] = step
         self._alarmed = batches
+        what = "the rows of the batch cannot be compared"
+        past = self.monitor.outputs.attempt(what, self._against_past, step)
+        if past is None:
+            return
+        self._why["against_past"] = past._asdict()
         if self.loss is None or not batches or _ranks() > 1:
             return
-        what = "the rows of the batch cannot be compared"
-        rows = self.monitor.outputs.attempt(what, self._rows_now, step, batches, layer)
+        rows = self.monitor.outputs.attempt(what, self._rows_now, step, batches, layer, past)
         if rows is not None:
             self._why["rows"] = rows.as_dict()
             say("stabnorm, step %s: %s", step, rows.sentence)
             self.monitor.outputs.write_event(self.monitor.records, "rows", step, rows.as_dict())
 
-    def _rows_now(self, step: int, batches: list[dict[str, Any]], layer: str) -> BatchRows | None:
+    def _rows_now(self, step: int, batches: list[dict[str, Any]], layer: str, past: AgainstPast) -> BatchRows | None:
         """Run batches again, in the middle of a training, which does not notice."""
         model, loss = self.monitor.model, self.loss
         assert loss is not None
@@ -284,7 +289,15 @@ class FlightRecorder:
 
         eager = torch.compiler.set_stance("force_eager")  # a compiled graph would be compiled again for our hooks
         with put_back(model), uncounted(), random_state_kept(device_of(model)), eager:
-            return look_at_rows(model, self.monitor.norms, batches, run, step=step, named=layer)
+            return look_at_rows(model, self.monitor.norms, batches, run, step=step, named=layer, past=past)
+
+    def _against_past(self, step: int) -> AgainstPast:
+        """Compare a step with those before it, of which a dump may have too few."""
+        steps, series = self.monitor.history_so_far()
+        numbers, losses = steps[-_LOSSES:].numpy(), dict(self._losses)
+        known = np.array([float(losses.get(int(number), np.nan)) for number in numbers], np.float32)
+        largest = series["amax"][-_LOSSES:].numpy() if "amax" in series else None
+        return AgainstPast.of(step, numbers, known, largest, self.monitor.layers)
 
     # -- a dump --------------------------------------------------------------------------------------------------------
 

@@ -282,6 +282,37 @@ def test_an_alarm_that_comes_late_finds_the_batch_of_its_step(tmp_path: Path, ca
     assert "rows of the batch of step 7" in str(again)
 
 
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("what", ["input", "target"])
+def test_rows_that_stand_out_at_every_step_are_not_accused(
+    what: str, always: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loss_of(model: nn.Module, batch: Any) -> Tensor:
+        return functional.mse_loss(model(batch[0]), batch[1])
+
+    class Late(AlarmAt):
+        step = 38
+
+    model, steps = Net(), 40
+    with StabilityMonitor(model, ["amax"], flush_every=steps, detector=Late) as monitor:
+        recorder = FlightRecorder(monitor, tmp_path, loss=loss_of, detail_steps=0)
+        for step in range(steps):
+            hard = always or step == 38
+            x, target = data(value=50.0 if hard and what == "input" else 1.0)[0], torch.zeros(ROWS, LENGTH, 3)
+            target[BAD_ROW] = 50.0 if hard and what == "target" else 0.0
+            recorder.begin((x, target))
+            loss = loss_of(model, (x, target))
+            loss.backward()
+            monitor.step()
+            recorder.end(loss)
+            model.zero_grad()
+    (told,) = [
+        record.getMessage() for record in caplog.records if record.getMessage().startswith("stabnorm, step 38: ")
+    ]
+    assert ("No row stands out" in told) == always
+    assert ("Row 4 of 6 did it" in told) != always
+
+
 def test_batches_that_are_too_large_are_not_kept(tmp_path: Path) -> None:
     with StabilityMonitor(Net(), ["amax"]) as monitor:
         each = sum(t.numel() * t.element_size() for t in data(value=1.0))

@@ -74,7 +74,8 @@ def absolute_moments(moments: BatchMoments, absolute: Tensor, signs: Tensor) -> 
         signs: ``[C]``, from the same call.
     """
     size = moments.rows.clamp(min=1)
-    return moments._replace(square=(ABSOLUTE_TO_STD * absolute / size).square(), signs=signs / size)
+    square = (ABSOLUTE_TO_STD * absolute / size).square()
+    return BatchMoments(moments.rows, moments.mean, square, signs / size)  # torch 2.6 does not trace `_replace`
 
 
 def merge_batches(counts: Tensor, means: Tensor | None, squares: Tensor) -> BatchMoments:

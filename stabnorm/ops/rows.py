@@ -94,4 +94,4 @@ def gradient_through_moments(
         return gradient_of_rows(dy, rows, valid, of)
     slope = of.slope * moments.square.sqrt() * ABSOLUTE_TO_STD
     offset = None if of.offset is None else of.offset - slope * moments.signs
-    return gradient_of_signs(dy, rows, valid, of._replace(slope=slope, offset=offset))
+    return gradient_of_signs(dy, rows, valid, BatchMap(of.scale, slope, offset, of.mean))

@@ -21,7 +21,7 @@ def train(compiled: Any, recompute: bool = False) -> dict[str, Tensor]:
     torch.compiler.reset()
     # A key bias has no gradient but rounding noise, which AdamW would blow up: SGD.
     model = Text(Fused(), MultiHead(False), Fused(written_out=True), MultiHead(True))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.01)
     monitor = StabilityMonitor(model, companions=ALL)
     monitor.attach()
     run = model if compiled is None else torch.compile(model, backend=compiled, fullgraph=True)

@@ -18,7 +18,7 @@ from stabnorm.monitor._folders import FOLDER
 from stabnorm.monitor.details import optimizers_of
 from stabnorm.monitor.loss_scales import Scale
 from stabnorm.monitor.monitor import StabilityMonitor
-from stabnorm.monitor.record import FileRecord
+from stabnorm.monitor.record import MOST_BYTES, FileRecord, check_most_bytes
 
 
 class FabricMonitor(StabilityMonitor):
@@ -34,6 +34,7 @@ class FabricMonitor(StabilityMonitor):
         model: the model, or what ``fabric.setup`` returned.
         directory: a folder for the record. Default: `stabnorm_logs` in the first logger's folder; no record without a
             logger.
+        record_bytes: what the record may take on the disk, as for `StabilityCallback`. Default: 256 MiB.
         **options: of `StabilityMonitor`.
 
     Raises:
@@ -53,18 +54,25 @@ class FabricMonitor(StabilityMonitor):
     """
 
     def __init__(
-        self, fabric: Any, model: nn.Module, *, directory: str | os.PathLike[str] | None = None, **options: Any
+        self,
+        fabric: Any,
+        model: nn.Module,
+        *,
+        directory: str | os.PathLike[str] | None = None,
+        record_bytes: int | None = MOST_BYTES,
+        **options: Any,
     ) -> None:
         if not hasattr(fabric, "is_global_zero"):
             raise wrong_type("fabric", fabric, "a lightning.fabric.Fabric")
         check_model("model", model)
+        check_most_bytes("record_bytes", record_bytes)
         wrapped = type(model).__name__ == "_FabricModule"
         super().__init__(model.module if wrapped else model, **options)  # type: ignore[arg-type]
         self._fabric = fabric
         self._clipped = ClippedNorm(self.model)
         folder = _folder_of(fabric) if directory is None else directory
         if folder is not None and fabric.is_global_zero:
-            self.records.append(FileRecord(folder))
+            self.records.append(FileRecord(folder, record_bytes))
 
     def attach(self) -> None:
         """Register the hooks."""

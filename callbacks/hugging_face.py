@@ -27,7 +27,7 @@ from stabnorm.monitor._folders import FOLDER, replace_file
 from stabnorm.monitor.alerts import Alert
 from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
-from stabnorm.monitor.record import FileRecord
+from stabnorm.monitor.record import MOST_BYTES, FileRecord, check_most_bytes
 from stabnorm.monitor.statistics import resolve
 from stabnorm.recorder.again import loss_in
 from stabnorm.recorder.recorder import FlightRecorder
@@ -67,6 +67,7 @@ class StabilityTrainerCallback(TrainerCallback):
             them. "checkpoint" lets the Trainer save one of its own. Default: alarms are logged, and nothing is done.
         dumps: how many dumps are written at alarms, at most, into `dumps/` beside the record, see
             `stabnorm.recorder.FlightRecorder`; the arguments of the model are the batch. Default: 3.
+        record_bytes: what the record may take on the disk, as for `StabilityCallback`. Default: 256 MiB.
 
     Attributes:
         monitor: the `StabilityMonitor` of the current training or the last one; None before.
@@ -94,6 +95,7 @@ class StabilityTrainerCallback(TrainerCallback):
         budget: float | None = None,
         actions: dict[str, Any] | None = None,
         dumps: int = 3,
+        record_bytes: int | None = MOST_BYTES,
     ) -> None:
         resolve(preset)
         resolve_actions(actions or {})
@@ -106,6 +108,7 @@ class StabilityTrainerCallback(TrainerCallback):
             on_alert=on_alert,
             budget=budget,
         )
+        check_most_bytes("record_bytes", record_bytes)
         NameFilter(include, exclude)  # complain now
         if mask is not None:
             check_instance("mask", mask, str, "the name of the model's argument, or None")
@@ -127,7 +130,7 @@ class StabilityTrainerCallback(TrainerCallback):
             "on_alert": on_alert,
             "budget": budget,
         }
-        self.mask, self.actions, self.dumps = mask, actions or {}, dumps
+        self.mask, self.actions, self.dumps, self.record_bytes = mask, actions or {}, dumps, record_bytes
         self.monitor: StabilityMonitor | None = None
         self.responses: Actions | None = None
         self.recorder: FlightRecorder | None = None
@@ -145,7 +148,7 @@ class StabilityTrainerCallback(TrainerCallback):
         self._control, self._step, self._feed = control, OpenStep(), _feed_of(args, kwargs.get("train_dataloader"))
         self.responses = self._actions_of(args, monitor, kwargs)
         if state.is_world_process_zero:
-            monitor.records.append(FileRecord(Path(args.output_dir) / FOLDER))
+            monitor.records.append(FileRecord(Path(args.output_dir) / FOLDER, self.record_bytes))
         self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "stabnorm.pt", monitor)
         monitor.steps_done = state.global_step
         monitor.attach()

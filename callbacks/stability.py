@@ -43,7 +43,7 @@ from stabnorm.monitor.detect import MakeDetector
 from stabnorm.monitor.gradient_norm import gradient_norm
 from stabnorm.monitor.monitor import StabilityMonitor, check_options
 from stabnorm.monitor.outputs import Guard
-from stabnorm.monitor.record import LEAST_BYTES, MOST_BYTES, RecordWriter
+from stabnorm.monitor.record import MOST_BYTES, RecordWriter, check_most_bytes
 from stabnorm.monitor.statistics import Statistic, resolve
 from stabnorm.recorder.recorder import FlightRecorder
 
@@ -133,8 +133,7 @@ class StabilityCallback(Callback):
         resolve(preset)
         resolve_actions(actions or {})
         check_count("dumps", dumps, 0, hint=": the largest number of dumps")
-        if record_bytes is not None:
-            check_count("record_bytes", record_bytes, LEAST_BYTES, hint=": what the record may take, or None")
+        check_most_bytes("record_bytes", record_bytes)
         self.dumps, self.record_bytes = dumps, record_bytes
         self.companions = resolve_companions(companions)
         self.fused, self.detector, self.on_alert, self.actions = fused, detector, on_alert, actions

@@ -221,6 +221,17 @@ class TensorBoardRecord:
             raise
 
 
+def check_most_bytes(name: str, value: Any) -> None:
+    """Check what the steps of a record may take on the disk, the argument of this name; None is no bound.
+
+    Raises:
+        TypeError: it is no number of bytes.
+        ValueError: it is below 1 MiB.
+    """
+    if value is not None:
+        check_count(name, value, LEAST_BYTES, hint=": what the record may take on the disk, or None")
+
+
 class FileRecord:
     """Writes a directory of its own: `record.json`, numbered `block-*.npz` and `thin-*.npz`, and `events.jsonl`.
 
@@ -242,8 +253,7 @@ class FileRecord:
     """
 
     def __init__(self, directory: str | os.PathLike[str], most_bytes: int | None = MOST_BYTES) -> None:
-        if most_bytes is not None:
-            check_count("most_bytes", most_bytes, LEAST_BYTES, hint=": what the steps may take on the disk, or None")
+        check_most_bytes("most_bytes", most_bytes)
         self._most_bytes = most_bytes
         self._directory = local_folder(directory)
         self._header, self._events = self._directory / "record.json", self._directory / "events.jsonl"

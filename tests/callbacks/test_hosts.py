@@ -268,3 +268,5 @@ def test_hugging_faces_callback_says_which_row_did_it(tmp_path: Path, caplog: py
     assert again.rows.sentence.startswith(said)
     with pytest.raises(ValueError, match="dumps=-1"):
         StabilityTrainerCallback(dumps=-1)
+    with pytest.raises(ValueError, match="record_bytes=5"):
+        StabilityTrainerCallback(record_bytes=5)

@@ -1,6 +1,7 @@
 """Alarms on the logs of other people's trainings: `python -m benchmarks.public_logs --data PATH`.
 
-The detector of the loss and of the gradient's norm, beside the rules of others on the same logs. PATH is a folder with
+The detector of the loss and of the gradient's norm, and the action "skip" for spikes, beside the rules of others on the
+same logs. PATH is a folder with
 `load.py` whose `load()` returns logs with a verdict each (84 curves from public repositories, 106,000 points); it is
 not part of the project. PATH may also be a log of your own, a `trainer_state.json` or a `metrics.csv`, or a folder of
 them: then each is looked at.
@@ -13,6 +14,7 @@ median, which one of them needs. The table is printed for two halves of the logs
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import numpy.typing as npt
 
 from benchmarks.peer_rules import GRADIENT_RULES, LOSS_RULES, Rule, events
 from stabnorm.dashboard.training_log import log_report, logs_below
+from stabnorm.monitor.spikes import Spikes
 from stabnorm.monitor.training_series import TrainingSeries
 
 Series = npt.NDArray[np.float64]
@@ -55,6 +58,26 @@ def ours(*names: str) -> Callable[[Log], list[int] | None]:
     return alarms
 
 
+def skipped(key: str) -> Callable[[Log], list[int] | None]:
+    """Return the steps that the action "skip" would leave out for spikes of the loss, or of the gradient's norm."""
+
+    def steps(log: Log) -> list[int] | None:
+        if log[key] is None:
+            return None
+        spikes, left_out = Spikes([]), []
+        for step, value in enumerate(log[key]):
+            beside = [value, math.nan] if key == "loss" else [math.nan, value]
+            if spikes.judge([], beside) is None:
+                continue
+            if spikes.lasts:
+                spikes.forget()
+            else:
+                left_out.append(step)
+        return events(left_out)
+
+    return steps
+
+
 def peer(key: str, rule: Rule) -> Callable[[Log], list[int] | None]:
     """Return a rule of others on one series of a log."""
 
@@ -68,6 +91,8 @@ RULES: dict[str, Callable[[Log], list[int] | None]] = {
     "stabnorm, loss and gradient norm": ours("loss", "gradient_norm"),
     "stabnorm, loss": ours("loss"),
     "stabnorm, gradient norm": ours("gradient_norm"),
+    "stabnorm, skipped by the loss": skipped("loss"),
+    "stabnorm, skipped by the gradient norm": skipped("grad_norm"),
     **{name: peer("loss", rule) for name, rule in LOSS_RULES.items()},
     **{name: peer("grad_norm", rule) for name, rule in GRADIENT_RULES.items()},
 }

@@ -10,9 +10,11 @@ import contextlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from stabnorm._checks import check_count
 from stabnorm._log import logger
 from stabnorm.monitor._buckets import RANKED, Buckets, in_buckets
 from stabnorm.monitor._folders import create_file
@@ -24,6 +26,17 @@ LEAST_BYTES = 1 << 20  # below, what describes the steps would take more than th
 _SIZES = (1, *(16 * 4**level for level in range(9)))  # steps of a bucket, level by level
 _LEAST_SHARE = 128  # the part of the bound that a level has at least
 _PIECES = 8  # of a level's share, one of which is thinned at a time
+
+
+def check_most_bytes(name: str, value: Any) -> None:
+    """Check what the steps of a record may take on the disk, the argument of this name; None is no bound.
+
+    Raises:
+        TypeError: it is no number of bytes.
+        ValueError: it is below 1 MiB.
+    """
+    if value is not None:
+        check_count(name, value, LEAST_BYTES, hint=": what the record may take on the disk, or None")
 
 
 def thin(directory: Path, most_bytes: int) -> int:

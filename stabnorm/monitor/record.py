@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stabnorm._checks import check_all, check_count, check_instance, wrong_type
+from stabnorm._checks import check_all, check_instance, wrong_type
 from stabnorm._log import logger
 from stabnorm.monitor._folders import beside, create_file, local_folder, record_folder, remove_drafts, replace_file
 from stabnorm.monitor._parts import AXES as AXES
@@ -40,8 +40,8 @@ from stabnorm.monitor._record_files import (
 from stabnorm.monitor._record_format import PLUGIN_NAME as PLUGIN_NAME
 from stabnorm.monitor._record_format import VERSION as VERSION
 from stabnorm.monitor._record_format import dumps, event_files, tensor_summary, tensors
-from stabnorm.monitor._thinning import LEAST_BYTES as LEAST_BYTES
 from stabnorm.monitor._thinning import MOST_BYTES as MOST_BYTES
+from stabnorm.monitor._thinning import check_most_bytes as check_most_bytes
 from stabnorm.monitor._thinning import live_files, thin, whole_bytes
 
 # The series that a record may have besides the statistics of the catalogue: name -> (axes, meaning).
@@ -219,17 +219,6 @@ class TensorBoardRecord:
                 with contextlib.suppress(Exception):
                     writer.close()
             raise
-
-
-def check_most_bytes(name: str, value: Any) -> None:
-    """Check what the steps of a record may take on the disk, the argument of this name; None is no bound.
-
-    Raises:
-        TypeError: it is no number of bytes.
-        ValueError: it is below 1 MiB.
-    """
-    if value is not None:
-        check_count(name, value, LEAST_BYTES, hint=": what the record may take on the disk, or None")
 
 
 class FileRecord:

@@ -141,6 +141,8 @@ class SimplifiedLinearAttention(nn.Module):
             ValueError: x or `mask` has another shape, `attn_mask` is given, or the layer is not causal as asked.
         """
         valid = self._checked(x, mask, attn_mask, is_causal)
+        if not x.shape[1]:  # torch convolves no text without tokens
+            return self.proj(x)  # type: ignore[no-any-return]
         if valid is not None:  # not by a product: padding may hold NaN, which a gradient of 0 would keep
             x = torch.where(valid[..., None], x, 0)
         q, k, v = self.qkv(x).chunk(3, -1)

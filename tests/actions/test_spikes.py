@@ -132,7 +132,8 @@ def test_the_norm_before_clipping_can_be_given() -> None:
     with monitor:
         verdicts = []
         for norm in 0.3, 90.0, 0.3:
-            loop.model(data(1)[0]).sum().backward()
+            output = loop.model(data(1)[0])
+            output.backward(torch.randn_like(output))
             verdicts.append(monitor.verdict_before_step(optimizer, gradient_norm=norm, spikes=True))
             monitor.step()
     assert [verdict.bad for verdict in verdicts] == [False, True, False]

@@ -149,6 +149,16 @@ def test_it_compiles_to_one_graph(options: dict[str, Any]) -> None:
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(0, 6, 12), (2, 0, 12)])
+def test_an_empty_batch_and_a_text_without_tokens_give_as_much(shape: tuple[int, ...], causal: bool) -> None:
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = drawn(causal=causal)(x)
+    y.backward(torch.randn_like(y))
+    assert x.grad is not None
+    assert y.shape == x.shape == x.grad.shape
+
+
 def test_it_saves_loads_copies_and_says_what_it_is() -> None:
     layer = drawn(grid=(2, 3), prefix=1)
     saved = io.BytesIO()

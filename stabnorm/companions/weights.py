@@ -37,6 +37,7 @@ class WeightSums(NamedTuple):
         singular: the largest singular value at the end of the step; NaN for a sharded matrix.
         highest: the highest learning rate of the steps before the last 128; NaN where there are none.
         columns: number of columns, all axes but the first taken as one.
+        resolution: the share of |w| that a step must reach, or the dtype of the weights rounds most of it away.
     """
 
     weight: Tensor
@@ -47,6 +48,7 @@ class WeightSums(NamedTuple):
     singular: Tensor
     highest: Tensor
     columns: Tensor
+    resolution: Tensor
 
     def merge(self, other: "WeightSums") -> "WeightSums":
         """Merge two shards of the matrices (FSDP); replicas, as in DDP, have the same values and need no merging."""
@@ -71,7 +73,11 @@ def _angular_update(sums: WeightSums, past: None) -> Tensor:
 def _update_excess(sums: WeightSums, past: None) -> Tensor:
     del past
     usual = torch.fmin(sums.learning_rate, sums.highest)
-    return (sums.update / sums.weight).sqrt() / usual
+    ratio = (sums.update / sums.weight).sqrt()
+    # What was rounded away may be as large as the resolution. At a rate that has fallen, this bound says nothing.
+    fallen = sums.learning_rate < sums.highest
+    unknown = (ratio == 0) | ((ratio < sums.resolution) & fallen)
+    return torch.where(unknown, torch.nan, torch.maximum(ratio, sums.resolution) / usual)
 
 
 def _singular_to_proxy(sums: WeightSums, past: None) -> Tensor:
@@ -122,7 +128,9 @@ class WeightCompanion(Companion):
             advice="each step changes it by a large part: lower the learning rate, or lengthen the warm-up",
         ),
         Statistic(
-            "update_excess", formula="|dw| / |w| / min(lr, the highest lr of the steps before the last 128)",
+            "update_excess", formula="max(|dw| / |w|, eps / 4) / min(lr, the highest lr of the steps before the last "
+            "128), eps of the dtype of w, which rounds a smaller step away; NaN if no weight moved, and below eps / 4 "
+            "where lr is lower than this highest lr",
             source="ours", compute=_update_excess, floor=0.1, upward=True,
             advice="each step changes it far more than the learning rates explain that this training has lived with: "
             "look at the learning rate, at the optimizer's state, and at what was changed just before this step",
@@ -186,6 +194,11 @@ def _is_matrix(parameter: Tensor) -> bool:
     return parameter.ndim > 1 and 1 < len(parameter) < parameter.numel()
 
 
+def _resolution(dtype: torch.dtype) -> float:
+    """Return half the smallest distance of two neighbouring numbers of a dtype, relative to their size."""
+    return torch.finfo(dtype).eps / 4
+
+
 class WeightWatch(Watch):
     """Reads the weights before and after each optimizer step; see `WeightCompanion`."""
 
@@ -204,6 +217,7 @@ class WeightWatch(Watch):
         self._iterated = False
         columns = [weight[0].numel() for weight in self._weights]
         self._columns = torch.tensor(columns, dtype=torch.float32, device="cpu")
+        self._resolution: Tensor | None = None  # [matrices]
         sharded = [hasattr(weight, "to_local") for weight in self._weights]
         self._sharded = torch.tensor(sharded, device="cpu") if any(sharded) else None
 
@@ -217,6 +231,7 @@ class WeightWatch(Watch):
     def attach(self) -> None:
         """Register hooks before and after optimizer steps."""
         self._steps.attach()
+        self._resolution = None  # the model may have another dtype than the last time
         self.discard()
 
     def detach(self) -> None:
@@ -288,8 +303,12 @@ class WeightWatch(Watch):
         """Return the sums of this process; for a sharded weight, those of its shard."""
         weight, update, inner, learning_rate, weight_decay = self._gathered.clone()
         highest, singular = self._lived_with(learning_rate), self._singular_values()
+        if self._resolution is None or self._resolution.device != weight.device:
+            self._resolution = weight.new_tensor([_resolution(w.dtype) for w in self._weights])
         columns = self._columns.to(weight)
-        return WeightSums(weight, update, inner, learning_rate, weight_decay, singular, highest, columns)
+        return WeightSums(
+            weight, update, inner, learning_rate, weight_decay, singular, highest, columns, self._resolution
+        )
 
     def _lived_with(self, learning_rate: Tensor) -> Tensor:
         """Add the learning rates of a step, and return the highest of those before the last 128 steps.

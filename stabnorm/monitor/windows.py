@@ -26,7 +26,7 @@ class Span(NamedTuple):
         refresh: values between two looks at median and scale.
         learnt: values before the first look.
         armed: values before a score may raise an alert.
-        again: the same after a change that was announced.
+        again: the same after a change that was announced, or after a gap that left hardly a value in the window.
     """
 
     every: int
@@ -129,12 +129,19 @@ class Window:
         self.center = lower_median(self.ring)
         spread = np.float32(1.4826) * lower_median(np.abs(self.ring - self.center[:, None]))
         self.scale = np.maximum(spread, self._floors)
+        few = np.isfinite(self.ring).sum(1) < self.span.refresh  # after a gap as long as the window
+        self.seen[few] = np.minimum(self.seen, self._forgotten)[few]
+
+    @property
+    def _forgotten(self) -> int:
+        """The number of values after which `again` more are missing until the window is armed."""
+        return self.span.armed - self.span.again
 
     def forget(self) -> None:
         """Learn again what is usual, because something was changed on purpose."""
         self.ring = np.full_like(self.ring, np.nan)
         self.center = np.full_like(self.center, np.nan)  # until the next look, nothing is clipped
-        self.seen = np.minimum(self.seen, self.span.armed - self.span.again)
+        self.seen = np.minimum(self.seen, self._forgotten)
         self.held = np.full_like(self.held, np.nan)
 
     def state_dict(self, rows: int) -> dict[str, Any]:

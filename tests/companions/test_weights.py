@@ -273,9 +273,9 @@ def test_hooks_come_off() -> None:
     assert (len(module._global_optimizer_pre_hooks), len(module._global_optimizer_post_hooks)) == before
 
 
-def excesses(rates: list[float], state: Any = None) -> tuple[Tensor, Any]:
+def excesses(rates: list[float], state: Any = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Any]:
     """The excess of a matrix of ones that each step changes by the learning rate, and the monitor's state."""
-    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.LayerNorm(3))
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.LayerNorm(3)).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     monitor = StabilityMonitor(model, ["amax"], companions=["weights"])
     if state is not None:
@@ -285,6 +285,8 @@ def excesses(rates: list[float], state: Any = None) -> tuple[Tensor, Any]:
             weight = model.get_parameter("0.weight")
             with torch.no_grad():
                 weight.fill_(1.0)
+                if dtype == torch.bfloat16:
+                    weight[0, 0] = 0.01  # a small weight that moves where all others are rounded back
             optimizer.param_groups[0]["lr"] = rate
             weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -302,6 +304,25 @@ def test_the_excess_is_calm_when_a_schedule_returns_to_a_rate_and_rises_beyond_t
     assert found[141 + 127].item() == pytest.approx(2.0, rel=1e-4)  # 128 steps after the first rise: 0.4 / 0.2
     assert found[-1].item() == pytest.approx(1.0, rel=1e-4)
     assert excesses([0.0, 0.1])[0][1].item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_in_bfloat16_a_schedule_that_returns_from_a_rate_whose_steps_are_rounded_away_is_calm() -> None:
+    restarts = [*[0.25] * 140, *[0.001] * 60, *[0.25] * 20]
+    found, _ = excesses(restarts, dtype=torch.bfloat16)
+    resolved = torch.tensor(restarts) > 0.1
+    assert found[resolved].tolist() == pytest.approx([1.045] * 160, rel=1e-2)
+    assert found[~resolved].isnan().all()
+
+
+def test_in_bfloat16_a_rise_out_of_steps_that_are_rounded_away_is_seen() -> None:
+    found, _ = excesses([*[0.001] * 140, 0.25], dtype=torch.bfloat16)
+    bound = torch.finfo(torch.bfloat16).eps / 4 / 0.001
+    assert found[:140].tolist() == pytest.approx([bound] * 140, rel=1e-3)
+    assert found[140].item() == pytest.approx(261, rel=1e-2)
+
+
+def test_a_step_that_moves_nothing_has_no_excess() -> None:
+    assert excesses([0.0, 1e-9])[0].isnan().all()
 
 
 def test_the_excess_of_a_resumed_run_goes_on_from_the_rates_of_the_saved_one() -> None:

@@ -31,6 +31,8 @@ class Plain:
             self.center = middle(self.values)
             spread = 1.4826 * middle([abs(one - self.center) for one in self.values])
             self.scale = math.nan if math.isnan(spread) else max(spread, self.floor)
+            if sum(not math.isnan(one) for one in self.values) < self.span.refresh:
+                self.seen = min(self.seen, self.span.armed - self.span.again)
         off, known = (value - self.center) / self.scale, math.isfinite(value)
         learning = not known or math.isnan(off) or self.seen < self.span.learnt
         kept = value if learning else self.center + min(max(off, -4), 4) * self.scale
@@ -50,21 +52,22 @@ def middle(values: list[float]) -> float:
 
 
 def logs(steps: int) -> npt.NDArray[np.float32]:
-    """Seven series: calm, with outliers, with holes, that starts late, that never has a value, constant, drifting."""
+    """Eight series: calm, outliers, holes, one that starts late, one without values, constant, drifting, a long gap."""
     random = np.random.default_rng(3)
-    values = 0.1 * random.standard_normal((steps, 7))
+    values = 0.1 * random.standard_normal((steps, 8))
     values[random.random(steps) < 0.02, 1] *= 60
     values[:, 2] = np.where(random.random(steps) < 0.2, random.choice([np.nan, np.inf, -np.inf], steps), values[:, 2])
     values[: steps // 5, 3] = values[:, 4] = np.nan
     values[:, 5] = -2
     values[steps // 2 :, 6] += 0.01 * np.arange(steps - steps // 2)
+    values[2 * steps // 5 : 4 * steps // 5, 7] = np.nan
     return values.astype(np.float32)
 
 
 @pytest.mark.parametrize(("span", "steps"), [(FAST, 420), (SLOW, 900), (SMALL, 200)])
 def test_scores_medians_and_scales_are_those_of_a_plain_loop_however_the_steps_are_cut(span: Span, steps: int) -> None:
-    floors = np.array([0.05, 0.05, 0.1, 0.05, 0.05, 0.02, 0.05], np.float32)
-    upward, exempt = np.arange(7) % 3 == 1, np.arange(7) == 6
+    floors = np.array([0.05, 0.05, 0.1, 0.05, 0.05, 0.02, 0.05, 0.05], np.float32)
+    upward, exempt = np.arange(8) % 3 == 1, np.arange(8) == 6
     window = Window(span, floors, upward, exempt)
     plain = [Plain(span, *one) for one in zip(floors.tolist(), upward.tolist(), exempt.tolist(), strict=True)]
     values, begin, random = logs(steps), 0, np.random.default_rng(1)
@@ -88,3 +91,13 @@ def test_no_step_changes_nothing() -> None:
     assert window.follow(logs(60)[:0, :2]).shape == (3, 0, 2)
     after = window.state_dict(2)
     assert all(np.array_equal(before[name], after[name], equal_nan=True) for name in before)
+
+
+def test_after_a_gap_as_long_as_the_window_a_few_values_are_no_past() -> None:
+    values = np.full((800, 1), np.nan, np.float32)
+    values[:300], values[500:] = 0.0, np.minimum(np.arange(300), 40)[:, None] * 0.025  # x2.7 within 40 steps
+    window = Window(FAST, np.full(1, 0.1, np.float32), np.zeros(1, bool))
+    scores = window.follow(values)[0, :, 0]
+    assert np.isnan(scores[500:564]).all()
+    assert np.isfinite(scores[580:]).all()
+    assert np.nanmax(scores[564:]) < 6

@@ -16,7 +16,7 @@ class BatchMask:
     """Keeps `valid_tokens` open during the training on a batch.
 
     Args:
-        mask: a key of the batch, an index, or a function of the batch; None means that every token is valid.
+        mask: a key, an attribute or an index of the batch, or a function of it; None means that every token is valid.
     """
 
     def __init__(self, mask: MaskOfBatch) -> None:

@@ -71,9 +71,9 @@ class ProgressiveNormCallback(Callback):
         order: "together", or one layer after the other, "shallow_first" or "deep_first". Default: "together".
         include: a regular expression, or a list of them, for the names of the norms to convert. Default: all.
         exclude: the same for norms to leave alone. Default: none.
-        mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple) or a
-            function of the batch, with a bool tensor, True = valid. A function may return several masks, one for each
-            length. Default: every token is valid.
+        mask: which tokens are valid, so that padding does not count: a key or an attribute of the batch (an index, for
+            a tuple), or a function of the batch, with a bool tensor, True = valid. A function may return several masks,
+            one for each length. Default: every token is valid.
         total_steps: optimizer steps of the training. Default: the Trainer's number.
         norm_options: further arguments of `convert_norms`. Default: none.
 

@@ -72,9 +72,9 @@ class StabilityCallback(Callback):
         include: a regular expression, or a list of them, for the names of the layers to watch. Default: all.
         exclude: the same for layers to leave out. Default: none.
         gradients: False leaves out the gradient statistics. Default: True.
-        mask: which tokens are valid, so that padding does not count: a key of the batch (or an index, for a tuple) or a
-            function of the batch, with a bool tensor, True = valid. A function may return several masks, one for each
-            length. Default: every token is valid.
+        mask: which tokens are valid, so that padding does not count: a key or an attribute of the batch (an index, for
+            a tuple), or a function of the batch, with a bool tensor, True = valid. A function may return several masks,
+            one for each length. Default: every token is valid.
         companions: what to watch beside the norms, by name ("attention", "weights", "embedding", "output",
             "curvature", "switch") or as objects of `stabnorm.companions`. Default: nothing.
         fused: compute torch's LayerNorm and RMSNorm and their statistics in one pass, if there is a kernel for both,

@@ -155,7 +155,7 @@ def by_name(asked: Any, known: Mapping[str, Item], kind: type[Any], word: str) -
     >>> by_name("amx", {"amax": 1.0}, float, "statistic")
     Traceback (most recent call last):
     ...
-    ValueError: unknown statistic 'amx'; did you mean 'amax'?; known: amax
+    ValueError: unknown statistic 'amx'; did you mean 'amax'? The known ones are amax
     """
     if isinstance(asked, kind):
         item: Item = asked
@@ -164,7 +164,7 @@ def by_name(asked: Any, known: Mapping[str, Item], kind: type[Any], word: str) -
         names = ", ".join(known)
         raise TypeError(f"a {word} is a name or an object of class {kind.__name__}, got {asked!r}; names: {names}")
     if asked not in known:
-        raise ValueError(f"unknown {word} {asked!r}{nearest(asked, known)}; known: {', '.join(known)}")
+        raise ValueError(f"unknown {word} {asked!r}{nearest(asked, known) or '.'} The known ones are {', '.join(known)}")
     return known[asked]
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from stabnorm._checks import wrong_type
 from stabnorm._models.fast_path import without_fused_layers
 from stabnorm._models.outputs import tensors_in
 
@@ -71,10 +72,8 @@ def _read_example(name: str, given: Any) -> Example:
         return Example(given, {})
     if isinstance(given, Mapping):
         return Example((), dict(given))
-    raise TypeError(
-        f"{name} is a {type(given).__name__}. Pass a tensor, a tuple of positional arguments, a dict of keyword "
-        "arguments, a tuple (args, kwargs), or a list of these"
-    )
+    wanted = "a tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple (args, kwargs), or a list"
+    raise wrong_type(name, given, f"{wanted} of these")
 
 
 def run(model: nn.Module, example: Example) -> Any:

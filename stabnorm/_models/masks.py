@@ -190,7 +190,7 @@ def check_mask(mask: Any) -> None:
     if callable(mask):
         check_function("mask", mask, "batch")
     elif mask is not None and not isinstance(mask, str) and not is_whole(mask):
-        raise wrong_type("mask", mask, "a key of the batch, an index, or a function of the batch")
+        raise wrong_type("mask", mask, "a key, an attribute or an index of the batch, or a function of the batch")
 
 
 def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
@@ -198,7 +198,7 @@ def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
 
     Args:
         batch: as it comes from the loader.
-        mask: a key or an index of the batch, or a function of the batch; None: the batch has no mask.
+        mask: a key, an attribute or an index of the batch, or a function of the batch; None: the batch has no mask.
 
     Raises:
         TypeError: the entry, or what the function returned, is neither a tensor nor a list.
@@ -210,16 +210,18 @@ def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
         masks = mask(batch)
     else:
         try:
-            masks = batch[mask]
-        except (KeyError, IndexError, TypeError) as error:
-            hint = nearest(mask, filter(_is_name, batch)) if isinstance(batch, Mapping) else ""
-            has = f"keys {list(batch)}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
+            masks = _entry(batch, mask)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            names = _names(batch)
+            hint = nearest(mask, filter(_is_name, names)) or "."
+            has = f"has {names}" if names else f"is a {type(batch).__name__}"
             raise ValueError(
-                f"mask={mask!r} is no key of the batch, which has {has}{hint}; name the entry that says which tokens "
-                "are valid, or give a function of the batch"
+                f"mask={mask!r} is no entry of the batch, which {has}{hint} Name the entry that says which tokens are "
+                "valid, or give a function of the batch"
             ) from error
     if masks is None:
-        raise ValueError("the mask function returned None; it returns a bool tensor, True = valid token")
+        given = "the mask function returned None" if callable(mask) else f"mask={mask!r} is None in this batch"
+        raise ValueError(f"{given}; it is to be a bool tensor, True = valid token")
     if not isinstance(masks, Tensor):
         if not isinstance(masks, list | tuple):
             given = f"mask={shown(mask)} gives {shown(masks)} of type {type(masks).__name__}"
@@ -227,6 +229,19 @@ def masks_of(batch: Any, mask: MaskOfBatch) -> Sequence[Tensor]:
         return masks
     # A key names what the tokenizer made, often 0 and 1. A function's answer is used as it is.
     return (masks if callable(mask) else masks.bool(),)
+
+
+def _entry(batch: Any, name: Any) -> Any:
+    """Read a key or an index; of a named tuple, a dataclass or another object, the attribute."""
+    by_attribute = isinstance(name, str) and not isinstance(batch, Mapping | Tensor) and hasattr(batch, name)
+    return getattr(batch, name) if by_attribute else batch[name]
+
+
+def _names(batch: Any) -> list[Any]:
+    """List the entries of a batch; none where they have no names."""
+    if isinstance(batch, Mapping):
+        return list(batch)
+    return list(getattr(batch, "_fields", ())) or [name for name in getattr(batch, "__dict__", ()) if name[0] != "_"]
 
 
 def _is_name(key: Any) -> bool:

@@ -70,13 +70,13 @@ def resolve_actions(actions: Mapping[str, Asked]) -> dict[str, tuple[Action, ...
     >>> resolve_actions({"nonfinite": "skip"})
     Traceback (most recent call last):
     ...
-    ValueError: the kind='nonfinite' is unknown. Choose one of 'non_finite', 'spike', ...; did you mean 'non_finite'?
+    ValueError: kind='nonfinite' is unknown. Choose one of 'non_finite', 'spike', ...; did you mean 'non_finite'?
     """
     if not isinstance(actions, Mapping):
         raise wrong_type("actions", actions, "a dict of kinds of alarm, such as {'non_finite': 'skip'}")
     chosen: dict[str, tuple[Action, ...]] = {}
     for kind, asked in actions.items():
-        check_choice("the kind", kind, list(KINDS))
+        check_choice("kind", kind, list(KINDS))
         listed = [asked] if isinstance(asked, str | Action) else asked
         if not isinstance(listed, Sequence):
             raise wrong_type(f"actions[{kind!r}]", asked, "an action's name, an object of stabnorm.actions, or a list")

@@ -31,8 +31,8 @@ class Runner:
     Args:
         forward: ``forward(model, batch)``. Default: a tensor is the model's input, a tuple or list is
             ``(input, targets, ...)``, a mapping holds keyword arguments.
-        mask: which tokens are valid: a key of the batch, an index, or a function of the batch. Default:
-            "attention_mask" where the batch is a mapping that has it.
+        mask: which tokens are valid: a key, an attribute or an index of the batch, or a function of it.
+            Default: "attention_mask" where the batch is a mapping that has it.
     """
 
     def __init__(self, forward: Forward | None = None, mask: MaskOfBatch = None) -> None:

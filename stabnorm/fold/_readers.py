@@ -205,8 +205,9 @@ def operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_weight
 
 
 _COMPUTED = (
-    "its weight is no Parameter but an activation, or computed on the way (parametrized, cast, quantised, a LoRA "
-    "product): if so, make it plain first"
+    "its weight is no Parameter. If it is computed from one (a parametrization such as weight_norm, pruning, a cast, a "
+    "LoRA product), make it one: torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove, the "
+    "adapter's merge"
 )
 
 

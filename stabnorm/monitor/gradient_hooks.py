@@ -191,7 +191,7 @@ class OutputHook(LayerHook):
         read = self.gain
         if read is not None and read.requires_grad and (layer.gain_parameter is read or is_distributed(read)):
             return  # while a sharded module runs, the whole parameter stands in the place of its shards
-        if counting_paused() or not self.counts(module) or not self.understands(output):
+        if layer.goes_on or counting_paused() or not self.counts(module) or not self.understands(output):
             return
         y = output.detach().clone()  # a copy, because an in-place activation would change it before the backward
         # The values of this forward: it may have run with tensors that are not the module's, or that FSDP frees.

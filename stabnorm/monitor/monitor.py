@@ -89,10 +89,10 @@ def check_options(*, flush_every: Any, gradients: Any, fused: Any, detector: Any
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: `flush_every` is below 1, or `budget` is not above 0.
+        ValueError: `flush_every` is below 1, or `budget` is no share.
     """
     if budget is not None:
-        check_number("budget", budget, above=0)
+        check_number("budget", budget, above=0, most=1, hint=", a share of the step: 0.02 is 2 %")
     check_count("flush_every", flush_every, hint=": the steps from flush to flush")
     check_flag("gradients", gradients)
     check_flag("fused", fused)

@@ -206,7 +206,7 @@ class _OutlierHook(LayerHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         compiling = torch.compiler.is_compiling()
-        if not self.into.dear or not self.counts(module) or not self.understands(output):
+        if self.layer.goes_on or not self.into.dear or not self.counts(module) or not self.understands(output):
             return
         start = 0.0 if compiling else time.perf_counter()
         if self.detail.seen.device != output.device:

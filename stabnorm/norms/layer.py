@@ -36,6 +36,8 @@ class NormLayer:
         weight_name: Attribute that holds the weight; None when there is none. Default: "weight".
         bias_name: Attribute that holds the bias; None when there is none. Default: "bias".
         gain_offset: What is added to the weight before it multiplies; 1 for Gemma's `1 + weight`. Default: 0.
+        goes_on: Whether the module does more behind the norm, as timm's ``BatchNormAct2d`` with its activation. What it
+            returns is then not the norm's output. Default: False.
         any_width: Whether the module takes any number of channels. `num_features` is then what the model around it
             lets expect, 0 where that tells nothing, and the first call decides. Default: False.
 
@@ -58,6 +60,7 @@ class NormLayer:
     bias_name: str | None = field(default="bias", repr=False)
     gain_offset: float = field(default=0.0, repr=False)
     any_width: bool = field(default=False, repr=False)
+    goes_on: bool = field(default=False, repr=False)
     _input_name: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stabnorm._models.ambient import plain_context
 from stabnorm.functional import Kind
-from stabnorm.norms.layer import SIZE_NAMES
+from stabnorm.norms.layer import SIZE_NAMES, NormLayer
+from stabnorm.norms.torch_own import of_torch_class
 
 # The axes of the input, None for the channels. Sizes are drawn so that no two axes agree: a norm over another axis than
 # the channels computes something else then.
@@ -45,6 +47,7 @@ class Formula(NamedTuple):
     groups: int = 1
     feature_dims: int = 1
     any_width: bool = False
+    goes_on: bool = False
 
 
 def probe(module: nn.Module) -> Formula | None:
@@ -93,6 +96,84 @@ def probe(module: nn.Module) -> Formula | None:
             return _explain(twin, told, stand_ins, generator) if told else None
         # Over an axis that is not always the last one: channels, or time? Nothing here can tell.
         return None if free[0] != free[1] else free[0]._replace(num_features=told, any_width=True)
+
+
+def probe_applied(module: nn.Module) -> Formula | None:
+    """Find the batch, group or instance norm that a class derived from torch's applies to its input.
+
+    What the class does behind it may be anything: timm's ``BatchNormAct2d`` ends in an activation. A layer norm is not
+    looked for, because whoever takes such a module for a layer norm may convert it, and lose what comes behind.
+
+    Args:
+        module: Any module; neither it nor the random state changes.
+
+    Returns:
+        The formula, with `goes_on` if the output is not the norm's; None for any other class, for one that prepares its
+        input, and for one that cannot be run.
+
+    Example:
+        >>> class ActivatedNorm(nn.BatchNorm2d):
+        ...     def forward(self, x):
+        ...         return super().forward(x).relu()
+        >>> formula = probe_applied(ActivatedNorm(8))
+        >>> formula.kind, formula.num_features, formula.goes_on
+        ('batch', 8, True)
+    """
+    norm = of_torch_class("", module)
+    if norm is None or norm.kind in ("layer", "rms"):
+        return None
+    generator, calls = torch.Generator("cpu").manual_seed(0), _NormCalls()
+    with plain_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if not _may_run(module):
+                return None
+            stand_ins = _stand_ins(module, generator)
+            twin = _copy(module, stand_ins)
+        except Exception:  # among it the module's own code, which may raise anything
+            return None
+        device = next((tensor.device for tensor in stand_ins.values()), torch.device("cpu"))
+        for layout in _LAYOUTS[1:-1]:  # of two axes, the last is the second, too
+            sizes = [norm.num_features if size is None else _SIZES[size] for size in layout]
+            x = _input(sizes, layout.index(None), generator).to(device, torch.float32)
+            with contextlib.suppress(Exception), torch.random.fork_rng([device] if device.type == "cuda" else []), calls:
+                y = twin(x.clone())
+                break  # else it does not take this layout
+    if len(calls.seen) != 1 or not _applies(calls.seen[0], twin, norm, x):
+        return None
+    goes_on = not (isinstance(y, Tensor) and y.shape == x.shape and torch.equal(y.float(), calls.outputs[0].float()))
+    weight, bias = (name if getattr(module, name, None) is not None else None for name in ("weight", "bias"))
+    return Formula(
+        norm.kind, norm.channel_dim, norm.num_features, norm.eps, weight, bias, 0.0, norm.groups, goes_on=goes_on
+    )
+
+
+class _NormCalls(TorchFunctionMode):
+    """Notes the arguments and the output of each call of one of torch's norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Mapping[str, Any]] = []
+        self.outputs: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function in (F.batch_norm, F.group_norm, F.instance_norm, F.layer_norm, F.rms_norm):
+            bound = inspect.signature(function).bind(*args, **(kwargs or {}))
+            bound.apply_defaults()
+            self.seen.append(bound.arguments)
+            self.outputs.append(output.clone())  # an activation may write into it
+        return output
+
+
+def _applies(call: Mapping[str, Any], twin: nn.Module, norm: NormLayer, x: Tensor) -> bool:
+    """Whether a call normalises a module's own input with its own parameters."""
+    parts = {"weight": twin.weight, "bias": twin.bias}
+    if norm.kind == "batch":
+        parts |= {"running_mean": twin.running_mean, "running_var": twin.running_var}
+    own = all(call.get(name) is part for name, part in parts.items())
+    groups = call.get("num_groups", norm.groups) == norm.groups
+    return own and groups and call["eps"] == norm.eps and torch.equal(call["input"], x)
 
 
 def _may_run(module: nn.Module) -> bool:

@@ -5,7 +5,8 @@ Nothing else in stabnorm asks for a norm's class. A layer is known in one of thr
 1. the user registered its class (`register_norm`);
 2. its class is torch's own, or a subclass that keeps torch's `forward`;
 3. its class, or one that it derives from, has "norm" in the name, and a copy of it, run on random input, computes a
-   norm.
+   norm; or it derives from torch's batch, group or instance norm, and does something else behind it, as timm's
+   `BatchNormAct2d` with its activation.
 
 The third way does not trust the name, because a `LayerNormAct2d` ends in a ReLU. A layer that is called a norm and is
 none of these is named in a warning: a layer that nobody watches must not look like a layer that is fine. Names that
@@ -28,7 +29,7 @@ from stabnorm._models.tree import PLAIN
 from stabnorm._models.watched import own_class
 from stabnorm._models.wrappers import is_scripted, plain_name
 from stabnorm.norms.layer import NormLayer
-from stabnorm.norms.probe import Formula, probe
+from stabnorm.norms.probe import Formula, probe, probe_applied
 from stabnorm.norms.registry import registered
 from stabnorm.norms.torch_own import torch_own
 
@@ -148,7 +149,7 @@ class NormSearch:
         if "forward" in vars(module):
             return None
         if same not in self._formulas:
-            self._formulas[same] = probe(module)
+            self._formulas[same] = probe_applied(module) or probe(module)
         return self._formulas[same]
 
 

@@ -13,25 +13,36 @@ from stabnorm.norms.layer import NormLayer, eps_of
 _SPATIAL_DIMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}
 
 
+_FORWARDS = (
+    nn.LayerNorm.forward, nn.RMSNorm.forward, _BatchNorm.forward, nn.SyncBatchNorm.forward, nn.GroupNorm.forward,
+    _InstanceNorm.forward,
+)  # fmt: skip
+
+
 def torch_own(name: str, module: nn.Module) -> NormLayer | None:
     """Describe one of torch's norms, or of a subclass that keeps torch's `forward`; None for any other module.
 
     A subclass that overrides `forward` may compute anything.
     """
     forward = getattr(own_class(module), "forward", None)  # a scripted module's class has none
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
+    return of_torch_class(name, module) if forward in _FORWARDS else None
+
+
+def of_torch_class(name: str, module: nn.Module) -> NormLayer | None:
+    """Describe the norm of torch's that a module is, or derives from, whatever its `forward` is; None for others."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         kind: Kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
         shape = module.normalized_shape
         eps = eps_of(module.eps, module.weight)
         return NormLayer(name, module, kind, -1, math.prod(shape), eps, feature_dims=len(shape))
-    if isinstance(module, _BatchNorm) and forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+    if isinstance(module, _BatchNorm):
         return NormLayer(name, module, "batch", 1, module.num_features, module.eps)
-    if isinstance(module, nn.GroupNorm) and forward is nn.GroupNorm.forward:
+    if isinstance(module, nn.GroupNorm):
         return NormLayer(name, module, "group", 1, module.num_channels, module.eps, groups=module.num_groups)
-    if isinstance(module, _InstanceNorm) and forward is _InstanceNorm.forward:
+    if isinstance(module, _InstanceNorm):
         channel_dim, num_features = channels_of_torch_class(module), module.num_features
-        assert channel_dim is not None
-        return NormLayer(name, module, "instance", channel_dim, num_features, module.eps, groups=num_features)
+        if channel_dim is not None:
+            return NormLayer(name, module, "instance", channel_dim, num_features, module.eps, groups=num_features)
     return None
 
 

@@ -158,8 +158,8 @@ def remove_norms(
         fit_batches: how many of the loader's batches are used for the fit; they are kept in memory. Default: 32.
         forward: how a batch is run, ``forward(model, batch)``, with the batch on the model's device. Default: according
             to the format of `loader`.
-        mask: which tokens are valid: a key of the batch, an index, or a function of the batch. Default:
-            "attention_mask" if the batch is a mapping that has this key.
+        mask: which tokens are valid: a key, an attribute or an index of the batch, or a function of it.
+            Default: "attention_mask" if the batch is a mapping that has this key.
         progress: print the measured norms, and show a progress bar for the repair. Default: False.
 
     Returns:

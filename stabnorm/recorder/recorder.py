@@ -122,7 +122,7 @@ class FlightRecorder:
         self.dumps: list[Path] = []
         self._batches: list[dict[str, Any]] = []  # of the open step
         self._recent = deque[_Kept]()  # of the steps before it
-        self._open = False
+        self._open = self._begun = False  # is a step open, and has there been one
         self._losses = deque[tuple[int, Tensor | float]](maxlen=max(steps, _LOSSES))
         self._alarmed: list[dict[str, Any]] = []  # the batches of the step that the alarm is about
         self._why: dict[str, Any] | None = None  # of the dump that is due
@@ -154,6 +154,8 @@ class FlightRecorder:
     def crashed(self, error: BaseException) -> None:
         """Write a dump, because the run ends with an error."""
         self._ended, terminated = True, isinstance(error, SystemExit)
+        if not self._begun:
+            return  # it failed before the first batch, so there is nothing to keep
         self._why = {"kind": "sigterm" if terminated else "exception", "reason": cause(error), "layer": ""}
         if self._open and self._capsule is None:
             self._keep()
@@ -178,7 +180,7 @@ class FlightRecorder:
         """
         if not self._open:
             self._batches = []
-            self._open = True
+            self._open = self._begun = True
             self._capsule = None
             if self._why is not None:
                 self._keep()
@@ -308,15 +310,17 @@ class FlightRecorder:
         if len(self.dumps) >= self.times:
             return
         self._last = self.monitor.steps_done
-        folder = self.monitor.outputs.attempt("no dump is written", self._write_now, why)
+        written = self.monitor.outputs.attempt("no dump is written", self._write_now, why)
         self._capsule, self._alarmed = None, []
-        if folder is not None:
+        if written is not None:
+            folder, use = written
             self.dumps.append(folder)
-            say("stabnorm: a dump of step %s is in %s; `stabnorm replay %s` runs it again", why["step"], folder, folder)
+            say("stabnorm: a dump of step %s is in %s; %s", why["step"], folder, use)
             what = "the steps after a dump are not recorded in full"
             self.monitor.outputs.attempt(what, self._begin_detail, folder)
 
-    def _write_now(self, why: dict[str, Any]) -> Path:
+    def _write_now(self, why: dict[str, Any]) -> tuple[Path, str]:
+        """Write it, and return the folder and what it is good for."""
         monitor, capsule = self.monitor, self._capsule or {}
         closed = not self._open  # the open step has no figures of its own
         why["step"] = step = monitor.steps_done - closed
@@ -336,7 +340,13 @@ class FlightRecorder:
             }  # fmt: skip
         rank = torch.distributed.get_rank() if _ranks() > 1 else 0
         name = file_name(f"step{step:08d}-{why['kind']}") + (f"-rank{rank}" if rank else "")
-        return write_dump(self.folder / name, header, self._history(monitor), tensors)
+        folder = write_dump(self.folder / name, header, self._history(monitor), tensors)
+        if STEP not in tensors:
+            return folder, f"it has the last steps, but none to run again: {header['no_batch'] or header['no_weights']}"
+        if WEIGHTS not in tensors:
+            needed = f"`stabnorm replay {folder} --checkpoint FILE` runs it again"
+            return folder, f"{needed}; its weights are left out: {header['no_weights']}"
+        return folder, f"`stabnorm replay {folder}` runs it again"
 
     def _describe(self) -> dict[str, Any]:
         monitor = self.monitor

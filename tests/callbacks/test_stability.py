@@ -82,12 +82,12 @@ def test_a_mask_by_key_leaves_the_padding_out(tmp_path: Path) -> None:
 
 
 def test_a_mask_that_is_no_key_is_refused_with_the_keys_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"mask='padding' is no key of the batch, which has keys \['x', 'mask', 'y'\]"):
+    with pytest.raises(ValueError, match=r"mask='padding' is no entry of the batch, which has \['x', 'mask', 'y'\]"):
         fit(trainer(tmp_path, StabilityCallback(mask="padding")), module())
 
 
 def test_a_mask_function_that_returns_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the mask function returned None; it returns a bool tensor"):
+    with pytest.raises(ValueError, match="the mask function returned None; it is to be a bool tensor"):
         fit(trainer(tmp_path, StabilityCallback(mask=lambda batch: None)), module())  # type: ignore[arg-type,return-value]
 
 

@@ -173,6 +173,11 @@ def test_a_frozen_batch_norm_is_affine_by_what_it_computes(kind: type[Frozen]) -
 
 class BatchNormGate(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x) * x
+
+
+class GateBehind(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * x
 
 
@@ -203,6 +208,15 @@ def test_a_norm_that_nobody_understands_is_listed_as_kept_and_strict_raises() ->
     assert [(norm.name, norm.status) for norm in result.norms] == [("1", "kept")]
     with pytest.warns(UserWarning, match="BatchNormGate"), pytest.raises(StabNormError, match="BatchNormGate"):
         fold_norms(model, draw(2, 3, 8, 8), strict=True)
+
+
+def test_a_norm_that_goes_on_with_its_own_input_is_listed_as_kept_without_a_warning_about_its_class() -> None:
+    model = ready(nn.Sequential(nn.Conv2d(3, C, 3), GateBehind(C), RepBN(C, channel_dim=1), nn.Conv2d(C, D, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fold_norms(model, draw(2, 3, 8, 8))
+    assert {norm.name: norm.status for norm in result.norms} == {"1": "kept", "2": "forward"}
+    assert "GateBehind is not known to be affine in eval" in result.norms[0].reason
 
 
 def test_a_module_that_is_listed_already_is_not_listed_again_for_its_function() -> None:

@@ -309,8 +309,63 @@ def test_a_norm_of_torch_s_with_a_forward_of_its_own_is_recognised(
     assert layer.bias_parameter is module.bias
 
 
-@pytest.mark.parametrize("module", [BatchNormAct2d(8), FlatGroupNorm(4, 8)])
-def test_one_that_does_more_is_named(module: nn.Module) -> None:
+class GroupNormAct(nn.GroupNorm):
+    """timm's: it calls the function itself, and the activation writes into the norm's output."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(groups, channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))  # type: ignore[no-any-return]
+
+
+class ActivatedInstance(nn.InstanceNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
+class FoldedTwice(nn.BatchNorm2d):
+    """It prepares its input, so the norm sees something else than the module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x).relu()
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (BatchNormAct2d(8), ("batch", 1, 8, 1)),
+        (GroupNormAct(8, 4), ("group", 1, 8, 4)),
+        (ActivatedInstance(8, affine=True), ("instance", -2, 8, 8)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_norm_of_torch_s_that_goes_on_is_watched_and_what_it_returns_is_not_taken_for_the_norm_s(
+    module: nn.Module, expected: tuple[str, int, int, int]
+) -> None:
+    (layer,) = find_norms(nn.Sequential(module))
+    assert (layer.kind, layer.channel_dim, layer.num_features, layer.groups) == expected
+    assert layer.goes_on
+    x = torch.randn(4, 8, *(5,) * (-layer.channel_dim - 1 if expected[0] == "instance" else 2)) * 3 + 1
+    with StabilityMonitor(module, ["token_std_mean", "outlier_dims", "grad_gain"]) as monitor:
+        module(x).sum().backward()
+        monitor.step()
+        module.requires_grad_(False)
+        module(x.requires_grad_()).sum().backward()
+        monitor.step()
+    history = monitor.history()
+    expected_std = x.double().var(1, unbiased=False).sqrt().mean()
+    torch.testing.assert_close(history["token_std_mean"][0, 0].double(), expected_std, rtol=1e-5, atol=0)
+    assert history["outlier_dims"].isnan().all()
+    gain = module.weight.grad
+    assert isinstance(gain, Tensor)
+    torch.testing.assert_close(history["grad_gain"][0, 0], gain.abs().mean() / x[:, 0].numel(), rtol=1e-5, atol=0)
+    assert history["grad_gain"][1].isnan().all()  # only the output would tell, and that is the activation's
+
+
+@pytest.mark.parametrize("module", [FoldedTwice(8), FlatGroupNorm(4, 8)])
+def test_one_that_prepares_its_input_is_named(module: nn.Module) -> None:
     with pytest.warns(UserWarning, match=f"not understood.*\n.*{type(module).__name__}"):
         assert find_norms(nn.Sequential(module)) == []
 

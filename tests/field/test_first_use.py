@@ -1,0 +1,87 @@
+"""What somebody meets who uses stabnorm for the first time: batches of any class, and messages that are true."""
+
+import logging
+import re
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stabnorm import StabilityMonitor
+from stabnorm._models.masks import masks_of
+from stabnorm.callbacks import StabilityCallback
+from stabnorm.recorder import FlightRecorder, read_dump
+from tests.lightning_small import fit, module, trainer
+
+VALID = torch.tensor([[True, False]])
+
+
+@dataclass
+class Batch:
+    x: Any
+    valid: Any
+
+
+Pair = namedtuple("Pair", ["x", "valid"])
+
+
+@pytest.mark.parametrize(
+    "batch", [Batch(None, VALID), Pair(None, VALID), SimpleNamespace(x=None, valid=VALID), {"x": None, "valid": VALID}]
+)
+def test_a_mask_is_found_by_its_name_in_a_batch_of_any_class(batch: Any) -> None:
+    (mask,) = masks_of(batch, "valid")
+    assert mask is VALID
+    with pytest.raises(ValueError, match=r"mask='valud' is no entry .* has \['x', 'valid'\]; did you mean 'valid'\? Na"):
+        masks_of(batch, "valud")
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 3), (torch.zeros(2, 3), VALID)])
+def test_an_attribute_of_a_tensor_or_a_tuple_is_no_mask(batch: Any) -> None:
+    with pytest.raises(ValueError, match=rf"is no entry of the batch, which is a {type(batch).__name__}\. Name"):
+        masks_of(batch, "valid")
+
+
+def test_a_run_that_fails_before_its_first_batch_leaves_no_dump(tmp_path: Path) -> None:
+    class Failing(StabilityCallback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            raise RuntimeError("the data cannot be read")
+
+    callback = Failing()
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        fit(trainer(tmp_path, callback), module())
+    assert callback.recorder is not None
+    assert callback.recorder.dumps == []
+    assert list(tmp_path.rglob("dump.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("open_step", "options", "said"),
+    [
+        (True, {}, r"`stabnorm replay \S+` runs it again"),
+        (False, {}, "it has the last steps, but none to run again: no step was open"),
+        (True, {"batch_bytes": 1}, "none to run again: they have 32 bytes, and batch_bytes is 1"),
+        (True, {"weight_bytes": 1}, r"--checkpoint FILE` runs it again; its weights are left out: they have 224 bytes"),
+    ],
+)
+def test_a_dump_says_whether_its_step_can_be_run_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, open_step: bool, options: dict[str, int], said: str
+) -> None:
+    model, batch = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), torch.ones(2, 4)
+    caplog.set_level(logging.INFO)
+    with StabilityMonitor(model) as monitor:
+        recorder = FlightRecorder(monitor, tmp_path, **options)
+        recorder.begin(batch)
+        model(batch).sum().backward()
+        monitor.step()
+        recorder.end()
+        if open_step:
+            recorder.begin(batch)
+        recorder.crashed(RuntimeError("boom"))
+    (folder,) = recorder.dumps
+    assert read_dump(folder).header["step"] == int(open_step)
+    assert any(re.search(said, record.getMessage()) for record in caplog.records)

@@ -164,7 +164,9 @@ def by_name(asked: Any, known: Mapping[str, Item], kind: type[Any], word: str) -
         names = ", ".join(known)
         raise TypeError(f"a {word} is a name or an object of class {kind.__name__}, got {asked!r}; names: {names}")
     if asked not in known:
-        raise ValueError(f"unknown {word} {asked!r}{nearest(asked, known) or '.'} The known ones are {', '.join(known)}")
+        raise ValueError(
+            f"unknown {word} {asked!r}{nearest(asked, known) or '.'} The known ones are {', '.join(known)}"
+        )
     return known[asked]
 
 

@@ -122,7 +122,7 @@ def probe_applied(module: nn.Module) -> Formula | None:
     norm = of_torch_class("", module)
     if norm is None or norm.kind in ("layer", "rms"):
         return None
-    generator, calls = torch.Generator("cpu").manual_seed(0), _NormCalls()
+    generator = torch.Generator("cpu").manual_seed(0)
     with plain_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -133,15 +133,18 @@ def probe_applied(module: nn.Module) -> Formula | None:
         except Exception:  # among it the module's own code, which may raise anything
             return None
         device = next((tensor.device for tensor in stand_ins.values()), torch.device("cpu"))
+        devices = [device] if device.type == "cuda" else []
         for layout in _LAYOUTS[1:-1]:  # of two axes, the last is the second, too
             sizes = [norm.num_features if size is None else _SIZES[size] for size in layout]
             x = _input(sizes, layout.index(None), generator).to(device, torch.float32)
-            with contextlib.suppress(Exception), torch.random.fork_rng([device] if device.type == "cuda" else []), calls:
-                y = twin(x.clone())
-                break  # else it does not take this layout
-    if len(calls.seen) != 1 or not _applies(calls.seen[0], twin, norm, x):
+            calls, y = _NormCalls(), None
+            with contextlib.suppress(Exception), torch.random.fork_rng(devices), calls:
+                y = twin(x.clone())  # an exception: it does not take this layout
+            if isinstance(y, Tensor):
+                break
+    if not isinstance(y, Tensor) or len(calls.seen) != 1 or not _applies(calls.seen[0], twin, norm, x):
         return None
-    goes_on = not (isinstance(y, Tensor) and y.shape == x.shape and torch.equal(y.float(), calls.outputs[0].float()))
+    goes_on = y.shape != x.shape or not torch.equal(y.float(), calls.outputs[0].float())
     weight, bias = (name if getattr(module, name, None) is not None else None for name in ("weight", "bias"))
     return Formula(
         norm.kind, norm.channel_dim, norm.num_features, norm.eps, weight, bias, 0.0, norm.groups, goes_on=goes_on

@@ -256,7 +256,7 @@ def test_a_strategy_that_shards_is_refused(tmp_path: Path) -> None:
 def test_arguments_are_checked_at_once() -> None:
     with pytest.raises(TypeError, match="no option 'inplace'"):
         FoldCallback(options={"inplace": True})
-    with pytest.raises(TypeError, match="example=.* is of type str"):
+    with pytest.raises(TypeError, match=r"example=.* is of type str"):
         FoldCallback(example="x")
 
 

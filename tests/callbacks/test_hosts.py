@@ -123,7 +123,7 @@ def test_checkpoint_and_stop_are_the_trainers_own(tmp_path: Path) -> None:
 
 
 def test_actions_of_hugging_faces_callback_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^kind='nonfinite' is unknown"):
+    with pytest.raises(ValueError, match=r"^kind='nonfinite' is unknown"):
         StabilityTrainerCallback(actions={"nonfinite": "skip"})
     with pytest.raises(ValueError, match="'hold_switch' needs"):
         LikeATrainer(tmp_path, StabilityTrainerCallback(actions={"any": "hold_switch"})).train(batches(2))

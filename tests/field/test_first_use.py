@@ -36,7 +36,9 @@ Pair = namedtuple("Pair", ["x", "valid"])
 def test_a_mask_is_found_by_its_name_in_a_batch_of_any_class(batch: Any) -> None:
     (mask,) = masks_of(batch, "valid")
     assert mask is VALID
-    with pytest.raises(ValueError, match=r"mask='valud' is no entry .* has \['x', 'valid'\]; did you mean 'valid'\? Na"):
+    with pytest.raises(
+        ValueError, match=r"mask='valud' is no entry .* has \['x', 'valid'\]; did you mean 'valid'\? Na"
+    ):
         masks_of(batch, "valud")
 
 

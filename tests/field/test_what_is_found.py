@@ -325,11 +325,17 @@ class ActivatedInstance(nn.InstanceNorm1d):
         return F.silu(super().forward(x))
 
 
-class FoldedTwice(nn.BatchNorm2d):
+class Doubling(nn.BatchNorm2d):
     """It prepares its input, so the norm sees something else than the module."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(2 * x).relu()
+
+
+class Raising(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        raise RuntimeError("not on random input")
 
 
 @pytest.mark.parametrize(
@@ -364,8 +370,8 @@ def test_a_norm_of_torch_s_that_goes_on_is_watched_and_what_it_returns_is_not_ta
     assert history["grad_gain"][1].isnan().all()  # only the output would tell, and that is the activation's
 
 
-@pytest.mark.parametrize("module", [FoldedTwice(8), FlatGroupNorm(4, 8)])
-def test_one_that_prepares_its_input_is_named(module: nn.Module) -> None:
+@pytest.mark.parametrize("module", [Doubling(8), Raising(8), FlatGroupNorm(4, 8)])
+def test_one_that_prepares_its_input_or_does_not_run_is_named(module: nn.Module) -> None:
     with pytest.warns(UserWarning, match=f"not understood.*\n.*{type(module).__name__}"):
         assert find_norms(nn.Sequential(module)) == []
 

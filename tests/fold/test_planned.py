@@ -266,7 +266,7 @@ class OptimizedModule(nn.Sequential):
 
 def test_what_is_wrong_is_said() -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
-    with pytest.raises(TypeError, match="example=.* is of type str"):
+    with pytest.raises(TypeError, match=r"example=.* is of type str"):
         plan_fold(model, "x")
     with pytest.raises(ValueError, match="does not run on the example"):
         plan_fold(model, torch.randn(3, 5))

@@ -71,7 +71,7 @@ def test_a_run_that_fails_before_its_first_batch_leaves_no_dump(tmp_path: Path) 
     ],
 )
 def test_a_dump_says_whether_its_step_can_be_run_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, open_step: bool, options: dict[str, int], said: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, open_step: bool, options: dict[str, Any], said: str
 ) -> None:
     model, batch = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), torch.ones(2, 4)
     caplog.set_level(logging.INFO)

@@ -72,7 +72,7 @@ def test_the_arguments_of_every_function_are_read_from_its_declaration() -> None
         None,
         (pointer, integer, size, size, size, real, integer, pointer, pointer),
     )
-    assert signatures["moments"][0] is size
+    assert signatures["batch_moments"][0] is size
 
 
 @pytest.fixture

@@ -107,6 +107,27 @@ def test_merging_parts_with_different_means_is_one_big_batch(kind: Kind) -> None
         assert_same(accumulated(*((parts[i], None) for i in order), kind=kind), want, scale=10.0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_whose_means_lie_far_apart_keep_their_digits_in_one_batch_and_in_two(kind: Kind) -> None:
+    x = torch.randn(40, 100, 20) + 100 * torch.randn(40, 1, 20)
+    assert_same(accumulated((x, None), kind=kind), truth(x, kind), scale=100.0)
+    assert_same(accumulated((x[:3], None), (x[3:], None), kind=kind), truth(x, kind), scale=100.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spoilt", [0, 1], ids=["the first", "the second"])
+def test_a_nan_in_one_of_two_micro_batches_spoils_the_whole_of_its_channel(kind: Kind, spoilt: int) -> None:
+    parts = [torch.randn(9, 5), torch.randn(30, 5)]
+    parts[spoilt][4, 2] = torch.nan
+    got = accumulated(*((part, None) for part in parts), kind=kind)
+    want = accumulated((torch.cat(parts), None), kind=kind)
+    assert got.seen == want.seen == 39
+    assert got.channel[[REST_X, VAR_X, MAX, MIN], 2].isnan().all()
+    rows = [VAR_X, MAX, MIN]
+    torch.testing.assert_close(got.channel[rows], want.channel[rows], rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(got.token, want.token, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize(("kind", "groups"), [("group", 4), ("group", 1), ("instance", 12)])
 def test_group_and_instance_norm(kind: Kind, groups: int) -> None:
     x = torch.randn(3, 12, 7, 5) + 2

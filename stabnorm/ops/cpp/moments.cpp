@@ -1,8 +1,8 @@
 // `add_moments_` computes the moments of a norm's input x, of the normalised input n, and of the tokens, in one read of
-// memory. `norm_with_moments` also writes the norm's output, n gain + bias. Every tile of rows is processed two or three
-// times while it is in the innermost caches: first mean and variance of each token, then column sums of deviations from a
-// shift. Tiles accumulate in float64. The shift of a block is the mean of its first tile. Blocks, and then threads, merge
-// by Chan's rule.
+// memory, and adds them to the layer's accumulator. `norm_with_moments` also writes the norm's output, n gain + bias. Some
+// rows at a time, a strip, stay in the inner caches: first mean and variance of each token are computed, then column sums
+// of deviations from a shift, while the next strip is fetched. Column sums are float32 in a tile of rows and float64 above it. Blocks of rows with a common
+// shift, threads, and what the accumulator held before, merge by Chan's rule.
 #include "layout.h"
 #include "vectors.h"
 
@@ -10,25 +10,34 @@ namespace {
 
 constexpr int TILE = 64;            // rows; their column sums are float32
 constexpr int TOGETHER = 4;         // tokens whose sums are computed at once, so that none waits for another one's
-constexpr int64_t BLOCK = 16 * TILE;  // rows with a common shift, which is off by at most four standard deviations
+constexpr int STRIP = 32;           // rows at most in a strip
+constexpr int64_t STRIP_BYTES = 128 << 10;  // at most, of a second cache that has 256 KiB or more
+// A block has at most as many times the rows that its shift is the mean of, so that the shift is at most four standard
+// deviations off.
+constexpr int64_t LONGER = 16;
+constexpr int64_t BLOCK = LONGER * TILE;  // rows at most in a block
 
 enum Kind { BATCH, LAYER, RMS };
 enum { S_X, S_N, M_XX, M_XN, M_NN, SUMS };
 
 struct Accumulator {  // each thread has one
-  int64_t C, width, count = 0, block = 0;  // number of rows, and of rows in the block
-  Array<float> shift, extreme;       // x, n; most, least
-  Array<double> now, mean, moment;   // sums of the block; x, n; xx, xn, nn
+  int64_t C, width, count = 0, block = 0, tile = 0, longest = 0;  // rows in the block and in the tile
+  Array<float> floats;
+  Array<double> doubles;
+  float *shift, *extreme, *sums;     // x, n; most, least; of the tile
+  double *now, *mean, *moment;       // sums of the block; x, n; xx, xn, nn
   double token_sum[2] = {0, 0}, below = 0;
   float token_min[2], token_max[2];
 
-  explicit Accumulator(int64_t C) : C(C), width(padded(C)), shift(2 * width), extreme(2 * width), now(SUMS * width),
-                                mean(2 * width), moment(3 * width) {
+  explicit Accumulator(int64_t C) : C(C), width(padded(C)), floats((4 + SUMS) * width), doubles((10 + SUMS) * width) {
+    shift = floats.data(), extreme = shift + 2 * width, sums = extreme + 2 * width;
+    now = doubles.data(), mean = now + SUMS * width, moment = mean + 2 * width;
     const float inf = std::numeric_limits<float>::infinity();
-    std::fill_n(extreme.begin(), width, -inf);
-    std::fill_n(extreme.begin() + width, width, inf);
+    std::fill_n(extreme, width, -inf);
+    std::fill_n(extreme + width, width, inf);
     for (int i = 0; i < 2; i++) token_min[i] = inf, token_max[i] = -inf;
   }
+  Accumulator(Accumulator&&) = default;  // the memory stays where it is
 
   // Add n rows with these means, and these sums of products of deviations from the means, by Chan's rule.
   void merge(int64_t n, const double* mean_b, const double* moment_b) {
@@ -44,9 +53,15 @@ struct Accumulator {  // each thread has one
     count += n;
   }
 
+  void end_tile() {
+    for (int64_t i = 0; i < SUMS * width; i++) now[i] += sums[i], sums[i] = 0;
+    tile = 0;
+  }
+
   void end_block() {
     if (block == 0) return;
-    Array<double> mean_b(2 * width), moment_b(3 * width);
+    end_tile();
+    double *mean_b = moment + 3 * width, *moment_b = mean_b + 2 * width;
     for (int64_t c = 0; c < C; c++) {
       double sx = now[S_X * width + c], sn = now[S_N * width + c];
       mean_b[c] = shift[c] + sx / block, mean_b[width + c] = shift[width + c] + sn / block;
@@ -54,13 +69,13 @@ struct Accumulator {  // each thread has one
       moment_b[width + c] = now[M_XN * width + c] - sx * sn / block;
       moment_b[2 * width + c] = now[M_NN * width + c] - sn * sn / block;
     }
-    merge(block, mean_b.data(), moment_b.data());
-    std::fill(now.begin(), now.end(), 0.0);
+    merge(block, mean_b, moment_b);
+    std::fill_n(now, SUMS * width, 0.0);
     block = 0;
   }
 
   void merge(const Accumulator& other) {
-    merge(other.count, other.mean.data(), other.moment.data());
+    merge(other.count, other.mean, other.moment);
     for (int64_t c = 0; c < C; c++) {
       extreme[c] = std::max(extreme[c], other.extreme[c]);
       extreme[width + c] = std::min(extreme[width + c], other.extreme[width + c]);
@@ -74,9 +89,9 @@ struct Accumulator {  // each thread has one
   }
 };
 
-template <class T> struct Tile {
-  const T* rows[TILE];
-  float origin[TILE], mean[TILE], scale[TILE];  // of each token: n = (x - origin - mean) scale
+template <class T> struct Strip {
+  const T* rows[STRIP];
+  float origin[STRIP], scale[STRIP], offset[STRIP];  // of each token: n = (x - origin) scale + offset
   int size = 0;
 };
 
@@ -128,47 +143,59 @@ void token_moments(const T* const* rows, int64_t C, float guess, bool alone, flo
 }
 
 // Normalise some columns of a row.
-template <int kind> inline vf normalised(vf x, float origin, float mean, float scale) {
-  if (kind == LAYER) return (x - origin - mean) * scale;
+template <int kind> inline vf normalised(vf x, float origin, float scale, float offset) {
+  if (kind == LAYER) return (x - origin) * scale + offset;
   return x * scale;
 }
 
-// Use the mean of the tile's columns as the shift of a new block.
-template <class T, int kind> void set_shift(Accumulator& a, const Tile<T>& t) {
+// Begin a block: its shift is the mean of all rows before it, or else that of its first strip.
+template <class T, int kind> void set_shift(Accumulator& a, const Strip<T>& s) {
+  a.longest = std::min(BLOCK, LONGER * (a.count ? a.count : s.size));
+  if (a.count) {
+    for (int64_t c = 0; c < 2 * a.width; c++) a.shift[c] = float(a.mean[c]);
+    return;
+  }
   for_columns(a.C, [&](int64_t c, int n, auto whole) {
     vf of_x = splat(0), of_n = splat(0);
-    for (int r = 0; r < t.size; r++) {
-      vf x = take<whole>(t.rows[r] + c, n);
+    for (int r = 0; r < s.size; r++) {
+      vf x = take<whole>(s.rows[r] + c, n);
       of_x += x;
-      if (kind != BATCH) of_n += normalised<kind>(x, t.origin[r], t.mean[r], t.scale[r]);
+      if (kind != BATCH) of_n += normalised<kind>(x, s.origin[r], s.scale[r], s.offset[r]);
     }
-    store(&a.shift[c], of_x / float(t.size));
-    store(&a.shift[a.width + c], of_n / float(t.size));
+    store(&a.shift[c], of_x / float(s.size));
+    store(&a.shift[a.width + c], of_n / float(s.size));
   });
 }
 
-template <class T, int kind> void add_tile(Accumulator& a, const Tile<T>& t) {
+// Add a strip to the column sums. The next strip begins `ahead` numbers after this one; without a prefetch, memory waits
+// while this one is computed.
+template <class T, int kind> void add_strip(Accumulator& a, const Strip<T>& s, int64_t ahead) {
+  if (a.block == 0) set_shift<T, kind>(a, s);
   for_columns(a.C, [&](int64_t c, int n, auto whole) {
-    vf sum_x = splat(0), sum_n = splat(0), xx = splat(0), xn = splat(0), nn = splat(0);
-    vf most = load(&a.extreme[c]), least = load(&a.extreme[a.width + c]);
-    const vf shift_x = load(&a.shift[c]), shift_n = load(&a.shift[a.width + c]);
-    for (int r = 0; r < t.size; r++) {
-      vf x = take<whole>(t.rows[r] + c, n);
+    float* at[SUMS];
+    for (int k = 0; k < SUMS; k++) at[k] = a.sums + k * a.width + c;
+    vf sum_x = load(at[S_X]), xx = load(at[M_XX]), sum_n, xn, nn;
+    if (kind != BATCH) sum_n = load(at[S_N]), xn = load(at[M_XN]), nn = load(at[M_NN]);
+    vf most = load(a.extreme + c), least = load(a.extreme + a.width + c);
+    const vf shift_x = load(a.shift + c), shift_n = load(a.shift + a.width + c);
+    for (int r = 0; r < s.size; r++) {
+      __builtin_prefetch(s.rows[r] + c + ahead, 0, 2);
+      vf x = take<whole>(s.rows[r] + c, n);
       most = max(most, x), least = min(least, x);
       vf d = x - shift_x;
       sum_x += d, xx += d * d;
       if (kind != BATCH) {
-        vf e = normalised<kind>(x, t.origin[r], t.mean[r], t.scale[r]) - shift_n;
+        vf e = normalised<kind>(x, s.origin[r], s.scale[r], s.offset[r]) - shift_n;
         sum_n += e, xn += d * e, nn += e * e;
       }
     }
-    store(&a.extreme[c], most), store(&a.extreme[a.width + c], least);
-    const vf sums[SUMS] = {sum_x, sum_n, xx, xn, nn};
-    for (int k = 0; k < SUMS; k++) {
-      double* into = &a.now[k * a.width + c];
-      for (int j = 0; j < W; j++) into[j] += sums[k][j];
-    }
+    store(a.extreme + c, most), store(a.extreme + a.width + c, least);
+    store(at[S_X], sum_x), store(at[M_XX], xx);
+    if (kind != BATCH) store(at[S_N], sum_n), store(at[M_XN], xn), store(at[M_NN], nn);
   });
+  a.tile += s.size, a.block += s.size;
+  if (a.tile >= TILE) a.end_tile();
+  if (a.block >= a.longest) a.end_block();
 }
 
 struct Output {  // y [R][C], and mean and scale of each token; null if only moments are computed
@@ -178,133 +205,167 @@ struct Output {  // y [R][C], and mean and scale of each token; null if only mom
 };
 
 template <class T, int kind>
-void write_row(const Output& out, int64_t r, const T* row, int64_t C, float origin, float mean, float scale) {
+void write_row(const Output& out, int64_t r, const T* row, int64_t C, float origin, float scale, float offset) {
   T* y = (T*)out.y + r * C;
   for_columns(C, [&](int64_t c, int n, auto whole) {
-    vf v = normalised<kind>(take<whole>(row + c, n), origin, mean, scale);
+    vf v = normalised<kind>(take<whole>(row + c, n), origin, scale, offset);
     if (out.gain) v *= take<whole>(out.gain + c, n);
     if (out.bias) v += take<whole>(out.bias + c, n);
     put<whole>(y + c, v, n);
   });
 }
 
-// `kind` says how the columns are normalised, `of_tokens` which variance the layer divides by. If `moments` is false, only
-// the output is written. Rows that are not valid have an output, too.
+struct Asked {  // what of a norm's input is computed
+  int kind;      // which variance the layer divides by
+  bool tokens, moments;  // whether their figures are; whether anything beside the output is
+  float eps;
+};
+
+// `kind` says how the columns are normalised. Rows that are not valid have an output, too.
 template <class T, int kind>
-void add_rows(Accumulator& a, const T* x, int64_t first, int64_t last, const uint8_t* valid, int of_tokens, bool tokens,
-              float eps, const Output& out, bool moments) {
-  Tile<T> t;
-  float origin[TOGETHER], mean[TOGETHER], var[TOGETHER], scale[TOGETHER], deviation[TOGETHER];
-  double whole[TOGETHER], square[TOGETHER];
-  float guess = 0;
+void add_rows(Accumulator& a, const T* x, int64_t first, int64_t last, const uint8_t* valid, const Asked& asked,
+              const Output& out) {
+  const bool by_token = kind != BATCH || asked.tokens;
+  const int64_t fitting = STRIP_BYTES / int64_t(a.C * sizeof(T)) / TOGETHER * TOGETHER;
+  const int size = int(std::min<int64_t>(std::max<int64_t>(fitting, TOGETHER), STRIP));
+  const int64_t ahead = size * a.C;
+  Strip<T> s;
+  float mean[STRIP], var[STRIP], deviation[STRIP], guess = 0;
+  double whole[STRIP], square[STRIP];
   bool begun = false;
-  auto finish = [&] {
-    if (t.size == 0) return;
-    if (a.block == 0) set_shift<T, kind>(a, t);
-    add_tile<T, kind>(a, t);
-    a.block += t.size;
-    if (a.block >= BLOCK) a.end_block();
-    t.size = 0;
-  };
   for (int64_t next = first; next < last;) {
-    const T* rows[TOGETHER];
-    int64_t places[TOGETHER];
-    bool counts[TOGETHER];
+    int64_t places[STRIP];
+    bool counts[STRIP];
     int found = 0;
-    for (; next < last && found < TOGETHER; next++) {
-      counts[found] = moments && !(valid && !valid[next]);
-      if (counts[found] || out.y) rows[found] = x + next * a.C, places[found++] = next;
+    for (; next < last && found < size; next++) {
+      counts[found] = asked.moments && !(valid && !valid[next]);
+      if (counts[found] || out.y) s.rows[found] = x + next * a.C, places[found++] = next;
     }
     if (found == 0) break;
-    if (kind != BATCH || tokens) {
-      for (int i = found; i < TOGETHER; i++) rows[i] = rows[0];
+    if (!by_token) {
+      s.size = found;
+      add_strip<T, kind>(a, s, ahead);
+      continue;
+    }
+    for (int i = found; i % TOGETHER; i++) s.rows[i] = s.rows[0];
+    for (int i = 0; i < found; i += TOGETHER) {
       // A token's output must not depend on other tokens.
-      token_moments(rows, a.C, guess, out.y || !begun, origin, mean, var);
-      if (!begun) guess = origin[0] + mean[0], begun = true;
-      for (int i = 0; i < TOGETHER; i++) {
-        whole[i] = double(origin[i]) + mean[i], square[i] = of_tokens == RMS ? var[i] + whole[i] * whole[i] : var[i];
-        scale[i] = float(1 / std::sqrt(square[i] + eps)), deviation[i] = std::sqrt(var[i]);
-      }
+      token_moments(s.rows + i, a.C, guess, out.y || !begun, s.origin + i, mean + i, var + i);
+      if (!begun) guess = s.origin[0] + mean[0], begun = true;
     }
     for (int i = 0; i < found; i++) {
-      if (kind != BATCH || tokens) {
-        if (out.y) {
-          write_row<T, kind>(out, places[i], rows[i], a.C, origin[i], mean[i], scale[i]);
-          out.means[places[i]] = float(whole[i]), out.scales[places[i]] = scale[i];
-          if (!counts[i]) continue;
-        }
-        t.origin[t.size] = origin[i], t.mean[t.size] = mean[i], t.scale[t.size] = scale[i];
-        a.below += square[i] < 10.0 * eps;
-        const float of_token[2] = {deviation[i], float(whole[i])};
-        for (int k = 0; k < 2; k++) {
-          a.token_sum[k] += k ? whole[i] : of_token[0];
-          a.token_min[k] = std::min(a.token_min[k], of_token[k]);
-          a.token_max[k] = std::max(a.token_max[k], of_token[k]);
-        }
-      } else {
-        fetch(rows[i], a.C);
-      }
-      t.rows[t.size++] = rows[i];
-      if (t.size == TILE) finish();
+      whole[i] = double(s.origin[i]) + mean[i];
+      square[i] = asked.kind == RMS ? var[i] + whole[i] * whole[i] : var[i];
+      s.scale[i] = float(1 / std::sqrt(square[i] + asked.eps));
+      s.offset[i] = -mean[i] * s.scale[i], deviation[i] = std::sqrt(var[i]);
     }
+    s.size = 0;
+    for (int i = 0; i < found; i++) {
+      if (out.y) {
+        write_row<T, kind>(out, places[i], s.rows[i], a.C, s.origin[i], s.scale[i], s.offset[i]);
+        out.means[places[i]] = float(whole[i]), out.scales[places[i]] = s.scale[i];
+        if (!counts[i]) continue;
+      }
+      const int at = s.size++;
+      s.rows[at] = s.rows[i], s.origin[at] = s.origin[i], s.scale[at] = s.scale[i], s.offset[at] = s.offset[i];
+      a.below += square[i] < 10.0 * asked.eps;
+      const float of_token[2] = {deviation[i], float(whole[i])};
+      for (int k = 0; k < 2; k++) {
+        a.token_sum[k] += k ? whole[i] : of_token[0];
+        a.token_min[k] = std::min(a.token_min[k], of_token[k]);
+        a.token_max[k] = std::max(a.token_max[k], of_token[k]);
+      }
+    }
+    if (s.size) add_strip<T, kind>(a, s, ahead);
   }
-  finish();
   a.end_block();
 }
 
-}  // namespace
+float with_nan(float a, float b, bool less) {  // the less or the greater of two; a NaN stays
+  return std::isnan(a) || std::isnan(b) ? a + b : less ? std::min(a, b) : std::max(a, b);
+}
 
-// Return the number of valid rows. If there is none, the accumulator does not change. A row of `channel` has `stride` numbers.
-static int64_t moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind, bool tokens,
-                       bool normalized, float eps, int threads, float* channel, int64_t stride, float* token,
-                       const Output& out, bool add) {
-  const int parts = parts_of(rows, C, threads), columns = normalized || out.y ? kind : BATCH;
-  Array<Accumulator> accumulators(parts, Accumulator(C));
+struct Row {  // one layer's accumulator, as functional.RawMoments; a row of `channel` has `stride` numbers
+  int64_t* seen;
+  float* channel;
+  int64_t stride;
+  float* token;
+
+  float& at(int row, int64_t c) const { return channel[row * stride + c]; }
+
+  // Add what was computed. Without a valid row nothing changes.
+  void add(Accumulator& a, bool normalized, bool tokens, bool has_eps) const {
+    if (a.count == 0) return;
+    const int64_t now = a.count, before = *seen;
+    if (before) {
+      double *mean = a.moment + 3 * a.width, *moment = mean + 2 * a.width, n = double(before);
+      for (int64_t c = 0; c < a.C; c++) {
+        mean[c] = double(at(SHIFT_X, c)) + at(REST_X, c), mean[a.width + c] = double(at(SHIFT_N, c)) + at(REST_N, c);
+        moment[c] = n * at(VAR_X, c), moment[a.width + c] = n * at(COV_XN, c), moment[2 * a.width + c] = n * at(VAR_N, c);
+      }
+      a.merge(before, mean, moment);
+    }
+    const double n = double(a.count);
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    for (int64_t c = 0; c < a.C; c++) {
+      float most = a.extreme[c], least = a.extreme[a.width + c];
+      if (std::isnan(a.mean[c]) && std::isfinite(most) && std::isfinite(least)) most = least = nan;  // they ignore a NaN
+      at(MAX, c) = before ? with_nan(at(MAX, c), most, false) : most;
+      at(MIN, c) = before ? with_nan(at(MIN, c), least, true) : least;
+      at(SHIFT_X, c) = float(a.mean[c]), at(REST_X, c) = float(a.mean[c] - at(SHIFT_X, c));
+      at(VAR_X, c) = float(a.moment[c] / n);
+      if (!normalized) continue;
+      at(SHIFT_N, c) = float(a.mean[a.width + c]), at(REST_N, c) = float(a.mean[a.width + c] - at(SHIFT_N, c));
+      at(COV_XN, c) = float(a.moment[a.width + c] / n), at(VAR_N, c) = float(a.moment[2 * a.width + c] / n);
+    }
+    *seen = a.count;
+    if (!normalized && !tokens) return;
+    const double means[3] = {a.token_sum[0] / now, a.token_sum[1] / now, has_eps ? a.below / now : 0};
+    for (int i = 0; i < 3; i++) {
+      float& old = token[STD_MEAN + i];
+      old = before ? float(old + (means[i] - old) * (now / n)) : float(means[i]);
+    }
+    for (int i = 0; i < 2; i++) {
+      const bool spoilt = std::isnan(a.token_sum[i]);
+      token[STD_MIN + i] = with_nan(token[STD_MIN + i], spoilt ? nan : a.token_min[i], true);
+      token[STD_MAX + i] = with_nan(token[STD_MAX + i], spoilt ? nan : a.token_max[i], false);
+    }
+  }
+};
+
+void moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, bool normalized, const Asked& asked,
+             int threads, const Row& into, const Output& out) {
+  const int parts = parts_of(rows, C, threads), columns = normalized || out.y ? asked.kind : BATCH;
+  Array<Accumulator> accumulators;
+  accumulators.reserve(parts);
+  for (int part = 0; part < parts; part++) accumulators.emplace_back(C);
   in_parallel(parts, [&](int part) {
     int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
     with_type(type, [&](auto* typed) {
       using T = std::remove_pointer_t<decltype(typed)>;
       auto add_them = columns == LAYER ? add_rows<T, LAYER> : columns == RMS ? add_rows<T, RMS> : add_rows<T, BATCH>;
-      add_them(accumulators[part], (const T*)x, first, last, valid, kind, tokens, eps, out, add);
+      add_them(accumulators[part], (const T*)x, first, last, valid, asked, out);
     });
   });
-  if (!add) return 0;
-  Accumulator& a = accumulators[0];
-  for (int part = 1; part < parts; part++) a.merge(accumulators[part]);
-  if (a.count == 0) return 0;
-  const double n = double(a.count);
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  for (int64_t c = 0; c < C; c++) {
-    auto out = [&](int row) -> float& { return channel[row * stride + c]; };
-    float most = a.extreme[c], least = a.extreme[a.width + c];
-    if (std::isnan(a.mean[c]) && std::isfinite(most) && std::isfinite(least)) most = least = nan;  // a maximum ignores NaN
-    out(MAX) = most, out(MIN) = least;
-    out(SHIFT_X) = float(a.mean[c]), out(REST_X) = float(a.mean[c] - out(SHIFT_X));
-    out(VAR_X) = float(a.moment[c] / n);
-    if (columns == BATCH) continue;
-    out(SHIFT_N) = float(a.mean[a.width + c]), out(REST_N) = float(a.mean[a.width + c] - out(SHIFT_N));
-    out(COV_XN) = float(a.moment[a.width + c] / n), out(VAR_N) = float(a.moment[2 * a.width + c] / n);
-  }
-  if (columns == BATCH && !tokens) return a.count;
-  token[STD_MEAN] = float(a.token_sum[0] / n), token[MEAN_MEAN] = float(a.token_sum[1] / n);
-  token[EPS_SHARE] = kind == BATCH ? 0.f : float(a.below / n);
-  for (int i = 0; i < 2; i++) {
-    bool spoilt = std::isnan(a.token_sum[i]);
-    token[STD_MIN + i] = spoilt ? nan : a.token_min[i], token[STD_MAX + i] = spoilt ? nan : a.token_max[i];
-  }
-  return a.count;
+  if (!asked.moments) return;
+  for (int part = 1; part < parts; part++) accumulators[0].merge(accumulators[part]);
+  into.add(accumulators[0], columns != BATCH, asked.tokens, asked.kind != BATCH);
 }
 
-extern "C" int64_t stabnorm_moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
-                                    int tokens, int normalized, float eps, int threads, float* channel, int64_t stride,
-                                    float* token) {
-  return moments(x, type, rows, C, valid, kind, tokens, normalized, eps, threads, channel, stride, token, Output{}, true);
+}  // namespace
+
+extern "C" void stabnorm_moments(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
+                                 int tokens, int normalized, float eps, int threads, int64_t* seen, float* channel,
+                                 int64_t stride, float* token) {
+  const Asked asked{kind, tokens != 0, true, eps};
+  moments(x, type, rows, C, valid, normalized, asked, threads, Row{seen, channel, stride, token}, Output{});
 }
 
 // Compute the norm, and the same moments unless `add` is false. `kind` is LAYER or RMS; gain and bias may be null.
-extern "C" int64_t stabnorm_observed(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
-                                     float eps, int add, int threads, float* channel, int64_t stride, float* token,
-                                     const float* gain, const float* bias, void* y, float* means, float* scales) {
+extern "C" void stabnorm_observed(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
+                                  float eps, int add, int threads, int64_t* seen, float* channel, int64_t stride,
+                                  float* token, const float* gain, const float* bias, void* y, float* means,
+                                  float* scales) {
   const Output out{y, means, scales, gain, bias};
-  return moments(x, type, rows, C, valid, kind, true, true, eps, threads, channel, stride, token, out, add);
+  moments(x, type, rows, C, valid, true, Asked{kind, true, add != 0, eps}, threads, Row{seen, channel, stride, token}, out);
 }

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from stabnorm.functional import Kind, RawMoments, merge_moments_
-from stabnorm.functional.moments import RAW
+from stabnorm.functional import Kind, RawMoments
 from stabnorm.ops.aten import moments as aten
 from stabnorm.ops.cpp.library import call, maybe_whole, shape_of
 from stabnorm.ops.moments import Request, add_moments_
@@ -19,22 +18,12 @@ def add_moments_of_rows_(rows: Tensor, valid: Tensor | None, into: RawMoments, r
         aten.add_moments_of_rows_(rows, valid, into, request)
         return
     rows = rows.contiguous()
-    new = into if request.fresh else empty_moment(rows.shape[1])
-    seen = call(
+    call(
         "moments", rows, *shape_of(rows), maybe_whole(valid), KINDS[request.kind], request.tokens, request.normalized,
-        request.eps, torch.get_num_threads(), new.channel, new.channel.stride(0), new.token,
+        request.eps, torch.get_num_threads(), *addresses(into),
     )  # fmt: skip
-    take_in_(into, new, seen)
 
 
-def empty_moment(channels: int) -> RawMoments:
-    """Return the empty accumulator of one layer."""
-    return RAW.one(channels, torch.device("cpu"))
-
-
-def take_in_(into: RawMoments, new: RawMoments, seen: int) -> None:
-    """Add what C++ has written into ``new`` to ``into``, which may be the same."""
-    if seen:
-        new.seen.fill_(seen)
-        if new is not into:
-            merge_moments_(into, new)
+def addresses(into: RawMoments) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Return what C++ is told about one layer's accumulator."""
+    return into.seen, into.channel, into.channel.stride(0), into.token

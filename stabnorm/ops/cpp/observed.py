@@ -5,7 +5,7 @@ from torch import Tensor
 
 from stabnorm.functional import RawMoments
 from stabnorm.ops.cpp.library import call, like, maybe_vector, maybe_whole, shape_of
-from stabnorm.ops.cpp.moments import KINDS, empty_moment, take_in_
+from stabnorm.ops.cpp.moments import KINDS, addresses
 from stabnorm.ops.observed import NormKind, Spec, norm_gradient, norm_with_moments
 
 
@@ -23,14 +23,10 @@ def norm(
     """See `ops.observed.norm_with_moments`; it gathers all moments, also those that `spec` leaves out."""
     rows = rows.contiguous()
     means, rstds = rows.new_empty(2, len(rows), dtype=torch.float32)
-    fresh = not (add and into.seen.numpy().any())  # a CPU tensor, so reading it does not sync
-    new = into if fresh else empty_moment(rows.shape[1])
-    seen = call(
+    call(
         "observed", rows, *shape_of(rows), maybe_whole(valid), KINDS[spec.kind], spec.eps, add,
-        torch.get_num_threads(), new.channel, new.channel.stride(0), new.token, maybe_vector(gain),
-        maybe_vector(bias), y, means, rstds,
+        torch.get_num_threads(), *addresses(into), maybe_vector(gain), maybe_vector(bias), y, means, rstds,
     )  # fmt: skip
-    take_in_(into, new, seen)
     return means, rstds
 
 

@@ -1,6 +1,7 @@
 """The flight recorder of a Lightning training: how its model is built, and which rows a batch has."""
 
 import functools
+import inspect
 import operator
 import sys
 from collections import deque
@@ -46,12 +47,12 @@ def _loss_of(trainer: "Trainer", model: Any, batch: Any) -> Tensor | None:
     return loss_again(trainer, model, batch, getattr(trainer.fit_loop, "batch_idx", 0))()
 
 
-def recipe_of(pl_module: "LightningModule") -> dict[str, Any] | None:
-    """Say how the module is built: its class, and its hyperparameters if they are plain; None if nobody can know."""
-    hyperparameters = dict(getattr(pl_module, "hparams", {}))
-    if not _is_plain(hyperparameters):
-        return None
-    cls = type(pl_module)
+def recipe_of(pl_module: "LightningModule") -> dict[str, Any]:
+    """Say how the module is built: its class, and its hyperparameters; or, as "unknown", why nobody can know."""
+    cls, hyperparameters = type(pl_module), dict(getattr(pl_module, "hparams", {}))
+    unknown = _why_unknown(cls, hyperparameters)
+    if unknown:
+        return {"unknown": unknown}
     recipe: dict[str, Any] = {"module": cls.__module__, "class": cls.__qualname__, "hyperparameters": hyperparameters}
     if cls.__module__ == "__main__":
         main: Any = sys.modules["__main__"]
@@ -59,7 +60,24 @@ def recipe_of(pl_module: "LightningModule") -> dict[str, Any] | None:
             recipe["module"] = main.__spec__.name
         elif getattr(main, "__file__", None):
             recipe["file"] = str(Path(main.__file__).resolve())
+        else:
+            return {"unknown": f"{cls.__name__} was written in an interactive session"}
     return recipe
+
+
+def _why_unknown(cls: type[Any], hyperparameters: dict[str, Any]) -> str:
+    """Say why a class cannot be built again from hyperparameters; "" if it can be, as far as they tell."""
+    if "<locals>" in cls.__qualname__:
+        return f"the class {cls.__name__} is defined inside a function"
+    if not _is_plain(hyperparameters):
+        return "its hyperparameters are no plain numbers and texts"
+    try:
+        inspect.signature(cls).bind(**hyperparameters)
+    except TypeError as error:
+        return f"save_hyperparameters() does not hold the arguments of {cls.__name__}: {error}"
+    except ValueError:  # it has no signature
+        return ""
+    return ""
 
 
 def _is_plain(value: Any) -> bool:

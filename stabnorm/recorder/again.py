@@ -220,10 +220,11 @@ def build(dump: Dump) -> nn.Module:
     Raises:
         StabNormError: the dump does not say how.
     """
-    recipe = dump.header.get("model")
-    if not recipe:
+    recipe = dump.header.get("model") or {}
+    if "class" not in recipe:
+        why = f": {recipe['unknown']}" if "unknown" in recipe else ""
         raise StabNormError(
-            "the dump does not say how the model is built. Name a function without arguments that returns it: "
+            f"the dump does not say how the model is built{why}. Name a function without arguments that returns it: "
             "--model package.module:function"
         )
     try:

@@ -6,16 +6,19 @@ from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from stabnorm import StabilityMonitor
+from stabnorm import StabilityMonitor, StabNormError
 from stabnorm._models.masks import masks_of
 from stabnorm.callbacks import StabilityCallback
+from stabnorm.callbacks._recorder import recipe_of
 from stabnorm.recorder import FlightRecorder, read_dump
+from stabnorm.recorder.again import build
+from stabnorm.recorder.dump import Dump
 from tests.lightning_small import fit, module, trainer
 
 VALID = torch.tensor([[True, False]])
@@ -87,3 +90,25 @@ def test_a_dump_says_whether_its_step_can_be_run_again(
     (folder,) = recorder.dumps
     assert read_dump(folder).header["step"] == int(open_step)
     assert any(re.search(said, record.getMessage()) for record in caplog.records)
+
+
+class Unsaved(nn.Module):
+    hparams: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+
+def test_a_dump_says_why_its_model_cannot_be_built_before_a_script_is_run_for_it() -> None:
+    class Local(nn.Module): ...
+
+    assert recipe_of(Local()) == {"unknown": "the class Local is defined inside a function"}  # type: ignore[arg-type]
+    assert "the arguments of Unsaved: missing a required argument: 'width'" in recipe_of(Unsaved(3))["unknown"]  # type: ignore[arg-type]
+    Unsaved.hparams = {"width": nn.ReLU()}
+    assert recipe_of(Unsaved(3)) == {"unknown": "its hyperparameters are no plain numbers and texts"}  # type: ignore[arg-type]
+    Unsaved.hparams = {"width": 3}
+    made = recipe_of(Unsaved(3))  # type: ignore[arg-type]
+    assert made == {"module": __name__, "class": "Unsaved", "hyperparameters": {"width": 3}}
+    dump = Dump(Path(), {"model": {"unknown": "the class Local is defined inside a function"}}, {}, {}, {})
+    with pytest.raises(StabNormError, match=r"how the model is built: the class Local is .*\. Name a function"):
+        build(dump)

@@ -41,6 +41,17 @@ class _Failure(Exception):
     """An error that is printed for the user, without a traceback of our own."""
 
 
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], str], summary: str, description: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand, which prints what `run` returns for its options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
 # --- stabnorm plan ---
 
 _PLAN = """\
@@ -53,14 +64,8 @@ also looked for in the current directory."""
 
 
 def _add_plan(commands: Any) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="what switching and folding a model would bring",
-        description=_PLAN,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _command(commands, "plan", _plan, "what switching and folding a model would bring", _PLAN)
     parser.add_argument("factory", type=_reference, help="the function that builds both, as package.module:factory")
-    parser.set_defaults(run=_plan)
 
 
 def _reference(text: str) -> tuple[str, str]:
@@ -146,14 +151,10 @@ StabilityCallback wrote, with any logger, follows runs that still train, and nee
 
 
 def _add_view(commands: Any) -> None:
-    parser = commands.add_parser(
-        "view", help="show runs in the browser, live", description=_VIEW,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = _command(commands, "view", _view, "show runs in the browser, live", _VIEW)
     parser.add_argument("folder", help="the folder of a run, or one above several")
     parser.add_argument("--port", type=int, default=6007, help="0 takes a free one (default: 6007)")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine only)")
-    parser.set_defaults(run=_view)
 
 
 def _view(options: argparse.Namespace) -> str:
@@ -188,16 +189,12 @@ metrics.csv, or another log with a column of losses. It says where loss or gradi
 
 
 def _add_report(commands: Any) -> None:
-    parser = commands.add_parser(
-        "report", help="write a report of runs as one file", description=_REPORT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = _command(commands, "report", _report, "write a report of runs as one file", _REPORT)
     parser.add_argument("folder", help="the folder of a run, or one above several; or a log of another trainer")
     parser.add_argument(
         "-o", "--output", help="the file (default: report.html or report.md in the folder; of a log, the terminal)"
     )
     parser.add_argument("--format", choices=("html", "md"), help="default: what the output's name says, else html")
-    parser.set_defaults(run=_report)
 
 
 def _report(options: argparse.Namespace) -> str:
@@ -227,12 +224,8 @@ each of them."""
 
 
 def _add_remedies(commands: Any) -> None:
-    parser = commands.add_parser(
-        "remedies", help="what to do about which symptom", description=_REMEDIES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = _command(commands, "remedies", _remedies, "what to do about which symptom", _REMEDIES)
     parser.add_argument("statistic", nargs="?", help="only what answers this statistic (default: all)")
-    parser.set_defaults(run=_remedies)
 
 
 def _remedies(options: argparse.Namespace) -> str:
@@ -253,10 +246,7 @@ function that returns it, with any weights."""
 
 
 def _add_replay(commands: Any) -> None:
-    parser = commands.add_parser(
-        "replay", help="run the step of a dump again", description=_REPLAY,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = _command(commands, "replay", _replay, "run the step of a dump again", _REPLAY)
     parser.add_argument("dump", help="the folder of a dump, in `dumps/` of the run's folder")
     parser.add_argument(
         "--model", type=_reference, help="the function that returns the model, as package.module:function"
@@ -267,7 +257,6 @@ def _add_replay(commands: Any) -> None:
     parser.add_argument("--checkpoint", help="a checkpoint with the weights, if the dump has none")
     parser.add_argument("--device", default="cpu", help="where to run it (default: cpu)")
     parser.add_argument("--trust", action="store_true", help="read objects of any class, which runs code of the dump")
-    parser.set_defaults(run=_replay)
 
 
 def _replay(options: argparse.Namespace) -> str:

@@ -76,12 +76,8 @@ def probe(module: nn.Module) -> Formula | None:
     generator = torch.Generator("cpu").manual_seed(0)
     with plain_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            if not _may_run(module):
-                return None
-            stand_ins = _stand_ins(module, generator)
-            twin = _copy(module, stand_ins)
-        except Exception:  # among it the module's own code, which may raise anything
+        twin, stand_ins = _twin(module, generator)
+        if twin is None:
             return None
         sizes = {tensor.numel() for tensor in stand_ins.values()}
         told = _told(module)
@@ -125,12 +121,8 @@ def probe_applied(module: nn.Module) -> Formula | None:
     generator = torch.Generator("cpu").manual_seed(0)
     with plain_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            if not _may_run(module):
-                return None
-            stand_ins = _stand_ins(module, generator)
-            twin = _copy(module, stand_ins)
-        except Exception:  # among it the module's own code, which may raise anything
+        twin, stand_ins = _twin(module, generator)
+        if twin is None:
             return None
         device = next((tensor.device for tensor in stand_ins.values()), torch.device("cpu"))
         devices = [device] if device.type == "cuda" else []
@@ -177,6 +169,17 @@ def _applies(call: Mapping[str, Any], twin: nn.Module, norm: NormLayer, x: Tenso
     own = all(call.get(name) is part for name, part in parts.items())
     groups = call.get("num_groups", norm.groups) == norm.groups
     return own and groups and call["eps"] == norm.eps and torch.equal(call["input"], x)
+
+
+def _twin(module: nn.Module, generator: torch.Generator) -> tuple[nn.Module | None, dict[str, Tensor]]:
+    """Give a copy that may be run, and the stand-ins for its tensors; no copy where that cannot be."""
+    try:
+        if _may_run(module):
+            stand_ins = _stand_ins(module, generator)
+            return _copy(module, stand_ins), stand_ins
+    except Exception:  # among it the module's own code, which may raise anything
+        pass
+    return None, {}
 
 
 def _may_run(module: nn.Module) -> bool:

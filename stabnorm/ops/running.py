@@ -27,6 +27,7 @@ def _gate_like(square: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @op(
+    "square",
     mutates=("window", "running", "recent", "step", "skips", "progress"),
     fake=lambda square, *_: _gate_like(square),
 )
@@ -80,7 +81,7 @@ def smooth_square_(
     return divisor, gate
 
 
-@op(mutates=("window", "average", "filled"), fake=lambda gradient, *_: torch.empty_like(gradient))
+@op("gradient", mutates=("window", "average", "filled"), fake=lambda gradient, *_: torch.empty_like(gradient))
 def smooth_gradient_(
     gradient: Tensor, gate: Tensor, window: Tensor, average: Tensor, filled: Tensor, momentum: float
 ) -> Tensor:
@@ -107,13 +108,8 @@ def smooth_gradient_(
     return psi
 
 
-def _has_filter(mean: Tensor | None, square: Tensor, count: Tensor, *rest: Tensor | None) -> bool:
-    return rest[2] is not None  # the window
-
-
 @op(
     "square",
-    unless=_has_filter,
     mutates=("running_mean", "running_var", "window", "step", "skips", "progress"),
     fake=returns_nothing,
 )
@@ -167,6 +163,7 @@ def track_batch_(
 
 
 @op(
+    "square",
     mutates=("running", "recent", "step", "skips", "progress"),
     fake=lambda square, *_: _gate_like(square),
 )
@@ -209,7 +206,7 @@ def track_quadratic_(
     return divisor, gate
 
 
-@op(mutates=("nu",), fake=lambda gradient, *_: torch.empty_like(gradient))
+@op("gradient", mutates=("nu",), fake=lambda gradient, *_: torch.empty_like(gradient))
 def quadratic_gradient_(gradient: Tensor, power: Tensor, gate: Tensor, nu: Tensor, alpha: float) -> Tensor:
     r"""Update PowerNorm's backward statistic (arXiv:2003.07845, algorithm 2); return psi ``[C]``, exact in the warm-up.
 

@@ -3,12 +3,11 @@
 // rows at a time, a strip, stay in the inner caches: first mean and variance of each token are computed, then column sums
 // of deviations from a shift, while the next strip is fetched. Column sums are float32 in a tile of rows and float64 above it. Blocks of rows with a common
 // shift, threads, and what the accumulator held before, merge by Chan's rule.
+#include "columns.h"
 #include "layout.h"
-#include "vectors.h"
 
 namespace {
 
-constexpr int TILE = 64;            // rows; their column sums are float32
 constexpr int TOGETHER = 4;         // tokens whose sums are computed at once, so that none waits for another one's
 constexpr int STRIP = 32;           // rows at most in a strip
 constexpr int64_t STRIP_BYTES = 128 << 10;  // at most, of a second cache that has 256 KiB or more

@@ -1,37 +1,11 @@
 // The passes of a norm over its rows [R, C], see `stabnorm.functional`: moments of the batch, affine map, column sums of
-// the backward, gradient of the input; the same for PRepBN's blend of two norms; and GroupScaling. Column sums of a tile
-// of rows are float32 in registers. Tiles accumulate in float64, and threads are added in order.
-#include "vectors.h"
+// the backward, gradient of the input; the same for PRepBN's blend of two norms; and GroupScaling. Threads are added in
+// order.
+#include "columns.h"
 
 namespace {
 
-constexpr int TILE = 64;
 constexpr int64_t BLOCK = 16 * TILE;  // rows with a common shift, see moments.cpp
-
-template <int K, bool whole> struct Columns {  // K vectors of columns that start at c; the last one has n columns
-  static constexpr int vectors = K;
-  int64_t c;
-  int n;
-  template <class T> vf get(const T* row, int k) const { return take<whole>(row + c + k * W, n); }
-  template <class T> void set(T* row, int k, vf v) const { put<whole>(row + c + k * W, v, n); }
-};
-
-// Call f(Columns) for all columns, four vectors at a time: their sums fit the registers, and they are whole cache lines.
-template <class F> inline void for_blocks(int64_t C, F f) {
-  int64_t c = 0;
-  for (; c + 4 * W <= C; c += 4 * W) f(Columns<4, true>{c, W});
-  for (; c + W <= C; c += W) f(Columns<1, true>{c, W});
-  if (c < C) f(Columns<1, false>{c, int(C - c)});
-}
-
-inline void add(double* into, vf v) {
-  for (int j = 0; j < W; j++) into[j] += v[j];
-}
-
-// Call f(first, last) for each tile of rows.
-template <class F> inline void for_tiles(int64_t first, int64_t last, F f) {
-  for (int64_t r = first; r < last; r += TILE) f(r, std::min<int64_t>(last, r + TILE));
-}
 
 template <class F> void split_rows(int64_t rows, int64_t C, int threads, F f) {
   const int parts = parts_of(rows, C, threads);
@@ -55,110 +29,74 @@ struct Moments {
   }
 };
 
+// Write the mean of the first rows, of up to TILE valid ones, as the shift of their block.
+template <class T>
+void shift_of(float* shift, const T* x, int64_t C, int64_t first, int64_t last, const uint8_t* valid) {
+  int64_t rows = 0;
+  ColumnSums<1> sums(C);
+  for (int64_t r = first; r < last && rows < TILE; r++) {
+    if (valid && !valid[r]) continue;
+    sums.add_row([&](int64_t c, int n, auto whole, vf* terms) { terms[0] = take<whole>(x + r * C + c, n); });
+    rows++;
+  }
+  sums.end_tile();
+  for (int64_t c = 0; c < C; c++) shift[c] = float(sums[0][c] / std::max<int64_t>(rows, 1));
+}
+
 template <class T>
 void moments_of(Moments& into, const T* x, int64_t C, int64_t first, int64_t last, const uint8_t* valid, bool center) {
-  const int64_t width = padded(C);
-  Array<float> shift(width);
-  Array<double> sums(width), squares(width);
-  const T* rows[TILE];
-  int size = 0;
-  int64_t block = 0;
+  Array<float> shift(padded(C));
+  ColumnSums<2> sums(C);
+  int64_t rows = 0;  // of the block
   auto end_block = [&] {
-    if (block == 0) return;
-    for (int64_t c = 0; c < C; c++) {
-      double s = sums[c];
-      sums[c] = shift[c] + s / block;
-      if (center) squares[c] -= s * s / block;
+    sums.end_tile();
+    double *mean = sums[0], *square = sums[1];
+    for (int64_t c = 0; c < C && rows; c++) {
+      const double s = mean[c];
+      mean[c] = center ? shift[c] + s / rows : 0.0;
+      if (center) square[c] -= s * s / rows;
     }
-    if (!center) std::fill(sums.begin(), sums.end(), 0.0);
-    into.merge(block, sums.data(), squares.data(), C);
-    std::fill(sums.begin(), sums.end(), 0.0), std::fill(squares.begin(), squares.end(), 0.0);
-    block = 0;
-  };
-  auto end_tile = [&] {
-    if (size == 0) return;
-    for_blocks(C, [&](auto columns) {
-      constexpr int K = decltype(columns)::vectors;
-      vf s[K], q[K], m[K];
-      for (int k = 0; k < K; k++) s[k] = q[k] = splat(0);
-      if (center && block == 0) {
-        for (int r = 0; r < size; r++) for (int k = 0; k < K; k++) s[k] += columns.get(rows[r], k);
-        for (int k = 0; k < K; k++) store(&shift[columns.c + k * W], s[k] / float(size)), s[k] = splat(0);
-      }
-      for (int k = 0; k < K; k++) m[k] = load(&shift[columns.c + k * W]);
-      for (int r = 0; r < size; r++) for (int k = 0; k < K; k++) {
-        vf d = columns.get(rows[r], k) - m[k];
-        s[k] += d, q[k] += d * d;
-      }
-      for (int k = 0; k < K; k++) add(&sums[columns.c + k * W], s[k]), add(&squares[columns.c + k * W], q[k]);
-    });
-    block += size;
-    size = 0;
-    if (block >= BLOCK) end_block();
+    into.merge(rows, mean, square, C);
+    sums.clear(), rows = 0;
   };
   for (int64_t r = first; r < last; r++) {
     if (valid && !valid[r]) continue;
-    rows[size++] = x + r * C;
-    fetch(x + r * C, C);
-    if (size == TILE) end_tile();
+    if (center && rows == 0) shift_of(shift.data(), x, C, r, last, valid);
+    sums.add_row([&](int64_t c, int n, auto whole, vf* terms) {
+      vf d = take<whole>(x + r * C + c, n) - load(&shift[c]);
+      terms[0] = d, terms[1] = d * d;
+    });
+    if (++rows == BLOCK) end_block();
   }
-  end_tile();
   end_block();
 }
 
-// Add the sums over some rows of dy, and of dy times each of `count` factors, which f(row, columns, k, factor) gives.
+// Get the sums of dy, and of dy times each of `count` factors, which f(row, first column, number, whether whole, factors)
+// writes. `out [2][1 + count][C]` has them over all rows and over the valid ones.
 template <class T, int count, class F>
-void add_products(double* into, int64_t width, const T* dy, int64_t C, const int64_t* rows, int size, bool guard, F f) {
-  for_blocks(C, [&](auto columns) {
-    constexpr int K = decltype(columns)::vectors;
-    vf plain[K], product[count][K];
-    for (int k = 0; k < K; k++) {
-      plain[k] = splat(0);
-      for (int i = 0; i < count; i++) product[i][k] = splat(0);
-    }
-    for (int r = 0; r < size; r++) for (int k = 0; k < K; k++) {
-      vf g = columns.get(dy + rows[r] * C, k);
-      plain[k] += g;
-      for (int i = 0; i < count; i++) {
-        vf p = g * f(rows[r], columns, k, i);
-        product[i][k] += guard ? (g == splat(0) ? splat(0) : p) : p;  // padding may hold NaN
-      }
-    }
-    for (int k = 0; k < K; k++) {
-      add(into + columns.c + k * W, plain[k]);
-      for (int i = 0; i < count; i++) add(into + (i + 1) * width + columns.c + k * W, product[i][k]);
-    }
-  });
-}
-
-// `out [2][1 + count][C]` gets these sums over all rows and over the valid ones.
-template <class T, int count, class F>
-void column_sums(const T* dy, const T* x, int64_t R, int64_t C, const uint8_t* valid, int threads, float* out, F f) {
-  const int64_t width = padded(C), size = (1 + count) * width;
+void column_sums(const T* dy, int64_t R, int64_t C, const uint8_t* valid, int threads, float* out, F f) {
   const int parts = parts_of(R, C, threads);
-  Array<double> sums(parts * 2 * size);  // each part has sums over valid rows and over the others
+  using Sums = ColumnSums<1 + count>;
+  Array<Sums> of_valid(parts, Sums(C)), of_others(valid ? parts : 0, Sums(C));
   in_parallel(parts, [&](int part) {
-    double* mine = &sums[part * 2 * size];
-    for_tiles(R * part / parts, R * (part + 1) / parts, [&](int64_t first, int64_t last) {
-      int64_t rows[2][TILE];
-      int sizes[2] = {0, 0};
-      for (int64_t r = first; r < last; r++) {
-        int kind = valid && !valid[r];
-        rows[kind][sizes[kind]++] = r;
-        fetch(dy + r * C, C), fetch(x + r * C, C);
-      }
-      for (int kind = 0; kind < 2; kind++)
-        if (sizes[kind]) add_products<T, count>(mine + kind * size, width, dy, C, rows[kind], sizes[kind], valid, f);
-    });
+    for (int64_t r = R * part / parts; r < R * (part + 1) / parts; r++) {
+      Sums& sums = valid && !valid[r] ? of_others[part] : of_valid[part];
+      sums.add_row([&](int64_t c, int n, auto whole, vf* terms) {
+        const vf g = take<whole>(dy + r * C + c, n);
+        f(r, c, n, whole, terms + 1);
+        terms[0] = g;
+        for (int i = 1; i <= count; i++) {
+          const vf product = g * terms[i];
+          terms[i] = valid ? (g == splat(0) ? splat(0) : product) : product;  // padding may hold NaN
+        }
+      });
+    }
+    of_valid[part].end_tile();
+    if (valid) of_others[part].end_tile();
   });
   for (int i = 0; i <= count; i++) for (int64_t c = 0; c < C; c++) {
-    double of_valid = 0, of_others = 0;
-    for (int part = 0; part < parts; part++) {
-      of_valid += sums[part * 2 * size + i * width + c];
-      of_others += sums[part * 2 * size + size + i * width + c];
-    }
-    out[i * C + c] = float(of_valid + of_others);
-    out[(1 + count + i) * C + c] = float(of_valid);
+    const double sum = total(of_valid, i, c);
+    out[i * C + c] = float(sum + total(of_others, i, c)), out[(1 + count + i) * C + c] = float(sum);
   }
 }
 
@@ -194,7 +132,7 @@ extern "C" {
 // Return the number of valid rows. If there is none, `mean` and `square` are 0. If not centred, `mean` is 0.
 int64_t stabnorm_batch_moments(const void* x, int type, int64_t R, int64_t C, const uint8_t* valid, int center, int threads,
                                float* mean, float* square) {
-  Array<Moments> found(parts_of(R, C, threads), Moments(padded(C)));
+  Array<Moments> found(parts_of(R, C, threads), Moments(C));
   with_type(type, [&](auto* typed) {
     using T = element<decltype(typed)>;
     split_rows(R, C, threads, [&](int part, int64_t first, int64_t last) {
@@ -231,8 +169,8 @@ void stabnorm_sums(const void* dy, const void* x, int type, int64_t R, int64_t C
                    int threads, float* out) {
   with_type(type, [&](auto* typed) {
     using T = element<decltype(typed)>;
-    column_sums<T, 1>((const T*)dy, (const T*)x, R, C, valid, threads, out, [&](int64_t r, auto columns, int k, int) {
-      return columns.get((const T*)x + r * C, k) - columns.get(mean, k);
+    column_sums<T, 1>((const T*)dy, R, C, valid, threads, out, [&](int64_t r, int64_t c, int n, auto whole, vf* factors) {
+      factors[0] = take<whole>((const T*)x + r * C + c, n) - take<whole>(mean + c, n);
     });
   });
 }
@@ -287,9 +225,9 @@ void stabnorm_blend_sums(const void* dy, const void* x, int type, int64_t R, int
                          const float* mean, const float* means, const float* scales, int threads, float* out) {
   with_type(type, [&](auto* typed) {
     using T = element<decltype(typed)>;
-    column_sums<T, 2>((const T*)dy, (const T*)x, R, C, valid, threads, out, [&](int64_t r, auto columns, int k, int factor) {
-      vf v = columns.get((const T*)x + r * C, k);
-      return factor == 0 ? v - columns.get(mean, k) : (v - means[r]) * scales[r];
+    column_sums<T, 2>((const T*)dy, R, C, valid, threads, out, [&](int64_t r, int64_t c, int n, auto whole, vf* factors) {
+      const vf v = take<whole>((const T*)x + r * C + c, n);
+      factors[0] = v - take<whole>(mean + c, n), factors[1] = (v - means[r]) * scales[r];
     });
   });
 }

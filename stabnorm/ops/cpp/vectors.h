@@ -120,13 +120,6 @@ template <class F> static inline void for_columns(int64_t C, F f) {
   if (c < C) f(c, (int)(C - c), std::false_type{});
 }
 
-// Prefetch a row in the order of memory, because it will be read column by column.
-template <class T> static inline void fetch(const T* row, int64_t C) {
-  for (int64_t c = 0; c < C; c += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row + c, 0, 2);
-}
-
-static inline int64_t padded(int64_t C) { return (C + 4 * W - 1) / (4 * W) * (4 * W); }
-
 // A vector whose memory comes from the C library. What std::allocator calls differs from one release of the C++ library to
 // the next, so that a library that was built here would not load on an older system.
 template <class T> struct Memory {

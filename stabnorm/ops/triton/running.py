@@ -75,12 +75,18 @@ def track(
     eps: float,
     counting: bool,
 ) -> None:
-    """See `ops.running.track_batch_`."""
+    """See `ops.running.track_batch_`; the formula runs where there is a filter."""
+    if window is not None:
+        return track_batch_.formula(
+            mean, square, count, running_mean, running_var, window, step, skips, progress, patience, momentum, eps,
+            counting,
+        )  # fmt: skip
     if is_recompute():
-        return
+        return None
     _track[(1,)](
         square if mean is None else mean.contiguous(), square.contiguous(), count.to(torch.float32),
         running_var if running_mean is None else running_mean, running_var, step, skips, progress, square.numel(),
         momentum, CENTER=mean is not None, KEEPS_MEAN=mean is not None and running_mean is not None,
         AVERAGE=momentum < 0, COUNTING=counting, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
+    return None

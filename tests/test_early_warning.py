@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import early_warning
-from benchmarks.early_warning import Length, Outcome, Study, visible_divergence
+from benchmarks.broken_runs import STATISTICS, Length, Outcome, Study
 from benchmarks.faulty_trainings import FAMILIES, FAULTS, Training, constant, warmed_up
+from benchmarks.judged_runs import AMAX, HOT, refused_steps, visible_divergence
 from benchmarks.peer_rules import above_median, above_past, events, olmo_core, spike_detection, zclip
 
 CALM = 1 + 0.05 * np.sin(np.arange(300))
@@ -26,6 +27,15 @@ def test_a_training_diverges_visibly_where_five_losses_one_loss_or_a_nan_say_so(
     assert visible_divergence(single, 200) == 230
     assert visible_divergence(undefined, 200) == 221
     assert visible_divergence(single, 240) is None
+
+
+def test_steps_are_refused_that_are_far_above_their_past_or_not_finite_and_a_new_level_is_accepted() -> None:
+    run = Outcome("any", "any", 0, losses=[1.0] * 320, gradients=[1.0] * 320, rows={"": ("norm",)})
+    run.values[""] = torch.ones(320, 1, len(STATISTICS[""]))
+    run.values[""][260, 0, AMAX] = 5.0
+    run.gradients[262] = math.inf
+    run.losses[270:] = [9.0] * 50
+    assert list(refused_steps(run)) == [260, 262, *range(270, 275)]
 
 
 def test_a_rule_alarms_at_a_jump_and_counts_one_event_once() -> None:
@@ -105,11 +115,12 @@ def test_a_fault_changes_the_losses_and_no_fault_does_not(name: str) -> None:
 def test_a_quick_study_prints_its_tables_and_repeats_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = ["--kinds", "one infinity", "fc2 x1.02 a step", "nothing", "calm: restarts", early_warning.HOT]
+    chosen = ["--kinds", "one infinity", "fc2 x1.02 a step", "nothing", "calm: restarts", HOT]
     few = ["--quick", "--seeds", "10", "--families", "characters", "--folder", str(tmp_path), *chosen]
     early_warning.main(few)
     printed = capsys.readouterr().out
     assert "| one infinity | 1 | 1 | 1 | 1 | 0 | 0 | 0 | - (0) | 1 of 1 | 1 of 1 |" in printed
+    assert "| one infinity | 1 | 1 | 1 | 1 | 1 | 1 | 0 | 0 |" in printed
     assert "| Lightning SpikeDetection | 0 of 1 |" in printed
     monkeypatch.setattr(Training, "train_step", None)  # nothing is trained again
     early_warning.main(few)

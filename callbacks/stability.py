@@ -98,7 +98,7 @@ class StabilityCallback(Callback):
             stay at their steps, see `stabnorm.FileRecord`. None keeps every value. Default: 256 MiB.
 
     `trainer.callback_metrics` has ``stability/alerts``, the number of alerts so far, and ``stability/worst_score``, the
-    detector's highest score in the last flush (alerts begin at 6), for EarlyStopping and ModelCheckpoint.
+    detector's highest score in the last flush (alerts begin at 6 or above), for EarlyStopping and ModelCheckpoint.
 
     Raises:
         TypeError: an argument has another type.

@@ -80,6 +80,7 @@ class Statistic:
         floor: if not None, a robust z-score of its logarithm against the row's own past is watched. The floor is the
             smallest scale of this z-score, in log units: a change must exceed 6 floors to raise an alert.
         negligible: with `floor`, a value below it counts as this one, because changes there do not matter. Default: 0.
+        harmless: with `floor`, a rise counts only beyond this value, to which the value may climb. Default: 0.
         drifts: with `floor`, whether it moves slowly in a healthy training, so that it is compared with the last 128
             steps only and not with the last 1024. Default: False.
         advice: what a value beyond the bound means, and where to look.
@@ -115,6 +116,7 @@ class Statistic:
     upward: bool = False
     start: float | None = None
     negligible: float = 0.0
+    harmless: float = 0.0
     drifts: bool = False
 
     @property
@@ -133,6 +135,7 @@ class Statistic:
         if self.floor is not None:
             off = "above" if self.upward else "off"
             small = f", all below {self.negligible:g} alike" if self.negligible else ""
+            small += f", a rise counts beyond {self.harmless:g}" if self.harmless else ""
             bounds.append(f"alert: x{math.exp(6 * self.floor):.2g} and 6 robust sigmas {off} its past{small}")
         if self.start is not None:
             bounds.append(f"alert at a start: > {self.start:g} in most rows")

@@ -100,7 +100,8 @@ class AttentionCompanion(Companion):
             "attention_logit_max", formula="max |q k| scale over the visible keys", unit="logit",
             source="arXiv 2309.14322: above 1e4 all runs diverged; QK-Clip, arXiv 2507.20534: bound 100",
             compute=lambda sums, _: torch.where(sums.queries > 0, sums.logit, torch.nan), threshold=100.0, alarm=1e4,
-            floor=0.15, negligible=1.0, drifts=True,  # below 1 the weights of all keys are alike
+            # Below 1 the weights of all keys are alike. A head that begins to look at certain keys passes 4.
+            floor=0.15, negligible=1.0, harmless=4.0, drifts=True,
             advice="its attention logits grow, and its softmax saturates: apply "
             "stabnorm.remedies.sigma_reparametrize, or lower the learning rate",
         ),

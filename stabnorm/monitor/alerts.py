@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
+from stabnorm.monitor.baseline import BOUND
+
 Kind = Literal["past", "bound", "start", "nonfinite"]
 TRAINING = "training"  # the row of series that belong to no layer: loss and norm of the gradient
 
@@ -55,6 +57,7 @@ class Departure(NamedTuple):
         score: by how many robust standard deviations it is off; always above the bound.
         gradient: whether the statistic is one of the gradient, which a fault reaches in reverse depth order.
         companion: name of the companion that has the row. Default: "", the row is a norm, or "training".
+        bound: the score at which alerts begin. Default: 6.
     """
 
     step: int
@@ -65,3 +68,4 @@ class Departure(NamedTuple):
     score: float
     gradient: bool = False
     companion: str = ""
+    bound: float = BOUND

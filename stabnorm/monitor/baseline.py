@@ -18,7 +18,7 @@ PAST = 128  # steps in the window
 REFRESH = 16  # steps between two looks at median and scale
 LEARNT = 48  # steps before they are looked at first
 ARMED = 256  # steps before a score may raise an alert: a start-up is not calm
-BOUND = 6.0  # robust standard deviations
+BOUND = 6.0  # robust standard deviations, of as many series as the study behind it watched
 CLIP = 4.0
 DEFAULT_FLOOR = 0.05  # of a statistic that the detector does not watch
 

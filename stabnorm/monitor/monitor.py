@@ -592,7 +592,7 @@ class StabilityMonitor:
 
     @property
     def worst_score(self) -> float:
-        """The highest score that the detectors gave in the last flush: 0 while they learn, alerts begin at 6."""
+        """The highest score that the detectors gave in the last flush, 0 while they learn; an alert has 6 or more."""
         return max(float(getattr(track.detector, "worst_score", 0.0)) for track in self._tracks)
 
     @property

@@ -184,12 +184,13 @@ class OnsetFollower:
             channels: the worst channels at an alert. Default: unknown.
         """
         newest = max([*(alert.step for alert in alerts), *(d.step for d in departures)], default=0)
-        self._recent = [d for d in self._recent if newest - d.step <= 2 * SAME] + list(departures)
-        self._recent += [  # of another detector, and of a lasting departure, there are alerts only
+        told_by = {(departure.step, departure.layer) for departure in departures}
+        fresh = list(departures) + [  # of another detector, and of a lasting departure, there are alerts only
             Departure(a.step, a.layer, a.statistic, a.value, a.usual, a.score, companion=a.companion)
             for a in alerts
-            if a.kind == "past" and (a.step, a.layer) not in {(d.step, d.layer) for d in departures}
+            if a.kind == "past" and (a.step, a.layer) not in told_by
         ]
+        self._recent = [d for d in self._recent if newest - d.step <= 2 * SAME] + fresh
         changed: dict[int, Onset] = {}
         for alert in sorted(alerts, key=lambda alert: alert.step):
             last = self.onsets[-1] if self.onsets else None
@@ -200,21 +201,22 @@ class OnsetFollower:
                 self._first, self._channels = alert, channels(alert)
                 self.onsets.append(self._told(alert, alert.step, watched))
             changed[len(self.onsets) - 1] = self.onsets[-1]
-        if self._first is not None and (alerts or departures):  # which may be of the last onset, and tell more of it
-            told = self._told(self._first, self.onsets[-1].last_step, watched)
+        if self._first is not None and any(_near(departure, self._first) for departure in fresh):
+            told = self._told(self._first, self.onsets[-1].last_step, watched)  # they tell more of the last onset
             if told.moved != self.onsets[-1].moved:
                 self.onsets[-1] = changed[len(self.onsets) - 1] = told
         return list(changed.values())
 
     def _told(self, alert: Alert, last_step: int, watched: Watched) -> Onset:
         """Tell the story of an onset by what has departed so far."""
-        near = [d for d in self._recent if -SAME // 10 <= d.step - alert.step <= TOGETHER]
+        near = [departure for departure in self._recent if _near(departure, alert)]
         moved = _earliest(d for d in near if not d.companion and d.layer != TRAINING)
         depth = {name: place for place, name in enumerate(watched.layers)}
         forward = {name: d for name, d in moved.items() if not d.gradient and name in depth}
         scope, layer = _place(alert, moved, forward, depth, near, watched)
         cause, why = self.settings.cause(alert.step)
-        if cause and alert.kind == "past" and len(forward) >= MOST * len(watched.layers):
+        of_updates = alert.companion == "weights"  # of many matrices, chance decides which one crosses the bound first
+        if cause and alert.kind == "past" and (of_updates or len(forward) >= MOST * len(watched.layers)):
             scope, layer = "everywhere", alert.layer  # the setting that moved explains all of them
         if scope not in ("everywhere", "training"):
             cause, why = "", ""
@@ -223,7 +225,8 @@ class OnsetFollower:
             tuple(sorted(moved, key=lambda name: depth.get(name, len(depth)))), len(watched.layers), self._channels
             if layer == alert.layer else (), cause, rests_on=rests_on(watched.steps, ARMED),
         )  # fmt: skip
-        sentence, advice, remedy = _words(onset, alert, moved, watched.layers, why, self.settings.known)
+        bound = next((d.bound for d in near if (d.step, d.layer) == (alert.step, alert.layer)), BOUND)
+        sentence, advice, remedy = _words(onset, alert, moved, watched.layers, why, self.settings.known, bound)
         return dataclasses.replace(onset, sentence=sentence, advice=advice, remedy=remedy)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -243,6 +246,11 @@ def worst_channels(norms: Block, alert: Alert) -> tuple[int, ...]:
         return ()
     found = ids[row, norms.layers.index(alert.layer)]
     return tuple(int(channel) for channel in found if np.isfinite(channel))
+
+
+def _near(departure: Departure, alert: Alert) -> bool:
+    """Whether a departure is part of what an alert tells."""
+    return -SAME // 10 <= departure.step - alert.step <= TOGETHER
 
 
 def _earliest(departures: Any) -> dict[str, Departure]:
@@ -281,7 +289,20 @@ def _place(
     if len(depth) > 2 and len(forward) >= MOST * len(depth) and not _travels(forward, depth):
         return "everywhere", alert.layer
     layer = alert.layer if alert.layer in forward else min(forward, key=lambda name: (forward[name].step, depth[name]))
-    return ("one layer" if len(forward) == 1 else "from here on"), layer
+    return ("one layer" if len(forward) == 1 else "from here on"), _head(layer, forward, depth)
+
+
+def _head(layer: str, forward: Mapping[str, Departure], depth: Mapping[str, int]) -> str:
+    """Return the first in depth order of the layers that moved without a gap, up to the given one.
+
+    Of many layers that a fault reaches within few steps, chance decides which one crosses the bound first. One calm
+    layer between two that moved is no gap.
+    """
+    head = layer
+    for name in sorted(forward, key=depth.__getitem__, reverse=True):
+        if 0 < depth[head] - depth[name] <= 2:
+            head = name
+    return head
 
 
 def _travels(forward: Mapping[str, Departure], depth: Mapping[str, int]) -> bool:
@@ -295,7 +316,13 @@ def _travels(forward: Mapping[str, Departure], depth: Mapping[str, int]) -> bool
 
 
 def _words(
-    onset: Onset, alert: Alert, moved: Mapping[str, Departure], layers: Sequence[str], why: str, known: str
+    onset: Onset,
+    alert: Alert,
+    moved: Mapping[str, Departure],
+    layers: Sequence[str],
+    why: str,
+    known: str,
+    bound: float,
 ) -> tuple[str, str, str]:
     """Return what happened, what to look at, and what to try."""
     at = f"{onset.step:,}"
@@ -316,7 +343,7 @@ def _words(
     shown = moved.get(onset.layer) if onset.scope in ("one layer", "from here on") else None
     event: Any = shown if shown is not None and onset.layer != alert.layer else alert
     what = measured(
-        "" if event.layer == TRAINING else event.layer, event.statistic, event.value, event.usual, event.score, BOUND
+        "" if event.layer == TRAINING else event.layer, event.statistic, event.value, event.usual, event.score, bound
     )
     if onset.kind == "bound":
         advice = alert.reason[:1].upper() + alert.reason[1:].rstrip(".") + "."

@@ -95,6 +95,7 @@ def _check_own(statistic: Statistic) -> None:
         if value is not None:
             check_number(f"{bound} of statistic {name!r}", value, above=0 if bound == "floor" else None)
     check_number(f"negligible of statistic {name!r}", statistic.negligible, least=0)
+    check_number(f"harmless of statistic {name!r}", statistic.harmless, least=0)
     check_flag(f"remembers of statistic {name!r}", statistic.remembers)
     check_flag(f"drifts of statistic {name!r}", statistic.drifts)
     check_flag(f"upward of statistic {name!r}", statistic.upward)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stabnorm.monitor.baseline import ARMED, CLIP, LEARNT, PAST, REFRESH, lower_median
+from stabnorm.monitor.baseline import ARMED, BOUND, CLIP, LEARNT, PAST, REFRESH, lower_median
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
@@ -57,6 +57,7 @@ class Window:
         floors: ``[S]``, the least scale of each series, in log units.
         upward: ``[S]`` bool: only a rise counts in this series.
         exempt: ``[S]`` bool: this series scores nothing. Default: none is exempt.
+        harmless: ``[S]``, logarithms: of a rise only what lies beyond counts. Default: all of it.
 
     Shape: everything has the shape ``[S]``; the ring of values is ``[S, span.size]``.
 
@@ -66,10 +67,13 @@ class Window:
     [0.0, 0.0, 5.0, 10.0]
     """
 
-    def __init__(self, span: Span, floors: Floats, upward: Flags, exempt: Flags | None = None) -> None:
+    def __init__(
+        self, span: Span, floors: Floats, upward: Flags, exempt: Flags | None = None, harmless: Floats | None = None
+    ) -> None:
         self.span, self.steps = span, 0
         self._floors, self._upward = floors, upward
         self._exempt = np.zeros_like(upward) if exempt is None else exempt
+        self._harmless = np.full_like(floors, -np.inf) if harmless is None else harmless
         self.ring = np.full((len(floors), span.size), np.nan, np.float32)
         self.center, self.before = np.zeros((2, len(floors)), np.float32)
         self.scale = np.ones_like(self.center)
@@ -79,8 +83,9 @@ class Window:
     def follow(self, logs: Floats) -> Floats:
         """Take in the next steps, and return by how many robust standard deviations each is off.
 
-        The score must hold for two values, or be twice as high. It is NaN until the window is armed, and keeps its
-        value at steps that the window does not take.
+        The score must hold for two values, or be twice as high. It is NaN until the window is armed and the score was
+        below half of the bound once, because what moved before that has not left a past. It keeps its value at steps
+        that the window does not take.
 
         Args:
             logs: ``[steps, S]``, logarithms; what is not finite is no value.
@@ -100,7 +105,6 @@ class Window:
             marks[0, 1 + done : 1 + end] = self._scores(taken[done:end], (first + done) % self.span.size)
             marks[1, 1 + done : 1 + end], marks[2, 1 + done : 1 + end] = self.center, self.scale
             done = end
-        self.held = marks[0, -1].copy()
         known_by = (self.steps + np.arange(len(logs))) // self.span.every - first + 1
         self.steps += len(logs)
         return marks[:, known_by]
@@ -112,6 +116,8 @@ class Window:
         with np.errstate(invalid="ignore", over="ignore"):
             off = (logs - self.center) / self.scale
             kept = self.center + np.clip(off, -CLIP, CLIP) * self.scale  # outliers stay out
+            beyond = (logs - np.maximum(self.center, self._harmless)) / self.scale
+            np.copyto(off, np.maximum(beyond, 0), where=off > 0)
         learning = ~known | np.isnan(off) | (seen < self.span.learnt)
         np.copyto(kept, logs, where=learning)
         kept[~known] = np.nan
@@ -121,6 +127,9 @@ class Window:
         before = np.concatenate([self.before[None], off[:-1]])
         scores: Floats = np.maximum(np.minimum(off, before), off / 2)
         scores[seen < self.span.armed] = np.nan
+        if np.isnan(self.held).any():
+            scores[~np.logical_or.accumulate(np.isfinite(self.held) | (scores < BOUND / 2), axis=0)] = np.nan
+        self.held = scores[-1].copy()
         self.before = off[-1].copy()
         self.seen = seen[-1] + known[-1]
         return scores

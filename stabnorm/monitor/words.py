@@ -77,7 +77,7 @@ def measured(layer: str, statistic: str, value: float, usual: float, score: floa
     what = f"The {plain_name(statistic)}" + (f" of {layer}" if layer else "")
     if not math.isfinite(usual):
         return f"{what} was {number(value)}."
-    off = f"; that is {score:.2g} robust standard deviations, and alerts begin at {bound:g}"
+    off = f"; that is {score:.2g} robust standard deviations, and alerts begin at {bound:.2g}"
     return f"{what} was {number(value)}, {times(value / usual, value / usual)} its usual {number(usual)}{off}."
 
 

@@ -566,6 +566,7 @@ DOORS: dict[str, Door] = {
             "alarm": ("x", NAN, ODD),
             "floor": ("x", NAN, -1, 0, ODD),
             "negligible": ("x", NAN, -1, None, ODD),
+            "harmless": ("x", NAN, -1, None, ODD),
             "least": ("x", NAN, ODD),
             "remembers": FLAG,
             "drifts": FLAG,

@@ -151,6 +151,58 @@ def test_an_alarm_that_stands_for_ever_mutes_no_other() -> None:
     assert [(alert.step, alert.layer) for alert in run(values)] == [(0, "a"), (300, "b")]
 
 
+def many_rows(steps: int, rows: int) -> Tensor:
+    """One statistic of rows whose noise is as large as its scale, so that some score is always between 3 and 6."""
+    noise = torch.randn(steps, rows, 1, generator=torch.Generator().manual_seed(0)).clamp(-4, 4)
+    return (0.1 * noise).exp()
+
+
+def run_rows(values: Tensor) -> list[Alert]:
+    detector = RobustDetector(resolve(["token_std_mean"]), [f"row{i}" for i in range(values.shape[1])])
+    return detector.update(0, values, torch.full(values.shape[:2], 100.0), torch.zeros(values.shape[:2]).bool())
+
+
+def test_rows_that_are_merely_noisy_mute_no_alarm_for_longer_than_what_was_away_lasts() -> None:
+    values = many_rows(600, 400)
+    values[300:303, 7] *= 5
+    values[480:, 90] *= 5
+    assert [(alert.step, alert.layer) for alert in run_rows(values)] == [(300, "row7"), (480, "row90")]
+
+
+def test_of_more_rows_a_higher_score_is_needed() -> None:
+    statistics = resolve(["token_std_mean"])
+    bounds = [RobustDetector(statistics, [str(i) for i in range(rows)]).bound for rows in (1, 72, 720)]
+    assert bounds == pytest.approx([6, 6, 7])
+    values = torch.ones(400, 720, 1)
+    values[300:310, 3] = math.exp(0.05 * 6.5)  # 6.5 of the least scale
+    assert run_rows(values) == []
+    (alert,) = run_rows(values[:, :72])
+    assert alert.layer == "row3"
+    assert alert.threshold == pytest.approx(math.exp(0.05 * 6))
+
+
+def test_what_moved_before_there_was_a_past_is_no_alarm_and_what_moves_later_is_one() -> None:
+    values = calm(700)
+    values[245:, 1, 0] *= 3
+    assert run(values) == []
+    values[600:, 1, 0] *= 3
+    assert [(alert.step, alert.layer) for alert in run(values)] == [(600, "b")]
+
+
+def test_a_rise_up_to_a_harmless_value_is_none_and_beyond_it_counts_from_there() -> None:
+    detector = RobustDetector([Statistic("logit", floor=0.15, harmless=4.0)], LAYERS)
+    values = torch.ones(600, 4, 1)
+    values[300:, 0] = 9.0
+    values[300:, 1] = 0.3  # a fall counts
+    values[560:, 2] = 11.0
+    tokens, nonfinite = torch.full((600, 4), 100.0), torch.zeros(600, 4, dtype=torch.bool)
+    fall, rise = detector.update(0, values, tokens, nonfinite)
+    assert (fall.step, fall.layer) == (301, "b")
+    assert (rise.step, rise.layer, rise.usual) == (561, "c", 1.0)
+    assert rise.threshold == pytest.approx(4 * math.exp(0.9))
+    assert rise.score == pytest.approx(math.log(11 / 4) / 0.15, rel=1e-4)
+
+
 def test_a_handful_of_tokens_raises_no_absolute_alarm() -> None:
     values = calm(50)
     values[20, 1, 3] = 0.9

@@ -43,6 +43,35 @@ def test_a_break_before_the_third_layer_is_not_global_though_most_layers_move() 
     assert (onset.scope, onset.layer) == ("from here on", "norm2")
 
 
+def test_of_layers_that_a_fault_reaches_together_the_first_one_is_named_and_no_stray_one_before_them() -> None:
+    behind = [left(name, 400 + 3 * (name == "norm4")) for name in LAYERS[4:]]
+    onset = followed(alert("norm6"), [left("norm0"), *behind])
+    assert (onset.scope, onset.layer) == ("from here on", "norm4")
+    assert "between norm3 and norm4" in onset.advice
+
+
+def test_what_happens_long_after_an_onset_does_not_change_its_story() -> None:
+    follower = OnsetFollower()
+    told = followed(alert("norm5"), [left(name) for name in LAYERS[5:]], follower)
+    assert follower.add([], [left("norm1", 900)], WATCHED) == []
+    assert follower.onsets == [told]
+
+
+def test_an_update_that_a_rising_learning_rate_explains_accuses_no_matrix() -> None:
+    first = alert("w0", statistic="update_excess", companion="weights")
+    departure = left("w0")._replace(companion="weights", statistic="update_excess")
+    watched = Watched(LAYERS, {"weights": 8}, 450)
+    follower = OnsetFollower()
+    rates = 1e-3 * 1.03 ** np.arange(450).clip(380).astype(np.float32)
+    follower.settings.see(Block(0, LAYERS, {"learning_rate": rates}))
+    (onset,) = follower.add([first], [departure], watched)
+    assert (onset.scope, onset.cause) == ("everywhere", "learning rate")
+    follower = OnsetFollower()
+    follower.settings.see(Block(0, LAYERS, {"learning_rate": np.full(450, 1e-3, np.float32)}))
+    (onset,) = follower.add([first], [departure], watched)
+    assert (onset.scope, onset.layer) == ("one layer", "w0")
+
+
 def test_gradients_are_read_in_reverse_depth_order() -> None:
     first = alert("norm4", statistic="grad_gain")
     onset = followed(first, [left(name, gradient=True) for name in LAYERS[1:5]])

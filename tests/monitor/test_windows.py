@@ -38,7 +38,9 @@ class Plain:
         kept = value if learning else self.center + min(max(off, -4), 4) * self.scale
         self.values[number % self.span.size] = kept if known else math.nan
         now = 0.0 if learning or self.exempt or (self.upward and off < 0) else abs(off)
-        self.held = max(min(now, self.before), now / 2) if self.seen >= self.span.armed else math.nan
+        score = max(min(now, self.before), now / 2)
+        unknown = self.seen < self.span.armed or (math.isnan(self.held) and score >= 3)
+        self.held = math.nan if unknown else score
         self.before, self.seen = now, self.seen + known
 
     def forget(self) -> None:

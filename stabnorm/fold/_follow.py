@@ -72,7 +72,7 @@ def trace_model(
 
 
 class _NormCalls(TorchFunctionMode):
-    """Tells a trace of the functions that normalise."""
+    """Tells a trace of the functions that normalise activations. A standardized convolution normalises its weight."""
 
     _NAMES = (
         "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "local_response_norm",
@@ -84,10 +84,12 @@ class _NormCalls(TorchFunctionMode):
         self.follow = follow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, path = getattr(func, "__name__", ""), self.follow.paths[-1]
-        if name in self._NAMES and not self.follow.pauses and path not in self.follow.going_on:
-            self.follow.trace.functional.setdefault(path, name)
-        return func(*args, **(kwargs or {}))
+        follow, kwargs = self.follow, kwargs or {}
+        name, path = getattr(func, "__name__", ""), follow.paths[-1]
+        counts = name in self._NAMES and not follow.pauses and path not in follow.going_on
+        if counts and not follow.is_constant(args[0] if args else kwargs.get("input")):
+            follow.trace.functional.setdefault(path, name)
+        return func(*args, **kwargs)
 
 
 class _Follow(Following):
@@ -243,7 +245,7 @@ class _Follow(Following):
         for t in parameters:
             if storage_of(t) not in aliases and not any(t is operand for operand in operands_):
                 self._use(t, None, self._where(func))
-        if inputs and all(self._is_constant(t) for t in inputs):
+        if inputs and all(self.is_constant(t) for t in inputs):
             for t in outs:
                 self.constants[t] = True
 
@@ -292,7 +294,8 @@ class _Follow(Following):
     def _is_parameter(self, value: Any) -> bool:
         return isinstance(value, Tensor) and storage_of(value) in self.owners
 
-    def _is_constant(self, value: Any) -> bool:
+    def is_constant(self, value: Any) -> bool:
+        """Whether this is a tensor that parameters and buffers alone decide."""
         return isinstance(value, Tensor) and (value in self.constants or storage_of(value) in self.constant_storages)
 
     # --- what a scale passes ---
@@ -316,7 +319,7 @@ class _Follow(Following):
             return None
         tags, factors = shadow.tags.expand(out.shape), shadow.factors()
         is_mask = packet in (aten.masked_fill, aten.where)
-        if not is_mask and (not isinstance(multiplier, Tensor) or self._is_constant(multiplier)):
+        if not is_mask and (not isinstance(multiplier, Tensor) or self.is_constant(multiplier)):
             by = torch.as_tensor(multiplier, dtype=torch.float64, device=tags.device)
             return Shadow(tags, (factors / by if packet is aten.div else factors * by).expand(out.shape))
         self.stop([x], f"{self._where(func)} multiplies it by what depends on the input", shift_only=True)

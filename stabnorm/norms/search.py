@@ -10,7 +10,8 @@ Nothing else in stabnorm asks for a norm's class. A layer is known in one of thr
 
 The third way does not trust the name, because a `LayerNormAct2d` ends in a ReLU. A layer that is called a norm and is
 none of these is named in a warning: a layer that nobody watches must not look like a layer that is fine. Names that
-deny it, such as `NoNorm`, or that speak of other things, such as `Normalize`, raise no warning.
+deny it, such as `NoNorm`, or that speak of other things, such as `Normalize`, raise no warning; nor do blocks that hold
+a convolution, such as a `ConvNormAct` without its norm or a `NormFreeBlock`.
 """
 
 import re
@@ -19,6 +20,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -128,7 +130,7 @@ class NormSearch:
         if not any(_NORM.search(each) for each in names):
             return False
         formula = self._formula(module)
-        if formula is None and not any(_NORM.search(each) and not _NO_NORM.search(each) for each in names):
+        if formula is None and not _claims_to_be_norm(module, names):
             return False
         if self._wanted(name):
             if formula is None:
@@ -158,7 +160,15 @@ def _join(name: str, part: str) -> str:
 
 
 _NORM = re.compile("norm", re.IGNORECASE)
+_ENDS_AS_NORM = re.compile(r"norm(ali[sz]ation)?\d*d?$", re.IGNORECASE)  # LayerNorm, BatchNorm2d, GroupNorm32
 _NO_NORM = re.compile(r"No[A-Z]?[a-z]*Norm|norm(al(?!i[sz]ation)|ed)", re.IGNORECASE)  # NoNorm, Normalize, NormedLinear
+
+
+def _claims_to_be_norm(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether a name says that this is a norm, and not that it is a block, such as a `ConvNormAct` without its norm."""
+    said = [name for name in names if _NORM.search(name) and not _NO_NORM.search(name)]
+    block = any(isinstance(part, _ConvNd) for part in module.modules())
+    return any(_ENDS_AS_NORM.search(name) or not block for name in said)
 
 
 def _class_names(module: nn.Module) -> list[str]:

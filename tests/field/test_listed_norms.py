@@ -201,6 +201,20 @@ def test_a_function_that_normalises_in_a_forward_is_listed_as_kept(function: str
         fold_norms(model, draw(5, D), strict=True)
 
 
+class StandardizedConv(nn.Conv2d):
+    """As timm's StdConv2d: the function normalises the weight, not an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_a_function_that_normalises_a_weight_is_no_norm_that_stays() -> None:
+    model = ready(nn.Sequential(StandardizedConv(3, C, 3), RepBN(C, channel_dim=1), nn.Conv2d(C, D, 1)))
+    result = fold_norms(model, draw(2, 3, 8, 8), strict=True)
+    assert {norm.name: norm.status for norm in result.norms} == {"1": "forward"}
+
+
 def test_a_norm_that_nobody_understands_is_listed_as_kept_and_strict_raises() -> None:
     model = ready(nn.Sequential(nn.Conv2d(3, C, 3), BatchNormGate(C), nn.Conv2d(C, D, 1)))
     with pytest.warns(UserWarning, match="BatchNormGate"):

@@ -429,17 +429,38 @@ class NormedLinear(nn.Linear):
         return F.linear(F.normalize(x), F.normalize(self.weight))
 
 
+class ConvNormAct(nn.Sequential):
+    """timm's, built without its norm: a convolution and an activation."""
+
+
+class SpatialNorm(nn.Module):
+    """A norm by its name, which computes something with a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[1:]) * self.conv(x)  # type: ignore[no-any-return]
+
+
 class RMSNormalize(WeightlessRMSNorm):
     pass
 
 
 def test_a_name_that_denies_a_norm_or_speaks_of_another_thing_is_no_alarm() -> None:
     model: Any = nn.Sequential(
-        NoNorm(8), Wav2Vec2NoLayerNormConvLayer(nn.Conv1d(2, 2, 1)), Normalize(), NormedLinear(8, 8)
-    )
+        NoNorm(8), Wav2Vec2NoLayerNormConvLayer(nn.Conv1d(2, 2, 1)), Normalize(), NormedLinear(8, 8),
+        ConvNormAct(nn.Conv2d(8, 8, 1), nn.Identity(), nn.ReLU()),
+    )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert find_norms(model) == []
+
+
+def test_a_norm_by_its_name_that_holds_a_convolution_is_named() -> None:
+    with pytest.warns(UserWarning, match="SpatialNorm"):
+        assert find_norms(nn.Sequential(SpatialNorm())) == []
 
 
 def test_what_computes_a_norm_is_found_whatever_its_name_says() -> None:

@@ -44,7 +44,6 @@ SLINGSHOTS = "slingshots"
 KINDS = (*FAULTS, HOT, *(f"calm: {name}" for name in CALM), SLINGSHOTS)
 
 
-
 def bar(name: str) -> Progress:
     """Return a function that shows how far a run is."""
     last = [0.0]

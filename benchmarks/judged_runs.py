@@ -137,7 +137,6 @@ def visible_divergence(losses: Series, begin: int) -> int | None:
     return None
 
 
-
 def faults_table(runs: Sequence[Judged]) -> str:
     """Return how each kind of fault was warned of, as a Markdown table."""
     rows = []

@@ -77,6 +77,8 @@ class Statistic:
             Default: nothing.
         threshold: a value above it is bad according to `source`; the table at the end of a training shows such a row.
         alarm: a value above it raises an alert at once, without any past.
+        crosses: with `alarm`, whether the value must have been below it for 100 steps before it raises an alert,
+            because a model may be built with a value above it. Default: False.
         floor: if not None, a robust z-score of its logarithm against the row's own past is watched. The floor is the
             smallest scale of this z-score, in log units: a change must exceed 6 floors to raise an alert.
         negligible: with `floor`, a value below it counts as this one, because changes there do not matter. Default: 0.
@@ -118,6 +120,7 @@ class Statistic:
     negligible: float = 0.0
     harmless: float = 0.0
     drifts: bool = False
+    crosses: bool = False
 
     @property
     def needs_all(self) -> frozenset[str]:
@@ -131,7 +134,7 @@ class Statistic:
         if self.least is not None:
             bounds.append(f"< {self.least:g}")
         if self.alarm is not None:
-            bounds.append(f"alert > {self.alarm:g}")
+            bounds.append(f"alert > {self.alarm:g}" + ", after 100 steps below" * self.crosses)
         if self.floor is not None:
             off = "above" if self.upward else "off"
             small = f", all below {self.negligible:g} alike" if self.negligible else ""

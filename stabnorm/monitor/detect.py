@@ -158,7 +158,8 @@ class RobustDetector:
         # An alarm may last, and mutes only itself: calm steps until it is raised again.
         self.steps = 0
         self._quiet = {"nonfinite": 0, "past": 0, "start": 0}
-        self._quiet_alarms = np.zeros((len(self._layers), len(self._alarmed)), np.int64)
+        crosses = np.array([self._statistics[i].crosses for i in self._alarmed], bool)
+        self._quiet_alarms = np.tile(np.where(crosses, _QUIET, 0), (len(self._layers), 1)).astype(np.int64)
         self._away = np.zeros((len(self._layers), len(self._watched)), bool)  # series that are out of their usual range
         self._from_zero = np.zeros(len(self._layers), bool)  # rows whose first value was infinite
         self._departures: list[Departure] = []

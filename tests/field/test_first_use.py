@@ -16,6 +16,8 @@ from stabnorm import StabilityMonitor, StabNormError
 from stabnorm._models.masks import masks_of
 from stabnorm.callbacks import StabilityCallback
 from stabnorm.callbacks._recorder import recipe_of
+from stabnorm.monitor.detect import RobustDetector
+from stabnorm.monitor.statistics import resolve
 from stabnorm.recorder import FlightRecorder, read_dump
 from stabnorm.recorder.again import build
 from stabnorm.recorder.dump import Dump
@@ -112,3 +114,25 @@ def test_a_dump_says_why_its_model_cannot_be_built_before_a_script_is_run_for_it
     dump = Dump(Path(), {"model": {"unknown": "the class Local is defined inside a function"}}, {}, {}, {})
     with pytest.raises(StabNormError, match=r"how the model is built: the class Local is .*\. Name a function"):
         build(dump)
+
+
+def shares_alarm(values: list[float], chunk: int = 40) -> list[int]:
+    """Return the steps of the alerts that these shares below eps raise in one layer."""
+    detector = RobustDetector(resolve(["eps_share"]), ["norm"])
+    series = torch.tensor(values)[:, None, None]
+    parts = [(start, series[start : start + chunk]) for start in range(0, len(series), chunk)]
+    seen, finite = torch.full((len(series), 1), 64), torch.zeros(len(series), 1, dtype=torch.bool)
+    found = [detector.update(start, part, seen[: len(part)], finite[: len(part)]) for start, part in parts]
+    return [alert.step for alerts in found for alert in alerts]
+
+
+def test_a_model_that_is_built_with_variances_below_eps_is_not_said_to_be_unstable() -> None:
+    """MobileNetV3 has an eps of 0.001 and depthwise weights that make its first variances smaller."""
+    assert shares_alarm([0.9] * 400) == []
+    assert shares_alarm([0.45] * 5 + [0.6] * 300) == []  # it began near the bound
+    assert shares_alarm([0.9] * 50 + [0.1] * 60 + [0.9] * 50) == []
+
+
+def test_variances_that_fall_below_eps_raise_one_alert() -> None:
+    assert shares_alarm([0.0] * 120 + [0.9] * 100) == [120]
+    assert shares_alarm([0.9] * 50 + [0.1] * 110 + [0.9] * 50) == [160]

@@ -81,7 +81,7 @@ SCALE = (
         "eps_share", "S2", "share of the variances the layer divides by that are below 10 eps: those of tokens "
         "(LayerNorm), channels (BatchNorm) or groups (GroupNorm, InstanceNorm), or mean squares of tokens (RMSNorm)",
         "token", "1", "definition of the norm, which then shrinks its output; bounds ours", TOKENS, _eps_share,
-        needs="tokens", threshold=0.01, alarm=0.5,
+        needs="tokens", threshold=0.01, alarm=0.5, crosses=True,
         advice="it divides by variances below 10 eps, so it shrinks its output: look at how its input is initialised, "
         "or whether a layer before it has died",
     ),

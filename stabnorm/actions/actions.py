@@ -28,7 +28,7 @@ KINDS: Mapping[str, str] = {
     "one_layer": "one layer leaves its usual range",
     "from_here_on": "a layer and those behind it leave it",
     "everywhere": "nearly all layers leave it at once",
-    "training": "only the loss or the norm of the gradient leaves it",
+    "training": "the loss or gradients leave it, and no input of a layer does",
     "any": "each of these",
 }
 BEFORE_STEP = (NON_FINITE, SPIKE)  # the kinds that are known before the optimizer steps

@@ -24,6 +24,7 @@ Scope = Literal["one layer", "from here on", "everywhere", "training"]
 
 SAME = 100  # steps: an alert that follows another one as closely belongs to the same onset
 TOGETHER = 32  # steps within which layers move together
+_AT_ONCE = 2  # steps within which the loss shows what is wrong with its targets
 MOST = 0.75  # share of the layers: if as many move at once, the cause is global
 
 
@@ -35,7 +36,7 @@ class Onset:
         step: step of the first alert.
         last_step: step of the last alert so far.
         kind: kind of the first alert: "past", "bound" or "nonfinite".
-        scope: "one layer", "from here on", "everywhere", or "training" if only the loss or the gradient's norm moved.
+        scope: "one layer", "from here on", "everywhere", or "training" if only the loss or gradients moved at first.
         layer: the layer where it began; the first alert's row if the scope is "everywhere" or "training", which then
             is no accusation.
         statistic: the statistic of the first alert.
@@ -281,6 +282,10 @@ def _place(
         return ("training" if alert.layer == TRAINING else "one layer"), alert.layer
     if alert.companion and len(forward) < MOST * len(depth):
         return "one layer" if not forward else "from here on", alert.layer
+    at_once = [d for d in near if abs(d.step - alert.step) <= _AT_ONCE]
+    of_loss = any(d.layer == TRAINING and d.statistic == "loss" for d in at_once)
+    if of_loss and not any(d in at_once for d in forward.values()):
+        return "training", alert.layer  # no layer's input has moved when the loss and the gradients have
     if not forward:  # the backward pass carries a fault to the layers before it
         layer = alert.layer if alert.layer in moved else max(moved, key=lambda name: depth.get(name, -1))
         if len(moved) >= MOST * len(depth) and len(depth) > 2:
@@ -357,7 +362,10 @@ def _words(
         )
         return head, f"The cause is global and not one layer. {look}", global_remedy(onset.cause, onset.step)
     if onset.scope == "training":
-        look = f"Since step {at}: no layer has left its usual range. {what}"
+        calm = "no layer has left its usual range"
+        if alert.layer != TRAINING:
+            calm = "the loss and the gradients left their usual range, and no layer's input did"
+        look = f"Since step {at}: {calm}. {what}"
         return (
             look,
             f"Look at the batches and targets of these steps. {why}".rstrip(),

@@ -72,6 +72,18 @@ def test_an_update_that_a_rising_learning_rate_explains_accuses_no_matrix() -> N
     assert (onset.scope, onset.layer) == ("one layer", "w0")
 
 
+def test_a_loss_and_gradients_that_leave_their_range_while_no_input_does_accuse_no_layer() -> None:
+    first = alert("norm8", statistic="grad_gain")
+    loss = left("training", 401)._replace(statistic="loss")
+    gradients = [left(name, gradient=True) for name in LAYERS[3:]]
+    onset = followed(first, [*gradients, loss, left("norm4", 412)])  # inputs follow when the weights have moved
+    assert onset.scope == "training"
+    assert "and no layer's input did" in onset.sentence
+    assert "targets" in onset.advice
+    assert followed(first, gradients).scope == "from here on"
+    assert followed(first, [*gradients, loss, left("norm4", 401)]).layer == "norm4"
+
+
 def test_gradients_are_read_in_reverse_depth_order() -> None:
     first = alert("norm4", statistic="grad_gain")
     onset = followed(first, [left(name, gradient=True) for name in LAYERS[1:5]])

@@ -73,7 +73,7 @@ class Window:
         self.span, self.steps = span, 0
         self._floors, self._upward = floors, upward
         self._exempt = np.zeros_like(upward) if exempt is None else exempt
-        self._harmless = np.full_like(floors, -np.inf) if harmless is None else harmless
+        self._harmless = None if harmless is None or np.isneginf(harmless).all() else harmless
         self.ring = np.full((len(floors), span.size), np.nan, np.float32)
         self.center, self.before = np.zeros((2, len(floors)), np.float32)
         self.scale = np.ones_like(self.center)
@@ -116,8 +116,9 @@ class Window:
         with np.errstate(invalid="ignore", over="ignore"):
             off = (logs - self.center) / self.scale
             kept = self.center + np.clip(off, -CLIP, CLIP) * self.scale  # outliers stay out
-            beyond = (logs - np.maximum(self.center, self._harmless)) / self.scale
-            np.copyto(off, np.maximum(beyond, 0), where=off > 0)
+            if self._harmless is not None:
+                beyond = (logs - np.maximum(self.center, self._harmless)) / self.scale
+                np.copyto(off, np.maximum(beyond, 0), where=off > 0)
         learning = ~known | np.isnan(off) | (seen < self.span.learnt)
         np.copyto(kept, logs, where=learning)
         kept[~known] = np.nan

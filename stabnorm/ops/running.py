@@ -22,6 +22,11 @@ from stabnorm.ops.moments import is_recompute
 REMEMBERED = 16  # forwards that are remembered for a recompute; an older one is recomputed with its own statistics
 
 
+def fits_kernels(*tensors: Tensor | None) -> bool:
+    """Whether kernels can read and write these vectors and windows in place: they are contiguous, and in float32."""
+    return all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+
+
 def _gate_like(square: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(square), square.new_empty(2, dtype=torch.bool)
 

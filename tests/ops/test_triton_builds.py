@@ -22,5 +22,5 @@ def test_kernels_compile_for_a_gpu_and_use_no_local_memory(tmp_path: Path) -> No
     traced, *kernels = ran.stdout.splitlines()
     assert traced == "traced 15 ops"
     names = {line.split()[0] for line in kernels}
-    assert len(names) == 22, names
+    assert len(names) == 26, names
     assert all(line.endswith("local 0") for line in kernels), kernels

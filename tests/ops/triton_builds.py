@@ -100,6 +100,20 @@ def passes(x: Tensor, w: Tensor, valid: Tensor, token: Tensor, lam: Tensor) -> l
     ]
 
 
+def track_all(vector: Tensor) -> None:
+    """The running statistics, with and without a filter."""
+    step, skips, progress = torch.zeros(3, 3, dtype=torch.int64).unbind()
+    window, recent = vector.repeat(4, 1), torch.zeros(16, 2 * len(vector) + 1)
+    for filter_ in (None, window):
+        running.track(vector, vector, vector[0], vector, vector, filter_, step, skips, progress, 8, 0.1, 1e-5, True)
+    _, gate = running.smooth(
+        vector, vector[0], window, vector, recent, step, skips, progress, 5, 8, 0.1, 1e-5, True, True
+    )
+    running.smooth_gradient(vector, gate, window, vector, step[0], 0.1)
+    running.track_mean_square(vector, vector[0], vector, recent, step, skips, progress, 5, 0.9, True)
+    running.quadratic_gradient(vector, vector, gate, vector, 0.9)
+
+
 def step_of(layers: int, channels: int) -> None:
     """The statistics of a step, once with all that there can be and once with the least."""
     moments_of = empty_moments(layers, channels)
@@ -132,17 +146,17 @@ def main(capability: int) -> None:
             setattr(module, name, getattr(module, name)._init_fn)
     launched = [(moments, "_tokens"), (moments, "add_rows"), (accumulators, "merge_layers"), (observed, "norm_rows")]
     launched.append((standard, "standard_of_layers"))
+    kernels_of_running = ("_track", "_smooth_square", "_smooth_gradient", "_track_quadratic", "_quadratic_gradient")
+    launched += [(running, name) for name in kernels_of_running]
     for module, name in launched:
         setattr(module, name, compile_only(getattr(module, name)))
-    setattr(running, "_track", compile_only(running._track))  # noqa: B010
     for length, channels in ((64, 770), (1, 7)):  # a size of 1 is a constant to the compiler
         x, vector = torch.randn(length, channels).bfloat16(), torch.randn(channels)
         valid = torch.ones(length, dtype=torch.bool)
         passes(x, vector, valid, torch.randn(length), torch.tensor(0.5))
         into = empty_moments(shared.columns(channels, x.device).splits, channels)
         moments.add_moments_of_rows_(x, valid, into, Request("layer", 1e-5))
-        step, skips, progress = torch.zeros(3, 3, dtype=torch.int64).unbind()
-        running.track(vector, vector, vector[0], vector, vector, None, step, skips, progress, 8, 0.1, 1e-5, True)
+        track_all(vector)
         for kind in KINDS:
             spec = Spec(kind, (channels,), 1e-5, True, True)
             observed.norm(x, vector, vector, spec, x, into, valid, True)

@@ -6,6 +6,7 @@ from torch import Tensor
 from stabnorm.ops.cpp.library import call
 from stabnorm.ops.moments import is_recompute
 from stabnorm.ops.running import (
+    fits_kernels,
     quadratic_gradient_,
     smooth_gradient_,
     smooth_square_,
@@ -13,14 +14,11 @@ from stabnorm.ops.running import (
     track_quadratic_,
 )
 
-LONGEST = 8  # a product of more float32 values could leave the range of float64
+LONGEST = 8  # a window; a product of more float32 values could leave the range of float64
 
 
-def _fit(*vectors: Tensor | None, window: Tensor | None = None) -> bool:
-    """Whether C++ can read and write these vectors ``[C]`` and this window in place."""
-    given = [t for t in (*vectors, window) if t is not None]
-    plain = all(t.dtype == torch.float32 and t.is_contiguous() and t.device.type == "cpu" for t in given)
-    return plain and (window is None or len(window) <= LONGEST)
+def _is_long(window: Tensor | None) -> bool:
+    return window is not None and len(window) > LONGEST
 
 
 @track_batch_.backend("cpp")
@@ -40,7 +38,7 @@ def track(
     counting: bool,
 ) -> None:
     """See `ops.running.track_batch_`."""
-    if not _fit(mean, square, running_mean, running_var, window=window):
+    if not fits_kernels(mean, square, running_mean, running_var, window) or _is_long(window):
         return track_batch_.formula(
             mean, square, count, running_mean, running_var, window, step, skips, progress, patience, momentum, eps,
             counting,
@@ -71,7 +69,7 @@ def smooth(
     counting: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.running.smooth_square_`."""
-    if is_recompute() or not _fit(square, running, recent, window=window):
+    if is_recompute() or not fits_kernels(square, running, recent, window) or _is_long(window):
         return smooth_square_.formula(
             square, count, window, running, recent, step, skips, progress, warmup, patience, momentum, eps, filtered,
             counting,
@@ -89,7 +87,7 @@ def smooth_gradient(
     gradient: Tensor, gate: Tensor, window: Tensor, average: Tensor, filled: Tensor, momentum: float
 ) -> Tensor:
     """See `ops.running.smooth_gradient_`."""
-    if not _fit(gradient, average, window) or not gate.is_contiguous():
+    if not fits_kernels(gradient, average, window) or not gate.is_contiguous():
         return smooth_gradient_.formula(gradient, gate, window, average, filled, momentum)
     psi = torch.empty_like(gradient)
     call("smooth_gradient", gradient, gate, gradient.numel(), window, len(window), average, filled, momentum, psi)
@@ -110,7 +108,7 @@ def track_mean_square(
     counting: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.running.track_quadratic_`."""
-    if is_recompute() or not _fit(square, running, recent):
+    if is_recompute() or not fits_kernels(square, running, recent):
         return track_quadratic_.formula(square, count, running, recent, step, skips, progress, warmup, alpha, counting)
     divisor, gate = torch.empty_like(square), square.new_empty(2, dtype=torch.bool)
     call(
@@ -123,7 +121,7 @@ def track_mean_square(
 @quadratic_gradient_.backend("cpp")
 def quadratic_gradient(gradient: Tensor, power: Tensor, gate: Tensor, nu: Tensor, alpha: float) -> Tensor:
     """See `ops.running.quadratic_gradient_`."""
-    if not _fit(gradient, power, nu) or not gate.is_contiguous():
+    if not fits_kernels(gradient, power, nu) or not gate.is_contiguous():
         return quadratic_gradient_.formula(gradient, power, gate, nu, alpha)
     psi = torch.empty_like(gradient)
     call("quadratic_gradient", gradient, power, gate, gradient.numel(), nu, alpha, psi)

@@ -209,7 +209,8 @@ class ChannelNorm(EvalAffineNorm):
         axis = self.channel_dim % x.ndim if -x.ndim <= self.channel_dim < x.ndim else None
         if self.any_width and axis is not None:
             self._take_width(x.shape[axis])
-        if axis is None or x.shape[axis] != self.num_features:
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # it would warn of a comparison
+        if axis is None or (not traced and x.shape[axis] != self.num_features):
             raise ValueError(
                 f"{name} has num_features={self.num_features} on axis {self.channel_dim}, but its input x has the "
                 f"shape {tuple(x.shape)}. Build it with the number of channels the input has, or set channel_dim="

@@ -25,8 +25,8 @@ class SimplifiedLinearAttention(nn.Module):
 
     It takes the place of the attention of a vision transformer, with the names of timm's: ``block.attn =
     SimplifiedLinearAttention(dim, heads, grid=(14, 14), prefix=1)``. The norm in front of it is read by `qkv` alone, so
-    it folds there. Published are the layers for DeiT and Swin; their language model keeps the softmax, so `causal` is
-    ours: the same formula over the tokens so far, in chunks, with a convolution that sees no later token.
+    it folds there. The authors published the layers for DeiT and Swin, and their language model keeps the softmax. So
+    `causal` is ours: the same formula over the tokens so far, in chunks, with a convolution that sees no later token.
 
     The published code differs in this: it takes the mask of shifted windows and ignores it; it needs a square grid of
     patches and no class token; it leaves autocast on for what it computes in float32, except on CUDA; and the `eval` of
@@ -38,8 +38,8 @@ class SimplifiedLinearAttention(nn.Module):
         grid: rows and columns of patches; None for text. Default: None.
         prefix: how many tokens stand before the patches, such as a class token. They attend and are attended to, and
             the convolution leaves them out. Default: 0.
-        length: the largest number of tokens of a text that gets learnt positions; None for none, where the model has
-            some already. With a grid, its patches and prefix have them. Default: None.
+        length: the largest number of tokens of a text, which get learnt positions; None where the model has positions
+            already. With a grid, its patches and prefix have them. Default: None.
         causal: whether a token sees only those up to itself; for text. Default: False.
         kernel_size: of the convolution. Default: 5.
         qkv_bias: whether queries, keys and values have a bias. Default: True.

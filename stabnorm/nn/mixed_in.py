@@ -111,7 +111,7 @@ def mixed_in(mixin: type[MixedIn], base: type[nn.Module], weights: tuple[str, ..
 
 
 def mix_in(mixin: type[MixedIn], module: nn.Module, weights: tuple[str, ...] = ()) -> None:
-    """Put a mixin over the class of a module; who watches the module goes on watching. Arguments as for `mixed_in`."""
+    """Put a mixin over the class of a module, whose hooks and monitors keep working. Arguments as for `mixed_in`."""
     change_class(module, mixed_in(mixin, own_class(module), weights))
 
 

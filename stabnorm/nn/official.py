@@ -1,4 +1,4 @@
-r"""The published modules: UN, PowerNorm, RepBN and PRepBN as the code of their authors computes them, and as slow.
+r"""The published modules: UN, PowerNorm, RepBN and PRepBN as their authors' code computes them, at its speed.
 
 They reproduce recorded results step by step; `tests/golden` holds the recordings. For training, use the modules of
 `stabnorm.nn`, which compute what the papers describe. These faults are reproduced on purpose. Our tests and notes refer

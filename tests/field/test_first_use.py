@@ -2,6 +2,7 @@
 
 import logging
 import re
+import warnings
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from stabnorm import StabilityMonitor, StabNormError
+from stabnorm import StabilityMonitor, StabNormError, convert_norms
 from stabnorm._models.masks import masks_of
 from stabnorm.callbacks import StabilityCallback
 from stabnorm.callbacks._recorder import recipe_of
@@ -136,3 +137,16 @@ def test_a_model_that_is_built_with_variances_below_eps_is_not_said_to_be_unstab
 def test_variances_that_fall_below_eps_raise_one_alert() -> None:
     assert shares_alarm([0.0] * 120 + [0.9] * 100) == [120]
     assert shares_alarm([0.9] * 50 + [0.1] * 110 + [0.9] * 50) == [160]
+
+
+@pytest.mark.parametrize("to", ["prepbn", "repbn", "unified", "power", "taper"])
+def test_a_converted_model_is_traced_without_a_warning(to: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
+    convert_norms(model, to=to)
+    model(torch.randn(3, 5, 4))
+    example = torch.randn(3, 5, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model.eval(), example)
+    other = torch.randn(2, 7, 4)
+    torch.testing.assert_close(traced(other), model(other))

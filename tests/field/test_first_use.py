@@ -146,7 +146,7 @@ def test_a_converted_model_is_traced_without_a_warning(to: Any) -> None:
     model(torch.randn(3, 5, 4))
     example = torch.randn(3, 5, 4)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)
+        warnings.filterwarnings("error", "Converting a tensor to a Python")
         traced = torch.jit.trace(model.eval(), example)
     other = torch.randn(2, 7, 4)
     torch.testing.assert_close(traced(other), model(other))

@@ -150,6 +150,7 @@ def test_the_norm_inside_a_batch_norm_that_calls_a_function_folds(kind: type[nn.
     for other in (fresh, copy.deepcopy(result.model), pickle.loads(pickle.dumps(result.model))):
         assert error_of(other, model, inputs) < 1e-12
     assert find_norms(result.model) == []
+    torch._dynamo.reset()  # torch 2.6 exports a class only eight times
     assert "batch_norm" not in str(torch.export.export(result.model, (draw(2, C, 8, 8),)).graph)
 
 

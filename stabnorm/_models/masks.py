@@ -130,6 +130,11 @@ def ask_about_masks(stacklevel: int = 2) -> None:
             )
 
 
+def any_mask_is_active() -> bool:
+    """Whether a context of `valid_tokens` is open in this thread."""
+    return bool(_open.contexts)
+
+
 def mask_for(tokens: torch.Size, name: str) -> Tensor | None:
     """Give the active mask that fits a layer's tokens, in their shape; None when no active mask concerns the layer.
 

@@ -101,6 +101,7 @@ class ParameterHook:
         self._step, self._version = -1, 0  # the step and the parameter's version of the last backward
         self._used: Tensor | None = None  # the row that an optimizer step of this step has used
         self._row: Tensor | None = None  # on the device of the last gradient
+        self._plain: type[nn.Module] | None = None  # a class of the module that reads its gain as it is
 
     def __call__(self, parameter: Tensor) -> None:
         """Read a gradient that was just accumulated."""
@@ -119,19 +120,35 @@ class ParameterHook:
         if gradient is None:
             into.refuse(self.index, "its gradient was taken away inside the backward, before it could be read")
             return
+        gain, row = self._plain_gain(layer), self._row
+        if gain is not None and gain.requires_grad and row is not None and _are_like(row, gradient, gain):
+            self._begin(into, parameter, row)
+            torch.mul(gradient, gain, out=row)  # the same bits as below, in one operation
+            return
         if gradient.numel() != parameter.numel() or parameter.numel() != layer.num_features:
             return  # the norm was rebuilt with another width; its input says so
         if self.row == 1 and not _trains(layer.gain_parameter):
             return  # measured at the output
-        row = self._row
         if row is None or row.device != gradient.device:
             row = self._row = into.gradient(self.index, gradient.device)[self.row]
         self._begin(into, parameter, row)
         if not is_distributed(gradient):
-            _write_product(gradient.flatten(), layer.gain, row)
+            row.copy_(gradient.flatten())
+            if (multiplier := layer.gain) is not None:
+                row.mul_(multiplier)
         elif into.merged and (part := own_part(gradient)) is not None:
             row.zero_()
             row[part.start : part.stop] = part.values * part.parts * _gain_of(layer, part)
+
+    def _plain_gain(self, layer: NormLayer) -> Tensor | None:
+        """Return the gain if it is the module's own parameter, as `layer.gain` does in several times the time."""
+        module, name = layer.module, layer.weight_name
+        gain = module._parameters.get(name or "")
+        if gain is None or layer.gain_offset or name in vars(module):
+            return None
+        if type(module) is not self._plain:  # another class may compute what it reads from the parameter
+            self._plain = type(module) if layer.gain_parameter is getattr(module, str(name)) else None
+        return None if self._plain is None else gain
 
     def _begin(self, into: Accumulators, parameter: Tensor, row: Tensor) -> None:
         """Keep what an optimizer step has used, and drop what was read at the layer's output."""
@@ -149,14 +166,13 @@ class ParameterHook:
         self._used = None
 
 
-def _write_product(gradient: Tensor, gain: Tensor | None, row: Tensor) -> None:
-    """Write gradient times gain into a row in float32; where both are float32, in one operation with the same bits."""
-    if gain is not None and gain.shape == row.shape and gain.dtype == gradient.dtype == row.dtype:
-        torch.mul(gradient, gain, out=row)
-        return
-    row.copy_(gradient)
-    if gain is not None:
-        row.mul_(gain)
+def _are_like(row: Tensor, gradient: Tensor, gain: Tensor) -> bool:
+    """Whether a gradient and a gain are plain tensors of the row's shape, dtype and device."""
+    if type(gradient) is not Tensor or type(gain) is not nn.Parameter:
+        return False
+    shape, dtype, device = row.shape, row.dtype, row.device
+    same = gradient.shape == shape == gain.shape and gradient.dtype is dtype is gain.dtype
+    return same and gradient.device == device == gain.device
 
 
 def _trains(parameter: nn.Parameter | None) -> bool:

@@ -25,6 +25,7 @@ from stabnorm.monitor.layer_hook import LayerHook
 from stabnorm.ops.detail import accumulate_detail_, count_outliers_
 from stabnorm.ops.dispatch import one_at_a_time
 from stabnorm.ops.moments import accumulate_moments_
+from stabnorm.ops.repeated import RepeatedMoments
 
 
 class Observer:
@@ -111,6 +112,7 @@ class _InputHook(LayerHook):
         parameter = next(self.layer.module.parameters(), None)
         self.account = into.account(index, device if parameter is None else parameter.device)
         self._seen: tuple[Tensor, npt.NDArray[np.int64] | None] | None = None  # the account's, and its memory on a host
+        self._repeated = RepeatedMoments()
         self.fused: FusedNorm | None = None
         if into.fused and can_fuse(self.layer):
             self.fused = FusedNorm(into, self.layer, self.add)
@@ -124,8 +126,13 @@ class _InputHook(LayerHook):
             self.observe(module, args, kwargs)
             return
         start = time.perf_counter()
-        self.observe(module, args, kwargs)
-        self.into.seconds += time.perf_counter() - start
+        into = self.into
+        x = self._repeated.add(args, kwargs, into.normalized and into.dear) if self.fused is None else None
+        if x is None:
+            self.observe(module, args, kwargs)
+        else:
+            self.observe_more(x, None)
+        into.seconds += time.perf_counter() - start
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer = self.layer
@@ -153,6 +160,7 @@ class _InputHook(LayerHook):
             return
         with one_at_a_time:  # no other thread may add between the question and the answer
             accumulate_moments_(*what, self.nothing_yet())
+            self._repeated.remember(x, valid, account, layer.kind, layer.channel_dim, layer.eps, self.into.tokens)
 
     def observe_more(self, x: Tensor, valid: Tensor | None) -> None:
         """Gather more from this input, in a subclass."""

@@ -60,11 +60,19 @@ def _checked(kernels: str, where: str) -> str:
 
 _kernels = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 _choices: dict[tuple[object, ...], str] = {}  # the backend that runs, by all that decides about it
+_forgotten = 0
 
 
 def forget_choices() -> None:
     """Forget which backends were chosen, because other ones may run now."""
+    global _forgotten
     _choices.clear()
+    _forgotten += 1
+
+
+def times_forgotten() -> int:
+    """Return how often choices were forgotten: while it stays the same, the backend that was chosen runs."""
+    return _forgotten
 
 
 tested.on_change.append(forget_choices)
@@ -286,7 +294,9 @@ def admit(device: torch.device) -> None:
 
 def look_again() -> None:
     """Let the ops that only observe use what a self-test in the background has admitted since the last call."""
+    global _forgotten
     if admission.ended():
+        _forgotten += 1
         for key in [key for key in _choices if OPS[str(key[0])].observes]:
             del _choices[key]
 

@@ -63,9 +63,8 @@ def test_the_arguments_of_every_function_are_read_from_its_declaration() -> None
     defined = {name for path in build.sources() for name in re.findall(r"\bstabnorm_(\w+)\(", path.read_text())}
     signatures = library.signatures()
     assert set(signatures) == defined
-    called = {
-        name for path in build.FOLDER.glob("*.py") for name in re.findall(r"\bcall\(\s*\"(\w+)\"", path.read_text())
-    }
+    calls = re.compile(r"\b(?:call|function)\(\s*\"(\w+)\"")
+    called = {name for path in build.FOLDER.glob("*.py") for name in calls.findall(path.read_text())}
     assert called == defined
     pointer, size, integer, real = (library._c_type(kind) for kind in ("void* x", "int64_t R", "int n", "float eps"))
     assert signatures["scale_groups"] == (

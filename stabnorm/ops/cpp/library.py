@@ -18,7 +18,7 @@ import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,11 +54,16 @@ def call(name: str, *arguments: Tensor | float | int | None) -> int:
     Raises:
         TypeError: the arguments are not those of the function's declaration.
     """
-    function = getattr(_library(), PREFIX + name)
-    if len(arguments) != len(function.argtypes):  # C would read arguments that were not passed
-        raise TypeError(f"{PREFIX}{name} takes {len(function.argtypes)} arguments, got {len(arguments)}")
+    run = function(name)
+    if len(arguments) != len(run.argtypes):  # C would read arguments that were not passed
+        raise TypeError(f"{PREFIX}{name} takes {len(run.argtypes)} arguments, got {len(arguments)}")
     passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    return function(*passed)  # type: ignore[no-any-return]
+    return run(*passed)  # type: ignore[no-any-return]
+
+
+def function(name: str) -> Any:
+    """Return the C function ``stabnorm_<name>`` itself, for a caller that has prepared its arguments."""
+    return getattr(_library(), PREFIX + name)
 
 
 def shape_of(rows: Tensor) -> tuple[int, int, int]:

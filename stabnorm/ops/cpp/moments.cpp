@@ -360,6 +360,21 @@ extern "C" void stabnorm_moments(const void* x, int type, int64_t rows, int64_t 
   moments(x, type, rows, C, valid, normalized, asked, threads, Row{seen, channel, stride, token}, Output{});
 }
 
+// What is the same at each forward of a layer. stabnorm/ops/cpp/moments.py has the same fields in the same order.
+struct Prepared {
+  int64_t type, rows, C, kind, tokens, stride;
+  int64_t* seen;
+  float *channel, *token;
+  double eps;
+};
+
+extern "C" void stabnorm_prepared_moments(const void* x, const void* prepared, int normalized, int threads) {
+  const Prepared& p = *(const Prepared*)prepared;
+  const Asked asked{int(p.kind), p.tokens != 0, true, float(p.eps)};
+  const Row into{p.seen, p.channel, p.stride, p.token};
+  moments(x, int(p.type), p.rows, p.C, nullptr, normalized != 0, asked, threads, into, Output{});
+}
+
 // Compute the norm, and the same moments unless `add` is false. `kind` is LAYER or RMS; gain and bias may be null.
 extern "C" void stabnorm_observed(const void* x, int type, int64_t rows, int64_t C, const uint8_t* valid, int kind,
                                   float eps, int add, int threads, int64_t* seen, float* channel, int64_t stride,

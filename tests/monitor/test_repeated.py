@@ -1,4 +1,4 @@
-"""The short way of a hook, for an input like the one before, gives what the formulas give, whatever changes between two."""
+"""The short way of a hook, for an input like the one before, gives what the formulas give, whatever changes."""
 
 from collections.abc import Callable
 
@@ -120,7 +120,9 @@ def test_a_model_that_changes_its_dtype_is_followed() -> None:
             monitor.step()
         values = monitor.history()
     assert values["tokens"].unique().tolist() == [24]
-    torch.testing.assert_close(values["token_std_mean"][:, 0], values["token_std_mean"][:1, 0].expand(4), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        values["token_std_mean"][:, 0], values["token_std_mean"][:1, 0].expand(4), rtol=1e-2, atol=0
+    )
 
 
 def test_a_gain_that_becomes_computed_is_read_as_the_module_reads_it() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stabnorm.functional import RawMoments, moments
+from stabnorm.functional.detail import DETAIL
 from stabnorm.functional.moments import RAW
 from stabnorm.ops import use_kernels
 from stabnorm.ops.cpp import build, library
@@ -44,6 +45,9 @@ def test_the_sources_in_cpp_have_the_same_layout() -> None:
     assert [*CHANNEL, "CHANNEL_ROWS"] in declared
     assert [*TOKEN, "TOKEN_ROWS"] in declared
     assert [kind.upper() for kind in sorted(KINDS, key=KINDS.__getitem__)] in declared
+    of_detail = enums((build.FOLDER / "detail.cpp").read_text())
+    for field, beside in (("counts", []), ("means", ["MEANS"]), ("sequences", [])):
+        assert [*DETAIL.fields[field].names, *beside] in of_detail
     names = {"FLOAT": torch.float32, "BFLOAT16": torch.bfloat16, "HALF": torch.float16}
     (types,) = [declared for declared in enums((build.FOLDER / "vectors.h").read_text()) if "HALF" in declared]
     assert {names[name]: number for number, name in enumerate(types)} == library.TYPES

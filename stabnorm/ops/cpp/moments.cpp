@@ -1,8 +1,8 @@
 // `add_moments_` computes the moments of a norm's input x, of the normalised input n, and of the tokens, in one read of
 // memory, and adds them to the layer's accumulator. `norm_with_moments` also writes the norm's output, n gain + bias. Some
 // rows at a time, a strip, stay in the inner caches: first mean and variance of each token are computed, then column sums
-// of deviations from a shift, while the next strip is fetched. Column sums are float32 in a tile of rows and float64 above it. Blocks of rows with a common
-// shift, threads, and what the accumulator held before, merge by Chan's rule.
+// of deviations from a shift, while the next strip is fetched. Column sums are float32 in a tile of rows and float64 above
+// it. Blocks of rows with a common shift, threads, and what the accumulator held before, merge by Chan's rule.
 #include "columns.h"
 #include "layout.h"
 

@@ -1,7 +1,7 @@
 // `add_detail_` computes what the costlier statistics need of a norm's input, in one read of memory, and adds it to the
 // layer's accumulator; `outliers_of_rows` counts the large entries of a norm's output. The formulas are those in
 // stabnorm/functional/detail.py.
-#include "vectors.h"
+#include "columns.h"
 
 namespace {
 
@@ -10,7 +10,6 @@ enum { NONFINITE, ZEROS, SEQUENCES, SQUARES, OUTPUTS };
 enum { MEDIAN, MAX_TO_MEDIAN, KURTOSIS, MEANS };
 enum { SHIFT, REST, VAR };
 
-constexpr int AT_ONCE = 64;      // rows at most whose column sums are float32
 constexpr float OUTLIER = 6;
 
 static inline vi bits_of(vf v) { vi b; std::memcpy(&b, &v, sizeof b); return b; }
@@ -82,43 +81,31 @@ struct Figures {  // of the rows of one thread
   int64_t C, width, seen = 0, nonfinite = 0, zeros = 0, num_sequences = 0;
   double squares = 0, means[MEANS] = {};
   int64_t in_sequence = 0;
-  int at_once = 0;
   float ratio = 0.845f;  // of the last token's median to its mean magnitude; this is that of normal numbers
-  Array<float> floats;
-  Array<double> doubles;
-  float *shift, *sums, *magnitudes;  // of the first row; of the last rows; of a row
-  double *sequence, *mean, *moment;  // sums of the sequence; over sequences, around the shift
+  Array<float> shift, magnitudes;  // the first row; those of a row
+  ColumnSums<1> sequence;          // around the shift
+  Array<double> mean, moment;      // over sequences, around the shift
 
-  explicit Figures(int64_t C) : C(C), width(padded(C)), floats(3 * width), doubles(3 * width) {
-    shift = floats.data(), sums = shift + width, magnitudes = sums + width;
-    sequence = doubles.data(), mean = sequence + width, moment = mean + width;
-    std::fill_n(magnitudes, width, std::numeric_limits<float>::infinity());
+  explicit Figures(int64_t C) : C(C), width(padded(C)), shift(width), magnitudes(width), sequence(C), mean(C), moment(C) {
+    std::fill(magnitudes.begin(), magnitudes.end(), std::numeric_limits<float>::infinity());
   }
-  Figures(Figures&&) = default;  // the memory stays where it is
 
   void add_to_sequence(const float* row) {
-    if (seen == 0) std::memcpy(shift, row, C * sizeof(float));
-    for_columns(C, [&](int64_t c, int n, auto whole) {
-      store(sums + c, load(sums + c) + (take<whole>(row + c, n) - load(shift + c)));
-    });
+    if (seen == 0) std::memcpy(shift.data(), row, C * sizeof(float));
+    sequence.add_row([&](int64_t c, int n, auto whole, vf* terms) { terms[0] = take<whole>(row + c, n) - load(&shift[c]); });
     in_sequence++;
-    if (++at_once == AT_ONCE) end_rows();
-  }
-
-  void end_rows() {
-    for (int64_t c = 0; c < C; c++) sequence[c] += sums[c], sums[c] = 0;
-    at_once = 0;
   }
 
   // The weight of a sequence is the square of its length.
   void end_sequence() {
     if (in_sequence == 0) return;
-    end_rows();
+    sequence.end_tile();
     const double length = double(in_sequence), after = squares + length * length, weight = length * length / after;
     for (int64_t c = 0; c < C; c++) {
-      const double delta = sequence[c] / length - mean[c];
-      mean[c] += weight * delta, moment[c] += squares * weight * delta * delta, sequence[c] = 0;
+      const double delta = sequence[0][c] / length - mean[c];
+      mean[c] += weight * delta, moment[c] += squares * weight * delta * delta;
     }
+    sequence.clear();
     num_sequences++, squares = after, in_sequence = 0;
   }
 
@@ -129,7 +116,7 @@ struct Figures {  // of the rows of one thread
     for_columns(C, [&](int64_t c, int n, auto whole) {
       __builtin_prefetch(row + c + ahead, 0, 2);
       const vf x = take<whole>(row + c, n), m = absolute(x);
-      put<whole>(magnitudes + c, m, n);
+      put<whole>(&magnitudes[c], m, n);
       all += x, size += m, top = max(m, top);
       finite += (vi)(bits_of(m) < 0x7f800000) & 1, zero += (vi)(x == 0) & 1;
     });
@@ -141,7 +128,7 @@ struct Figures {  // of the rows of one thread
     if (std::isnan(whole_size)) {
       for (float& figure : figures) figure = std::numeric_limits<float>::quiet_NaN();
     } else {
-      const float most = largest(top), middle = median(magnitudes, C, most, ratio * whole_size / C);
+      const float most = largest(top), middle = median(magnitudes.data(), C, most, ratio * whole_size / C);
       ratio = middle > 0 && std::isfinite(whole_size) ? middle * C / whole_size : 0.845f;
       figures[MEDIAN] = middle, figures[MAX_TO_MEDIAN] = most / std::max(middle, std::sqrt(eps));
       figures[KURTOSIS] = kurtosis(row, whole_sum / C, eps);

@@ -4,9 +4,9 @@ Nothing else in stabnorm asks for a norm's class. A layer is known in one of thr
 
 1. the user registered its class (`register_norm`);
 2. its class is torch's own, or a subclass that keeps torch's `forward`;
-3. its class, or one that it derives from, has "norm" in the name, and a copy of it, run on random input, computes a
-   norm; or it derives from torch's batch, group or instance norm, and does something else behind it, as timm's
-   `BatchNormAct2d` with its activation.
+3. its class, one that it derives from, or the attribute that holds it has "norm" in the name (or is an attribute such
+   as `ln_1`), and a copy of it, run on random input, computes a norm; or it derives from torch's batch, group or
+   instance norm, and does something else behind it, as timm's `BatchNormAct2d` with its activation.
 
 The third way does not trust the name, because a `LayerNormAct2d` ends in a ReLU. A layer that is called a norm and is
 none of these is named in a warning: a layer that nobody watches must not look like a layer that is fine. Names that
@@ -127,7 +127,7 @@ class NormSearch:
 
     def _ask(self, module: nn.Module, name: str, around: tuple[nn.Module, ...]) -> bool:
         names = _class_names(module)
-        if not any(_NORM.search(each) for each in names):
+        if not any(_NORM.search(each) for each in names) and not (names and _is_called_norm(module, name)):
             return False
         formula = self._formula(module)
         if formula is None and not _claims_to_be_norm(module, names):
@@ -160,6 +160,7 @@ def _join(name: str, part: str) -> str:
 
 
 _NORM = re.compile("norm", re.IGNORECASE)
+_CALLED = re.compile(r"norm|(?<![a-z])ln(?![a-z])", re.IGNORECASE)
 _ENDS_AS_NORM = re.compile(r"norm(ali[sz]ation)?\d*d?$", re.IGNORECASE)  # LayerNorm, BatchNorm2d, GroupNorm32
 _NO_NORM = re.compile(r"No[A-Z]?[a-z]*Norm|norm(al(?!i[sz]ation)|ed)", re.IGNORECASE)  # NoNorm, Normalize, NormedLinear
 
@@ -169,6 +170,14 @@ def _claims_to_be_norm(module: nn.Module, names: Sequence[str]) -> bool:
     said = [name for name in names if _NORM.search(name) and not _NO_NORM.search(name)]
     block = any(isinstance(part, _ConvNd) for part in module.modules())
     return any(_ENDS_AS_NORM.search(name) or not block for name in said)
+
+
+def _is_called_norm(module: nn.Module, name: str) -> bool:
+    """Whether the attribute that holds a module, or the list that it is in, is called a norm: `norm1`, `ln_f`."""
+    if type(module).__module__.startswith("torch.nn."):
+        return False  # its class is known, and is no norm
+    called = next((part for part in reversed(name.split(".")) if not part.isdecimal()), "")
+    return bool(_CALLED.search(called)) and not _NO_NORM.search(called)
 
 
 def _class_names(module: nn.Module) -> list[str]:

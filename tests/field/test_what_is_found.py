@@ -458,6 +458,47 @@ def test_a_name_that_denies_a_norm_or_speaks_of_another_thing_is_no_alarm() -> N
         assert find_norms(model) == []
 
 
+class RMS(nn.Module):
+    """A norm whose class does not say so, as small code bases have them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.eps = nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("called", ["norm", "norm1", "q_norm", "ln", "ln_f", "post_ln", "LN", "norms"])
+def test_a_norm_is_found_by_the_name_of_its_attribute(called: str) -> None:
+    model = nn.Module()
+    model.add_module(called, nn.ModuleList([RMS(8), Doubles()]) if called == "norms" else RMS(8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (layer,) = find_norms(model)
+    assert (layer.kind, layer.weight_name, layer.eps) == ("rms", "scale", 1e-6)
+
+
+@pytest.mark.parametrize("called", ["linear", "final", "vulnerable", "denormalized", "scale"])
+def test_other_attributes_are_not_run(called: str) -> None:
+    model = nn.Module()
+    model.add_module(called, RMS(8))
+    assert find_norms(model) == []
+
+
+def test_what_only_its_attribute_calls_a_norm_is_no_alarm() -> None:
+    model = nn.Module()
+    model.norm, model.norm2, model.ln_1 = Doubles(), nn.Linear(8, 8), nn.Sequential(Doubles(), nn.Dropout())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_norms(model) == []
+
+
 def test_a_norm_by_its_name_that_holds_a_convolution_is_named() -> None:
     with pytest.warns(UserWarning, match="SpatialNorm"):
         assert find_norms(nn.Sequential(SpatialNorm())) == []

@@ -59,7 +59,8 @@ class FoldResult:
     @property
     def summary(self) -> str:
         """How many norms went where, and how exact the result is, in one line."""
-        went = counts_of(self.norms)
+        went, bare = counts_of(self.norms), sum(norm.status == "kept" and bool(norm.into) for norm in self.norms)
+        went += f", {bare} of them without gain and bias" if bare else ""
         text = f"{len(self.norms)} norms: {went}; largest relative error {self.max_rel_error:.1e} in {self.precision}"
         return f"{text}, on {self.checked_on}" + (
             "; but the output does not depend on the norms: this check says nothing" * self.vacuous

@@ -1,7 +1,8 @@
 """Keep torch's encoder layers off their fused path for eval mode if they hold a norm of ours, or what took its place.
 
 The fused path computes a layer norm with the norms' weights. It neither calls the norms nor checks their type. With one
-of our norms, or with what stands in a folded norm's place, eval would silently compute something else than was trained.
+of our norms, or with what stands in a folded norm's place, eval would silently compute something else than was trained;
+with torch's RMSNorm, which has no bias, it would raise an error.
 """
 
 from torch import nn
@@ -20,7 +21,7 @@ def leave_fused_paths(model: nn.Module) -> None:
 
 
 def _holds_ours(module: nn.Module) -> bool:
-    return any(isinstance(part, LeavesFusedPath) for part in module.modules())
+    return any(isinstance(part, LeavesFusedPath | nn.RMSNorm) for part in module.modules())
 
 
 def _leave(layer: nn.TransformerEncoderLayer) -> None:

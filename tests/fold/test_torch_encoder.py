@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from stabnorm import fold_norms
-from stabnorm.fold import FoldedNorm, FrozenAffine
+from stabnorm import apply_manifest, fold_gains, fold_norms, to_pre_rms
+from stabnorm.fold import FoldedNorm, FoldResult, FrozenAffine
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
-from tests.families import FAMILIES
+from tests.families import FAMILIES, randomize_
 from tests.fold.nets import error_of, ready, swapped
 
 
@@ -43,6 +43,25 @@ def test_padding_masks_go_without_nested_tensors() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")  # the fast path on: no nested tensor is built
         folded(ids, padding)
+
+
+@pytest.mark.parametrize("fold", [fold_gains, to_pre_rms])
+@pytest.mark.parametrize("grad", [False, True])
+def test_norms_that_stay_are_computed_with_the_fast_path_on(fold: Callable[..., FoldResult], grad: bool) -> None:
+    family = FAMILIES["torch encoder, pre-norm"]
+    model = randomize_(family.build(), seed=1).eval()
+    (ids,), _ = family.example(4)
+    result = fold(model, (ids,))
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad():
+        expected = model(ids)
+    torch.backends.mha.set_fastpath_enabled(True)
+    loaded = apply_manifest(family.build().eval(), result.manifest)
+    loaded.load_state_dict(result.model.state_dict(), strict=True)
+    with torch.set_grad_enabled(grad):
+        for folded in (result.model, loaded):
+            assert torch.allclose(folded(ids), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert "5 kept, 5 of them without gain" in str(result) or fold is to_pre_rms
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {

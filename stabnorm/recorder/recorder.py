@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import os
-import re
 import signal
 import threading
 from collections import deque
@@ -30,8 +29,9 @@ from stabnorm.monitor._folders import file_name, local_folder
 from stabnorm.monitor.monitor import StabilityMonitor
 from stabnorm.monitor.outputs import cause, say
 from stabnorm.recorder.batch_rows import AgainstPast, BatchRows, look_at_rows
-from stabnorm.recorder.dump import STEP, WEIGHTS, add_detail, write_dump
-from stabnorm.recorder.row_axis import tensors_of
+from stabnorm.recorder.detail import Detail, history_of
+from stabnorm.recorder.dump import STEP, WEIGHTS, write_dump
+from stabnorm.recorder.kept_batch import on_host, size_of, unshared
 
 LossOfBatch = Callable[[nn.Module, Any], Tensor | None]
 _REST = 100  # steps from one dump to the next one
@@ -116,7 +116,7 @@ class FlightRecorder:
         if loss is not None:
             check_function("loss", loss, "model", "batch")
         self.monitor, self.folder, self.loss = monitor, local_folder(folder), loss
-        self.steps, self.detail_steps, self.times = steps, detail_steps, times
+        self.steps, self.times = steps, times
         self.batch_bytes, self.weight_bytes = batch_bytes, weight_bytes
         self.about = dict(about or {})
         self.dumps: list[Path] = []
@@ -128,7 +128,7 @@ class FlightRecorder:
         self._why: dict[str, Any] | None = None  # of the dump that is due
         self._capsule: dict[str, Any] | None = None  # weights and states from before the open step
         self._onsets, self._last = len(monitor.onsets), -_REST
-        self._detail: tuple[Path, StabilityMonitor, int] | None = None
+        self._detail = Detail(monitor, detail_steps)
         self._handler: Any = None
         self._ended = False
 
@@ -166,7 +166,7 @@ class FlightRecorder:
         self._ended = True
         if self._why is not None:
             self._write()
-        self._finish_detail()
+        self._detail.finish(self._losses)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -208,8 +208,8 @@ class FlightRecorder:
         self._open = False
         if self._capsule is not None:
             self._write()
-        elif self._detail is not None:
-            self._follow_detail()
+        else:
+            self._detail.follow(self._losses)
         onsets = self.monitor.onsets[self._onsets :]
         self._onsets += len(onsets)
         if onsets and self._why is None and self._due() and self.monitor.speaks:
@@ -249,8 +249,8 @@ class FlightRecorder:
     def _remember(self) -> None:
         """Keep the batches of the step that ends, and forget older ones that do not fit any more."""
         if len(self.dumps) < self.times:
-            kept = [{**one, "batch": _unshared(one["batch"])} for one in self._batches]
-            size = sum(_size(one["batch"]) for one in kept)
+            kept = [{**one, "batch": unshared(one["batch"])} for one in self._batches]
+            size = sum(size_of(one["batch"]) for one in kept)
             self._recent.append(_Kept(self.monitor.steps_done - 1, size, kept))
         while self._recent and (len(self.dumps) >= self.times or len(self._recent) > self.steps or self._too_much()):
             self._recent.popleft()
@@ -317,7 +317,8 @@ class FlightRecorder:
             self.dumps.append(folder)
             say("stabnorm: a dump of step %s is in %s; %s", why["step"], folder, use)
             what = "the steps after a dump are not recorded in full"
-            self.monitor.outputs.attempt(what, self._begin_detail, folder)
+            if not self._ended:
+                self.monitor.outputs.attempt(what, self._detail.begin, folder)
 
     def _write_now(self, why: dict[str, Any]) -> tuple[Path, str]:
         """Write it, and return the folder and what it is good for."""
@@ -340,7 +341,7 @@ class FlightRecorder:
             }  # fmt: skip
         rank = torch.distributed.get_rank() if _ranks() > 1 else 0
         name = file_name(f"step{step:08d}-{why['kind']}") + (f"-rank{rank}" if rank else "")
-        folder = write_dump(self.folder / name, header, self._history(monitor), tensors)
+        folder = write_dump(self.folder / name, header, history_of(monitor, self.steps, self._losses), tensors)
         if STEP not in tensors:
             return folder, f"it has the last steps, but none to run again: {header['no_batch'] or header['no_weights']}"
         if WEIGHTS not in tensors:
@@ -362,56 +363,16 @@ class FlightRecorder:
         """Return the batches of the step on the host, and why there are none."""
         if not self._batches:
             return [], "no step was open"
-        size = sum(_size(one["batch"]) for one in self._batches)
+        size = sum(size_of(one["batch"]) for one in self._batches)
         if size > self.batch_bytes:
             return [], f"they have {size:,} bytes, and batch_bytes is {self.batch_bytes:,}"
-        return [_on_host(one) for one in self._batches], ""
+        return [on_host(one) for one in self._batches], ""
 
     def _alarm_kept(self, why: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the batches of the step that an alarm is about; None if they are those of the dump's own step."""
         if not self._alarmed or why.get("alarm_step", why["step"]) == why["step"]:
             return None
-        return {"step": why["alarm_step"], "batches": [_on_host(one) for one in self._alarmed]}
-
-    def _history(self, monitor: StabilityMonitor) -> dict[str, Any]:
-        steps, series = monitor.history_so_far()
-        arrays: dict[str, Any] = {"@steps": steps[-self.steps :].numpy()}
-        arrays |= {name: values[-self.steps :].numpy() for name, values in series.items()}
-        for track in monitor.companions.values():
-            arrays[f"{track.name}/@rows"] = np.array(track.rows, str)
-            _, series = monitor.history_so_far(track.name)
-            arrays |= {f"{track.name}/{name}": values[-self.steps :].numpy() for name, values in series.items()}
-        losses = dict(self._losses)
-        arrays["loss"] = np.array([float(losses.get(int(step), np.nan)) for step in arrays["@steps"]], np.float32)
-        return arrays
-
-    # -- the steps after it --------------------------------------------------------------------------------------------
-
-    def _begin_detail(self, folder: Path) -> None:
-        if not self.detail_steps or self._ended:
-            return
-        layers = [f"^{re.escape(name)}$" for name in self.monitor.layers]
-        full = StabilityMonitor(self.monitor.model, "full", include=layers, flush_every=self.detail_steps, sync=False)
-        full.mute()  # its alerts are those of the other monitor
-        full.steps_done = self.monitor.steps_done
-        full.attach()
-        self._detail = (folder, full, self.monitor.steps_done + self.detail_steps)
-
-    def _follow_detail(self) -> None:
-        assert self._detail is not None
-        _, full, until = self._detail
-        self.monitor.outputs.attempt("the steps after a dump are not recorded in full", full.step)
-        if self.monitor.steps_done >= until:
-            self._finish_detail()
-
-    def _finish_detail(self) -> None:
-        if self._detail is None:
-            return
-        (folder, full, _), self._detail = self._detail, None
-        attempt = self.monitor.outputs.attempt
-        attempt("a monitor cannot be taken off", full.detach)
-        if full.steps_done:
-            attempt("the steps after a dump cannot be written", lambda: add_detail(folder, self._history(full)))
+        return {"step": why["alarm_step"], "batches": [on_host(one) for one in self._alarmed]}
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -421,32 +382,3 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _ranks() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _unshared(value: Any) -> Any:
-    """Return a batch with copies of what it shares with another process, which would run out of open files."""
-    shared = any(x.device.type == "cpu" and x.is_shared() for x in tensors_of(value))
-    return _mapped(value, torch.clone) if shared else value
-
-
-def _size(value: Any) -> int:
-    """Return the bytes of the tensors in a batch."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
-
-
-def _on_host(value: Any) -> Any:
-    """Return a batch with its tensors on the host."""
-    return _mapped(value, lambda x: x.detach().to("cpu", copy=True))
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a batch with each tensor changed, in plain containers."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(part, change) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return tuple(_mapped(part, change) for part in value)
-    if isinstance(value, tuple | list):
-        return type(value)(_mapped(part, change) for part in value)
-    return value

@@ -67,7 +67,7 @@ def recalibrate_norms(
     alpha: float = 1.0,
     forward: Forward | None = None,
 ) -> RecalibrationReport:
-    r"""Replace running statistics by the median over batches of the batches' own, per channel.
+    r"""Replace the running statistics of each channel by the median, over batches, of the batches' own statistics.
 
     .. math:: \hat\mu_c = \mathrm{median}_b\, \mu_{b,c},\qquad \hat\sigma^2_c = \mathrm{median}_b\, \sigma^2_{b,c}
 
@@ -78,16 +78,15 @@ def recalibrate_norms(
               \eta_1 = m^\kappa,\quad \eta_t = \frac{\eta_{t-1}}{\eta_{t-1} + (1 - m)^\kappa}
 
     With ``kappa=0`` this is the plain mean of the batches, with ``kappa=1`` the moving average of torch's BatchNorm.
-    `alpha` keeps a share of the statistics that there are, for data of another kind than the training's (alpha-BN):
+    With `alpha` below 1, a share of the old statistics stays, for data of another kind than the training's (alpha-BN):
 
     .. math:: s \leftarrow (1 - \alpha)\, s + \alpha\, \hat s
 
-    Every norm gets the inputs that it would get in
-    training, where all norms before it use the statistics of the batch. So all layers can be measured at once. The rest
-    of the model is in eval mode, so that dropout is off, as it will be when the statistics are used. For torch's
-    BatchNorm and for `RepBN`, also inside a `PRepBN`, the statistics are mean and unbiased variance; for `UnifiedNorm`
-    and `PowerNorm` the mean square. A batch with a non-finite value, or without a valid token, does not count for the
-    layer.
+    Every norm gets the inputs that it would get in training, where all norms before it use the statistics of the
+    batch. So all layers can be measured at once. The rest of the model is in eval mode, so that dropout is off, as it
+    will be when the statistics are used. For torch's BatchNorm and for `RepBN`, also inside a `PRepBN`, the statistics
+    are mean and unbiased variance; for `UnifiedNorm` and `PowerNorm` they are the mean square. A batch with a
+    non-finite value, or without a valid token, does not count for the layer.
 
     Counters, filter windows, gradients, random state and the mode of each module do not change. After an exception the
     statistics have not changed either. With several processes, each one runs `n_batches`, and the median is over the

@@ -55,8 +55,8 @@ def fold_norms(
     back.
 
     Second inputs, made from the example, are followed and compared, too: they have other values, other tokens, and
-    other sizes wherever the model takes them. What none of these reached, such as an expert, takes the change of its
-    siblings in the same list; any other part that could read a norm keeps it. A path without weights of its own is not
+    other sizes wherever the model takes them. An expert that none of these reached is changed as the
+    experts beside it in the same list; any other part that was not reached and could read a norm keeps it. A path without weights of its own is not
     seen if no input takes it: pass several examples where the model has several. A tensor that a forward stores, or
     that a hook takes out, may be unnormalised afterwards.
 
@@ -64,8 +64,8 @@ def fold_norms(
 
     Args:
         model: in eval mode. RepBN, UnifiedNorm, PRepBN at lam = 0, torch's BatchNorm1d, 2d and 3d, any module with
-            ``fold_affine()``, and frozen batch norms fold. Of a BatchNorm whose forward goes on with its children, as
-            timm's ``BatchNormAct2d``, these stay.
+            ``fold_affine()``, and frozen batch norms fold. Where a BatchNorm's forward does more behind the norm, as
+            timm's ``BatchNormAct2d`` with its activation, the norm folds and the rest stays.
         example: the model's arguments: a tensor, a tuple of positional arguments, a dict of keyword arguments, a tuple
             ``(args, kwargs)`` of these, or a list of several examples. A few rows and tokens are enough.
         check: further examples to follow and to verify on. Default: the example with floating tensors redrawn with

@@ -75,7 +75,7 @@ class FoldPlan:
 
     @property
     def share(self) -> float:
-        """The share of a forward that the norms take that would disappear."""
+        """The share of a forward's time that is spent in norms which would disappear."""
         return _total(norm.share for norm in self.norms if norm.status in FOLDED)
 
     @property

@@ -37,8 +37,8 @@ class Onset:
         last_step: step of the last alert so far.
         kind: kind of the first alert: "past", "bound" or "nonfinite".
         scope: "one layer", "from here on", "everywhere", or "training" if only the loss or gradients moved at first.
-        layer: the layer where it began; the first alert's row if the scope is "everywhere" or "training", which then
-            is no accusation.
+        layer: the layer where it began; if the scope is "everywhere" or "training", this is the row of the first
+            alert, and does not mean that the cause is there.
         statistic: the statistic of the first alert.
         value: its value.
         usual: what was usual before; NaN if unknown.

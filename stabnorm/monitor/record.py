@@ -228,8 +228,8 @@ class FileRecord:
     checksums, so that a reader notices what a disk has damaged. If two runs write into one directory at a time, each
     keeps its blocks, and both say so.
 
-    A record of more than about `most_bytes` is thinned: the newest steps stay as they are, which take half of it, and
-    older ones go into buckets of 16 steps, still older ones of 64, and so on. Of a bucket the smallest and the largest
+    A record of more than about `most_bytes` is thinned: the newest steps, which take half of it, stay as they
+    are; older ones go into buckets of 16 steps, still older ones into buckets of 64, and so on. Of a bucket the smallest and the largest
     value of each layer stay at their steps, and the other steps get the mean of the others. No step is missing.
 
     Args:

@@ -55,10 +55,10 @@ def fold_norms(
     back.
 
     Second inputs, made from the example, are followed and compared, too: they have other values, other tokens, and
-    other sizes wherever the model takes them. An expert that none of these reached is changed as the
-    experts beside it in the same list; any other part that was not reached and could read a norm keeps it. A path without weights of its own is not
-    seen if no input takes it: pass several examples where the model has several. A tensor that a forward stores, or
-    that a hook takes out, may be unnormalised afterwards.
+    other sizes wherever the model takes them. An expert that none of these reached is changed as the experts beside it
+    in the same list; any other part that was not reached and could read a norm keeps it. A path without weights of its
+    own is not seen if no input takes it: pass several examples where the model has several. A tensor that a forward
+    stores, or that a hook takes out, may be unnormalised afterwards.
 
     Weights that a remedy computes, such as those of `sigma_reparametrize`, become plain parameters first, exactly.
 

@@ -228,9 +228,10 @@ class FileRecord:
     checksums, so that a reader notices what a disk has damaged. If two runs write into one directory at a time, each
     keeps its blocks, and both say so.
 
-    A record of more than about `most_bytes` is thinned: the newest steps, which take half of it, stay as they
-    are; older ones go into buckets of 16 steps, still older ones into buckets of 64, and so on. Of a bucket the smallest and the largest
-    value of each layer stay at their steps, and the other steps get the mean of the others. No step is missing.
+    A record of more than about `most_bytes` is thinned: the newest steps, which take half of it, stay as they are;
+    older ones go into buckets of 16 steps, still older ones into buckets of 64, and so on. Of a bucket the smallest and
+    the largest value of each layer stay at their steps, and the other steps get the mean of the others. No step is
+    missing.
 
     Args:
         directory: made if it does not exist, and made again if somebody removes it while the run goes on.

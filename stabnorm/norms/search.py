@@ -235,9 +235,18 @@ def width_of_neighbours(module: nn.Module, around: Sequence[nn.Module]) -> int:
     return 0
 
 
+def _first_of(names: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def _complaint(lazy: _Named, unknown: _Named) -> str:
     def listed(modules: _Named) -> list[str]:
-        return [f"  {printable(name) or 'the model itself'} ({type(module).__name__})" for name, module in modules]
+        """List them in a line for each class, because a deep model has many of one."""
+        names: dict[str, list[str]] = {}
+        for name, module in modules:
+            names.setdefault(type(module).__name__, []).append(printable(name) or "the model itself")
+        return [f"  {_first_of(of_class)} ({cls})" for cls, of_class in names.items()]
 
     lines = []
     if unknown:

@@ -504,6 +504,15 @@ def test_a_norm_by_its_name_that_holds_a_convolution_is_named() -> None:
         assert find_norms(nn.Sequential(SpatialNorm())) == []
 
 
+def test_layers_of_one_class_that_are_not_understood_are_told_in_one_line() -> None:
+    model = nn.Sequential(*[nn.Sequential(SpatialNorm()) for _ in range(30)], Doubling(8))
+    with pytest.warns(UserWarning, match="not understood") as warned:
+        find_norms(model)
+    lines = str(warned[0].message).splitlines()
+    assert lines[1:3] == ["  0.0, 1.0, 2.0 and 27 more (SpatialNorm)", "  30 (Doubling)"]
+    assert len(lines) == 4
+
+
 def test_what_computes_a_norm_is_found_whatever_its_name_says() -> None:
     assert [layer.kind for layer in find_norms(nn.Sequential(RMSNormalize(8)))] == ["rms"]
 

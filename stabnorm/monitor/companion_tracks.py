@@ -192,6 +192,8 @@ class CompanionTracks(Mapping[str, CompanionTrack]):
 
     def step(self, layers: Sequence[str], norms: NormMoments, loss: StepLoss) -> None:
         """End a step, see `CompanionTrack.step`."""
+        if not self._tracks:
+            return
         start = time.perf_counter()
         for track in self.values():
             track.step(layers, norms, loss)
@@ -205,7 +207,7 @@ class CompanionTracks(Mapping[str, CompanionTrack]):
     @property
     def hook_seconds(self) -> float:
         """Time spent in hooks so far, on the host."""
-        return sum(track.watch.seconds for track in self.values())
+        return sum(track.watch.seconds for track in self.values()) if self._tracks else 0.0
 
     @property
     def seconds(self) -> float:

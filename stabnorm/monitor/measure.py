@@ -1,6 +1,5 @@
 """`Measurement`: what a step has gathered becomes a row of numbers for each layer, and a part of its past."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,9 +119,8 @@ class Measurement:
     ) -> tuple[Tensor, NormsOfStep]:
         """Return the step's row ``[L, columns]``, and what companions read of it; the step then belongs to the past."""
         moments = [
-            functools.cache(functools.partial(self.moments, state, of, optimizers))
-            for state, of in zip(states, gathered, strict=True)
-        ]
+            _MomentsOfStep(self, state, of, optimizers) for state, of in zip(states, gathered, strict=True)
+        ]  # not functools.cache, which takes longer than the rest of this method
         parts = [self._row(state.past, of, now) for state, of, now in zip(states, gathered, moments, strict=True)]
         return self._in_order(parts), NormsOfStep(moments, self._in_order, self._accumulators.dear)
 
@@ -172,6 +170,22 @@ class Measurement:
         states = self.fresh_states(device)
         load_pasts(states, saved, self._channels)
         self._states = states
+
+
+class _MomentsOfStep:
+    """`Measurement.moments` of a band, computed when it is first called, if it ever is."""
+
+    def __init__(
+        self, measurement: Measurement, state: BandState, gathered: Gathered, optimizers: Sequence[Optimizer]
+    ) -> None:
+        self._of = measurement, state, gathered, optimizers
+        self._moments: Moments | None = None
+
+    def __call__(self) -> Moments:
+        if self._moments is None:
+            measurement, *of = self._of
+            self._moments = measurement.moments(*of)
+        return self._moments
 
 
 def _nothing(past: Past) -> Tensor:

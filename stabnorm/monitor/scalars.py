@@ -55,8 +55,8 @@ def scalars_of(given: Mapping[str, Tensor | float | None], device: torch.device)
     numbers = [math.nan] * len(SCALARS)
     for column, name in enumerate(SCALARS):
         value = given.get(name)
-        if type(value) is Tensor and value.is_cpu and device.type == "cpu":
-            numbers[column] = value.detach().to(torch.float32).numpy().item()  # NumPy, to save torch operations
+        if type(value) is Tensor and value.is_cpu and value.ndim == 0 and device.type == "cpu":
+            numbers[column] = value.tolist()  # it is on the host; this takes no torch operation
         elif isinstance(value, Tensor):
             tensors[name] = value.detach().reshape(())
         else:

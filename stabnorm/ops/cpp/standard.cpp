@@ -1,6 +1,7 @@
 // `standard_step` computes the statistics of the preset "standard" for the layers of a band, and adds the step to their
 // past, in two passes over the channels: the first finds what must be known of a layer as a whole. The formulas are those
-// in stabnorm/monitor/catalogue, in float64, and a NaN goes through them as it does there.
+// in stabnorm/monitor/catalogue, in float64, and a NaN goes through them as it does there. Eight channels are computed at
+// once.
 #include "layout.h"
 #include "vectors.h"
 
@@ -29,12 +30,54 @@ enum { TOKENS, NONFINITE, TOP_ID, TOP_VALUE = TOP_ID + 3, BESIDE = TOP_VALUE + 3
 constexpr double MOMENTUM = 0.1, TINY = std::numeric_limits<float>::min(), EPS32 = std::numeric_limits<float>::epsilon();
 constexpr double NOTHING = std::numeric_limits<double>::quiet_NaN();
 
+constexpr int LANES = 8;  // channels that are computed at once
+typedef double vd __attribute__((vector_size(8 * LANES)));
+typedef int64_t vl __attribute__((vector_size(8 * LANES)));  // also what a comparison gives: -1 where it holds, or else 0
+
 double larger(double a, double b) { return a > b || std::isnan(a) ? a : b; }  // a NaN stays, as in torch.maximum
 double square(double a) { return a * a; }
 double average(double old, double now) { return std::isnan(old) ? now : old + MOMENTUM * (now - old); }
-double geometric_mean(const double* roots) { return std::sqrt(roots[0] * roots[1]) * std::sqrt(roots[2] * roots[3]); }
 
-struct Channel { double mean, var, absmax, second; };
+vd larger(vd a, vd b) { return (a > b) | (a != a) ? a : b; }
+vd square(vd a) { return a * a; }
+vd average(vd old, vd now) { return old != old ? now : old + MOMENTUM * (now - old); }
+vd size_of(vd a) { return a < 0 ? -a : a; }
+vl is_finite(vd a) { return a - a == 0; }
+vd root(vd a) {
+  double parts[LANES]; std::memcpy(parts, &a, sizeof a);
+  for (double& part : parts) part = std::sqrt(part);
+  std::memcpy(&a, parts, sizeof a);
+  return a;
+}
+vd geometric_mean(const vd* roots) { return root(roots[0] * roots[1]) * root(roots[2] * roots[3]); }
+
+// The natural logarithm to the last digit or so, by the method of fdlibm: x = 2^k (1 + f), and with s = f / (2 + f),
+// log(1 + f) = f - s (f - r(s^2)), where r is a polynomial.
+vd logarithm(vd x) {
+  const vl bits = (vl)x, up = (bits & 0x000fffffffffffff) > 0x6a09e667f3bcd;  // the fraction is above the root of 2
+  const vd k = __builtin_convertvector((bits >> 52) - 1023 - up, vd);
+  const vd f = (vd)((bits & 0x000fffffffffffff) | (up ? (vl)(vd{} + 0.5) : (vl)(vd{} + 1.0))) - 1;
+  const vd s = f / (2 + f), z = s * s, half = 0.5 * f * f;
+  const vd r = z * (6.666666666666735130e-01 + z * (3.999999999940941908e-01 + z * (2.857142874366239149e-01 +
+               z * (2.222219843214978396e-01 + z * (1.818357216161805012e-01 + z * (1.531383769920937332e-01 +
+               z * 1.479819860511658591e-01))))));
+  const vd result = k * 6.93147180369123816490e-01 - ((half - (s * (half + r) + k * 1.90821492927058770002e-10)) - f);
+  const double inf = std::numeric_limits<double>::infinity();
+  const vd odd = x == 0 ? vd{} - inf : x < 0 ? vd{} + NOTHING : x;  // infinity and NaN stay
+  return (x > 0) & is_finite(x) ? result : odd;
+}
+
+// Load n <= LANES numbers; the others are 0.
+template <class T> vd take(const T* p, int n) {
+  T parts[LANES] = {};
+  if (n == LANES) std::memcpy(parts, p, sizeof parts); else std::memcpy(parts, p, n * sizeof(T));
+  vd v;
+  for (int j = 0; j < LANES; j++) v[j] = parts[j];
+  return v;
+}
+double total(vd v) { double sum = 0; for (int j = 0; j < LANES; j++) sum += v[j]; return sum; }
+
+struct Channels { vd mean, var, absmax, second; };
 
 struct Layer {
   int64_t width, C;  // its channels, and those of the widest layer of the band
@@ -45,17 +88,28 @@ struct Layer {
   double *past, *past_layer;                // [PAST_ROWS][C], [LAYER_ROWS]
   float* out;                               // [STATISTICS + BESIDE]
 
-  Channel at(int64_t c) const {
-    const double mean = double(channel[SHIFT_X * C + c]) + channel[REST_X * C + c], var = channel[VAR_X * C + c];
-    return {mean, var, larger(channel[MAX * C + c], -double(channel[MIN * C + c])), var + square(mean)};
+  vd row(int k, int64_t c, int n) const { return take(channel + k * C + c, n); }
+
+  Channels at(int64_t c, int n) const {
+    const vd mean = row(SHIFT_X, c, n) + row(REST_X, c, n), var = row(VAR_X, c, n);
+    return {mean, var, larger(row(MAX, c, n), -row(MIN, c, n)), var + square(mean)};
   }
 
   // The share of the normalised input that an affine map reproduces, as `explained_share` has it.
-  double explained(int64_t c) const {
-    const double x = channel[VAR_X * C + c], n = channel[VAR_N * C + c], both = channel[COV_XN * C + c];
-    const double mean = double(channel[SHIFT_N * C + c]) + channel[REST_N * C + c], power = x * n;
-    if (n <= 1e-12 * square(mean)) return 1;
-    return power > 0 ? square(both) / larger(power, std::numeric_limits<double>::min()) : power * 0;
+  vd explained(int64_t c, int n) const {
+    const vd x = row(VAR_X, c, n), var_n = row(VAR_N, c, n), mean = row(SHIFT_N, c, n) + row(REST_N, c, n);
+    const vd power = x * var_n, least = vd{} + std::numeric_limits<double>::min();
+    const vd share = power > 0 ? square(row(COV_XN, c, n)) / larger(power, least) : power * 0;
+    return var_n <= 1e-12 * square(mean) ? vd{} + 1.0 : share;
+  }
+
+  // Call f(first channel, number of channels, which lanes have one) for all channels.
+  template <class F> void in_lanes(F f) const {
+    const vl lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    for (int64_t c = 0; c < width; c += LANES) {
+      const int n = int(std::min<int64_t>(LANES, width - c));
+      f(c, n, lane < int64_t(n));
+    }
   }
 
   void beside() const {
@@ -64,7 +118,7 @@ struct Layer {
     double top[3] = {NOTHING, NOTHING, NOTHING};
     int64_t ids[3] = {-1, -1, -1};
     for (int64_t c = 0; c < width; c++) {
-      double size = at(c).absmax;
+      double size = larger(double(channel[MAX * C + c]), -double(channel[MIN * C + c]));
       wrong += !std::isfinite(size);
       int64_t id = c;
       for (int i = 0; i < 3; i++) {  // a NaN counts as the largest
@@ -82,64 +136,76 @@ struct Layer {
 
   void step() const {
     const double root_eps = std::sqrt(eps), tokens = std::max(count, 1.0);
+    vl all_finite = vl{} - 1;
+    vd most = vd{} - std::numeric_limits<double>::infinity(), scales = most, powers = {};
+    in_lanes([&](int64_t c, int n, vl is_there) {
+      const Channels now = at(c, n);
+      all_finite &= ~is_there | (is_finite(now.mean) & is_finite(now.var) & is_finite(now.absmax));
+      most = is_there ? larger(most, now.absmax) : most, scales = is_there ? larger(scales, now.second) : scales;
+      powers += square(take(gradient + c, n) / tokens);
+    });
     bool finite = count > 0;
-    double amax = -std::numeric_limits<double>::infinity(), scale = amax, power = 0;
-    for (int64_t c = 0; c < width; c++) {
-      const Channel now = at(c);
-      finite = finite && std::isfinite(now.mean) && std::isfinite(now.var) && std::isfinite(now.absmax);
-      amax = larger(amax, now.absmax), scale = larger(scale, now.second);
-      power += square(gradient[c] / tokens);
+    double amax = most[0], scale = scales[0];
+    for (int j = 0; j < LANES; j++) {
+      finite = finite && all_finite[j], amax = larger(amax, most[j]), scale = larger(scale, scales[j]);
     }
+    const double power = total(powers);
     const bool with_gradient = finite && std::isfinite(power);
 
-    double sum[STATISTICS] = {}, second = 0, spread = 0, squares = 0, gradients = 0, change = 0;
-    for (int64_t c = 0; c < width; c++) {
-      const Channel now = at(c);
-      double* before[PAST_ROWS];
-      for (int row = 0; row < PAST_ROWS; row++) before[row] = past + row * C + c;
-      const double mean = *before[MEAN], running_mean = own ? own[c] : mean, running_var = own ? own[C + c] : *before[VAR];
-      const double sigma = std::sqrt(now.var + eps), log_var = std::log(now.var + eps);
-      const double log_absmax = std::log(now.absmax + root_eps), jump = now.mean - mean;
-      const double mean_var = (1 - MOMENTUM) * (*before[MEAN_VAR] + MOMENTUM * square(jump));
+    vd sums[STATISTICS] = {}, seconds = {}, spreads = {}, all_squares = {}, all_gradients = {}, changes = {};
+    in_lanes([&](int64_t c, int n, vl is_there) {
+      const auto add = [&](vd& to, vd value) { to += is_there ? value : vd{}; };
+      const Channels now = at(c, n);
+      vd before[PAST_ROWS];
+      for (int k = 0; k < PAST_ROWS; k++) before[k] = take(past + k * C + c, n);
+      const vd mean = before[MEAN], running_mean = own ? take(own + c, n) : mean;
+      const vd running_var = own ? take(own + C + c, n) : before[VAR];
+      const vd sigma = root(now.var + eps), log_var = logarithm(now.var + eps);
+      const vd log_absmax = logarithm(now.absmax + root_eps), jump = now.mean - mean;
+      const vd mean_var = (1 - MOMENTUM) * (before[MEAN_VAR] + MOMENTUM * square(jump));
 
-      sum[RUNNING_MEAN_DISTANCE] += square(now.mean - running_mean);
-      sum[RUNNING_VAR_DISTANCE] += square(now.var - running_var);
-      sum[MEAN_DISCREPANCY] += std::abs(running_mean - now.mean) / sigma;
-      sum[VAR_DISCREPANCY] += std::abs(std::sqrt(running_var + eps) / sigma - 1);
-      sum[MEAN_FLUCTUATION] += std::sqrt(mean_var) / std::sqrt(*before[VAR] + eps);
-      sum[VAR_FLUCTUATION] += std::abs(log_var - *before[LOG_VAR]);
-      sum[ABSMAX_FLUCTUATION] += std::abs(log_absmax - *before[LOG_ABSMAX]);
+      add(sums[RUNNING_MEAN_DISTANCE], square(now.mean - running_mean));
+      add(sums[RUNNING_VAR_DISTANCE], square(now.var - running_var));
+      add(sums[MEAN_DISCREPANCY], size_of(running_mean - now.mean) / sigma);
+      add(sums[VAR_DISCREPANCY], size_of(root(running_var + eps) / sigma - 1));
+      add(sums[MEAN_FLUCTUATION], root(mean_var) / root(before[VAR] + eps));
+      add(sums[VAR_FLUCTUATION], size_of(log_var - before[LOG_VAR]));
+      add(sums[ABSMAX_FLUCTUATION], size_of(log_absmax - before[LOG_ABSMAX]));
 
-      const double newest = larger(now.second, TINY);
-      double roots[5] = {std::sqrt(newest)}, window = newest, usual_root = 0, of_roots = 0;
+      const vd newest = larger(now.second, vd{} + TINY);
+      vd roots[5] = {root(newest)}, window = newest, usual_root = {}, of_roots = {};
       for (int i = 0; i < 4; i++) {
-        roots[i + 1] = std::sqrt(*before[WINDOW_0 + i]), usual_root += roots[i + 1] / 4;
-        if (i < 3) window += *before[WINDOW_0 + i];
+        roots[i + 1] = root(before[WINDOW_0 + i]), usual_root += roots[i + 1] / 4;
+        if (i < 3) window += before[WINDOW_0 + i];
       }
       for (int i = 1; i < 5; i++) of_roots += square(roots[i] - usual_root) / 4;
-      const double usual = geometric_mean(roots + 1);
-      sum[AM_GM_RATIO] += (window / 4 - geometric_mean(roots)) / usual, spread += of_roots / usual;
+      const vd usual = geometric_mean(roots + 1);
+      add(sums[AM_GM_RATIO], (window / 4 - geometric_mean(roots)) / usual), add(spreads, of_roots / usual);
 
-      if (between) sum[RANK_SHARE] += between[c] / (now.var + eps);
-      sum[TOKEN_MEAN_MEAN] += now.mean;
-      sum[SHARE_BELOW_EPS] += now.var < 10 * eps;
-      const double relative = now.second / scale;  // x^4 of a large activation would overflow
-      second += now.second, sum[FEATURE_KURTOSIS] += square(relative), squares += relative;
-      sum[AFFINE_RESIDUAL] += explained(c);
+      if (between) add(sums[RANK_SHARE], take(between + c, n) / (now.var + eps));
+      add(sums[TOKEN_MEAN_MEAN], now.mean);
+      add(sums[SHARE_BELOW_EPS], now.var < 10 * eps ? vd{} + 1.0 : vd{});
+      const vd relative = now.second / scale;  // x^4 of a large activation would overflow
+      add(seconds, now.second), add(sums[FEATURE_KURTOSIS], square(relative)), add(all_squares, relative);
+      add(sums[AFFINE_RESIDUAL], explained(c, n));
 
-      const double of_gain = gradient[c] / tokens, of_shift = gradient[C + c];
-      sum[GRAD_GAIN] += std::abs(of_gain), sum[GRAD_SHIFT] += std::abs(of_shift), gradients += square(of_shift);
-      change += square(of_gain - *before[GRADIENT]);
+      const vd of_gain = take(gradient + c, n) / tokens, of_shift = take(gradient + C + c, n);
+      add(sums[GRAD_GAIN], size_of(of_gain)), add(sums[GRAD_SHIFT], size_of(of_shift));
+      add(all_gradients, square(of_shift)), add(changes, square(of_gain - before[GRADIENT]));
 
+      const auto keep = [&](int k, vd value) { std::memcpy(past + k * C + c, &value, n * sizeof(double)); };
       if (finite) {
-        *before[MEAN_VAR] = std::isnan(mean) ? 0 : mean_var;
-        *before[MEAN] = average(mean, now.mean), *before[VAR] = average(*before[VAR], now.var);
-        *before[LOG_VAR] = log_var, *before[LOG_ABSMAX] = log_absmax;
-        for (int row = WINDOW_3; row > WINDOW_0; row--) *before[row] = *before[row - 1];
-        *before[WINDOW_0] = newest;
+        keep(MEAN_VAR, mean != mean ? vd{} : mean_var);
+        keep(MEAN, average(mean, now.mean)), keep(VAR, average(before[VAR], now.var));
+        keep(LOG_VAR, log_var), keep(LOG_ABSMAX, log_absmax), keep(WINDOW_0, newest);
+        for (int k = WINDOW_0; k < WINDOW_3; k++) keep(k + 1, before[k]);
       }
-      if (with_gradient) *before[GRADIENT] = average(*before[GRADIENT], of_gain);
-    }
+      if (with_gradient) keep(GRADIENT, average(before[GRADIENT], of_gain));
+    });
+    double sum[STATISTICS];
+    for (int i = 0; i < STATISTICS; i++) sum[i] = total(sums[i]);
+    const double second = total(seconds), spread = total(spreads), squares = total(all_squares);
+    const double gradients = total(all_gradients), change = total(changes);
 
     if (finite) {  // beyond its channels a layer has 0, so that a sum over channels is right there, too
       for (int row = 0; row < GRADIENT; row++) std::fill(past + row * C + width, past + (row + 1) * C, 0.);

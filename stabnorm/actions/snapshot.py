@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -108,7 +109,7 @@ def _numpy_state() -> tuple[Any, ...]:
 
 def _memory_of_numpy() -> bytes | None:
     """Return the keys and the position of NumPy's global generator as bytes; None if it is another one than usual."""
-    generator = np.random.get_bit_generator()
+    generator = mtrand.get_bit_generator()
     if type(generator) is not np.random.MT19937:
         return None
     return ctypes.string_at(generator.ctypes.state_address, 4 * (624 + 1))

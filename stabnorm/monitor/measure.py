@@ -178,13 +178,12 @@ class _MomentsOfStep:
     def __init__(
         self, measurement: Measurement, state: BandState, gathered: Gathered, optimizers: Sequence[Optimizer]
     ) -> None:
-        self._of = measurement, state, gathered, optimizers
+        self._measurement, self._of = measurement, (state, gathered, optimizers)
         self._moments: Moments | None = None
 
     def __call__(self) -> Moments:
         if self._moments is None:
-            measurement, *of = self._of
-            self._moments = measurement.moments(*of)
+            self._moments = self._measurement.moments(*self._of)
         return self._moments
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ def scalars_of(given: Mapping[str, Tensor | float | None], device: torch.device)
     for column, name in enumerate(SCALARS):
         value = given.get(name)
         if type(value) is Tensor and value.is_cpu and value.ndim == 0 and device.type == "cpu":
-            numbers[column] = value.tolist()  # it is on the host; this takes no torch operation
+            number: Any = value.tolist()  # it is on the host; this takes no torch operation
+            numbers[column] = float(number)
         elif isinstance(value, Tensor):
             tensors[name] = value.detach().reshape(())
         else:

@@ -43,6 +43,11 @@ FAMILIES = {
 CLASSES, TOKENS = {"digits": 10, "characters": len(ALPHABET)}, {"digits": 16, "characters": 48}
 
 
+def depth_factor(depth: int) -> float:
+    """Return by how much the branches begin smaller, and steps are shorter, without which deep models do not learn."""
+    return min(1.0, math.sqrt(4 / depth))
+
+
 class Block(nn.Module):
     """A transformer block, Pre-LN or Post-LN."""
 
@@ -72,6 +77,10 @@ class Model(nn.Module):
         self.embed = nn.Conv2d(1, width, 2, stride=2) if self.pooled else nn.Embedding(len(ALPHABET), width)
         self.positions = nn.Parameter(0.5 * torch.randn(TOKENS[family.data], width))
         blocks = nn.ModuleList(Block(family, dropout) for _ in range(depth))
+        with torch.no_grad():  # as GPT-2 begins; four blocks are left as they are
+            for block in blocks.children():
+                for last in ("attn.proj.weight", "mlp.2.weight"):
+                    block.get_parameter(last).mul_(depth_factor(depth))
         norm = family.norm(width)  # of the embedding in Post-LN, else before the head
         for name, module in [("norm", norm), ("blocks", blocks)][:: 1 if self.post else -1]:
             self.add_module(name, module)
@@ -186,7 +195,7 @@ class Training:
     def train_step(self) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
         """Do one step, and return the loss, the norm of the gradient before clipping, and the loss as a function."""
         for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * self.lr_factor * self.schedule(self.step)
+            group["lr"] = LEARNING_RATE * depth_factor(self.depth) * self.lr_factor * self.schedule(self.step)
         batch = self.batch()
         self.optimizer.zero_grad()
         loss = self.loss(batch)

@@ -13,7 +13,7 @@ from benchmarks.faulty_trainings import FAULTS
 from benchmarks.peer_rules import GRADIENT_RULES, LOSS_RULES, Series, events
 from stabnorm import Alert
 from stabnorm.monitor.alerts import Departure
-from stabnorm.monitor.detect import RobustDetector
+from stabnorm.monitor.detect import RobustDetector, watched_together
 from stabnorm.monitor.onsets import Onset, OnsetFollower, Watched
 from stabnorm.monitor.record import Block
 from stabnorm.monitor.spikes import Spikes
@@ -81,6 +81,7 @@ class Judged:
 def judge(run: Outcome) -> Judged:
     """Let every rule read a run from its first step on; ours as the monitor does, flush by flush."""
     detectors = {name: RobustDetector(STATISTICS[name], rows) for name, rows in run.rows.items()}
+    watched_together(detectors.values())
     training, follower, alerts = TrainingSeries(), OnsetFollower(), list[Alert]()
     beside = {name: len(rows) for name, rows in run.rows.items() if name}
     losses, gradients, rates = np.array(run.losses), np.array(run.gradients), np.array(run.rates)

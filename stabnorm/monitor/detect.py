@@ -12,7 +12,7 @@ false alarms in 10,000 steps (exact binomial bound). Other models may have more.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -153,8 +153,8 @@ class RobustDetector:
         self._windows = [
             Window(FAST, floors, upward, exempt, beyond), Window(SLOW, floors, upward, exempt | drifts, beyond),
         ]  # fmt: skip
-        # There, a bound that was higher by 1 had a tenth of the false alarms, so ten times the series have as many.
-        self.bound = BOUND + math.log10(max(1.0, len(floors) / _SERIES))
+        self.series = len(floors)  # that are compared with their past
+        self.bound = _bound_of(self.series)
         # An alarm may last, and mutes only itself: calm steps until it is raised again.
         self.steps = 0
         self._quiet = {"nonfinite": 0, "past": 0, "start": 0}
@@ -166,6 +166,10 @@ class RobustDetector:
         self.compared = False  # whether some row has been compared with its own past
         self.worst_score = 0.0  # of the steps that were read last
         self.usual = np.zeros((0, *self._away.shape), np.float32)  # their medians of the last 128 steps
+
+    def among(self, series: int) -> None:
+        """Set the bound, because so many series are watched in all, by this detector and those beside it."""
+        self.bound = _bound_of(series)
 
     # -- a flush -------------------------------------------------------------------------------------------------------
 
@@ -357,3 +361,20 @@ class RobustDetector:
             state[name].cpu().numpy().copy() for name in ("quiet_alarms", "away", "from_zero")
         )
         self.compared = bool((self._windows[0].seen > ARMED).any())
+
+
+def watched_together(detectors: Iterable[Detector]) -> None:
+    """Tell each of the detectors of a training how many series all of them compare with their past."""
+    robust = [detector for detector in detectors if isinstance(detector, RobustDetector)]
+    series = sum(detector.series for detector in robust)
+    for detector in robust:
+        detector.among(series)
+
+
+def _bound_of(series: int) -> float:
+    """Return the bound of so many series.
+
+    In the study behind it a bound that was higher by 1 had a tenth of the false alarms, so ten times as many series
+    have as many with it.
+    """
+    return BOUND + math.log10(max(1.0, series / _SERIES))

@@ -38,7 +38,7 @@ from stabnorm.monitor.budget import Budget
 from stabnorm.monitor.companion_tracks import CompanionTracks
 from stabnorm.monitor.cost import Cost, Stopwatch
 from stabnorm.monitor.details import Details, is_detailed, optimizers_of, weight_decay_of
-from stabnorm.monitor.detect import MakeDetector, RobustDetector
+from stabnorm.monitor.detect import MakeDetector, RobustDetector, watched_together
 from stabnorm.monitor.gradient_norm import norm_of_gradients
 from stabnorm.monitor.loss_scales import Scale, unscaled
 from stabnorm.monitor.measure import Measurement
@@ -625,6 +625,7 @@ class StabilityMonitor:
         """Finish the copy, and update history, alerts and record."""
         start = time.perf_counter()
         norms: Block | None = None
+        watched_together(track.detector for track in self._tracks)
         for track in self._tracks:
             arrived = track.receive()
             if arrived is not None:

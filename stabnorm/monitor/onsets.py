@@ -204,7 +204,7 @@ class OnsetFollower:
             changed[len(self.onsets) - 1] = self.onsets[-1]
         if self._first is not None and any(_near(departure, self._first) for departure in fresh):
             told = self._told(self._first, self.onsets[-1].last_step, watched)  # they tell more of the last onset
-            if told.moved != self.onsets[-1].moved:
+            if dataclasses.replace(told, rests_on=self.onsets[-1].rests_on) != self.onsets[-1]:
                 self.onsets[-1] = changed[len(self.onsets) - 1] = told
         return list(changed.values())
 

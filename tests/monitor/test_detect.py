@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stabnorm import StabilityMonitor
 from stabnorm.monitor import Statistic, detect
 from stabnorm.monitor.alerts import Alert
-from stabnorm.monitor.detect import RobustDetector
+from stabnorm.monitor.detect import RobustDetector, watched_together
 from stabnorm.monitor.statistics import resolve
 from stabnorm.nn import PRepBN
 
@@ -173,6 +173,9 @@ def test_of_more_rows_a_higher_score_is_needed() -> None:
     statistics = resolve(["token_std_mean"])
     bounds = [RobustDetector(statistics, [str(i) for i in range(rows)]).bound for rows in (1, 72, 720)]
     assert bounds == pytest.approx([6, 6, 7])
+    together = [RobustDetector(statistics, [str(i) for i in range(360)]) for _ in range(2)]
+    watched_together(together)
+    assert [detector.bound for detector in together] == pytest.approx([7, 7])
     values = torch.ones(400, 720, 1)
     values[300:310, 3] = math.exp(0.05 * 6.5)  # 6.5 of the least scale
     assert run_rows(values) == []

@@ -80,7 +80,10 @@ def test_a_loss_and_gradients_that_leave_their_range_while_no_input_does_accuse_
     assert onset.scope == "training"
     assert "and no layer's input did" in onset.sentence
     assert "targets" in onset.advice
-    assert followed(first, gradients).scope == "from here on"
+    follower = OnsetFollower()
+    assert followed(first, gradients, follower).scope == "from here on"
+    (onset,) = follower.add([], [loss], WATCHED)  # the monitor's series of the loss follow those of its layers
+    assert onset.scope == "training"
     assert followed(first, [*gradients, loss, left("norm4", 401)]).layer == "norm4"
 
 

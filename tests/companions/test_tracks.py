@@ -33,7 +33,7 @@ def train(model: nn.Module, optimizer: Any, monitor: StabilityMonitor, batches: 
 def test_unknown_companions_are_refused_with_the_nearest_name() -> None:
     for wrong, message in (
         (["atention"], "unknown companion 'atention'; did you mean 'attention'"),
-        (["norms"], "unknown companion 'norms'.*known: attention, weights, embedding, output"),
+        (["norms"], "unknown companion 'norms'.*known ones are attention, weights, embedding, output"),
         (["weights", "weights"], "companion 'weights' is given 2 times"),
     ):
         with pytest.raises(ValueError, match=message):

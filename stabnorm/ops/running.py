@@ -22,9 +22,15 @@ from stabnorm.ops.moments import is_recompute
 REMEMBERED = 16  # forwards that are remembered for a recompute; an older one is recomputed with its own statistics
 
 
-def fits_kernels(*tensors: Tensor | None) -> bool:
-    """Whether kernels can read and write these vectors and windows in place: they are contiguous, and in float32."""
-    return all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+def _not_in_place(*args: object) -> bool:
+    """Whether a kernel cannot read and write these vectors and counters where they are."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return not all(t.is_contiguous() and t.dtype in (torch.float32, torch.int64, torch.bool) for t in tensors)
+
+
+def _recalled_or_not_in_place(*args: object) -> bool:
+    """The same in a forward; a recomputed one changes nothing, and the formula recalls what the first one returned."""
+    return is_recompute() or _not_in_place(*args)
 
 
 def _gate_like(square: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +39,7 @@ def _gate_like(square: Tensor) -> tuple[Tensor, Tensor]:
 
 @op(
     "square",
+    unless=_recalled_or_not_in_place,
     mutates=("window", "running", "recent", "step", "skips", "progress"),
     fake=lambda square, *_: _gate_like(square),
 )
@@ -86,7 +93,12 @@ def smooth_square_(
     return divisor, gate
 
 
-@op("gradient", mutates=("window", "average", "filled"), fake=lambda gradient, *_: torch.empty_like(gradient))
+@op(
+    "gradient",
+    unless=_not_in_place,
+    mutates=("window", "average", "filled"),
+    fake=lambda gradient, *_: torch.empty_like(gradient),
+)
 def smooth_gradient_(
     gradient: Tensor, gate: Tensor, window: Tensor, average: Tensor, filled: Tensor, momentum: float
 ) -> Tensor:
@@ -115,6 +127,7 @@ def smooth_gradient_(
 
 @op(
     "square",
+    unless=_recalled_or_not_in_place,
     mutates=("running_mean", "running_var", "window", "step", "skips", "progress"),
     fake=returns_nothing,
 )
@@ -169,6 +182,7 @@ def track_batch_(
 
 @op(
     "square",
+    unless=_recalled_or_not_in_place,
     mutates=("running", "recent", "step", "skips", "progress"),
     fake=lambda square, *_: _gate_like(square),
 )
@@ -211,7 +225,12 @@ def track_quadratic_(
     return divisor, gate
 
 
-@op("gradient", mutates=("nu",), fake=lambda gradient, *_: torch.empty_like(gradient))
+@op(
+    "gradient",
+    unless=_not_in_place,
+    mutates=("nu",),
+    fake=lambda gradient, *_: torch.empty_like(gradient),
+)
 def quadratic_gradient_(gradient: Tensor, power: Tensor, gate: Tensor, nu: Tensor, alpha: float) -> Tensor:
     r"""Update PowerNorm's backward statistic (arXiv:2003.07845, algorithm 2); return psi ``[C]``, exact in the warm-up.
 

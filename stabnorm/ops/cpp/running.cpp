@@ -35,15 +35,18 @@ void move(float* state, const float* to, int64_t C, float weight) {
 }
 
 // Write for each channel the geometric mean of a window [M, C], in which `batch` stands at the place `slot`, and no value
-// counts as less than `least`. M is at most 8, so that the product fits a float64.
+// counts as less than `least`.
 void geometric_mean(double* out, const float* window, int64_t M, int64_t C, const float* batch, int64_t slot, float least) {
+  const bool fits = M <= 8;  // the product of more values could leave the range of float64
   least = std::max(least, TINY);
-  std::fill_n(out, C, 1.0);
+  std::fill_n(out, C, fits ? 1.0 : 0.0);
   for (int64_t m = 0; m < M; m++) {
     const float* values = m == slot ? batch : window + m * C;
-    for (int64_t c = 0; c < C; c++) out[c] *= std::max(values[c], least);
+    if (fits) for (int64_t c = 0; c < C; c++) out[c] *= std::max(values[c], least);
+    else for (int64_t c = 0; c < C; c++) out[c] += std::log(double(std::max(values[c], least)));
   }
-  for (int64_t c = 0; c < C; c++) out[c] = M == 4 ? std::sqrt(std::sqrt(out[c])) : std::pow(out[c], 1.0 / M);
+  for (int64_t c = 0; c < C; c++)
+    out[c] = M == 4 ? std::sqrt(std::sqrt(out[c])) : fits ? std::pow(out[c], 1.0 / M) : std::exp(out[c] / M);
 }
 
 // `functional.is_burst` for the window before, and after `batch` has taken the place `slot`.

@@ -68,16 +68,19 @@ def without_a_filter(case: Case) -> Results:
 
 @track_batch_.check
 def with_a_filter(case: Case) -> Results:
-    """Track batches of which the filter refuses some, until its patience ends."""
-    running, counters = torch.ones_like(case.vectors[0]), _counters(case)
-    window = running.expand(WINDOW, -1).clone()
-    for square, count in _squares(case):
-        track_batch_(None, square, count, None, running, window, *counters, PATIENCE, 0.1, EPS, True)
-    return {
-        "variance": (running, running, False),
-        "window": (window, window, False),
-        "counters": counters.result(),
-    }
+    """Track batches of which the filter refuses some, until its patience ends, with a short and a long window."""
+    results: Results = {}
+    for length in (WINDOW, 9):
+        running, counters = torch.ones_like(case.vectors[0]), _counters(case)
+        window = running.expand(length, -1).clone()
+        for square, count in _squares(case):
+            track_batch_(None, square, count, None, running, window, *counters, PATIENCE, 0.1, EPS, True)
+        results |= {
+            f"variance, {length}": (running, running, False),
+            f"window, {length}": (window, window, False),
+            f"counters, {length}": counters.result(),
+        }
+    return results
 
 
 @smooth_square_.check

@@ -9,9 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stabnorm.ops.moments import is_recompute
 from stabnorm.ops.running import (
-    fits_kernels,
     quadratic_gradient_,
     smooth_gradient_,
     smooth_square_,
@@ -317,22 +315,13 @@ def track(
     counting: bool,
 ) -> None:
     """See `ops.running.track_batch_`."""
-    if not fits_kernels(square, running_mean, running_var, window):
-        return track_batch_.formula(
-            mean, square, count, running_mean, running_var, window, step, skips, progress, patience, momentum, eps,
-            counting,
-        )  # fmt: skip
-    if is_recompute():
-        return None
-    square = square.contiguous()
     _track[(1,)](
-        square if mean is None else mean.contiguous(), square, count.to(torch.float32),
+        square if mean is None else mean, square, count.to(torch.float32),
         running_var if running_mean is None else running_mean, running_var, square if window is None else window, step,
         skips, progress, square.numel(), patience, momentum, eps, CENTER=mean is not None,
         KEEPS_MEAN=mean is not None and running_mean is not None, AVERAGE=momentum < 0, COUNTING=counting,
         FILTERED=window is not None, WINDOW=1 if window is None else len(window), BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
-    return None
 
 
 @smooth_square_.backend("triton", in_graphs=True)
@@ -353,12 +342,7 @@ def smooth(
     counting: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.running.smooth_square_`."""
-    if is_recompute() or not fits_kernels(square, window, running, recent):
-        return smooth_square_.formula(
-            square, count, window, running, recent, step, skips, progress, warmup, patience, momentum, eps, filtered,
-            counting,
-        )  # fmt: skip
-    square, divisor, gate = square.contiguous(), torch.empty_like(square), _new_gate(square)
+    divisor, gate = torch.empty_like(square), _new_gate(square)
     _smooth_square[(1,)](
         square, count.to(torch.float32), window, running, recent, step, skips, progress, divisor, gate, square.numel(),
         warmup, patience, momentum, eps, FILTERED=filtered, COUNTING=counting, WINDOW=len(window),
@@ -372,11 +356,9 @@ def smooth_gradient(
     gradient: Tensor, gate: Tensor, window: Tensor, average: Tensor, filled: Tensor, momentum: float
 ) -> Tensor:
     """See `ops.running.smooth_gradient_`."""
-    if not fits_kernels(gradient, window, average):
-        return smooth_gradient_.formula(gradient, gate, window, average, filled, momentum)
-    gradient, psi = gradient.contiguous(), torch.empty_like(gradient)
+    psi = torch.empty_like(gradient)
     _smooth_gradient[(1,)](
-        gradient, gate.contiguous().view(torch.uint8), window, average, filled, psi, gradient.numel(), momentum,
+        gradient, gate.view(torch.uint8), window, average, filled, psi, gradient.numel(), momentum,
         WINDOW=len(window), BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return psi
@@ -396,9 +378,7 @@ def track_mean_square(
     counting: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.running.track_quadratic_`."""
-    if is_recompute() or not fits_kernels(square, running, recent):
-        return track_quadratic_.formula(square, count, running, recent, step, skips, progress, warmup, alpha, counting)
-    square, divisor, gate = square.contiguous(), torch.empty_like(square), _new_gate(square)
+    divisor, gate = torch.empty_like(square), _new_gate(square)
     _track_quadratic[(1,)](
         square, count.to(torch.float32), running, recent, step, skips, progress, divisor, gate, square.numel(), warmup,
         alpha, COUNTING=counting, REMEMBERED=len(recent), BLOCK=_BLOCK, num_warps=8,
@@ -409,11 +389,9 @@ def track_mean_square(
 @quadratic_gradient_.backend("triton", in_graphs=True)
 def quadratic_gradient(gradient: Tensor, power: Tensor, gate: Tensor, nu: Tensor, alpha: float) -> Tensor:
     """See `ops.running.quadratic_gradient_`."""
-    if not fits_kernels(gradient, power, nu):
-        return quadratic_gradient_.formula(gradient, power, gate, nu, alpha)
-    gradient, psi = gradient.contiguous(), torch.empty_like(gradient)
+    psi = torch.empty_like(gradient)
     _quadratic_gradient[(1,)](
-        gradient, power.contiguous(), gate.contiguous().view(torch.uint8), nu, psi, gradient.numel(), alpha,
+        gradient, power, gate.view(torch.uint8), nu, psi, gradient.numel(), alpha,
         BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return psi

@@ -1,7 +1,8 @@
 """Measure what monitoring adds to a training step: `python -m benchmarks.monitor_overhead`.
 
-It uses one model in one process. Each round takes one bare step and one step with each preset, in a rotating order, so
-that other load on the machine affects all alike. There are two figures for each preset:
+Each round takes one bare step and one step with each preset, in a rotating order and in one process, so that other load
+on the machine affects all alike. Each monitor stays on a copy of the model, as in a training. There are two figures for
+each preset:
 
 * own time: the time in hooks, `step()` and flush, as a share of the bare step. With "fused", norms and statistics are
   computed together, so the time of the norms' own forwards is subtracted; it is measured in a step of its own;
@@ -15,6 +16,7 @@ Args: --model vit-tiny|vit-small, --rounds N, --batch N, --threads N, --dtype fl
 """
 
 import argparse
+import copy
 import platform
 import statistics
 import sys
@@ -135,11 +137,20 @@ class Variant:
     """One way to take a step, and its times."""
 
     name: str
+    model: nn.Module
     monitor: Watcher | None
     seconds: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)  # in hooks, step and flush, of the step
     companion: bool = False
     fused: bool = False
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+
+    @property
+    def stays(self) -> bool:
+        """Whether the tool stays on its model between its steps; the others share one model."""
+        return isinstance(self.monitor, StabilityMonitor)
 
 
 def measure(options: argparse.Namespace) -> list[Variant]:
@@ -147,7 +158,6 @@ def measure(options: argparse.Namespace) -> list[Variant]:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
     model = ViT(*WIDTHS[options.model]).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     images = torch.randn(options.batch, 3, 224, 224, device=device)
     labels = torch.randint(1000, (options.batch,), device=device)
 
@@ -155,49 +165,54 @@ def measure(options: argparse.Namespace) -> list[Variant]:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    def step(monitor: Watcher | None) -> None:
+    def step(variant: Variant) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = nn.functional.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(variant.model(images), labels)
+        variant.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        if monitor is not None:
-            monitor.step(loss=loss, optimizer=optimizer)
+        variant.optimizer.step()
+        if variant.monitor is not None:
+            variant.monitor.step(loss=loss, optimizer=variant.optimizer)
 
-    variants = [Variant("bare", None)]
-    for preset in ("economy", "standard", "full"):
-        variants.append(Variant(preset, StabilityMonitor(model, preset, flush_every=FLUSH_EVERY)))
-    variants.append(
-        Variant("standard, no gradients", StabilityMonitor(model, flush_every=FLUSH_EVERY, gradients=False))
-    )
+    def watched(name: str, preset: str, fused: bool = False, companion: bool = False, **more: Any) -> Variant:
+        own = copy.deepcopy(model)
+        monitor = StabilityMonitor(own, preset, flush_every=FLUSH_EVERY, fused=fused, **more)
+        return Variant(name, own, monitor, fused=fused, companion=companion)
+
+    variants = [Variant("bare", model, None)]
+    variants += [watched(preset, preset) for preset in ("economy", "standard", "full")]
+    variants.append(watched("standard, no gradients", "standard", gradients=False))
     if norm_with_moments.chosen(images) != REFERENCE:
-        variants.append(Variant(NORMS, NormClock(model)))
-        for preset in ("economy", "standard"):
-            monitor = StabilityMonitor(model, preset, flush_every=FLUSH_EVERY, fused=True)
-            variants.append(Variant(f"{preset}, fused", monitor, fused=True))
-    for companion in COMPANIONS:
-        monitor = StabilityMonitor(model, "economy", flush_every=FLUSH_EVERY, companions=[companion])
-        variants.append(Variant(next(iter(monitor.companions)), monitor, companion=True))
+        variants.append(Variant(NORMS, model, NormClock(model)))
+        variants += [watched(f"{preset}, fused", preset, fused=True) for preset in ("economy", "standard")]
+    for asked in COMPANIONS:
+        name = asked if isinstance(asked, str) else asked.name
+        variants.append(watched(name, "economy", companion=True, companions=[asked]))
     others = peers(model) if options.peers else []
-    variants += [Variant(peer.name, peer) for peer in others]
+    variants += [Variant(peer.name, model, peer) for peer in others]
+    staying = [variant.monitor for variant in variants if variant.stays and variant.monitor is not None]
+    for monitor in staying:
+        monitor.attach()
     for number in range(WARM_UP + options.rounds):
         for turn in range(len(variants)):
             variant = variants[(number + turn) % len(variants)]
             before = _inside(variant)
-            if variant.monitor is not None:
+            if variant.monitor is not None and not variant.stays:
                 variant.monitor.attach()
             synchronize()
             start = time.perf_counter()
-            step(variant.monitor)
+            step(variant)
             synchronize()
             took = time.perf_counter() - start
-            if variant.monitor is not None:
+            if variant.monitor is not None and not variant.stays:
                 variant.monitor.detach()
             if number >= WARM_UP:
                 variant.seconds.append(took)
                 variant.inside.append(_inside(variant) - before)
         if sys.stderr.isatty():
             print(f"\rround {number + 1} of {WARM_UP + options.rounds}", end="", file=sys.stderr)
+    for monitor in staying:
+        monitor.detach()
     for peer in others:
         peer.close()
     return variants

@@ -8,9 +8,10 @@ constexpr int TILE = 64;  // rows; with more of them, float32 sums would lose di
 
 static inline int64_t padded(int64_t C) { return (C + 4 * W - 1) / (4 * W) * (4 * W); }
 
-// `count` sums of each of C columns.
+// `count` sums of each of C columns. A thread keeps them on its stack until it has ended: neighbours in an array would
+// write to the same cache lines.
 template <int count> class ColumnSums {
-  const int64_t C, width;
+  int64_t C, width;
   Array<float> tile;
   Array<double> sums;
   int rows = 0;
@@ -21,6 +22,7 @@ template <int count> class ColumnSums {
   // Add one row. f(first column, number of columns, whether it is a whole vector, terms) writes `count` vectors of terms.
   template <class F> inline void add_row(F f) {
     float* into = tile.data();
+    const int64_t width = this->width;  // a store could change the member, as far as the compiler knows
     for_columns(C, [&](int64_t c, int n, auto whole) {
       vf terms[count];
       f(c, n, whole, terms);

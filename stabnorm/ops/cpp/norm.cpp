@@ -41,7 +41,9 @@ extern "C" void stabnorm_norm_gradient(const void* dy, const void* x, int type, 
     using T = std::remove_pointer_t<decltype(typed)>;
     in_parallel(parts, [&](int part) {
       auto run = rms ? gradient_of<T, true> : gradient_of<T, false>;
-      run((const T*)dy, (const T*)x, C, R * part / parts, R * (part + 1) / parts, means, scales, gain, (T*)dx, sums[part]);
+      ColumnSums<2> own(C);
+      run((const T*)dy, (const T*)x, C, R * part / parts, R * (part + 1) / parts, means, scales, gain, (T*)dx, own);
+      sums[part] = std::move(own);
     });
   });
   for (int i = 0; i < 2; i++) for (int64_t c = 0; c < C; c++) out[i * C + c] = float(total(sums, i, c));

@@ -11,6 +11,7 @@ int64_t stabnorm_affine_square(const void* x, int type, int64_t R, int64_t C, co
   with_type(type, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     in_parallel(parts, [&](int part) {
+      ColumnSums<1> sums(C);
       for (int64_t r = R * part / parts; r < R * (part + 1) / parts; r++) {
         const bool counts = !valid || valid[r];
         const T* in = (const T*)x + r * C;
@@ -20,7 +21,7 @@ int64_t stabnorm_affine_square(const void* x, int type, int64_t R, int64_t C, co
           return v;
         };
         if (counts) {
-          squares[part].add_row([&](int64_t c, int n, auto whole, vf* terms) {
+          sums.add_row([&](int64_t c, int n, auto whole, vf* terms) {
             const vf v = map(c, n, whole);
             terms[0] = v * v;
           });
@@ -28,7 +29,8 @@ int64_t stabnorm_affine_square(const void* x, int type, int64_t R, int64_t C, co
           for_columns(C, map);
         }
       }
-      squares[part].end_tile();
+      sums.end_tile();
+      squares[part] = std::move(sums);
     });
   });
   for (int64_t c = 0; c < C; c++) out[c] = float(total(squares, 0, c));
@@ -45,17 +47,19 @@ void stabnorm_gradient_sums(const void* dy, const void* x, int type, int64_t R, 
   with_type(type, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     in_parallel(parts, [&](int part) {
+      ColumnSums<2> valid_rows(C), other_rows(valid ? C : 0);
       for (int64_t r = R * part / parts; r < R * (part + 1) / parts; r++) {
         const bool counts = !valid || valid[r];
         const T *up = (const T*)dy + r * C, *in = (const T*)x + r * C;
-        (counts ? of_valid : of_others)[part].add_row([&](int64_t c, int n, auto whole, vf* terms) {
+        (counts ? valid_rows : other_rows).add_row([&](int64_t c, int n, auto whole, vf* terms) {
           const vf g = take<whole>(up + c, n), v = take<whole>(in + c, n), scaled = g * take<whole>(scale + c, n), p = g * v;
           terms[0] = g, terms[1] = valid ? (g == splat(0) ? splat(0) : p) : p;  // padding may hold NaN
           put<whole>((T*)dx + r * C + c, counts ? scaled - v * take<whole>(slope + c, n) : scaled, n);
         });
       }
-      of_valid[part].end_tile();
-      if (valid) of_others[part].end_tile();
+      valid_rows.end_tile(), other_rows.end_tile();
+      of_valid[part] = std::move(valid_rows);
+      if (valid) of_others[part] = std::move(other_rows);
     });
   });
   for (int i = 0; i < 2; i++) for (int64_t c = 0; c < C; c++) {

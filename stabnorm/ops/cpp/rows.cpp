@@ -79,9 +79,9 @@ void column_sums(const T* dy, int64_t R, int64_t C, const uint8_t* valid, int th
   using Sums = ColumnSums<1 + count>;
   Array<Sums> of_valid(parts, Sums(C)), of_others(valid ? parts : 0, Sums(C));
   in_parallel(parts, [&](int part) {
+    Sums valid_rows(C), other_rows(valid ? C : 0);
     for (int64_t r = R * part / parts; r < R * (part + 1) / parts; r++) {
-      Sums& sums = valid && !valid[r] ? of_others[part] : of_valid[part];
-      sums.add_row([&](int64_t c, int n, auto whole, vf* terms) {
+      (valid && !valid[r] ? other_rows : valid_rows).add_row([&](int64_t c, int n, auto whole, vf* terms) {
         const vf g = take<whole>(dy + r * C + c, n);
         f(r, c, n, whole, terms + 1);
         terms[0] = g;
@@ -91,8 +91,9 @@ void column_sums(const T* dy, int64_t R, int64_t C, const uint8_t* valid, int th
         }
       });
     }
-    of_valid[part].end_tile();
-    if (valid) of_others[part].end_tile();
+    valid_rows.end_tile(), other_rows.end_tile();
+    of_valid[part] = std::move(valid_rows);
+    if (valid) of_others[part] = std::move(other_rows);
   });
   for (int i = 0; i <= count; i++) for (int64_t c = 0; c < C; c++) {
     const double sum = total(of_valid, i, c);

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks import gpu_kernels, gpu_step, inference
 from benchmarks.monitor_overhead import WIDTHS, ViT
+from benchmarks.rounds import in_turn
 from stabnorm import StabilityMonitor, convert_norms
 from stabnorm.nn import PRepBN
 from stabnorm.ops import use_kernels
@@ -194,8 +195,7 @@ def _rounds(variants: Mapping[str, Training], rounds: int, device: torch.device)
         return time.perf_counter()
 
     for number in range(WARM_UP + rounds):
-        for turn in range(len(names)):
-            name = names[(number + turn) % len(names)]
+        for name in in_turn(names, number):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_allocated()

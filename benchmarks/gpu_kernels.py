@@ -2,7 +2,7 @@
 
 On a GPU, calls are captured in a CUDA graph over inputs that together are several times as large as the cache. The
 graph is replayed, so the time is that of the device, not of Python. In each round every contender runs once, in a
-rotating order. The byte floor of an op is the memory traffic that it needs: each input is read once, each output is
+random order. The byte floor of an op is the memory traffic that it needs: each input is read once, each output is
 written once, and an input is read twice if a statistic of it must be known first. The table has the time, the share of
 this machine's copy bandwidth (floor bytes over time), and the ratio to torch's LayerNorm for the same task.
 
@@ -22,6 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from benchmarks.rounds import in_turn
 from stabnorm import functional
 from stabnorm.functional import RawMoments
 from stabnorm.nn import PowerNorm, PRepBN, RepBN, UnifiedNorm
@@ -221,8 +222,7 @@ def measure(rows: int, channels: int, dtype: torch.dtype, device: torch.device, 
             contender.trouble = f"{type(error).__name__}: {error}".splitlines()[0][:60]
             torch.cuda.synchronize()
     for number in range(WARM_UP + rounds):
-        for turn in range(len(ready)):
-            contender, run = ready[(number + turn) % len(ready)]
+        for contender, run in in_turn(ready, number):
             took = _timed(run) / sets
             if number >= WARM_UP:
                 contender.seconds.append(took)

@@ -2,7 +2,7 @@
 
 There are four variants of one network, with the shapes of ViT-Tiny and GPT-2 small and random weights: `layer norm`;
 `switched`, where every norm is a RepBN in eval mode; `folded` by `fold_norms`; and `floor`, without norms. In each
-round every variant runs once, in a rotating order, so that other load on the machine affects all alike. The figures are
+round every variant runs once, in a random order, so that other load on the machine affects all alike. The figures are
 ratios to `layer norm` within a round: the median, and the interquartile range of the rounds.
 
 The first table counts operations of the exported graphs: the folded network has the operations of the floor.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.monitor_overhead import WIDTHS, Block, ViT
+from benchmarks.rounds import in_turn
 from stabnorm import fold_norms
 from stabnorm.nn import RepBN
 
@@ -129,8 +130,7 @@ def time_table(variants: Mapping[str, Callable[[Tensor], object]], inputs: Seque
         return time.perf_counter()
 
     for number in range(WARM_UP + rounds):
-        for turn in range(len(names)):
-            name = names[(number + turn) % len(names)]
+        for name in in_turn(names, number):
             start = now()
             variants[name](inputs[number % len(inputs)])
             took = now() - start

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.rounds import in_turn
 from stabnorm import functional
 from stabnorm.functional import RawMoments, empty_moments
 from stabnorm.ops import use_kernels
@@ -112,8 +113,7 @@ def measure(rows: int, channels: int, dtype: torch.dtype, options: argparse.Name
         return time.perf_counter()
 
     for number in range(WARM_UP + options.rounds):
-        for turn in range(len(everything)):
-            contender = everything[(number + turn) % len(everything)]
+        for contender in in_turn(everything, number):
             with use_kernels(contender.setting):
                 start = now()
                 for i in range(repeat):

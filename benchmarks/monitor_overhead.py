@@ -1,6 +1,6 @@
 """Measure what monitoring adds to a training step: `python -m benchmarks.monitor_overhead`.
 
-Each round takes one bare step and one step with each preset, in a rotating order and in one process, so that other load
+Each round takes one bare step and one step with each preset, in a random order and in one process, so that other load
 on the machine affects all alike. Each monitor stays on a copy of the model, as in a training. There are two figures for
 each preset:
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import peers
+from benchmarks.rounds import in_turn
 from stabnorm import StabilityMonitor, find_norms
 from stabnorm.companions.companion import Companion
 from stabnorm.companions.embedding import EmbeddingCompanion
@@ -194,8 +195,7 @@ def measure(options: argparse.Namespace) -> list[Variant]:
     for monitor in staying:
         monitor.attach()
     for number in range(WARM_UP + options.rounds):
-        for turn in range(len(variants)):
-            variant = variants[(number + turn) % len(variants)]
+        for variant in in_turn(variants, number):
             before = _inside(variant)
             if variant.monitor is not None and not variant.stays:
                 variant.monitor.attach()

@@ -1,7 +1,7 @@
 """Compare the norm modules with nn.LayerNorm and the published code: `python -m benchmarks.norm_modules`.
 
 All modules run in one process, in training mode, and after any warm-up. In each round every module runs once, forward
-and backward, in a rotating order, so that other load on the machine affects all alike. The figures are ratios within a
+and backward, in a random order, so that other load on the machine affects all alike. The figures are ratios within a
 round: the median, and the interquartile range of the rounds. PRepBN has lam = 0.5. The input is ``[rows, channels]``,
 and for the published modules (those of `stabnorm.nn.official`) ``[64, rows / 64, channels]``.
 
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from benchmarks.rounds import in_turn
 from stabnorm.nn.official import OfficialPowerNorm, OfficialPRepBN, OfficialRepBN, OfficialUnifiedNorm
 
 WARM_UP = 8  # rounds; fills every window and compiles
@@ -105,8 +106,7 @@ def measure(rows: int, channels: int, dtype: torch.dtype, options: argparse.Name
         return middle - start, now() - start
 
     for number in range(WARM_UP + options.rounds):
-        for turn in range(len(everything)):
-            variant = everything[(number + turn) % len(everything)]
+        for variant in in_turn(everything, number):
             forward, both = run(variant, inputs[number % INPUTS])
             if number >= WARM_UP:
                 variant.forward.append(forward)

@@ -2,7 +2,7 @@
 
 There are three variants of one network with random weights: `layer norm`; `switching`, where every norm is a PRepBN
 with lam = 0.5, which computes both norms; and `switched`, where every norm is a RepBN. A step is forward, backward and
-AdamW. In each round every variant takes one step, in a rotating order, so that other load on the machine affects all
+AdamW. In each round every variant takes one step, in a random order, so that other load on the machine affects all
 alike. The figures are ratios to `layer norm` within a round: the median, and the interquartile range of the rounds.
 
 Args: --models, --modes eager compiled, --rounds N, --threads N, --device cpu|cuda.

@@ -1,8 +1,8 @@
 """Measure the figures of the README on this machine: `python -m benchmarks`, or `make bench`.
 
 It runs the benchmarks one after the other, prints their output, and writes it as one Markdown page. It uses a CUDA
-device if there is one. On a CPU, modules and monitor are measured twice: with the defaults, and with the C++ backend,
-which needs a compiler. `--only` and `--rounds` make it shorter.
+device if there is one. On a CPU, modules and monitor are measured twice: with the defaults, which are the C++ kernels
+where they have passed their self-test, and with ATen alone. `--only` and `--rounds` make it shorter.
 
 Args: --quick: a run that only shows that everything works; --readme: only the tables that README.md and the docs show
 of norm modules, monitor and switched steps, in less than ten minutes of two cores; --only SECTION ...; --rounds N,
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import inference, kernels, memory, monitor_overhead, norm_modules, switched_step
-from stabnorm.ops import backends, use_kernels
+from stabnorm.ops import admission, backends, tested, use_kernels
 from stabnorm.ops.cpp import library
 
 SECTIONS = ("kernels", "modules", "monitor", "switch", "memory", "inference")
@@ -70,7 +70,9 @@ def settings(device: torch.device) -> Iterator[tuple[str, str]]:
         return
     why_not = library.why_not()  # built now, not in the background while something is measured
     if why_not is None:
-        yield "cpp", "as they come"
+        admission.start(device)
+        admission.wait(device)
+        yield "cpp" if tested.entry_for(device) is None else "auto", "as they come"
         yield "aten", "without a compiler, STABNORM_KERNELS=aten"
     else:
         print(f"\nNot measured with the C++ backend: {why_not}")

@@ -15,7 +15,8 @@ found at once or too late: its table says in how many runs the step was refused 
 (`StabilityMonitor.verdict_before_step`), and in how many an alarm named the same step.
 
 Constants of the detector are to be chosen on the seeds 0 to 3, and figures are to be quoted of the seeds from 10 on.
-Some of the present constants were chosen on seeds 10 and 11, so 12 and 13 are the ones that no constant has seen.
+Some of the present constants were chosen on seeds 10 and 11, and one on deep models of seed 12. So no constant has seen
+the models of four blocks of seeds 12 and 13.
 Every run is a file in the folder, and existing runs are not repeated, so that an interrupted study goes on. One run of
 a fault takes some ten seconds on a core of its own, and a calm one about a minute.
 

@@ -1,14 +1,12 @@
 """`Snapshot`: all of a training that a step changes, on the host."""
 
 import copy
-import ctypes
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.random import mtrand
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -80,45 +78,19 @@ class Snapshot:
 
 def random_state() -> dict[str, Any]:
     """Return the random states of Python, NumPy and torch, on the CPU and on the current GPU."""
-    state = {"python": random.getstate(), "numpy": _numpy_state(), "torch": torch.get_rng_state()}
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.array(keys, np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-_known: tuple[bytes, tuple[Any, ...]] | None = None  # the memory of NumPy's generator, and the state that it stands for
-_draws_normals = False
-
-
-def _numpy_state() -> tuple[Any, ...]:
-    """Return NumPy's global random state. To read it takes seventy microseconds, so it is read only after a change.
-
-    The second of two normal numbers is kept beside the memory that is compared. In a program that draws such numbers,
-    the state is read every time.
-    """
-    global _known, _draws_normals
-    memory = None if _draws_normals else _memory_of_numpy()
-    if memory is not None and _known is not None and _known[0] == memory:
-        return _known[1]
-    name, keys, position, has_normal, normal = np.random.get_state()
-    state = name, torch.from_numpy(np.array(keys, np.int64)), position, has_normal, normal
-    _draws_normals = _draws_normals or bool(has_normal)
-    _known = None if memory is None or has_normal else (memory, state)
-    return state
-
-
-def _memory_of_numpy() -> bytes | None:
-    """Return the keys and the position of NumPy's global generator as bytes; None if it is another one than usual."""
-    generator = mtrand.get_bit_generator()
-    if type(generator) is not np.random.MT19937:
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, 4 * (624 + 1))
-
-
 def restore_random_state(state: dict[str, Any]) -> None:
     """Continue from what `random_state` returned."""
-    global _known
-    _known = None
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]

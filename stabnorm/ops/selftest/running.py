@@ -43,6 +43,19 @@ def _squares(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
         yield square, torch.full((), 5.0 + number, device=square.device, dtype=square.dtype)
 
 
+def _results_of_forwards(
+    divisors: list[Tensor], gates: list[Tensor], running: Tensor, recent: Tensor, counters: _Counters
+) -> Results:
+    together = torch.stack(divisors).nan_to_num(1.0)
+    return {
+        "divisors": (together, together, False),
+        "gates": (torch.stack(gates).double(), 0.0, False),
+        "running": (running, running, False),
+        "recent": (recent, recent.abs() + 1, False),
+        "counters": counters.result(),
+    }
+
+
 @track_batch_.check
 def without_a_filter(case: Case) -> Results:
     """Track three batches, one of them not finite, as RepBN does: centred or not, moving or plain average."""
@@ -95,20 +108,13 @@ def divisors_of_unified_normalization(case: Case) -> Results:
         )
         divisors.append(divisor)
         gates.append(gate)
-    together = torch.stack(divisors).nan_to_num(1.0)
-    return {
-        "divisors": (together, together, False),
-        "gates": (torch.stack(gates).double(), 0.0, False),
-        "running": (running, running, False),
-        "window": (window, window, False),
-        "recent": (recent, recent.abs() + 1, False),
-        "counters": counters.result(),
-    }
+    results = _results_of_forwards(divisors, gates, running, recent, counters)
+    return results | {"window": (window, window, False)}
 
 
 @smooth_gradient_.check
 def gradients_of_unified_normalization(case: Case) -> Results:
-    """Compute psi of five batches: one refused in the forward, one not finite, and one of the warm-up."""
+    """Compute psi of eight batches: one refused in the forward, one not finite, and one of the warm-up."""
     average = torch.zeros_like(case.vectors[0])
     window, filled = average.expand(WINDOW, -1).clone(), torch.zeros((), dtype=torch.int64, device=average.device)
     psis = []
@@ -135,14 +141,7 @@ def divisors_of_power_norm(case: Case) -> Results:
         divisor, gate = track_quadratic_(square, count, running, recent, *counters, 4, 0.9, True)
         divisors.append(divisor)
         gates.append(gate)
-    together = torch.stack(divisors).nan_to_num(1.0)
-    return {
-        "divisors": (together, together, False),
-        "gates": (torch.stack(gates).double(), 0.0, False),
-        "running": (running, running, False),
-        "recent": (recent, recent.abs() + 1, False),
-        "counters": counters.result(),
-    }
+    return _results_of_forwards(divisors, gates, running, recent, counters)
 
 
 @quadratic_gradient_.check

@@ -39,4 +39,4 @@ def test_an_alert_comes_before_the_loss_has_doubled_and_none_on_the_healthy_run(
     assert f"folded: 0 norms left, accuracy {100 * switched.accuracy:.1f} %" in printed
     assert len(list(tmp_path.glob("switched/*/stabnorm_logs/folded*"))) == 3
     assert f"tensorboard --logdir {tmp_path}" in printed
-    assert {path.parts[-3] for path in tmp_path.rglob("events*")} == {"healthy", "unstable", "switched"}
+    assert {path.parts[-3] for path in tmp_path.rglob("*tfevents*")} == {"healthy", "unstable", "switched"}
